@@ -1,0 +1,561 @@
+"""The configuration: YAML and ``section.key=value`` overrides, and the way on to Megatron's command line.
+
+Megatron's arguments keep Megatron's names and are checked against the actions of Megatron's own parser, which
+the caller hands in: importing this module does not import megatron. A plain YAML scalar other than true,
+false and null stays text until the type of its field or action is known, so ``1e-4`` is a number where one is
+expected, and a name such as ``1.10`` keeps its zero.
+"""
+
+import argparse
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+
+from abkd_megatron.errors import ConfigError
+
+type Scalar = str | int | float | bool | None
+type Value = Scalar | list[Any]
+type Options = Mapping[str, argparse.Action]
+
+DEVICES = ("cuda", "cpu")
+DIVERGENCES = ("alpha_beta", "todi")
+SECTIONS = ("device", "megatron", "teacher", "distillation", "data")
+
+# What `data.dir` supplies; beside it each of these would be a second answer to the same question.
+_DATA_ARGUMENTS = (
+    *("data-path", "train-data-path", "valid-data-path", "test-data-path", "split", "mock-data"),
+    *("data-args-path", "per-split-data-args-path"),
+    *("tokenizer-type", "tokenizer-model", "vocab-file", "merge-file"),
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class DistillationConfig:
+    """The loss: ``kd_weight * divergence(teacher, student) + lm_weight * cross-entropy``."""
+
+    divergence: str = "alpha_beta"
+    """``alpha_beta`` or ``todi``."""
+    alpha: float = 0.2
+    """Alpha of the alpha-beta divergence."""
+    beta: float = 0.7
+    """Beta of the alpha-beta divergence."""
+    scale: float = 1.0
+    """Steepness of ToDi's weight between forward and reverse KL."""
+    detach: bool = True
+    """Take ToDi's weight as a constant in the gradient."""
+    temperature: float = 1.0
+    """Divides both models' logits in the divergence; the cross-entropy stays at 1."""
+    kd_weight: float = 1.0
+    """Weight of the divergence."""
+    lm_weight: float = 1.0
+    """Weight of the cross-entropy with the data."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Text, and where it stands once prepared."""
+
+    source: list[str] = field(default_factory=lambda: ["python"])
+    """``python`` (the text that ships with Python), files, directories and globs."""
+    dir: str | None = None
+    """The prepared data set: ``prepare`` writes it, training reads it."""
+    vocab_size: int = 2048
+    """Pieces of the SentencePiece model."""
+    held_out: float = 0.05
+    """Share of the documents kept from training, half for validation and half for test."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TeacherConfig:
+    """The frozen teacher."""
+
+    load: str | None = None
+    """Its Megatron checkpoint."""
+    ckpt_step: int | None = None
+    """The iteration to load; None takes the checkpoint's latest."""
+    megatron: dict[str, Value] = field(default_factory=dict)
+    """Megatron arguments in which the teacher differs from the student."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """One whole configuration."""
+
+    device: str = "cuda"
+    """``cuda``, or ``cpu`` for the stand-in."""
+    megatron: dict[str, Value] = field(default_factory=dict)
+    """Megatron arguments, keyed by option name without the leading dashes."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The ``teacher`` section."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    """The ``distillation`` section."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The ``data`` section."""
+    origins: dict[str, str] = field(default_factory=dict)
+    """Where each ``section.key`` came from: default, device: NAME, FILE:LINE or command line."""
+
+    def check(self, job: Literal["prepare", "pretrain", "distill"]) -> None:
+        """Check what no single value shows.
+
+        Args:
+            job: what the configuration is for.
+
+        Raises:
+            ConfigError: a value out of range, a missing one, or two that exclude each other.
+        """
+        kd, data = self.distillation, self.data
+
+        def require(holds: bool, key: str, expected: str, got: object) -> None:
+            if not holds:
+                origin = self.origins.get(key, "default")
+                raise ConfigError(f"{origin}: {key}: expected {expected}, got {got}")
+
+        _check_name(self.device, DEVICES, self.origins.get("device", "default"), "device")
+        for section, values in (("distillation", kd), ("data", data)):
+            for item in fields(values):
+                value = getattr(values, item.name)
+                finite = not isinstance(value, float) or math.isfinite(value)
+                require(finite, f"{section}.{item.name}", "a finite number", value)
+        origin = self.origins.get("distillation.divergence", "default")
+        _check_name(kd.divergence, DIVERGENCES, origin, "distillation.divergence")
+        require(kd.temperature > 0, "distillation.temperature", "a number above 0", kd.temperature)
+        for name in ("scale", "kd_weight", "lm_weight"):
+            value = getattr(kd, name)
+            require(value >= 0, f"distillation.{name}", "a number not below 0", value)
+        nothing = kd.kd_weight == kd.lm_weight == 0
+        require(not nothing, "distillation.kd_weight", "kd_weight or lm_weight above 0", "0 for both")
+        require(data.vocab_size >= 300, "data.vocab_size", "300 or more (256 of them bytes)", data.vocab_size)
+        require(0 < data.held_out < 0.5, "data.held_out", "a share between 0 and 0.5", data.held_out)
+        require(bool(data.source), "data.source", "at least one source", data.source)
+
+        if job == "prepare" and not data.dir:
+            raise ConfigError("data.dir: expected the directory to write, got nothing; set data.dir")
+        if job == "distill" and not self.teacher.load:
+            raise ConfigError(
+                "teacher.load: expected the path of the teacher's Megatron checkpoint, got nothing; "
+                "set teacher.load, or use `pretrain` to train without a teacher"
+            )
+        if data.dir:
+            twice = [name for name in _DATA_ARGUMENTS if self.megatron.get(name) not in (None, False)]
+            if twice:
+                named = ", ".join(f"megatron.{n} ({self.origins.get(f'megatron.{n}', '?')})" for n in twice)
+                raise ConfigError(
+                    f"data.dir ({self.origins.get('data.dir', '?')}) supplies the data and the tokenizer, "
+                    f"and so does {named}; remove data.dir or remove {', '.join(twice)}"
+                )
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """One setting as it was written."""
+
+    section: str
+    key: str
+    value: Any
+    origin: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.section}.{self.key}" if self.key else self.section
+
+    @classmethod
+    def spelt(cls, section: str, key: str, value: Any, origin: str) -> "_Given":
+        """With the key as its section spells it: our fields have underscores, Megatron's options dashes."""
+        key = key.replace("-", "_") if section in ("distillation", "data") else _dashed(key)
+        return cls(section, key, value, origin)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A value of a YAML mapping with the line of its key."""
+
+    value: Any
+    line: int
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with unique keys; only true, false and null are more than text."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own attribute)
+
+
+def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, _Entry]:
+    entries: dict[str, _Entry] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise ConfigError(f"{loader.name}:{line}: expected a name as key, got {key!r}; quote it")
+        key = _dashed(key)
+        if key in entries:
+            raise ConfigError(
+                f"{loader.name}: '{key}' is given twice, on lines {entries[key].line} and {line}; remove one"
+            )
+        entries[key] = _Entry(loader.construct_object(value_node, deep=True), line)
+    return entries
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]
+)
+_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+
+
+def _load_yaml(text: str, name: str) -> Any:
+    try:
+        loader = _Loader(text)  # refuses control characters
+        loader.name = name
+        return loader.get_single_data()
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}: expected readable YAML, got: {error}") from error
+
+
+def _read_file(path: Path) -> list[_Given]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{path}: expected a readable YAML file, got: {error}; check --config") from error
+    top = _load_yaml(text, path.name)
+    if not isinstance(top, dict):
+        got = "an empty file" if top is None else f"a {type(top).__name__}"
+        raise ConfigError(f"{path}: expected the sections {', '.join(SECTIONS)}, got {got}")
+    given = []
+    for section, entry in top.items():
+        origin = f"{path.name}:{entry.line}"
+        _check_name(section, SECTIONS, origin, "section")
+        if section == "device":
+            given.append(_Given(section, "", entry.value, origin))
+        elif isinstance(entry.value, dict):
+            given += [
+                _Given.spelt(section, k, e.value, f"{path.name}:{e.line}") for k, e in entry.value.items()
+            ]
+        elif entry.value is not None:
+            raise ConfigError(f"{origin}: {section}: expected `key: value` lines, got {entry.value!r}")
+    return given
+
+
+def _read_override(text: str) -> _Given:
+    name, equals, value = text.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not equals or (bool(dot and key) == (section == "device")):
+        raise ConfigError(
+            f"command line: expected section.key=value or device=NAME, got {text!r}; "
+            "for example megatron.num-layers=4"
+        )
+    _check_name(section, SECTIONS, "command line", "section")
+    return _Given.spelt(section, key, _load_yaml(value, f"command line: {name}"), "command line")
+
+
+def load_config(
+    path: Path | None,
+    overrides: Sequence[str],
+    megatron_options: Options,
+    device_defaults: Callable[[str], Mapping[str, Value]] = lambda device: {},
+) -> Config:
+    """Read a configuration: defaults, then what the device implies, then the YAML file, then the overrides.
+
+    Args:
+        path: the YAML file; None for none.
+        overrides: ``section.key=value`` (or ``device=NAME``), the value a YAML scalar or list; of two for
+            the same key the last one counts.
+        megatron_options: the action of each Megatron option, keyed by its spelling without leading dashes.
+        device_defaults: the Megatron arguments that a device implies.
+
+    Returns:
+        The configuration, each value of its field's or action's type; `Config.check` is left to the caller.
+
+    Raises:
+        ConfigError: anything unknown, given twice or of the wrong type.
+    """
+    from_file = _read_file(path) if path is not None else []
+    from_command_line = [_read_override(text) for text in overrides]
+
+    config = Config()
+    origins = config.origins
+    origins["device"] = "default"
+    for item in (*from_file, *from_command_line):
+        if item.section == "device":
+            config.device, origins["device"] = item.value, item.origin
+            _check_name(config.device, DEVICES, item.origin, "device")
+    implied = [
+        _Given.spelt("megatron", key, value, f"device: {config.device}")
+        for key, value in device_defaults(config.device).items()
+    ]
+    for section, kind in (("distillation", DistillationConfig), ("data", DataConfig)):
+        origins.update({f"{section}.{item.name}": "default" for item in fields(kind)})
+    origins.update({"teacher.load": "default", "teacher.ckpt-step": "default"})
+
+    options = _Options(megatron_options)
+    for layer in (implied, from_file, from_command_line):
+        spelt: dict[tuple[str, str], _Given] = {}
+        for item in layer:
+            if item.section == "device":
+                continue
+            if item.section == "distillation":
+                _set_field(config, config.distillation, item)
+            elif item.section == "data":
+                _set_field(config, config.data, item)
+            elif item.section == "teacher" and item.key in ("load", "ckpt-step"):
+                _set_field(config, config.teacher, item)
+            else:
+                arguments = config.megatron if item.section == "megatron" else config.teacher.megatron
+                _, action = options.find(item.key, item.origin)
+                twin = spelt.setdefault((item.section, action.dest), item)
+                if twin.key != item.key:
+                    raise ConfigError(
+                        f"{item.origin}: '{item.key}' and '{twin.key}' ({twin.origin}) are two spellings "
+                        "of one Megatron argument; remove one"
+                    )
+                # A later layer may spell the argument otherwise; it replaces it all the same.
+                for key in [key for key in arguments if key != item.key and options.dest(key) == action.dest]:
+                    del arguments[key], origins[f"{item.section}.{key}"]
+                arguments[item.key] = _option_value(item, action)
+                origins[item.name] = item.origin
+    return config
+
+
+def _set_field(config: Config, target: Any, item: _Given) -> None:
+    types, name = get_type_hints(type(target)), item.key.replace("-", "_")
+    _check_name(name, types, item.origin, f"key of {item.section}")
+    setattr(target, name, _field_value(item, types[name]))
+    config.origins[item.name] = item.origin
+
+
+# Types --------------------------------------------------------------------------------------------
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _check_name(name: object, known: Iterable[str], origin: str, what: str) -> None:
+    known = list(known)
+    if name in known:
+        return
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.7)
+    hint = f"did you mean '{near[0]}'?" if near else ""
+    if len(known) <= 16:
+        hint = f"{hint} known: {', '.join(known)}".strip()
+    raise ConfigError(
+        f"{origin}: unknown {what} {_shown(name)}; {hint or 'see the documentation for the names'}"
+    )
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return "a nested mapping"
+    if isinstance(value, bool):
+        return f"the boolean {str(value).lower()}"
+    return "nothing (null)" if value is None else repr(value)
+
+
+def _wrong(item: _Given, expected: str, value: object, remedy: str = "") -> ConfigError:
+    end = f"; {remedy}" if remedy else ""
+    return ConfigError(f"{item.origin}: {item.name}: expected {expected}, got {_shown(value)}{end}")
+
+
+def _boolean(item: _Given, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    remedy = "write true or false, unquoted" if isinstance(value, str) else ""
+    raise _wrong(item, "true or false", value, remedy)
+
+
+def _integer(item: _Given, value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(_\d+)*", value):
+        return int(value)
+    raise _wrong(item, "a whole number", value, "write it in digits" if isinstance(value, str) else "")
+
+
+def _number(item: _Given, value: object, finite: bool) -> float:
+    number = None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        number = float(value)
+    elif isinstance(value, str):
+        try:
+            number = float(re.sub(r"^([-+]?)\.(inf|nan)$", r"\1\2", value.lower()))
+        except ValueError:
+            number = None
+    if number is None or (finite and not math.isfinite(number)):
+        raise _wrong(item, "a finite number" if finite else "a number", value)
+    return number
+
+
+def _text(item: _Given, value: object) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    raise _wrong(item, "text", value, "quote it" if isinstance(value, bool) else "")
+
+
+def _field_value(item: _Given, kind: Any) -> Value:
+    """The value in its dataclass field's type."""
+    value = item.value
+    if kind in (str | None, int | None):
+        if value is None:
+            return None
+        kind = str if kind == str | None else int
+    if kind is bool:
+        return _boolean(item, value)
+    if kind is int:
+        return _integer(item, value)
+    if kind is float:
+        return _number(item, value, finite=True)
+    if kind == list[str]:
+        return [_text(item, entry) for entry in (value if isinstance(value, list) else [value])]
+    return _text(item, value)
+
+
+class _Options:
+    """Megatron's options by name, dashes and underscores alike."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        # Sorted, so that where both spellings exist the dashed one (first in ASCII) is the one kept.
+        self._spellings = {_dashed(name): name for name in sorted(options, reverse=True)}
+
+    def find(self, key: str, origin: str) -> tuple[str, argparse.Action]:
+        """Megatron's spelling and the action."""
+        _check_name(_dashed(key), self._spellings, origin, "Megatron argument")
+        spelling = self._spellings[_dashed(key)]
+        return spelling, self._options[spelling]
+
+    def dest(self, key: str) -> str:
+        return self.find(key, "")[1].dest
+
+
+def _option_value(item: _Given, action: argparse.Action) -> Value:
+    """The value in the type that the action's command line would give it; text for the action's own types."""
+    value, nargs = item.value, action.nargs
+    if value is None:
+        return None
+    if nargs == 0 or action.type is bool:
+        return _boolean(item, value)
+    if nargs is None or nargs == "?":
+        if isinstance(value, list):
+            raise _wrong(item, "one value", value, "write it as quoted text, as on Megatron's command line")
+        return _option_item(item, value, action)
+    values = [_option_item(item, entry, action) for entry in (value if isinstance(value, list) else [value])]
+    if (nargs == "+" and not values) or (isinstance(nargs, int) and len(values) != nargs):
+        raise _wrong(item, "at least one value" if nargs == "+" else f"{nargs} values", value)
+    return values
+
+
+def _option_item(item: _Given, value: object, action: argparse.Action) -> Scalar:
+    result: Scalar
+    if isinstance(value, bool | None | dict | list):
+        raise _wrong(item, "a value", value, "quote it" if isinstance(value, bool) else "")
+    if action.type is int:
+        result = _integer(item, value)
+    elif action.type is float:
+        result = _number(item, value, finite=False)
+    else:
+        result = _text(item, value)
+    if action.choices is not None and result not in action.choices:
+        names = [str(getattr(choice, "name", choice)) for choice in action.choices]
+        _check_name(str(result), names, item.origin, f"choice for {item.name}")
+    return result
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+def to_argv(values: Mapping[str, Value], megatron_options: Options) -> list[str]:
+    """Megatron's command line for these arguments.
+
+    Args:
+        values: Megatron arguments, keyed by option name without the leading dashes. None, and false for a
+            plain flag, leave the argument out.
+        megatron_options: as in `load_config`.
+
+    Returns:
+        The words of the command line.
+
+    Raises:
+        ConfigError: an unknown argument, or a value that its action does not take.
+    """
+    options = _Options(megatron_options)
+    argv: list[str] = []
+    for key, given in values.items():
+        spelling, action = options.find(key, "megatron")
+        item = _Given("megatron", key, given, "Megatron's command line")
+        value = _option_value(item, action)
+        flag = f"--{spelling}"
+        if value is None:
+            continue
+        if isinstance(action, argparse.BooleanOptionalAction):
+            opposite = (
+                f"--{spelling.removeprefix('no-')}" if spelling.startswith("no-") else f"--no-{spelling}"
+            )
+            argv.append(flag if value else opposite)
+        elif action.nargs == 0:
+            argv += [flag] if value else []
+        elif action.type is bool:
+            # argparse calls bool() on the text: only the empty one is false.
+            argv.append(f"{flag}={value or ''}")
+        elif isinstance(value, list):
+            argv += [flag, *(_word(item, entry) for entry in value)]
+        else:
+            text = str(value)
+            argv += [f"{flag}={text}"] if text.startswith("-") or not text else [flag, text]
+    return argv
+
+
+def _word(item: _Given, value: Scalar) -> str:
+    """One of several values; argparse takes a leading dash only from plain decimals."""
+    if isinstance(value, float) and value < 0:
+        return format(Decimal(repr(value)), "f")
+    text = str(value)
+    if text.startswith("-") and not isinstance(value, int):
+        raise _wrong(item, "values without a leading dash", text)
+    return text
+
+
+def render(config: Config) -> str:
+    """The configuration as YAML, each value with its origin as a comment; it loads again as the same one.
+
+    Args:
+        config: what `load_config` returned.
+
+    Returns:
+        The text, ending in a newline.
+    """
+    teacher = {"load": config.teacher.load, "ckpt-step": config.teacher.ckpt_step, **config.teacher.megatron}
+    sections: dict[str, dict[str, Value]] = {"megatron": config.megatron, "teacher": teacher}
+    for section, values in (("distillation", config.distillation), ("data", config.data)):
+        sections[section] = {item.name: getattr(values, item.name) for item in fields(values)}
+    rows = [(f"device: {_yaml(config.device)}", config.origins.get("device", ""))]
+    for section, items in sections.items():
+        rows.append((f"{section}:" if items else f"{section}: {{}}", ""))
+        rows += [(f"  {k}: {_yaml(v)}", config.origins.get(f"{section}.{k}", "")) for k, v in items.items()]
+    width = max(len(text) for text, _ in rows if len(text) <= 60)  # a long path does not push all others
+    lines = (f"{text:<{width}}  # {origin}" if origin else text for text, origin in rows)
+    return "\n".join(lines) + "\n"
+
+
+def _yaml(value: Value) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(_yaml(entry) for entry in value)}]"
+    style = '"' if isinstance(value, str) and not value.isprintable() else None  # on one line
+    text = yaml.safe_dump(
+        [value], default_flow_style=True, default_style=style, width=math.inf, allow_unicode=True
+    )
+    return text.strip()[1:-1]

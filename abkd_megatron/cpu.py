@@ -1,0 +1,230 @@
+"""The stand-in that lets the real Megatron train where there is no GPU: for tests, demos and debugging.
+
+Megatron asks torch.cuda for devices, streams and random states all over its code. `install` answers those questions
+with the CPU: every tensor that asks for CUDA lands in main memory, streams and events do nothing, and the GPU's random
+generator is the CPU's. It changes torch for the whole process, so it is opt-in (`device: cpu`), happens once, and refuses to
+start beside a GPU.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from abkd_megatron.errors import HostError
+
+_installed = False
+
+# What Megatron's command line needs on a CPU: every fused kernel off, and no work for processes that do not exist.
+MEGATRON_DEFAULTS: Mapping[str, Any] = {
+    "transformer-impl": "local",
+    "distributed-backend": "gloo",
+    "use-cpu-initialization": True,
+    "no-gradient-accumulation-fusion": True,
+    "no-masked-softmax-fusion": True,
+    "no-bias-swiglu-fusion": True,
+    "no-bias-gelu-fusion": True,
+    "no-bias-dropout-fusion": True,
+    "no-rope-fusion": True,
+    "no-persist-layer-norm": True,
+    "disable-jit-fuser": True,
+    "no-create-attention-mask-in-dataloader": True,
+    "attention-dropout": 0.0,
+    "hidden-dropout": 0.0,
+    "num-workers": 0,
+}
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites every request for a CUDA device to the CPU, and `Tensor.type()` to the name Megatron checks for."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.pin_memory:
+            return args[0]
+        if func is torch.Tensor.record_stream:
+            return None
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(args[0]).replace("torch.", "torch.cuda.", 1)
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = torch.device("cpu")
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        if any(_is_cuda(arg) for arg in args):
+            args = tuple(torch.device("cpu") if _is_cuda(arg) else arg for arg in args)
+        return func(*args, **kwargs)
+
+
+def _is_cuda(value: object) -> bool:
+    if isinstance(value, str):
+        return value == "cuda" or value.startswith("cuda:")
+    return isinstance(value, torch.device) and value.type == "cuda"
+
+
+class _Idle:
+    """A stream or an event of a device that has no queue: everything it is asked for has already happened."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __enter__(self) -> "_Idle":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+    def query(self) -> bool:
+        return True
+
+    def is_capturing(self) -> bool:
+        return False
+
+    def elapsed_time(self, other: object) -> float:
+        return 0.0
+
+    def record(self, *args: object) -> None: ...
+    def synchronize(self) -> None: ...
+    def wait(self, *args: object) -> None: ...
+    def wait_event(self, *args: object) -> None: ...
+    def wait_stream(self, *args: object) -> None: ...
+    def record_event(self, event: object = None) -> object:
+        return event if event is not None else _Idle()
+
+
+def install() -> None:
+    """Answer Megatron's questions about the GPU with the CPU, in this process, for the rest of its life.
+
+    Raises:
+        HostError: beside a real GPU.
+    """
+    global _installed
+    if _installed:
+        return
+    if torch.cuda.is_available():
+        raise HostError(
+            "device: cpu was asked for, but this machine has a GPU; the stand-in would hide it from the whole process. "
+            "Use `device: cuda`, or hide the GPU yourself with CUDA_VISIBLE_DEVICES=''"
+        )
+    _installed = True
+
+    # First, because importing Megatron makes torch.compile look at torch.cuda, which must still be the real one.
+    import megatron.core.datasets.utils
+    import megatron.core.tensor_parallel.random as megatron_random
+    import megatron.training  # noqa: F401
+
+    # Megatron insists on it for tensor parallelism; without a GPU it means nothing.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    cpu, generator, stream = torch.device("cpu"), torch.default_generator, _Idle()
+
+    def get_rng_state(device: object = None) -> torch.Tensor:
+        return generator.get_state()
+
+    def set_rng_state(state: torch.Tensor, device: object = None) -> None:
+        generator.set_state(state)
+
+    def manual_seed(seed: int) -> None:
+        generator.manual_seed(seed)
+
+    def nothing(*args: object, **kwargs: object) -> None:
+        return None
+
+    def zero(*args: object, **kwargs: object) -> int:
+        return 0
+
+    for name, answer in {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: cpu,
+        "set_device": nothing,
+        "get_device_name": lambda *_: "cpu",
+        "get_device_capability": lambda *_: (8, 0),
+        "get_device_properties": lambda *_: SimpleNamespace(
+            name="cpu", major=8, minor=0, total_memory=0, multi_processor_count=1
+        ),
+        "is_bf16_supported": lambda *_, **__: True,
+        "default_generators": defaultdict(lambda: generator),  # asked with whatever current_device says
+        "_lazy_init": nothing,
+        "_lazy_call": lambda call, **_: call(),
+        "Stream": _Idle,
+        "Event": _Idle,
+        "stream": lambda *_: nullcontext(),
+        "current_stream": lambda *_: stream,
+        "default_stream": lambda *_: stream,
+        "set_stream": nothing,
+        "synchronize": nothing,
+        "empty_cache": nothing,
+        "memory_allocated": zero,
+        "max_memory_allocated": zero,
+        "memory_reserved": zero,
+        "max_memory_reserved": zero,
+        "reset_peak_memory_stats": nothing,
+        "memory_stats": lambda *_: {"num_alloc_retries": 0, "allocation.all.current": 0},
+        "mem_get_info": lambda *_: (0, 0),
+        "device_memory_used": zero,
+    }.items():
+        setattr(torch.cuda, name, answer)
+    # torch's optimizers ask here whether a graph is being captured, once they believe in a GPU.
+    torch.accelerator.current_stream = lambda *_: stream  # type: ignore[assignment]
+    for name in ("Float", "Double", "Half", "BFloat16", "Int", "Long", "Byte", "Bool"):
+        setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(torch.cuda.nvtx, name, nothing)
+    for module in (torch.cuda, torch.cuda.random):
+        module.get_rng_state = get_rng_state
+        module.set_rng_state = set_rng_state
+        module.manual_seed = manual_seed
+        # torch.manual_seed seeds the CPU itself and then calls this for the GPUs: there is none left to seed.
+        module.manual_seed_all = nothing
+    _CudaMeansCpu().__enter__()
+    # Megatron compiled its small fusions when it was imported; the compiler cannot look through this stand-in.
+    torch.compiler.set_stance("force_eager")
+
+    # Runs `make` in a folder without a Makefile; the wheel ships the compiled helper.
+    megatron.core.datasets.utils.compile_helpers = nothing
+    # This module copied the names out of torch.cuda when it was imported.
+    megatron_random._lazy_call = torch.cuda._lazy_call
+    megatron_random._lazy_init = torch.cuda._lazy_init
+    _fix_resumed_adam()
+
+
+def init_process_group(timeout: timedelta) -> None:
+    """Start torch.distributed over gloo, as torchrun's environment says; Megatron then finds it started."""
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    torch.distributed.init_process_group(
+        "gloo",
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        timeout=timeout,
+    )
+
+
+def _fix_resumed_adam() -> None:
+    """Give each parameter its own step counter when torch's Adam is resumed.
+
+    megatron-core 0.19's DistributedOptimizer hands one and the same `step` tensor to every parameter on load. torch's
+    Adam advances it in place, once a parameter, so from the second step after a resume the bias correction is wrong
+    (TransformerEngine's and apex's Adam keep the step elsewhere and are not touched by this).
+    """
+    load_state_dict = torch.optim.Optimizer.load_state_dict
+
+    def load_with_own_steps(self: torch.optim.Optimizer, state_dict: dict) -> None:
+        load_state_dict(self, state_dict)
+        for state in self.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+    torch.optim.Optimizer.load_state_dict = load_with_own_steps  # type: ignore[method-assign]

@@ -1,0 +1,59 @@
+"""The loss contract with Megatron's schedules: sums over tokens, and the numbers to log beside them."""
+
+from collections.abc import Mapping
+
+import torch
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+
+def masked_loss(
+    loss_mask: torch.Tensor,
+    output_tensor: torch.Tensor,
+    *,
+    report: Mapping[str, torch.Tensor] | None = None,
+    check_for_nan: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Return what Megatron's schedules expect of a loss function for one micro-batch.
+
+    Megatron sums over micro-batches and data-parallel ranks and divides once by the global number of tokens, so
+    nothing is divided here.
+
+    Args:
+        loss_mask: [b, s], 1 where a token counts.
+        output_tensor: [b, s] the loss a token, as the model returned it.
+        report: per-token numbers [b, s] to log, `Attachment.report`; None for training without a teacher.
+        check_for_nan: stop on NaN or Inf through Megatron's rerun state machine, as its own loss function does.
+
+    Returns:
+        (sum of the loss over counted tokens, their number as int, {name: [sum, number]}). Without a report the only
+        name is `lm loss`. With one, `lm loss` is still the student's cross entropy, `total loss` is what is trained.
+        The same names on every rank and micro-batch.
+
+    Collectives: none; Megatron reduces each name once an iteration.
+    """
+    mask = loss_mask.reshape(-1).float()
+    loss = torch.sum(output_tensor.reshape(-1).float() * mask)
+    num_tokens = mask.sum().clone().detach().to(torch.int)
+    if report is None:
+        sums = {"lm loss": loss}
+    else:
+        sums = {name: torch.sum(value.reshape(-1).float() * mask) for name, value in report.items()}
+        sums["total loss"] = loss
+    if check_for_nan:
+        for name in ("lm loss", "kd loss", "total loss"):
+            if name in sums:
+                _stop_unless_finite(sums[name], name)
+    return loss, num_tokens, {
+        name: torch.cat([value.detach().clone().view(1), num_tokens.view(1)]) for name, value in sums.items()
+    }
+
+
+def _stop_unless_finite(value: torch.Tensor, name: str) -> None:
+    for rejection, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+        get_rerun_state_machine().validate_result(
+            result=value,
+            rejection_func=rejection,
+            message=f"found {what} in the {name} of a micro-batch",
+            tolerance=0.0,  # a forward pass is deterministic
+            fatal=True,
+        )

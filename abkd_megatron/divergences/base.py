@@ -1,0 +1,60 @@
+"""What a divergence is to the engine: two elementwise functions of a pair of log-probabilities."""
+
+import math
+import numbers
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from abkd_megatron.errors import ConfigError
+
+
+class Divergence(ABC):
+    """A per-token sum over the vocabulary, D = sum_k F(log p_k, log q_k), teacher p, student q.
+
+    With h_k = dF/dlog q_k and H = sum_k h_k, the gradient on the student's logit j at temperature T is
+
+        dD/ds_j = (h_j - q_j H) / T
+
+    so F and h are all the engine has to know. Both methods take tensors of one shape and dtype (fp32 or fp64)
+    and return a new one of the same; they must not write to their arguments. No autograd runs through them.
+
+    `log_ratio` is log p - log q. It is handed in because the engine knows it better than the difference of
+    the two rounded logarithms does; near convergence that is the whole of the signal. A log-probability may
+    be -inf; where both are, the engine discards the result, so NaN is allowed there.
+    """
+
+    @abstractmethod
+    def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        """F, elementwise."""
+
+    @abstractmethod
+    def slope(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        """The slope h = dF/dlog q with log p held fixed, elementwise."""
+
+
+def weigh(mass: Tensor, amount: Tensor) -> Tensor:
+    """Return mass * amount with 0 * inf = 0, the convention of 0 log 0."""
+    return (mass * amount).masked_fill_(mass == 0, 0.0)
+
+
+def coefficient(number: float, dtype: torch.dtype) -> float:
+    """`number`, or 0.0 where it is too small for `dtype`'s arithmetic to tell its effect from its limit's.
+
+    A scalar that the tensor's dtype flushes to 0 would otherwise give 0 * inf and 0 / 0.
+    """
+    return number if abs(number) >= math.sqrt(torch.finfo(dtype).tiny) else 0.0
+
+
+def finite_number(owner: str, name: str, number: object) -> float:
+    """`number` as a float.
+
+    Raises:
+        ConfigError: if it is not a finite real number (a bool is none).
+    """
+    if isinstance(number, numbers.Real) and not isinstance(number, bool) and math.isfinite(number):
+        return float(number)
+    raise ConfigError(
+        f"{owner}: expected {name} to be a finite number, got {number!r}: give a plain number such as 0.5"
+    )

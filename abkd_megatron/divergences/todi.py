@@ -1,0 +1,73 @@
+"""ToDi: forward and reverse KL, mixed token by token by which model is the more sure."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from abkd_megatron.divergences.base import Divergence, coefficient, finite_number, weigh
+from abkd_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ToDi(Divergence):
+    """Token-wise distillation.
+
+        D = sum_k [ w p log(p/q) + (1 - w) q log(q/p) ],    w = sigmoid(scale * log(p/q))
+
+    Forward KL where the teacher gives the token more than the student does, reverse KL where it gives less.
+    At scale 1 the value is that of forward + reverse KL; at scale 0 it is half their sum.
+
+    With `detach` the weights are constants in the gradient, as in the paper and its code: h = -w p + (1 - w)
+    q (1 - rho), rho = log(p/q). This is not the gradient of the value. Without it h has the further term
+    -scale w (1 - w) rho (p + q) and is.
+
+    Infinite where one of p, q is 0 and the other is not, as both KL terms in sum are.
+
+    Args:
+        scale: of the log-ratio inside the sigmoid, finite, >= 0; 1 in the paper's code.
+        detach: whether w is a constant in the gradient.
+
+    Raises:
+        ConfigError: if scale is not a finite number >= 0 or detach is not a bool.
+
+    Source: ToDi, EMNLP 2025, arXiv 2505.16297, equations 7, 8 and 10.
+    """
+
+    scale: float = 1.0
+    detach: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", finite_number("ToDi", "scale", self.scale))
+        if self.scale < 0:
+            raise ConfigError(
+                f"ToDi: expected scale >= 0, got {self.scale}: a negative scale favours the wrong KL term; give "
+                f"1.0 for the paper's"
+            )
+        if not isinstance(self.detach, bool):
+            raise ConfigError(f"ToDi: expected detach to be true or false, got {self.detach!r}: give a bool")
+
+    def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        """F = w p rho - (1 - w) q rho."""
+        w, one_minus_w = self._weights(log_ratio)
+        forward = weigh(w.mul_(log_p.exp()), log_ratio)
+        return forward.sub_(weigh(one_minus_w.mul_(log_q.exp()), log_ratio))
+
+    def slope(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        """The slope h = -w p + (1 - w) q (1 - rho), and -scale w (1 - w) rho (p + q) more if not detached."""
+        w, one_minus_w = self._weights(log_ratio)
+        p, q = log_p.exp(), log_q.exp()
+        reverse = one_minus_w * q
+        h = (reverse - w * p).sub_(weigh(reverse, log_ratio))
+        scale = coefficient(self.scale, log_ratio.dtype)
+        if not self.detach and scale != 0.0:
+            mass = (p + q).mul_(w).mul_(one_minus_w)
+            h.sub_(weigh(mass, log_ratio), alpha=scale)
+        return h
+
+    def _weights(self, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+        scale = coefficient(self.scale, log_ratio.dtype)
+        if scale == 0.0:
+            return torch.full_like(log_ratio, 0.5), torch.full_like(log_ratio, 0.5)
+        # 1 - w by its own sigmoid: the subtraction has no digits left where w is near 1.
+        return (log_ratio * scale).sigmoid_(), (log_ratio * -scale).sigmoid_()

@@ -1,0 +1,1 @@
+"""Entries into the training loops of the hosts."""

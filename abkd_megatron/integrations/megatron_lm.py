@@ -1,0 +1,308 @@
+"""Megatron-LM's own training loop (`megatron.training.pretrain`), fed with our config, our data and our head."""
+
+import argparse
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
+from megatron.core.utils import (
+    StragglerDetector,
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args, parse_args, validate_args
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from abkd_megatron.config import Config, DistillationConfig, to_argv
+from abkd_megatron.data import PreparedData
+from abkd_megatron.distillation import Attachment, Objective, TeacherCheckpoint, attach, build_teacher
+from abkd_megatron.distillation.step import masked_loss
+from abkd_megatron.divergences import AlphaBeta, Divergence, ToDi
+from abkd_megatron.errors import ConfigError, on_every_rank
+
+_stimer = StragglerDetector()
+
+# What teacher and student share as long as they run side by side on the same ranks, stage by stage.
+_SHARED = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "sequence_parallel",
+    "seq_length",
+    "micro_batch_size",
+    "params_dtype",
+    "tokenizer_type",
+    "tokenizer_model",
+)
+
+# Megatron features this integration does not carry a teacher through; each is off by default.
+_UNSUPPORTED = {
+    "mtp_num_layers": "multi-token prediction",
+    "sft": "packed fine-tuning batches",
+    "dataloader_inter_document_masking": "packed sequences",
+    "hybrid_context_parallel": "hybrid context parallelism",
+    "hybrid_layer_pattern": "HybridModel",
+    "fim_data": "fill-in-the-middle data",
+    "overlap_moe_expert_parallel_comm": "combined 1F1B schedule plans",
+    "yaml_cfg": "Megatron's own --yaml-cfg",
+}
+
+
+def megatron_options() -> dict[str, argparse.Action]:
+    """Every argument of the installed Megatron, by its spelling without the leading dashes."""
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return {name.removeprefix("--"): action for name, action in parser._option_string_actions.items()}
+
+
+def run(config: Config, job: str) -> None:
+    """Train with Megatron's own loop on this rank.
+
+    Args:
+        config: checked for `job`.
+        job: "pretrain" (no teacher) or "distill".
+
+    Raises:
+        AbkdError: before the first step, on every rank, when something cannot be run.
+    """
+    options = megatron_options()
+    megatron = dict(config.megatron)
+    if config.data.dir is not None:
+        with on_every_rank():
+            megatron = {**PreparedData.open(config.data.dir).megatron_arguments(), **megatron}
+    argv = to_argv(megatron, options)
+    with on_every_rank():
+        with _command_line(argv):
+            _check_layout(parse_args(), "student")
+    with _megatron_assertions_named(), _command_line(argv):
+        args = parse_and_validate_args()
+    # Megatron saves its arguments with the checkpoint; this one lets a later student see whose vocabulary it was.
+    vocab_size = args.vocab_size = get_tokenizer().vocab_size
+    model_config = gpt_config_from_args(args)
+    step = _ForwardStep()
+
+    if job == "distill":
+        objective = make_objective(config.distillation)
+        with on_every_rank():
+            teacher_args = _teacher_args({**megatron, **config.teacher.megatron}, options, args)
+            checkpoint = TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step)
+            checkpoint.check_arguments(teacher_args, vocab_size)
+
+        def attach_teacher(student: list[torch.nn.Module]) -> list[torch.nn.Module]:
+            print_rank_0(f"distilling with {objective.divergence} from the teacher in {checkpoint.directory}")
+            pg_collection = get_attr_wrapped_model(student[0], "pg_collection")
+            step.attachment = attach(
+                student,
+                build_teacher(gpt_config_from_args(teacher_args), checkpoint, pg_collection),
+                objective,
+                vocab_size=vocab_size,
+                pg_collection=pg_collection,
+                timeout=timedelta(minutes=args.distributed_timeout_minutes),
+            )
+            return student
+
+        model_config.post_wrap_hooks.append(attach_teacher)
+
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        train_valid_test_datasets_provider,
+        ModelType.encoder_or_decoder,
+        step,
+    )
+    if step.attachment is not None:
+        step.attachment.detach()
+
+
+def make_objective(config: DistillationConfig) -> Objective:
+    """The objective that the `distillation:` section describes."""
+    divergence: Divergence
+    if config.divergence == "todi":
+        divergence = ToDi(scale=config.scale, detach=config.detach)
+    else:
+        divergence = AlphaBeta(alpha=config.alpha, beta=config.beta)
+    return Objective(
+        divergence,
+        temperature=config.temperature,
+        kd_weight=config.kd_weight,
+        lm_weight=config.lm_weight,
+    )
+
+
+class _ForwardStep:
+    """Megatron's forward step for GPT pretraining; with a teacher attached, its numbers go into the report."""
+
+    def __init__(self) -> None:
+        self.attachment: Attachment | None = None
+
+    def __call__(
+        self, data_iterator: Iterator | None, model: torch.nn.Module, return_schedule_plan: bool = False
+    ) -> tuple[torch.Tensor, partial]:
+        timers = get_timers()
+        timers("batch-generator", log_level=2).start()
+        with _stimer(bdata=True):
+            batch = _get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+        timers("batch-generator").stop()
+        with _stimer:
+            output = model(
+                batch["tokens"],
+                batch["position_ids"],
+                batch["attention_mask"],
+                labels=batch["labels"],
+                loss_mask=batch["loss_mask"],
+            )
+        return output, partial(self._loss, batch["loss_mask"])
+
+    def _loss(
+        self, loss_mask: torch.Tensor, output_tensor: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        return masked_loss(
+            loss_mask,
+            output_tensor,
+            report=self.attachment.report if self.attachment is not None else None,
+            check_for_nan=get_args().check_for_nan_in_loss_and_grad,
+        )
+
+
+def _get_batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
+    """This rank's share of the next micro-batch; nothing on the pipeline stages that need none."""
+    args = get_args()
+    keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens")
+    batch: dict[str, Any] = dict.fromkeys(keys)
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return batch
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        assert data_iterator is not None
+        data = next(data_iterator)
+        batch.update({key: data[key].cuda(non_blocking=True) for key in keys if data.get(key) is not None})
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+
+
+def train_valid_test_datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -> tuple:
+    """Megatron's GPT datasets for training, validation and test, on the ranks that read data."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+    )
+
+    def is_built_here() -> bool:
+        return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+
+    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, config).build()
+
+
+# Megatron then builds the datasets on every rank that needs them, not on rank 0 alone.
+train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+
+
+def _teacher_args(megatron: Mapping[str, Any], options: Mapping[str, argparse.Action], student: Namespace) -> Namespace:
+    """Megatron's arguments for the teacher: the student's, with the `teacher:` section on top, derived anew."""
+    with _megatron_assertions_named(), _command_line(to_argv(megatron, options)):
+        args = parse_args()
+        _check_layout(args, "teacher")
+        validate_args(args)
+    for name in _SHARED:
+        theirs, ours = getattr(args, name), getattr(student, name)
+        if theirs != ours:
+            raise ConfigError(
+                f"teacher.{name.replace('_', '-')} is {theirs}, the student's is {ours}; they must be the same: "
+                "remove it from `teacher:`"
+            )
+    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    args.padded_vocab_size = -(-student.vocab_size // multiple) * multiple
+    return args
+
+
+def _check_layout(args: Namespace, who: str) -> None:
+    """Refuse what cannot be run, by name, before Megatron builds anything."""
+    for name, what in _UNSUPPORTED.items():
+        if getattr(args, name, None):
+            raise ConfigError(f"{who}: {what} is not supported yet; remove {name.replace('_', '-')}")
+    interleaved = {
+        "num_layers_per_virtual_pipeline_stage": args.num_layers_per_virtual_pipeline_stage,
+        "num_virtual_stages_per_pipeline_rank": args.num_virtual_stages_per_pipeline_rank,
+        "pipeline_model_parallel_layout": args.pipeline_model_parallel_layout,
+    }
+    for name, value in interleaved.items():
+        if value is not None:
+            raise ConfigError(
+                f"{who}: the interleaved pipeline schedule is not supported yet; remove {name.replace('_', '-')}"
+            )
+    stages = args.pipeline_model_parallel_size
+    uneven = (args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers)
+    if args.num_layers is not None and uneven == (None, None) and args.num_layers % stages:
+        raise ConfigError(
+            f"{who}: {args.num_layers} layers do not divide over {stages} pipeline stages; change num-layers or "
+            "pipeline-model-parallel-size, or say decoder-first-pipeline-num-layers"
+        )
+
+
+@contextmanager
+def _command_line(argv: Sequence[str]) -> Iterator[None]:
+    """Megatron's parser reads sys.argv and nothing else."""
+    saved, sys.argv = sys.argv, [sys.argv[0], *argv]
+    try:
+        yield
+    finally:
+        sys.argv = saved
+
+
+@contextmanager
+def _megatron_assertions_named() -> Iterator[None]:
+    """Megatron refuses arguments by assertion: pass its words on, without the traceback."""
+    try:
+        yield
+    except AssertionError as error:
+        if not str(error):
+            raise
+        raise ConfigError(f"Megatron refuses these arguments: {error}") from error

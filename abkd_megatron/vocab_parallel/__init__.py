@@ -1,0 +1,10 @@
+"""How it is computed where each rank of a tensor-parallel group holds a slice of the vocabulary."""
+
+from abkd_megatron.vocab_parallel.engine import (
+    DistillationTerms,
+    vocab_parallel_distillation,
+    vocab_parallel_divergence,
+)
+from abkd_megatron.vocab_parallel.shard import VocabShard
+
+__all__ = ["DistillationTerms", "VocabShard", "vocab_parallel_distillation", "vocab_parallel_divergence"]

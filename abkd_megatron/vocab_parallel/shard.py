@@ -1,0 +1,86 @@
+"""Which columns of the vocabulary a rank holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+
+from abkd_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """This rank holds the real columns [start, stop) of a vocabulary of `size` real tokens.
+
+    They come first in the local logits; whatever columns follow them there are padding, of no probability.
+    The shards of a group may differ in width, and may be empty.
+
+    Args:
+        start: global id of the first column.
+        stop: one past the global id of the last real column.
+        size: number of real tokens over all ranks.
+        group: the ranks that share the vocabulary; None for one rank that holds it all (not for the default
+            group).
+
+    Raises:
+        ConfigError: unless 0 <= start <= stop <= size and size >= 1, and this rank is in the group.
+    """
+
+    start: int
+    stop: int
+    size: int
+    group: dist.ProcessGroup | None = None
+    num_ranks: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.start <= self.stop <= self.size and self.size >= 1):
+            raise ConfigError(
+                f"VocabShard: expected 0 <= start <= stop <= size and size >= 1, got start {self.start}, stop "
+                f"{self.stop}, size {self.size}: give the global ids of this rank's real columns"
+            )
+        object.__setattr__(self, "num_ranks", _rank_and_size(self.group)[1])
+
+    @property
+    def num_columns(self) -> int:
+        """Number of real columns on this rank."""
+        return self.stop - self.start
+
+    @classmethod
+    def megatron(
+        cls, width: int, group: dist.ProcessGroup | None = None, vocab_size: int | None = None
+    ) -> VocabShard:
+        """Megatron's layout: every rank holds `width` columns, rank r from r * width on, the padding at the very end.
+
+        Args:
+            width: columns of the local logits, padding included.
+            group: the tensor-parallel group, None for one rank.
+            vocab_size: number of real tokens; None if no column is padding.
+
+        Raises:
+            ConfigError: if vocab_size does not lie in 1 .. width * number of ranks, or this rank is not in
+                the group.
+        """
+        rank, num_ranks = _rank_and_size(group)
+        padded_size = width * num_ranks
+        if vocab_size is None:
+            vocab_size = padded_size
+        if not 1 <= vocab_size <= padded_size:
+            raise ConfigError(
+                f"expected vocab_size in 1 .. {padded_size} ({num_ranks} ranks of {width} columns), got {vocab_size} "
+                f"on rank {rank}: give the tokenizer's size, before padding, and logits of one rank's shard"
+            )
+        start = min(rank * width, vocab_size)
+        return cls(start, min((rank + 1) * width, vocab_size), vocab_size, group)
+
+
+def _rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    if group is None:
+        return 0, 1
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ConfigError(
+            "VocabShard: expected a group that this rank is in, got one that it is not: pass the tensor-parallel group "
+            "of this rank"
+        )
+    return rank, dist.get_world_size(group)

@@ -1,0 +1,52 @@
+"""Package metadata; tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+root = Path(__file__).parent
+version = re.search(r'^__version__ = "(.+)"$', (root / "abkd_megatron/__init__.py").read_text(), re.MULTILINE)
+assert version is not None
+
+tensorboard = "tensorboard>=2.16"
+bench = ["matplotlib>=3.8", tensorboard]
+test = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", *bench]
+
+setup(
+    name="abkd-megatron",
+    version=version[1],
+    description="Distil a large teacher into a smaller student inside Megatron-Core's own training loop",
+    long_description=(root / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="knowledge distillation, Megatron, NeMo, tensor parallel, pretraining, ABKD, ToDi",
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    packages=find_packages(include=["abkd_megatron", "abkd_megatron.*"]),
+    package_data={"abkd_megatron": ["py.typed"]},
+    python_requires=">=3.12",
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core[training]>=0.19,<0.20",
+        "sentencepiece>=0.2",
+        "pyyaml>=6",
+        # Megatron's checkpoint writer hangs without a word when it is missing.
+        "psutil>=5.9",
+    ],
+    extras_require={
+        "test": test,
+        "bench": bench,
+        "dev": [*test, "ruff>=0.14", "mypy>=1.18", "types-PyYAML", "types-psutil"],
+        "te": ["transformer-engine[pytorch]>=2.0"],
+        "bridge": ["megatron-bridge"],
+    },
+    entry_points={"console_scripts": ["abkd-megatron = abkd_megatron.__main__:main"]},
+)

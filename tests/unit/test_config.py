@@ -1,0 +1,422 @@
+"""The configuration: layers, origins, strictness, Megatron's command line, and show-config's round trip."""
+
+import argparse
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abkd_megatron.config import (
+    Config,
+    DataConfig,
+    DistillationConfig,
+    TeacherConfig,
+    load_config,
+    render,
+    to_argv,
+)
+from abkd_megatron.errors import ConfigError
+
+
+def custom(text):
+    return tuple(int(part) for part in text.split(","))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--num-layers", type=int)
+    parser.add_argument("--seq-length", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--min-lr", type=float)
+    parser.add_argument("--swiglu", action="store_true")
+    parser.add_argument("--no-rope-fusion", action="store_false", dest="rope_fusion")
+    parser.add_argument("--attention-softmax-in-fp32", action="store_const", const=1)
+    parser.add_argument("--wandb", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--save-interval", "--persistent-save-interval", type=int)
+    parser.add_argument("--override-opt_param-scheduler", action="store_true")
+    parser.add_argument("--data-path", nargs="*")
+    parser.add_argument("--tokenizer-model", type=str)
+    parser.add_argument("--betas", nargs="+", type=float)
+    parser.add_argument("--grid", nargs=3, type=int)
+    parser.add_argument("--optimizer", choices=["adam", "sgd"])
+    parser.add_argument("--window-size", type=custom)
+    parser.add_argument("--onnx-safe", type=bool)
+    parser.add_argument("--exp-name")
+    parser.add_argument("--load")
+    parser.add_argument("--ckpt-step", type=int)
+    return parser
+
+
+PARSER = make_parser()
+OPTIONS = {
+    spelling.removeprefix("--"): action
+    for action in PARSER._actions
+    for spelling in action.option_strings
+    if spelling.startswith("--") and action.dest != "help"
+}
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text=None, *overrides, device_defaults=lambda device: {}):
+        path = None
+        if text is not None:
+            path = tmp_path / "run.yaml"
+            path.write_text(text, encoding="utf-8")
+        return load_config(path, overrides, OPTIONS, device_defaults)
+
+    return load
+
+
+def test_defaults(load):
+    config = load()
+    assert config.distillation == DistillationConfig()
+    assert config.data == DataConfig(source=["python"])
+    assert config.teacher == TeacherConfig()
+    assert config.device == "cuda" and config.megatron == {}
+    assert set(config.origins.values()) == {"default"}
+
+
+def test_order_and_origins(load):
+    config = load(
+        "device: cuda\nmegatron:\n  num-layers: 2\n  seq_length: 64\n  lr: 1e-4\n"
+        "teacher: {load: /t, num_layers: 8}\ndistillation:\n  alpha: 1e-1\n",
+        "device=cpu",
+        "megatron.num-layers=4",
+        "distillation.kd-weight=2",
+        "teacher.ckpt_step=10",
+        device_defaults=lambda device: (
+            {"num-layers": 1, "swiglu": True, "lr": 1.0} if device == "cpu" else {}
+        ),
+    )
+    assert config.megatron == {"num-layers": 4, "swiglu": True, "lr": 1e-4, "seq-length": 64}
+    assert config.teacher == TeacherConfig(load="/t", ckpt_step=10, megatron={"num-layers": 8})
+    assert (config.distillation.alpha, config.distillation.kd_weight) == (0.1, 2.0)
+    origins = config.origins
+    assert origins["device"] == "command line"
+    assert origins["megatron.num-layers"] == "command line"
+    assert origins["megatron.swiglu"] == "device: cpu"
+    assert origins["megatron.seq-length"] == "run.yaml:4"
+    assert origins["megatron.lr"] == "run.yaml:5"
+    assert origins["teacher.load"] == origins["teacher.num-layers"] == "run.yaml:6"
+    assert origins["teacher.ckpt-step"] == "command line"
+    assert origins["distillation.alpha"] == "run.yaml:8"
+    assert origins["distillation.kd_weight"] == "command line"
+    assert origins["distillation.beta"] == "default"
+
+
+def test_a_later_layer_replaces_another_spelling(load):
+    config = load(
+        "megatron: {persistent-save-interval: 5, no-wandb: true}",
+        "megatron.save-interval=7",
+        "megatron.wandb=true",
+        device_defaults=lambda device: {"save-interval": 1},
+    )
+    assert config.megatron == {"save-interval": 7, "wandb": True}
+    assert "megatron.persistent-save-interval" not in config.origins
+
+
+def test_values_keep_the_type_of_their_option(load):
+    config = load(
+        "megatron:\n  exp-name: 1.10\n  betas: [9e-1, 0.95]\n  data-path: a\n  grid: [1, 2, 3]\n"
+        "  window-size: 128,0\n  num-layers: 1_000\n  tokenizer-model: no\n  swiglu: False\n"
+        "  seq-length: null\n"
+    )
+    assert config.megatron == {
+        "exp-name": "1.10",
+        "betas": [0.9, 0.95],
+        "data-path": ["a"],
+        "grid": [1, 2, 3],
+        "window-size": "128,0",
+        "num-layers": 1000,
+        "tokenizer-model": "no",
+        "swiglu": False,
+        "seq-length": None,
+    }
+
+
+def test_empty_sections_and_source_forms(load):
+    assert load("megatron:\nteacher: {}\ndata: {source: notes.txt}\n").data.source == ["notes.txt"]
+    assert load("device: cpu\n", "data.source=[python, a/*.txt]").data.source == ["python", "a/*.txt"]
+    assert load("data: {dir: x}", "data.dir=").data.dir is None
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("", (), "got an empty file"),
+        ("- a\n", (), "expected the sections device, megatron.*got a list"),
+        ("just text", (), "got a str"),
+        ("a: [", (), "expected readable YAML"),
+        ("a: \x07", (), "expected readable YAML"),
+        ("a: !!python/object:os.system {}", (), "expected readable YAML"),
+        ("a: 1\n---\nb: 2\n", (), "expected readable YAML"),
+        ("distilation: {}\n", (), "run.yaml:1: unknown section 'distilation'; did you mean 'distillation'?"),
+        (
+            "distillation:\n  alhpa: 1\n",
+            (),
+            "run.yaml:2: unknown key of distillation 'alhpa'; did you mean 'alpha'",
+        ),
+        (
+            "megatron:\n  num-layer: 1\n",
+            (),
+            "run.yaml:2: unknown Megatron argument .*did you mean 'num-layers'",
+        ),
+        ("teacher:\n  lod: 1\n", (), "unknown Megatron argument 'lod'; did you mean 'load'"),
+        ("data: {splits: 1}", (), "unknown key of data 'splits'; known: source, dir"),
+        ("device: gpu\n", (), "run.yaml:1: unknown device 'gpu'; known: cuda, cpu"),
+        ("device: [cpu]\n", (), "unknown device"),
+        ("megatron:\n  lr: 1\n  lr: 2\n", (), "run.yaml: 'lr' is given twice, on lines 2 and 3"),
+        ("data: {vocab_size: 1,\n vocab-size: 2}", (), "'vocab-size' is given twice, on lines 1 and 2"),
+        ("data: {}\ndata: {}\n", (), "'data' is given twice, on lines 1 and 2"),
+        (
+            "megatron:\n  save-interval: 1\n  persistent_save_interval: 2\n",
+            (),
+            r"run.yaml:3: 'persistent-save-interval' and 'save-interval' \(run.yaml:2\) are two spellings",
+        ),
+        ("megatron: {wandb: true, no-wandb: false}", (), "two spellings"),
+        ("megatron: 4\n", (), "run.yaml:1: megatron: expected `key: value` lines, got '4'"),
+        ("1: 2\n", (), "unknown section '1'"),
+        ("? [a]\n: 2\n", (), "expected a name as key"),
+        ("data: {dir: {a: 1}}", (), "data.dir: expected text, got a nested mapping"),
+        ("data: {source: [a, {b: 1}]}", (), "data.source: expected text, got a nested mapping"),
+        ("data: {dir: true}", (), "expected text, got the boolean true; quote it"),
+        ("data: {source: null}", (), "data.source: expected text, got nothing"),
+        ("data: {vocab_size: 2.5}", (), "data.vocab_size: expected a whole number, got '2.5'"),
+        ("data: {vocab_size: true}", (), "expected a whole number, got the boolean true"),
+        ("data: {vocab_size: 1e3}", (), "expected a whole number, got '1e3'; write it in digits"),
+        ("data: {vocab_size: null}", (), "expected a whole number, got nothing"),
+        ("distillation: {detach: no}", (), "expected true or false, got 'no'; write true or false, unquoted"),
+        ("distillation: {detach: on}", (), "expected true or false, got 'on'"),
+        ("distillation: {detach: 'true'}", (), "unquoted"),
+        ("distillation: {detach: 1}", (), "expected true or false, got '1'"),
+        ("distillation: {alpha: .nan}", (), "distillation.alpha: expected a finite number, got '.nan'"),
+        ("distillation: {alpha: -.inf}", (), "expected a finite number"),
+        ("distillation: {alpha: infinity}", (), "expected a finite number"),
+        ("distillation: {alpha: true}", (), "expected a finite number, got the boolean true"),
+        ("distillation: {alpha: [1]}", (), "expected a finite number"),
+        ("megatron: {swiglu: 1}", (), "megatron.swiglu: expected true or false, got '1'"),
+        ("megatron: {num-layers: true}", (), "megatron.num-layers: expected a value, got the boolean true"),
+        ("megatron: {num-layers: 2.5}", (), "expected a whole number, got '2.5'"),
+        ("megatron: {num-layers: [1]}", (), "expected one value"),
+        ("megatron: {lr: fast}", (), "megatron.lr: expected a number, got 'fast'"),
+        ("megatron: {betas: []}", (), "expected at least one value"),
+        ("megatron: {betas: [true]}", (), "expected a value, got the boolean true"),
+        ("megatron: {grid: [1, 2]}", (), "expected 3 values"),
+        (
+            "megatron: {optimizer: adm}",
+            (),
+            "unknown choice for megatron.optimizer 'adm'; did you mean 'adam'",
+        ),
+        ("teacher: {ckpt-step: last}", (), "teacher.ckpt-step: expected a whole number, got 'last'"),
+        (None, ("megatron.lr",), "expected section.key=value or device=NAME, got 'megatron.lr'"),
+        (None, ("lr=1",), "expected section.key=value"),
+        (None, ("megatron.=1",), "expected section.key=value"),
+        (None, ("device.name=cpu",), "expected section.key=value"),
+        (None, ("megatrn.lr=1",), "command line: unknown section 'megatrn'; did you mean 'megatron'"),
+        (None, ("megatron.lr=[1",), "command line: megatron.lr: expected readable YAML"),
+        (None, ("megatron.lr=a: 1",), "got a nested mapping"),
+        (None, ("device=tpu",), "command line: unknown device 'tpu'"),
+    ],
+)
+def test_refused(load, text, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load(text, *overrides)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"expected a readable YAML file.*check --config"):
+        load_config(tmp_path / "none.yaml", [], OPTIONS)
+    with pytest.raises(ConfigError, match="expected a readable YAML file"):
+        load_config(tmp_path, [], OPTIONS)
+    (tmp_path / "latin.yaml").write_bytes(b"data: {dir: \xe9}")
+    with pytest.raises(ConfigError, match="expected a readable YAML file"):
+        load_config(tmp_path / "latin.yaml", [], OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (
+            "distillation",
+            {"temperature": 0.0},
+            "distillation.temperature: expected a number above 0, got 0.0",
+        ),
+        ("distillation", {"kd_weight": -1.0}, "distillation.kd_weight: expected a number not below 0"),
+        ("distillation", {"lm_weight": -1.0}, "distillation.lm_weight"),
+        ("distillation", {"scale": -1.0}, "distillation.scale"),
+        ("distillation", {"kd_weight": 0.0, "lm_weight": 0.0}, "expected kd_weight or lm_weight above 0"),
+        ("distillation", {"divergence": "alpha-beta"}, "did you mean 'alpha_beta'?"),
+        ("distillation", {"beta": math.nan}, "distillation.beta: expected a finite number, got nan"),
+        ("distillation", {"temperature": math.inf}, "expected a finite number"),
+        ("data", {"vocab_size": 299}, "data.vocab_size: expected 300 or more"),
+        ("data", {"held_out": 0.0}, "data.held_out: expected a share between 0 and 0.5"),
+        ("data", {"held_out": 0.5}, "data.held_out"),
+        ("data", {"source": []}, "data.source: expected at least one source"),
+    ],
+)
+def test_check_of_one_section(section, values, message):
+    config = Config(teacher=TeacherConfig(load="/t"))
+    config.check("distill")
+    setattr(config, section, replace(getattr(config, section), **values))
+    with pytest.raises(ConfigError, match=message):
+        config.check("distill")
+
+
+def test_check_names_the_origin(load):
+    with pytest.raises(ConfigError, match=r"^run.yaml:2: distillation.temperature"):
+        load("distillation:\n  temperature: 0").check("pretrain")
+
+
+def test_check_by_job(load):
+    config = load("data: {dir: /d}\n")
+    config.check("prepare")
+    config.check("pretrain")
+    with pytest.raises(ConfigError, match=r"teacher.load: expected the path"):
+        config.check("distill")
+    with pytest.raises(ConfigError, match=r"data.dir: expected the directory to write"):
+        Config().check("prepare")
+
+
+def test_check_refuses_data_twice(load):
+    config = load("data: {dir: /d}\nmegatron:\n  tokenizer-model: m\n  data-path: null\n")
+    with pytest.raises(
+        ConfigError, match=r"data.dir \(run.yaml:1\).*megatron.tokenizer-model \(run.yaml:3\)"
+    ):
+        config.check("pretrain")
+    load("megatron: {tokenizer-model: m, data-path: [x]}").check("pretrain")
+
+
+@pytest.mark.parametrize(
+    ("values", "argv", "parsed"),
+    [
+        ({"num-layers": 4}, ["--num-layers", "4"], {"num_layers": 4}),
+        ({"seq_length": "8"}, ["--seq-length", "8"], {"seq_length": 8}),
+        ({"lr": 1e-4}, ["--lr", "0.0001"], {"lr": 1e-4}),
+        ({"lr": -1e-5}, ["--lr=-1e-05"], {"lr": -1e-5}),
+        ({"swiglu": True}, ["--swiglu"], {"swiglu": True}),
+        ({"swiglu": False}, [], {}),
+        ({"no-rope-fusion": True}, ["--no-rope-fusion"], {"rope_fusion": False}),
+        ({"no-rope-fusion": False}, [], {}),
+        (
+            {"attention-softmax-in-fp32": True},
+            ["--attention-softmax-in-fp32"],
+            {"attention_softmax_in_fp32": 1},
+        ),
+        ({"wandb": True}, ["--wandb"], {"wandb": True}),
+        ({"wandb": False}, ["--no-wandb"], {"wandb": False}),
+        ({"no-wandb": True}, ["--no-wandb"], {"wandb": False}),
+        ({"no-wandb": False}, ["--wandb"], {"wandb": True}),
+        (
+            {"override-opt-param-scheduler": True},
+            ["--override-opt_param-scheduler"],
+            {"override_opt_param_scheduler": True},
+        ),
+        ({"num-layers": None, "wandb": None}, [], {}),
+        (
+            {"data-path": ["0.5", "a", "0.5", "b"]},
+            ["--data-path", "0.5", "a", "0.5", "b"],
+            {"data_path": ["0.5", "a", "0.5", "b"]},
+        ),
+        ({"data-path": []}, ["--data-path"], {"data_path": []}),
+        ({"betas": [-1e-7, 0.5]}, ["--betas", "-0.0000001", "0.5"], {"betas": [-1e-7, 0.5]}),
+        ({"grid": [-1, 2, 3]}, ["--grid", "-1", "2", "3"], {"grid": [-1, 2, 3]}),
+        ({"window-size": "-1,0"}, ["--window-size=-1,0"], {"window_size": (-1, 0)}),
+        ({"exp-name": "--lr"}, ["--exp-name=--lr"], {"exp_name": "--lr"}),
+        ({"exp-name": ""}, ["--exp-name="], {"exp_name": ""}),
+        ({"exp-name": 5}, ["--exp-name", "5"], {"exp_name": "5"}),
+        ({"onnx-safe": True}, ["--onnx-safe=True"], {"onnx_safe": True}),
+        ({"onnx-safe": False}, ["--onnx-safe="], {"onnx_safe": False}),
+        ({"optimizer": "sgd"}, ["--optimizer", "sgd"], {"optimizer": "sgd"}),
+    ],
+)
+def test_argv_says_what_was_meant(values, argv, parsed):
+    assert to_argv(values, OPTIONS) == argv
+    assert vars(PARSER.parse_args(argv)) == {**vars(PARSER.parse_args([])), **parsed}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num-layer": 1}, "unknown Megatron argument 'num-layer'; did you mean 'num-layers'"),
+        ({"swiglu": "yes"}, "expected true or false, got 'yes'"),
+        ({"num-layers": False}, "expected a value, got the boolean false"),
+        ({"optimizer": "addam"}, "did you mean 'adam'"),
+        ({"data-path": ["a", "-b"]}, "expected values without a leading dash, got '-b'"),
+    ],
+)
+def test_argv_refuses(values, message):
+    with pytest.raises(ConfigError, match=message):
+        to_argv(values, OPTIONS)
+
+
+def test_render_shows_origins_and_loads_again(load):
+    config = load(
+        "megatron: {num-layers: 2, data-path: ['a b', \"c, d\"], exp-name: 'no # comment'}\n"
+        "distillation: {alpha: 1e-7}\n",
+        "teacher.load=/t",
+        "teacher.exp-name=null",
+        device_defaults=lambda device: {"swiglu": True, "lr": math.inf},
+    )
+    text = render(config)
+    assert "  swiglu: true" in text and "# device: cuda" in text
+    lines = [line for line in text.splitlines() if "# " in line]
+    assert len({line.rindex("  # ") for line in lines}) == 1
+    again = load(text)
+    again.origins = config.origins
+    assert again == config
+
+
+texts = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=12)
+
+
+@given(
+    name=texts,
+    paths=st.lists(texts, max_size=3),
+    lr=st.floats(allow_nan=False),
+    alpha=st.floats(allow_nan=False, allow_infinity=False),
+    layers=st.integers() | st.none(),
+)
+def test_render_round_trip(tmp_path_factory, name, paths, lr, alpha, layers):
+    config = Config(
+        megatron={"exp-name": name, "data-path": paths, "lr": lr, "num-layers": layers},
+        distillation=DistillationConfig(alpha=alpha),
+        data=DataConfig(dir=name, source=["x", *paths]),
+    )
+    path = tmp_path_factory.mktemp("render") / "run.yaml"
+    path.write_bytes(render(config).encode())
+    again = load_config(path, [], OPTIONS)
+    again.origins = {}
+    assert again == config
+
+
+def test_importing_leaves_megatron_alone():
+    code = "import sys, abkd_megatron.config, abkd_megatron.data; print('megatron' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_with_megatrons_own_parser(tmp_path):
+    arguments = pytest.importorskip("megatron.training.arguments")
+    parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    options = {
+        s.removeprefix("--"): a for a in parser._actions for s in a.option_strings if s.startswith("--")
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "megatron:\n  num-layers: 4\n  swiglu: true\n  lr: 1e-4\n  attention_backend: local\n"
+        "  window-size: (128,0)\n  moe-layer-freq: ([0]*1+[1]*3)\n  train-data-path: [0.5, a, 0.5, b]\n"
+        "  no-rope-fusion: true\n  override-opt-param-scheduler: true\n"
+    )
+    config = load_config(path, [], options)
+    args = parser.parse_args(to_argv(config.megatron, options))
+    assert (args.num_layers, args.swiglu, args.lr, args.window_size) == (4, True, 1e-4, (128, 0))
+    assert args.attention_backend.name == "local" and args.moe_layer_freq == [0, 1, 1, 1]
+    assert args.train_data_path == ["0.5", "a", "0.5", "b"]
+    assert args.apply_rope_fusion is False and args.override_opt_param_scheduler is True
+    with pytest.raises(ConfigError, match="attention-backend 'locl'; did you mean 'local'"):
+        load_config(path, ["megatron.attention-backend=locl"], options)

@@ -1,0 +1,124 @@
+"""Identities that hold for every (alpha, beta), whatever the distributions; searched by hypothesis, in fp64.
+
+Proves: duality and scaling of the alpha-beta family, non-negativity, zero at equality alone, gradient rows
+that sum to 0, invariance under a shift of either model's logits, agreement with the reference twin, forward +
+reverse KL as the value of ToDi at scale 1, and a cross entropy that no divergence influences.
+"""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from abkd_megatron import AlphaBeta, ToDi, vocab_parallel_divergence
+from abkd_megatron.divergences import reference_alpha_beta
+from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation
+
+few = settings(max_examples=25, deadline=None, derandomize=True)
+parameters = st.one_of(
+    st.sampled_from([0.0, 1.0, 0.5, -0.5, 1e-9, -1e-9]),
+    st.floats(-1.5, 1.5, allow_subnormal=False),
+)
+seeds = st.integers(0, 2**31)
+scales = st.sampled_from([0.01, 0.3, 1.0, 2.0])
+todis = st.builds(ToDi, st.sampled_from([0.0, 0.5, 1.0, 4.0]), st.booleans())
+divergences = st.one_of(st.builds(AlphaBeta, parameters, parameters), todis)
+
+
+def logits(seed, scale, shape=(4, 9)):
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+
+
+def close(actual, expected, tolerance):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=0)
+
+
+@few
+@given(parameters, parameters, seeds, scales)
+def test_duality(alpha, beta, seed, scale):
+    student, teacher = logits(seed, scale)
+    forward = vocab_parallel_divergence(student, teacher, AlphaBeta(alpha, beta))
+    swapped = vocab_parallel_divergence(teacher, student, AlphaBeta(beta, alpha))
+    close(forward, swapped, 1e-10)
+
+
+@few
+@given(parameters, parameters, seeds, st.floats(0.5, 2.0))
+def test_scaling(alpha, beta, seed, w):
+    # D^(a,b)(p || q) = D^(a/w, b/w)(p^w || q^w) / w^2, for measures: elementwise, powers need no normalisation.
+    student, teacher = logits(seed, 1.0)
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    plain = AlphaBeta(alpha, beta).value(log_p, log_q, log_p - log_q)
+    powers = AlphaBeta(alpha / w, beta / w).value(w * log_p, w * log_q, w * (log_p - log_q)) / w**2
+    torch.testing.assert_close(plain, powers, rtol=1e-9, atol=1e-300)
+
+
+@few
+@given(
+    st.floats(0.05, 1.5) | st.floats(-1.5, -0.05),
+    st.floats(0.05, 1.5) | st.floats(-1.5, -0.05),
+    seeds,
+)
+def test_reference_twin(alpha, beta, seed):
+    if abs(alpha + beta) < 0.05:
+        return  # the plain form cancels there
+    student, teacher = logits(seed, 1.0)
+    value = vocab_parallel_divergence(student, teacher, AlphaBeta(alpha, beta))
+    close(value, reference_alpha_beta(student, teacher, alpha, beta), 1e-10)
+
+
+@few
+@given(parameters, parameters, seeds, scales)
+def test_not_negative_and_zero_at_equality_alone(alpha, beta, seed, scale):
+    student, teacher = logits(seed, scale)
+    divergence = AlphaBeta(alpha, beta)
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    assert (divergence.value(log_p, log_q, log_p - log_q) >= 0).all()  # every term, not only the sum
+    assert (vocab_parallel_divergence(student, teacher, divergence) > 0).all()
+    equal = vocab_parallel_divergence(student, student.clone(), divergence)
+    assert torch.equal(equal, torch.zeros_like(equal))
+
+
+@few
+@given(divergences, seeds, scales, st.sampled_from([0.5, 1.0, 2.0]))
+def test_gradient_rows_sum_to_zero(divergence, seed, scale, temperature):
+    student, teacher = logits(seed, scale)
+    student.requires_grad_()
+    vocab_parallel_divergence(student, teacher, divergence, temperature=temperature).sum().backward()
+    assert (student.grad.sum(-1).abs() <= 1e-12 * student.grad.abs().sum(-1)).all()
+    assert (student.grad.abs().sum(-1) > 0).all()
+
+
+@few
+@given(divergences, seeds, st.integers(-(2**20), 2**20), st.integers(-(2**20), 2**20))
+def test_shift_invariance(divergence, seed, of_student, of_teacher):
+    # Dyadic logits: the shifted ones are exact, so the result has to be the same to the bit.
+    student, teacher = (logits(seed, 2.0) * 1024).round() / 1024
+    plain = vocab_parallel_divergence(student, teacher, divergence)
+    shifted = vocab_parallel_divergence(student + of_student, teacher + of_teacher, divergence)
+    assert torch.equal(plain, shifted)
+
+
+@few
+@given(seeds, scales, st.booleans())
+def test_todi_at_scale_1_is_worth_forward_plus_reverse_kl(seed, scale, detach):
+    student, teacher = logits(seed, scale)
+    both = sum(vocab_parallel_divergence(student, teacher, AlphaBeta(*ab)) for ab in ((1, 0), (0, 1)))
+    close(vocab_parallel_divergence(student, teacher, ToDi(1.0, detach)), both, 1e-9)
+
+
+@few
+@given(divergences, divergences, seeds, st.sampled_from([1.0, 2.0]))
+def test_cross_entropy_does_not_depend_on_the_divergence(one, other, seed, temperature):
+    student, teacher = logits(seed, 1.0)
+    labels = torch.tensor([0, 3, 8, 3])
+    results = []
+    for divergence in (one, other):
+        leaf = student.clone().requires_grad_()
+        terms = vocab_parallel_distillation(
+            leaf, teacher, divergence, labels, VocabShard.megatron(9), temperature
+        )
+        terms.cross_entropy.sum().backward()
+        results.append((terms.cross_entropy.detach(), leaf.grad, *terms.metrics.values()))
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
