@@ -71,7 +71,8 @@ def attach(
         The handle: `report` holds the last micro-batch's numbers, `detach()` restores the student exactly.
 
     Raises:
-        ConfigError: several model chunks (interleaved schedule), MTP heads, or stages that do not match.
+        ConfigError: a student that has a teacher already, several model chunks (interleaved schedule), MTP heads, or
+            stages that do not match.
         HostError: a student without `output_processor`: not a GPTModel of megatron-core >= 0.19.
 
     Collectives: at PP > 1, making the lane's groups. Per micro-batch: the teacher's own, one message a stage, and
@@ -89,6 +90,8 @@ def attach(
             f"expected a GPTModel whose forward takes `output_processor` (megatron-core >= 0.19), got "
             f"{type(model).__name__}"
         )
+    if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in model._forward_pre_hooks.values()):
+        raise ConfigError("this student has a teacher attached already; call `detach()` on that attachment first")
     for name, config in (("student", model.config), ("teacher", teacher.config)):
         if config.mtp_num_layers:
             raise ConfigError(f"the {name} has multi-token-prediction layers, which are not supported yet; remove them")

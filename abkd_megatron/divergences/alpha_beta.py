@@ -25,7 +25,7 @@ class AlphaBeta(Divergence):
     of.
 
     Every finite (alpha, beta) is defined, by continuity where alpha, beta or alpha + beta is 0, and nothing
-    jumps there: 0 and 1e-9 give the same number. These limits therefore carry 1/alpha^2 (beta = 0 or alpha +
+    jumps there: 0 and 1e-9 agree to 8 digits. These limits therefore carry 1/alpha^2 (beta = 0 or alpha +
     beta = 0) and 1/beta^2 (alpha = 0). The code released with the paper has 1/alpha and 1/beta instead, is
     discontinuous there, and is negative at alpha = -beta < 0; the two agree wherever the limit's parameter is
     1, both Kullback-Leibler divergences included.
@@ -36,7 +36,7 @@ class AlphaBeta(Divergence):
 
     For alpha < 0 the gradient grows as (q/p)^|alpha| on tokens the teacher all but excludes, for beta < 0 as
     q^beta on tokens the student does; at lam <= 0 the sum over the vocabulary is not bounded by the masses.
-    Such values overflow honestly, to inf.
+    Such sums overflow to inf, they are not clipped.
 
     Args:
         alpha: any finite number.
@@ -57,7 +57,7 @@ class AlphaBeta(Divergence):
         object.__setattr__(self, "beta", finite_number("AlphaBeta", "beta", self.beta))
         if not math.isfinite(self.alpha + self.beta):
             raise ConfigError(
-                f"AlphaBeta: expected a finite alpha + beta, got {self.alpha} + {self.beta}: give smaller ones"
+                f"AlphaBeta: expected a finite alpha + beta, got {self.alpha} + {self.beta}: lower them"
             )
 
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:

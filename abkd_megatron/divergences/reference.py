@@ -41,7 +41,7 @@ def reference_alpha_beta(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """D^(alpha,beta)(p || q), ABKD Definition 4.1, with the limits of Cichocki et al. 2011 in ABKD's Table 1."""
+    """D^(alpha,beta)(p || q), ABKD Definition 4.1 and Table 1; limits as in Cichocki et al. 2011."""
     a, b = alpha, beta
     log_p, log_q, outside = _log_probabilities(student_logits, teacher_logits, temperature, vocab_size)
     log_ratio = log_p - log_q
@@ -108,5 +108,6 @@ def reference_divergence(
             student_logits, teacher_logits, divergence.scale, divergence.detach, temperature, vocab_size
         )
     raise ConfigError(
-        f"expected a divergence with a reference twin (AlphaBeta, ToDi), got {type(divergence).__name__}: add one here"
+        f"expected a divergence with a reference twin (AlphaBeta, ToDi), got {type(divergence).__name__}: "
+        "write its dense form beside theirs"
     )

@@ -41,8 +41,8 @@ class ToDi(Divergence):
         object.__setattr__(self, "scale", finite_number("ToDi", "scale", self.scale))
         if self.scale < 0:
             raise ConfigError(
-                f"ToDi: expected scale >= 0, got {self.scale}: a negative scale favours the wrong KL term; give "
-                f"1.0 for the paper's"
+                f"ToDi: expected scale >= 0, got {self.scale}: a negative one favours the wrong KL term; "
+                "give 1.0 for the paper's"
             )
         if not isinstance(self.detach, bool):
             raise ConfigError(f"ToDi: expected detach to be true or false, got {self.detach!r}: give a bool")
@@ -69,5 +69,5 @@ class ToDi(Divergence):
         scale = coefficient(self.scale, log_ratio.dtype)
         if scale == 0.0:
             return torch.full_like(log_ratio, 0.5), torch.full_like(log_ratio, 0.5)
-        # 1 - w by its own sigmoid: the subtraction has no digits left where w is near 1.
+        # 1 - w by its own sigmoid: a subtraction leaves no digits near w = 1, and h multiplies them by scale.
         return (log_ratio * scale).sigmoid_(), (log_ratio * -scale).sigmoid_()

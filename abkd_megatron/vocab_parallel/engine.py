@@ -38,15 +38,15 @@ METRICS = ("teacher lm loss", "kl to teacher", "teacher entropy", "student entro
 
 
 class DistillationTerms(NamedTuple):
-    """What one pass over both models' logits yields, a number a token each, the same on every rank of the group."""
+    """One number a token each, the same on every rank of the group."""
 
     divergence: Tensor
     """[...], differentiable."""
     cross_entropy: Tensor
     """[...], the student's on the labels, in nats at temperature 1; differentiable."""
     metrics: dict[str, Tensor]
-    """[...] each, detached, at temperature 1: the teacher's cross entropy on the labels, KL(teacher || student) and the
-    entropies of both in nats, and 1.0 where both models' likeliest tokens are one (ties go to the lowest
+    """[...] each, detached, at temperature 1: the teacher's cross entropy on the labels, KL(teacher ||
+    student) and both entropies, in nats; 1.0 where both models have one likeliest token (of a tie, the lowest
     id)."""
 
 
@@ -154,15 +154,16 @@ def vocab_parallel_distillation(
 def _check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
     if student_logits.shape != teacher_logits.shape or student_logits.dim() == 0:
         raise ConfigError(
-            f"expected student and teacher logits of one shape [..., V/TP], got {list(student_logits.shape)} and "
-            f"{list(teacher_logits.shape)}: pad both models' vocabularies alike and pass the same tokens"
+            "expected student and teacher logits of one shape [..., V/TP], got "
+            f"{list(student_logits.shape)} and {list(teacher_logits.shape)}: pad both models' vocabularies "
+            "alike and pass the same tokens"
         )
     for name, logits in (("student", student_logits), ("teacher", teacher_logits)):
         if not logits.dtype.is_floating_point:
             raise ConfigError(
-                f"expected {name} logits of a floating dtype, got {logits.dtype}: pass the output layer's result"
+                f"expected {name} logits of a floating dtype, got {logits.dtype}: pass the output layer's"
             )
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not (isinstance(temperature, int | float) and math.isfinite(temperature) and temperature > 0):
         raise ConfigError(
             f"expected a finite temperature > 0, got {temperature!r}: 1.0 leaves the logits as they are"
         )
@@ -178,13 +179,13 @@ def _apply(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not isinstance(divergence, Divergence):
         raise ConfigError(
-            f"expected a Divergence such as AlphaBeta(0.2, 0.7), got {divergence!r}: build one, or derive your own from "
-            f"abkd_megatron.divergences.Divergence"
+            f"expected a Divergence such as AlphaBeta(0.2, 0.7), got {divergence!r}: build one, or derive "
+            "your own from abkd_megatron.divergences.Divergence"
         )
     if shard.num_columns > student_logits.shape[-1]:
         raise ConfigError(
-            f"expected logits of at least {shard.num_columns} columns (the shard's [{shard.start}, {shard.stop})), got "
-            f"{student_logits.shape[-1]}: build the shard from the width of the local logits"
+            f"expected logits of at least {shard.num_columns} columns (the shard's [{shard.start}, "
+            f"{shard.stop})), got {student_logits.shape[-1]}: build the shard from the local logits' width"
         )
     needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
     result: tuple[Tensor, Tensor, Tensor] = _Distillation.apply(
@@ -194,7 +195,7 @@ def _apply(
 
 
 class _Rows:
-    """The rows of [..., W] logits, flattened to [N, W] a chunk at a time: real columns only, contiguous, cast.
+    """The rows of [..., W] logits, flattened, a chunk at a time: real columns only, contiguous, cast.
 
     Contiguous, so that equal logits give equal sums whatever their layouts; never a copy of more than a
     chunk.
@@ -333,7 +334,7 @@ def _view(
 
 
 class _Distillation(torch.autograd.Function):
-    """The one autograd function: (divergence, cross entropy, metrics [5, ...]); the last two empty without labels."""
+    """(divergence, cross entropy, metrics [5, ...]); the last two are empty without labels."""
 
     @staticmethod
     def forward(

@@ -36,8 +36,9 @@ class VocabShard:
     def __post_init__(self) -> None:
         if not (0 <= self.start <= self.stop <= self.size and self.size >= 1):
             raise ConfigError(
-                f"VocabShard: expected 0 <= start <= stop <= size and size >= 1, got start {self.start}, stop "
-                f"{self.stop}, size {self.size}: give the global ids of this rank's real columns"
+                "VocabShard: expected 0 <= start <= stop <= size and size >= 1, got "
+                f"start {self.start}, stop {self.stop}, size {self.size}: give the ids of "
+                "this rank's real columns"
             )
         object.__setattr__(self, "num_ranks", _rank_and_size(self.group)[1])
 
@@ -50,7 +51,7 @@ class VocabShard:
     def megatron(
         cls, width: int, group: dist.ProcessGroup | None = None, vocab_size: int | None = None
     ) -> VocabShard:
-        """Megatron's layout: every rank holds `width` columns, rank r from r * width on, the padding at the very end.
+        """Megatron's layout: `width` columns a rank, rank r from r * width on, the padding at the very end.
 
         Args:
             width: columns of the local logits, padding included.
@@ -67,8 +68,9 @@ class VocabShard:
             vocab_size = padded_size
         if not 1 <= vocab_size <= padded_size:
             raise ConfigError(
-                f"expected vocab_size in 1 .. {padded_size} ({num_ranks} ranks of {width} columns), got {vocab_size} "
-                f"on rank {rank}: give the tokenizer's size, before padding, and logits of one rank's shard"
+                f"expected vocab_size in 1 .. {padded_size} ({num_ranks} ranks of {width} columns), got "
+                f"{vocab_size} on rank {rank}: give the tokenizer's size, before padding, and "
+                "the width of one rank's logits"
             )
         start = min(rank * width, vocab_size)
         return cls(start, min((rank + 1) * width, vocab_size), vocab_size, group)
@@ -80,7 +82,7 @@ def _rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
     rank = dist.get_rank(group)
     if rank < 0:
         raise ConfigError(
-            "VocabShard: expected a group that this rank is in, got one that it is not: pass the tensor-parallel group "
-            "of this rank"
+            "VocabShard: expected a group that this rank is in, got one that it is not: pass this rank's own "
+            "tensor-parallel group"
         )
     return rank, dist.get_world_size(group)

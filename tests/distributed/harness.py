@@ -20,13 +20,13 @@ import torch.multiprocessing as mp
 
 
 class RankFailed(AssertionError):
-    """A rank raised, died or did not end in time; the message has the traceback of the rank that failed first."""
+    """A rank raised, died or did not end in time; the message has the first traceback."""
 
 
 def run_distributed(
     fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120
 ) -> list[Any]:
-    """`fn(rank, world_size, *args)` on `world_size` spawned ranks of one gloo group; what each returned, in rank order.
+    """What `fn(rank, world_size, *args)` returned on each of `world_size` spawned gloo ranks, in rank order.
 
     `fn` must be importable (a module's own function), `args` and results picklable. torch.distributed is
     initialised when it is called. If a rank fails, the others are ended at once.

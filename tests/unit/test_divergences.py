@@ -8,6 +8,7 @@ refused with a message that says the remedy. Not here: more than one rank (tests
 
 import json
 import math
+from decimal import Decimal, localcontext
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,34 @@ def test_vectors_in_fp32(row, divergence):
     assert_close((value, gradient), expected, 1e-5, 1e-5)
 
 
+def plain_term(a: float, b: float, log_q: float, log_ratio: float) -> tuple[float, float]:
+    """F and h of the general case in 60 digits."""
+    with localcontext(prec=60):
+        a, b, q, p = Decimal(a), Decimal(b), Decimal(log_q), Decimal(log_q) + Decimal(log_ratio)
+        lam = a + b
+        mixed, p_lam, q_lam = (a * p + b * q).exp(), (lam * p).exp(), (lam * q).exp()
+        return float(-(mixed - a / lam * p_lam - b / lam * q_lam) / (a * b)), float((q_lam - mixed) / a)
+
+
+@pytest.mark.parametrize("alpha", [-0.75, 1e-5, 0.25, 1.0, 1.5])
+@pytest.mark.parametrize("beta", [-0.5, 1e-5, 0.6875, 1.0])
+def test_every_term_is_exact_at_every_log_ratio(alpha, beta):
+    # Term by term, so that a large one cannot hide the loss of a small one.
+    log_ratios = [sign * size for size in torch.logspace(-8, 1, 60).tolist() for sign in (1, -1)]
+    expected = torch.tensor([plain_term(alpha, beta, -0.5, r) for r in log_ratios], dtype=torch.float64)
+    for dtype, tolerance in ((torch.float64, 1e-14), (torch.float32, 5e-6)):
+        log_ratio = torch.tensor(log_ratios, dtype=dtype)
+        log_q = torch.full_like(log_ratio, -0.5)
+        arguments = (log_q + log_ratio, log_q, log_ratio)
+        divergence = AlphaBeta(alpha, beta)
+        torch.testing.assert_close(
+            divergence.value(*arguments).double(), expected[:, 0], rtol=tolerance, atol=0
+        )
+        torch.testing.assert_close(
+            divergence.slope(*arguments).double(), expected[:, 1], rtol=tolerance, atol=0
+        )
+
+
 @pytest.mark.parametrize(
     ("near", "limit"),
     [
@@ -147,7 +176,7 @@ def test_fp32_keeps_its_digits_near_convergence(divergence, distance):
     teacher = (student + distance * noise.float()).float()
     value, gradient = fast(student, teacher, divergence)
     expected_value, expected_gradient = fast(student.double(), teacher.double(), divergence)
-    # What fp32 cannot do better is the rounding of log p itself, about 1e-6 against log-ratios of size `distance`.
+    # The logits themselves are rounded below their maximum: about 1e-6 on log-ratios of size `distance`.
     torch.testing.assert_close(value.double(), expected_value, rtol=1e-6 / distance, atol=0)
     largest = expected_gradient.abs().amax(dim=-1, keepdim=True)
     assert ((gradient - expected_gradient).abs() <= 1e-6 / distance * largest).all()
@@ -252,6 +281,15 @@ def test_todi_is_infinite_only_where_it_must_be(scale, detach):
     assert todi.value(far, half, far - half).item() == pytest.approx(
         (0.5 if scale == 0 else 1.0) * 0.5 * (800 + half.item())
     )
+
+
+def test_todi_at_a_large_scale_in_fp32():
+    log_ratio = torch.linspace(-4e-3, 4e-3, 401)
+    log_q = torch.full_like(log_ratio, -1.0)
+    todi = ToDi(1e4, detach=False)
+    expected = todi.slope(log_q.double() + log_ratio.double(), log_q.double(), log_ratio.double())
+    actual = todi.slope(log_q + log_ratio, log_q, log_ratio)
+    torch.testing.assert_close(actual.double(), expected, rtol=5e-6, atol=5e-7)
 
 
 @pytest.mark.parametrize("divergence", POINTS, ids=str)
@@ -418,7 +456,7 @@ def test_memory_of_forward_is_a_chunk_and_of_backward_one_gradient(monkeypatch, 
     monkeypatch.setattr(engine, "CHUNK_ELEMENTS", 4 * 128)
     with NewStorage([student, teacher]) as forward:
         terms = vocab_parallel_distillation(student, teacher, ToDi(), labels, VocabShard.megatron(128), 2.0)
-    # A chunk in fp64 (a sum's cast) or the record of 2 x 5 fields, whichever is larger; all logits in bf16 are 16 KiB.
+    # A chunk in fp64 (a sum's cast) or the record of 2 x 5 fields; one model's logits are 16 KiB in bf16.
     assert forward.largest <= max(4 * 128 * 8, 64 * 10 * 8)
     loss = (terms.divergence + terms.cross_entropy).sum()
     with NewStorage([student, teacher]) as backward:
@@ -464,7 +502,7 @@ def test_parameters_that_are_no_finite_number_are_refused(bad):
 
 
 def test_other_parameters_are_refused():
-    with pytest.raises(ConfigError, match="finite alpha . beta"):
+    with pytest.raises(ConfigError, match=r"finite alpha \+ beta"):
         AlphaBeta(1.7e308, 1.7e308)
     with pytest.raises(ConfigError, match="scale >= 0, got -1"):
         ToDi(-1.0)
@@ -481,7 +519,7 @@ def test_input_that_cannot_be_right_is_refused():
         vocab_parallel_divergence(student, teacher[:, :7], ab)
     with pytest.raises(ConfigError, match=r"teacher logits of a floating dtype, got torch.int64"):
         vocab_parallel_divergence(student, teacher.long(), ab)
-    for bad in (0.0, -1.0, math.nan, math.inf):
+    for bad in (0.0, -1.0, math.nan, math.inf, "2"):
         with pytest.raises(ConfigError, match="finite temperature > 0, got"):
             vocab_parallel_divergence(student, teacher, ab, temperature=bad)
     for bad in (0, 9, -1):

@@ -45,7 +45,7 @@ def test_duality(alpha, beta, seed, scale):
 @few
 @given(parameters, parameters, seeds, st.floats(0.5, 2.0))
 def test_scaling(alpha, beta, seed, w):
-    # D^(a,b)(p || q) = D^(a/w, b/w)(p^w || q^w) / w^2, for measures: elementwise, powers need no normalisation.
+    # D^(a,b)(p || q) = D^(a/w, b/w)(p^w || q^w) / w^2, elementwise: powers need not be normalised.
     student, teacher = logits(seed, 1.0)
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
     plain = AlphaBeta(alpha, beta).value(log_p, log_q, log_p - log_q)

@@ -1,0 +1,416 @@
+"""Distillation from beginning to end on the CPU, in about ten minutes: ``python examples/demo.py``.
+
+It prepares the text that ships with Python, trains a teacher on it (two processes, data parallel), distils a
+smaller student from the teacher with the alpha-beta divergence (four processes, tensor-parallel 2 x
+pipeline-parallel 2), trains the same student without a teacher (same initial weights, batches and layout),
+and evaluates both students beside the teacher on documents that none of them was trained on.
+
+Sizes and settings stand in ``configs/tiny_cpu_teacher.yaml`` and ``configs/tiny_cpu.yaml``.
+
+Into the output directory go ``report.json`` (numbers, settings, times), ``curves.png``, a ``.log`` of each
+stage, and the directories ``data``, ``teacher``, ``student`` and ``student-alone`` (checkpoints and
+TensorBoard events). Nothing that exists is overwritten or deleted.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import yaml
+from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # after the choice of Agg, which needs no screen
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDENT = "configs/tiny_cpu.yaml"
+TEACHER = "configs/tiny_cpu_teacher.yaml"
+SHORT_NAMES = {"lm loss": "CE", "kd loss": "KD", "kl to teacher": "KL", "top-1 agreement": "top-1"}
+SECONDS_BETWEEN_LINES = 10  # where the output is not a terminal
+
+
+class DemoError(Exception):
+    """What the user has to know; the text is all that is shown."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Train a teacher, distil a student from it, compare.")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
+    parser.add_argument("--fast", action="store_true", help="only a few steps a stage")
+    arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the children end with us
+    try:
+        run_demo(arguments.out.expanduser().resolve(), arguments.fast)
+    except DemoError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; what is done so far stays in {arguments.out}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_demo(out: Path, fast: bool) -> None:
+    """All stages, then the table, the report and the picture."""
+    check_output(out)
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"writing to {out}; each stage's own output is in its .log", flush=True)
+    done = [run_stage(stage, out, i) for i, stage in enumerate(training_stages(out, fast), start=1)]
+    manifest = json.loads((out / "data/manifest.json").read_text())
+    evaluations = evaluation_stages(out, fast, manifest["splits"]["test"]["tokens"])
+    done += [run_stage(stage, out, i) for i, stage in enumerate(evaluations, start=len(done) + 1)]
+
+    rows = make_rows(out)
+    summary = verdict(rows["student alone"], rows["student distilled"])
+    report = {
+        "fast": fast,
+        "verdict": summary,
+        "test": rows,
+        "stages": done,
+        "settings": {path: yaml.safe_load((ROOT / path).read_text()) for path in (TEACHER, STUDENT)},
+        "data": manifest,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")},
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    draw_curves(out, rows)
+    print(f"\n{table(rows)}\n\n{out / 'report.json'}\n{out / 'curves.png'}\n\n{summary}")
+    if fast:
+        print("(--fast: too few steps to conclude anything)")
+
+
+def check_output(out: Path) -> None:
+    """Refuse a directory that holds more than prepared data, which `prepare` compares before reusing."""
+    if out.exists() and not out.is_dir():
+        raise DemoError(f"{out} is a file; choose another --out")
+    found = sorted(path.name for path in out.iterdir() if path.name != "data") if out.exists() else []
+    if found:
+        raise DemoError(
+            f"{out} is not empty (it holds {', '.join(found)}), and nothing is overwritten or deleted; "
+            "choose another --out, or remove these by hand (`data` may stay)"
+        )
+
+
+# Stages -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of `python -m abkd_megatron`."""
+
+    name: str
+    """Of its log, its entry in the report and on the screen."""
+    job: str
+    config: str
+    processes: int
+    settings: dict[str, object]
+    """What differs from the configuration file."""
+
+    def command(self) -> list[str]:
+        """The command line, without the interpreter."""
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes)]
+        overrides = [f"{key}={value}" for key, value in self.settings.items()]
+        job = ["-m", "abkd_megatron", self.job, "--config", self.config, *overrides]
+        return job if self.processes == 1 else launch + job
+
+
+def training_stages(out: Path, fast: bool) -> list[Stage]:
+    """Data, teacher, and the student with and without its teacher."""
+    data = {"data.dir": out / "data"}
+    few = {"train-iters": 4, "lr-warmup-iters": 1, "eval-interval": 2, "eval-iters": 1, "log-interval": 1}
+    steps = {f"megatron.{key}": value for key, value in few.items()} if fast else {}
+
+    def save(directory: Path) -> dict[str, object]:
+        where = {"megatron.save": directory, "megatron.tensorboard-dir": directory / "tensorboard"}
+        return {**data, **where, **steps}
+
+    distilled = {**save(out / "student"), "teacher.load": out / "teacher"}
+    return [
+        Stage("prepare", "prepare", TEACHER, 1, {**data}),
+        Stage("teacher", "pretrain", TEACHER, 2, save(out / "teacher")),
+        Stage("student-distilled", "distill", STUDENT, 4, distilled),
+        Stage("student-alone", "pretrain", STUDENT, 4, save(out / "student-alone")),
+    ]
+
+
+def evaluation_stages(out: Path, fast: bool, test_tokens: int) -> list[Stage]:
+    """Both students beside the teacher, on the same batches: as many whole ones as the test split holds."""
+    megatron = yaml.safe_load((ROOT / STUDENT).read_text())["megatron"]
+    batches = (test_tokens - 1) // int(megatron["seq-length"]) // int(megatron["global-batch-size"])
+    settings = {
+        "data.dir": out / "data",
+        "teacher.load": out / "teacher",
+        "megatron.skip-train": "true",
+        "megatron.no-load-optim": "true",
+        "megatron.no-load-rng": "true",
+        "megatron.save": "null",
+        "megatron.tensorboard-dir": "null",
+        "megatron.eval-iters": 2 if fast else batches,
+        "distillation.alpha": 1,  # the forward KL divergence
+        "distillation.beta": 0,
+        "distillation.temperature": 1,
+    }
+    return [
+        Stage(f"evaluate-{name}", "distill", STUDENT, 4, {**settings, "megatron.load": out / directory})
+        for name, directory in (("distilled", "student"), ("alone", "student-alone"))
+    ]
+
+
+def run_stage(stage: Stage, out: Path, number: int) -> dict[str, Any]:
+    """Run a stage to its end and show how it goes; returns its entry in the report."""
+    # One thread a process, since they share the cores; a GPU stays out of it; output reaches the log at once.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    log, started = out / f"{stage.name}.log", time.monotonic()
+    display = Display(f"[{number}/6] {stage.name:18}")
+    with log.open("x") as sink:
+        child = subprocess.Popen(
+            [sys.executable, *stage.command()],
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches us alone, and we end it in order
+        )
+    try:
+        while child.poll() is None:
+            time.sleep(1)
+            display.show(progress(log_of(out, stage.name)))
+    finally:
+        end(child)
+    seconds = round(time.monotonic() - started, 1)
+    if child.returncode != 0:
+        last = "\n".join(log_of(out, stage.name).splitlines()[-30:])
+        raise DemoError(
+            f"{last}\n\nstage {stage.name} failed (exit code {child.returncode}); whole log: {log}"
+        )
+    display.finish(progress(log_of(out, stage.name)))
+    return {"name": stage.name, "seconds": seconds, "processes": stage.processes, "command": stage.command()}
+
+
+def end(child: subprocess.Popen) -> None:
+    """End a child that still runs; the launcher ends its own processes when it is told to."""
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(timeout=45)  # the launcher gives its processes 30 seconds
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+# What a log says --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage is."""
+
+    done: int = 0
+    total: int = 0
+    """0 as long as nothing is known."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    """The losses of the last step."""
+
+
+_STEP = re.compile(r"^ \[[^]\n]+\] iteration +(\d+)/ *(\d+) \|(.*\|) *\n", re.MULTILINE)
+_EVALUATED = re.compile(r"^Evaluating iter \d+/(\d+)\n", re.MULTILINE)
+_ENCODED = re.compile(r"^encoding: (\d+)/(\d+) documents\n", re.MULTILINE)
+
+
+def log_of(out: Path, stage: str) -> str:
+    """The log of a stage, as far as it is written."""
+    return (out / f"{stage}.log").read_text(errors="replace")
+
+
+def numbers(line: str) -> dict[str, float]:
+    """The numbers of one of Megatron's lines: `name: value | name: value |`."""
+    found = {}
+    for entry in line.split("|"):
+        name, _, value = entry.rpartition(":")
+        with suppress(ValueError):
+            found[name.strip()] = float(value)
+    return found
+
+
+def progress(log: str) -> Progress:
+    """How far a log has come: training steps, else evaluation batches, else encoded documents."""
+    if steps := _STEP.findall(log):
+        done, total, line = steps[-1]
+        return Progress(int(done), int(total), {k: v for k, v in numbers(line).items() if k in SHORT_NAMES})
+    if batches := _EVALUATED.findall(log):
+        return Progress(len(batches), 2 * int(batches[-1]))  # the validation split, then the test split
+    if documents := _ENCODED.findall(log):
+        return Progress(int(documents[-1][0]), int(documents[-1][1]))
+    return Progress()
+
+
+def evaluated(log: str) -> dict[str, float]:
+    """What Megatron reports on the test split; its line says `validation loss` for that one too."""
+    lines = re.findall(r"^ validation loss at iteration \d+ on test set \|(.*)\n", log, re.MULTILINE)
+    if not lines:
+        raise DemoError("expected Megatron's report on the test set in the log of an evaluation, found none")
+    return {k.removesuffix(" value"): v for k, v in numbers(lines[-1]).items() if k.endswith(" value")}
+
+
+class Display:
+    """One line that is rewritten on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._started = self._printed = time.monotonic()
+        self._first: tuple[float, int] | None = None
+        self._terminal = sys.stdout.isatty()
+
+    def show(self, progress: Progress) -> None:
+        """Show how far it is."""
+        now = time.monotonic()
+        if progress.total and self._first is None:
+            self._first = (now, progress.done)
+        if self._terminal:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r{self._text(progress)[:width]}\x1b[K", end="", flush=True)
+        elif now - self._printed >= SECONDS_BETWEEN_LINES:
+            self._printed = now
+            print(self._text(progress), flush=True)
+
+    def finish(self, progress: Progress) -> None:
+        """Leave the last state standing."""
+        text = self._text(progress)
+        print(f"\r{text}\x1b[K" if self._terminal else f"{text}  done", flush=True)
+
+    def _text(self, progress: Progress) -> str:
+        now = time.monotonic()
+        elapsed = f"{clock(now - self._started)}"
+        if not progress.total:
+            return f"{self._title} {elapsed} starting"
+        left = ""
+        if self._first is not None and self._first[1] < progress.done < progress.total:
+            pace = (now - self._first[0]) / (progress.done - self._first[1])
+            left = f", {clock(pace * (progress.total - progress.done))} left"
+        losses = "".join(f"  {SHORT_NAMES[name]} {value:.3f}" for name, value in progress.numbers.items())
+        return f"{self._title} {elapsed}{left}  {progress.done}/{progress.total}{losses}"
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+# Results ----------------------------------------------------------------------------------------------------
+
+
+def make_rows(out: Path) -> dict[str, dict[str, float]]:
+    """The three models on the test split."""
+    distilled, alone = (evaluated(log_of(out, f"evaluate-{name}")) for name in ("distilled", "alone"))
+    if distilled["teacher lm loss"] != alone["teacher lm loss"]:
+        raise DemoError("the two evaluations differ in the teacher's cross entropy: not the same batches")
+
+    def row(of: dict[str, float], directory: str) -> dict[str, float]:
+        return {
+            "cross entropy": of["lm loss"],
+            "kl to teacher": of["kl to teacher"],
+            "top-1 agreement": of["top-1 agreement"],
+            "entropy": of["student entropy"],
+            "parameters": count_parameters(out / directory),
+        }
+
+    teacher = {
+        "lm loss": alone["teacher lm loss"],
+        "kl to teacher": 0.0,
+        "top-1 agreement": 1.0,
+        "student entropy": alone["teacher entropy"],
+    }
+    return {
+        "teacher": row(teacher, "teacher"),
+        "student alone": row(alone, "student-alone"),
+        "student distilled": row(distilled, "student"),
+    }
+
+
+def count_parameters(directory: Path) -> int:
+    """Parameters of the model in a checkpoint; those that several ranks hold count once."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    step = int((directory / "latest_checkpointed_iteration.txt").read_text())
+    stored = FileSystemReader(directory / f"iter_{step:07}").read_metadata().state_dict_metadata
+    tensors = {k: v for k, v in stored.items() if isinstance(v, TensorStorageMetadata)}
+    return sum(v.size.numel() for k, v in tensors.items() if not k.startswith("optimizer."))
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """The comparison as text."""
+    lines = [f"{'':18}{'cross entropy':>15}{'KL to teacher':>15}{'top-1 agreement':>17}{'parameters':>12}"]
+    for name, row in rows.items():
+        lines.append(
+            f"{name:18}{row['cross entropy']:15.4f}{row['kl to teacher']:15.4f}"
+            f"{row['top-1 agreement']:17.1%}{row['parameters']:12,}"
+        )
+    return "\n".join([*lines, "on held-out text; cross entropy and KL in nats a token"])
+
+
+def verdict(alone: dict[str, float], distilled: dict[str, float]) -> str:
+    """What came out, in words."""
+
+    def compare(key: str, lower: str, higher: str) -> str:
+        ours, theirs = distilled[key], alone[key]
+        word = "the same" if ours == theirs else lower if ours < theirs else higher
+        return f"{ours:.3f} against {theirs:.3f} ({word})"
+
+    return (
+        f"The distilled student against the student alone: KL to the teacher "
+        f"{compare('kl to teacher', 'closer', 'farther')}, held-out cross entropy "
+        f"{compare('cross entropy', 'better', 'worse')}."
+    )
+
+
+def draw_curves(out: Path, rows: dict[str, dict[str, float]]) -> None:
+    """Write curves.png: cross entropy of both students, and the distilled one's way to the teacher."""
+    directories = {"student alone": out / "student-alone", "student distilled": out / "student"}
+    colours = {"student alone": "tab:orange", "student distilled": "tab:blue", "teacher": "black"}
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    panels = (
+        ("lm loss", "cross entropy", "Cross entropy with the text", "nats a token"),
+        ("kl to teacher", "kl to teacher", "KL(teacher || student)", "nats a token"),
+        ("top-1 agreement", "top-1 agreement", "Top-1 agreement with the teacher", "share of tokens"),
+    )
+    for axis, (scalar, column, title, unit) in zip(axes, panels, strict=True):
+        for name, directory in directories.items():
+            events = event_accumulator.EventAccumulator(
+                str(directory / "tensorboard"), size_guidance={"scalars": 0}
+            ).Reload()
+            if scalar in events.Tags()["scalars"]:
+                draw_one(axis, events, scalar, name, colours[name])
+        for name in colours if scalar == "lm loss" else directories:
+            axis.axhline(rows[name][column], color=colours[name], linestyle=":", label=f"{name}, test")
+        axis.set(title=title, xlabel="step", ylabel=unit)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.savefig(out / "curves.png", dpi=120)
+    pyplot.close(figure)
+
+
+def draw_one(axis: Any, events: Any, scalar: str, name: str, colour: str) -> None:
+    """One training curve with its validation points."""
+    steps, values = zip(*((e.step, e.value) for e in events.Scalars(scalar)), strict=True)
+    axis.plot(steps, values, color=colour, linewidth=0.9, alpha=0.8, label=f"{name}, training")
+    # At the last step Megatron writes test results under this name too, after validation's: keep the first.
+    validation = {e.step: e.value for e in reversed(events.Scalars(f"{scalar} validation"))}
+    axis.plot(*zip(*sorted(validation.items()), strict=True), "o", color=colour, label=f"{name}, validation")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

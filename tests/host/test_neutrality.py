@@ -1,0 +1,127 @@
+"""What a teacher must not change: plain training, the student's checkpoint, its optimizer, the teacher itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from abkd_megatron.config import load_config, to_argv
+from abkd_megatron.data import PreparedData
+from tests.host.launch import launch, run_job, scalars
+
+STOCK = Path(__file__).with_name("stock.py")
+
+
+def stock_arguments(config: Path, **overrides: object) -> list[str]:
+    """The command line of stock.py for what `config` says."""
+    from abkd_megatron import cpu
+    from abkd_megatron.integrations.megatron_lm import megatron_options
+
+    options = megatron_options()
+    settings = [f"megatron.{key.replace('_', '-')}={value}" for key, value in overrides.items()]
+    loaded = load_config(config, settings, options, lambda _: cpu.MEGATRON_DEFAULTS)
+    assert loaded.data.dir is not None
+    return to_argv({**PreparedData.open(loaded.data.dir).megatron_arguments(), **loaded.megatron}, options)
+
+
+def run_stock(config: Path, *first: object, num_ranks: int = 1, **overrides: object) -> list[dict[str, Any]]:
+    ranks = launch([STOCK, *first, *stock_arguments(config, **overrides)], num_ranks)
+    for rank in ranks:
+        assert rank.code == 0, rank.output[-6000:]
+    lines = [line for rank in ranks for line in rank.output.splitlines() if line.startswith("FACTS ")]
+    return [json.loads(line.removeprefix("FACTS ")) for line in lines]
+
+
+def saved_tensors(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    from megatron.core import dist_checkpointing
+
+    found = dist_checkpointing.load_tensors_metadata(str(checkpoint / "iter_0000005"))
+    return {key: tuple(tensor.global_shape) for key, tensor in found.items()}
+
+
+def test_watching_equals_plain_training_bit_for_bit(
+    workspace: Path, config: Path, teacher: Path, student: Path
+) -> None:
+    start = {"load": student, "finetune": "true", "use-distributed-optimizer": "true", "save-interval": 5}
+    runs = {}
+    for name, job, overrides in (
+        ("plain", "pretrain", {}),
+        ("watched", "distill", {"teacher.load": teacher, "distillation.kd_weight": 0}),
+        ("distilled", "distill", {"teacher.load": teacher}),
+    ):
+        path = workspace / f"neutral-{name}"
+        settings = {f"megatron.{key}": value for key, value in start.items()}
+        settings |= {"megatron.save": path, "megatron.tensorboard-dir": path / "tensorboard", **overrides}
+        run_job(job, config, settings)
+        runs[name] = scalars(path / "tensorboard")
+    stock = workspace / "neutral-stock"
+    run_stock(config, **start, save=stock, tensorboard_dir=stock / "tensorboard")
+    runs["stock"] = scalars(stock / "tensorboard")
+
+    for name in ("lm loss", "grad-norm", "lm loss validation"):
+        assert runs["plain"][name] == runs["stock"][name], name
+        assert runs["watched"][name] == runs["stock"][name], name
+        assert runs["distilled"][name][-1] != runs["stock"][name][-1], name
+    assert all(value > 0 for value in runs["watched"]["kd loss"]), "watching still reports the divergence"
+
+    # Weights and optimizer state: the same keys in the same shapes.
+    plain = saved_tensors(workspace / "neutral-plain")
+    assert saved_tensors(workspace / "neutral-distilled") == plain
+    assert any(key.startswith("optimizer") for key in plain)
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_attaching_leaves_nothing_behind(config: Path, teacher: Path, pipeline: int) -> None:
+    layout = {"pipeline_model_parallel_size": pipeline, "use_distributed_optimizer": "true"}
+    facts = run_stock(config, "--kd-teacher", teacher, num_ranks=pipeline, **layout)
+    assert len(facts) == pipeline
+    for found in facts:
+        assert found["teacher unchanged"]
+        assert not found["teacher has gradients"]
+        assert not found["teacher in training mode"]
+        assert found["optimizers"] >= 1
+        assert found["teacher parameters optimized"] == 0 < found["student parameters optimized"]
+        assert found["teacher parameters in DDP"] == 0 < found["student parameters in DDP"]
+        assert found["modules and state as before"] == [True, True, True]
+        assert found["hooks while attached"][0] == 1
+        assert found["as before once detached"]
+        assert found["messages in flight"] == 0
+        assert found["loss changes with the teacher"]
+        twice, sizes = found["refusals"]
+        assert "attached already" in twice
+        assert "does not fit" in sizes and "configured" in sizes and "saved" in sizes
+
+
+@pytest.mark.parametrize("optimizer", ["plain", "distributed"])
+def test_a_resumed_run_repeats_the_straight_one(
+    workspace: Path, config: Path, teacher: Path, optimizer: str
+) -> None:
+    straight, resumed = workspace / f"straight-{optimizer}", workspace / f"resumed-{optimizer}"
+    settings = {
+        "teacher.load": teacher,
+        "megatron.train-iters": 6,
+        "megatron.save-interval": 3,
+        **({"megatron.use-distributed-optimizer": "true"} if optimizer == "distributed" else {}),
+    }
+    run_job(
+        "distill",
+        config,
+        {**settings, "megatron.save": straight, "megatron.tensorboard-dir": straight / "tensorboard"},
+        num_ranks=2,
+    )
+    run_job(
+        "distill",
+        config,
+        {
+            **settings,
+            "megatron.load": straight,
+            "megatron.ckpt-step": 3,
+            "megatron.tensorboard-dir": resumed / "tensorboard",
+        },
+        num_ranks=2,
+    )
+    whole, half = scalars(straight / "tensorboard"), scalars(resumed / "tensorboard")
+    for name in ("lm loss", "kd loss", "total loss", "grad-norm"):
+        assert len(whole[name]) == 6
+        assert half[name] == whole[name][3:], name
