@@ -213,18 +213,30 @@ def init_process_group(timeout: timedelta) -> None:
 
 
 def _fix_resumed_adam() -> None:
-    """Give each parameter its own step counter when torch's Adam is resumed.
+    """Let torch's Adam, which steps in here for TransformerEngine's and apex's, be resumed exactly.
 
-    megatron-core 0.19's DistributedOptimizer hands one and the same `step` tensor to every parameter on load. torch's
-    Adam advances it in place, once a parameter, so from the second step after a resume the bias correction is wrong
-    (TransformerEngine's and apex's Adam keep the step elsewhere and are not touched by this).
+    Three faults of megatron-core 0.19's DistributedOptimizer without either of the two: it asserts that there is a step
+    counter when it describes what it wants to load, and before the first step there is none; in fp32 it copies into
+    parameters while autograd watches; and it leaves the parameters one `step` tensor between them, which torch's Adam
+    advances in place, once a parameter, so that from the second step on the bias correction is silently wrong.
     """
-    load_state_dict = torch.optim.Optimizer.load_state_dict
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    def load_with_own_steps(self: torch.optim.Optimizer, state_dict: dict) -> None:
+    sharded_state_dict, load_state_dict = DistributedOptimizer.sharded_state_dict, DistributedOptimizer.load_state_dict
+
+    def sharded_with_state(self: Any, model: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
+        if is_loading and not self.optimizer.state:
+            self.init_state_fn(self.optimizer, self.config)
+            for state in self.optimizer.state.values():
+                state["step"] = torch.zeros(())
+        return sharded_state_dict(self, model, is_loading, *args, **kwargs)
+
+    @torch.no_grad()
+    def load_with_own_steps(self: Any, state_dict: dict) -> None:
         load_state_dict(self, state_dict)
-        for state in self.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                self.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
 
-    torch.optim.Optimizer.load_state_dict = load_with_own_steps  # type: ignore[method-assign]
+    DistributedOptimizer.sharded_state_dict = sharded_with_state
+    DistributedOptimizer.load_state_dict = load_with_own_steps

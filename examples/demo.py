@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import yaml
 from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
 
@@ -378,37 +379,47 @@ def verdict(alone: dict[str, float], distilled: dict[str, float]) -> str:
 
 
 def draw_curves(out: Path, rows: dict[str, dict[str, float]]) -> None:
-    """Write curves.png: cross entropy of both students, and the distilled one's way to the teacher."""
-    directories = {"student alone": out / "student-alone", "student distilled": out / "student"}
+    """Write curves.png: cross entropy of both students, and the distilled one's way to its teacher."""
     colours = {"student alone": "tab:orange", "student distilled": "tab:blue", "teacher": "black"}
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
-    panels = (
-        ("lm loss", "cross entropy", "Cross entropy with the text", "nats a token"),
-        ("kl to teacher", "kl to teacher", "KL(teacher || student)", "nats a token"),
-        ("top-1 agreement", "top-1 agreement", "Top-1 agreement with the teacher", "share of tokens"),
-    )
-    for axis, (scalar, column, title, unit) in zip(axes, panels, strict=True):
-        for name, directory in directories.items():
-            events = event_accumulator.EventAccumulator(
-                str(directory / "tensorboard"), size_guidance={"scalars": 0}
-            ).Reload()
-            if scalar in events.Tags()["scalars"]:
-                draw_one(axis, events, scalar, name, colours[name])
-        for name in colours if scalar == "lm loss" else directories:
-            axis.axhline(rows[name][column], color=colours[name], linestyle=":", label=f"{name}, test")
-        axis.set(title=title, xlabel="step", ylabel=unit)
+    alone, distilled = (read_events(out / name / "tensorboard") for name in ("student-alone", "student"))
+    figure, axes = pyplot.subplots(1, 3, figsize=(16, 5), layout="constrained")
+
+    draw_curve(axes[0], alone, "lm loss", "student alone", colours["student alone"])
+    draw_curve(axes[0], distilled, "lm loss", "student distilled", colours["student distilled"])
+    axes[0].set(title="Cross entropy with the text", ylabel="nats a token")
+    draw_curve(axes[1], distilled, "kd loss", "divergence trained on", "tab:green")
+    draw_curve(axes[1], distilled, "kl to teacher", "KL", colours["student distilled"])
+    axes[1].set(title="From the teacher to the distilled student", ylabel="nats a token")
+    draw_curve(axes[2], distilled, "top-1 agreement", "student distilled", colours["student distilled"])
+    axes[2].set(title="Top-1 agreement with the teacher", ylabel="share of tokens")
+
+    for axis, column in zip(axes, ("cross entropy", "kl to teacher", "top-1 agreement"), strict=True):
+        if axis is not axes[2]:  # the first steps, far above all others, would flatten the picture
+            axis.set_ylim(top=np.quantile(np.concatenate([line.get_ydata() for line in axis.lines]), 0.93))
+        for name in colours if column == "cross entropy" else ("student alone", "student distilled"):
+            label = f"{name}, test" if axis is not axes[1] else f"KL of the {name}, test"
+            axis.axhline(rows[name][column], color=colours[name], linestyle=":", label=label)
+        axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     figure.savefig(out / "curves.png", dpi=120)
     pyplot.close(figure)
 
 
-def draw_one(axis: Any, events: Any, scalar: str, name: str, colour: str) -> None:
-    """One training curve with its validation points."""
-    steps, values = zip(*((e.step, e.value) for e in events.Scalars(scalar)), strict=True)
-    axis.plot(steps, values, color=colour, linewidth=0.9, alpha=0.8, label=f"{name}, training")
+def read_events(directory: Path) -> Any:
+    """All TensorBoard events of a training run."""
+    return event_accumulator.EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
+
+
+def draw_curve(axis: Any, events: Any, scalar: str, name: str, colour: str) -> None:
+    """One training curve, faint by step and bold as a mean over ten, with its validation points."""
+    steps, values = np.array([(event.step, event.value) for event in events.Scalars(scalar)]).T
+    axis.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
+    width = min(10, len(values))
+    means = np.convolve(values, np.ones(width) / width, "valid")
+    axis.plot(steps[width - 1 :], means, color=colour, label=f"{name}, training")
     # At the last step Megatron writes test results under this name too, after validation's: keep the first.
-    validation = {e.step: e.value for e in reversed(events.Scalars(f"{scalar} validation"))}
+    validation = {event.step: event.value for event in reversed(events.Scalars(f"{scalar} validation"))}
     axis.plot(*zip(*sorted(validation.items()), strict=True), "o", color=colour, label=f"{name}, validation")
 
 

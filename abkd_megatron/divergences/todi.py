@@ -18,9 +18,12 @@ class ToDi(Divergence):
     Forward KL where the teacher gives the token more than the student does, reverse KL where it gives less.
     At scale 1 the value is that of forward + reverse KL; at scale 0 it is half their sum.
 
-    With `detach` the weights are constants in the gradient, as in the paper and its code: h = -w p + (1 - w)
-    q (1 - rho), rho = log(p/q). This is not the gradient of the value. Without it h has the further term
-    -scale w (1 - w) rho (p + q) and is.
+    With `detach` the weights are constants in the gradient, as in the paper and its code:
+
+        h = -w p + (1 - w) q (1 - rho),    rho = log(p/q)
+
+    This is not the gradient of the value. Without it h has the further term -scale w (1 - w) rho (p + q), and
+    is.
 
     Infinite where one of p, q is 0 and the other is not, as both KL terms in sum are.
 
@@ -69,5 +72,5 @@ class ToDi(Divergence):
         scale = coefficient(self.scale, log_ratio.dtype)
         if scale == 0.0:
             return torch.full_like(log_ratio, 0.5), torch.full_like(log_ratio, 0.5)
-        # 1 - w by its own sigmoid: a subtraction leaves no digits near w = 1, and h multiplies them by scale.
-        return (log_ratio * scale).sigmoid_(), (log_ratio * -scale).sigmoid_()
+        w = (log_ratio * scale).sigmoid_()
+        return w, 1.0 - w

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -303,6 +304,5 @@ def _megatron_assertions_named() -> Iterator[None]:
     try:
         yield
     except AssertionError as error:
-        if not str(error):
-            raise
-        raise ConfigError(f"Megatron refuses these arguments: {error}") from error
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ConfigError(f"Megatron refuses these arguments: {reason}") from error

@@ -87,7 +87,7 @@ def vocab_parallel_divergence(
     Collectives: forward: 2 all-gathers of fp64 records, 4 and 2 floats a token; backward: none; none at all
     on one rank.
 
-    Memory: references to both logits and 5 fp64 numbers a token until backward; a few chunks of
+    Memory: references to both logits and 6 fp64 numbers a token until backward; a few chunks of
     CHUNK_ELEMENTS elements while it runs; one gradient buffer in the student's dtype.
     """
     _check_logits(student_logits, teacher_logits, temperature)
@@ -111,8 +111,9 @@ def vocab_parallel_distillation(
     """Divergence, the student's cross entropy and the metrics of every token, from one pass over both logits.
 
     The divergence is that of `vocab_parallel_divergence` at `temperature`, no factor T^2. All else is at
-    temperature 1: cross_entropy = -log softmax(student)[label], d cross_entropy/ds_j = softmax(student)_j -
-    [j = label].
+    temperature 1:
+
+        cross_entropy = -log q_label,  d cross_entropy/ds_j = q_j - [j = label],  q = softmax(student)
 
     Args:
         student_logits: [..., V/TP], any floating dtype, this rank's columns.
@@ -124,7 +125,7 @@ def vocab_parallel_distillation(
         temperature: T > 0, for the divergence alone.
 
     Returns:
-        DistillationTerms of [...], fp32 (fp64 if either logits are), the same bits on every rank of the
+        DistillationTerms of [...], fp32 (fp64 if either input is), the same bits on every rank of the
         group. Once differentiable, in the student's logits; each rank receives the gradient of its own shard,
         of both terms in one buffer.
 
@@ -135,7 +136,7 @@ def vocab_parallel_distillation(
     Collectives: forward: 2 all-gathers of fp64 records, 8 (10 if T is not 1) and 5 floats a token; backward:
     none; none at all on one rank.
 
-    Memory: as vocab_parallel_divergence, and one more number a token and the labels.
+    Memory: as vocab_parallel_divergence, and the labels.
     """
     _check_logits(student_logits, teacher_logits, temperature)
     if labels.shape != student_logits.shape[:-1] or labels.dtype != torch.int64:
@@ -255,9 +256,8 @@ class _View(NamedTuple):
 def _local_record(logits: Tensor, labels: Tensor | None, first_column: int, temperature: float) -> Tensor:
     """One model's part of the first round's record: [fields, n] from [n, C].
 
-    Fields: maximum, sum of exponentials; with labels the label's logit (-inf if another rank's) and the id of
-        the
-    maximum; and, if T is not 1, the sum of exponentials at T = 1.
+    Fields: maximum, sum of exponentials; with labels also the label's logit (-inf if another rank holds it)
+    and the id of the maximum; and, if T is not 1, the sum of exponentials at T = 1.
     """
     num_rows, num_columns = logits.shape
     if num_columns == 0:  # an all-padding shard

@@ -90,13 +90,13 @@ def dense_inputs(case: Case, world_size: int) -> tuple[Tensor, Tensor, Tensor, T
     size = max(stop for _, stop, _ in shards)
     generator = torch.Generator().manual_seed(7)
     student, teacher = 1.5 * torch.randn(2, *TOKENS, size, generator=generator, dtype=torch.float64)
-    student[0, 0, [2, -2]] = 6.0  # a tie of tokens on the first and on the last rank
-    teacher[0, 0, [2, -2]] = 6.0
-    student[0, 1, [2, -2]] = 6.0
-    teacher[0, 1, -2] = 6.0
+    student[0, 0, [2, -2]] = 7.0  # a tie of tokens on the first and on the last rank
+    teacher[0, 0, [2, -2]] = 7.0
+    student[0, 1, [2, -2]] = 7.0
+    teacher[0, 1, -2] = 7.0
     # Different tokens that stand in the same column of two shards are no agreement.
-    student[1, 0, shards[0][0] + 3] = 6.0
-    teacher[1, 0, shards[1][0] + 3 if world_size > 1 and shards[1][0] < shards[1][1] else 9] = 6.0
+    student[1, 0, shards[0][0] + 3] = 7.0
+    teacher[1, 0, shards[1][0] + 3 if world_size > 1 and shards[1][0] < shards[1][1] else 6] = 7.0
     if case.layout == "shard excluded" and world_size > 1:
         start, stop, _ = shards[1]
         student[0, :, start:stop] = teacher[0, :, start:stop] = -torch.inf

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.host.launch import run_job
+from launch import run_job
 
 # Small enough for a second an iteration, and with 112 padded columns in the vocabulary.
 CONFIG = """\

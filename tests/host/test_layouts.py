@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.host.launch import run_job, scalars
+from launch import run_job, scalars
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 LOSSES = ("lm loss", "kd loss", "total loss")

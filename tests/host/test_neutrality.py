@@ -8,7 +8,7 @@ import pytest
 
 from abkd_megatron.config import load_config, to_argv
 from abkd_megatron.data import PreparedData
-from tests.host.launch import launch, run_job, scalars
+from launch import launch, run_job, scalars
 
 STOCK = Path(__file__).with_name("stock.py")
 

@@ -98,6 +98,20 @@ def test_a_failing_stage_shows_its_last_lines(tmp_path, monkeypatch):
     assert "teacher" in lines[-1] and "3" in lines[-1] and str(tmp_path / "teacher.log") in lines[-1]
 
 
+def test_an_interrupt_ends_the_child(tmp_path, monkeypatch):
+    def interrupt(log):
+        raise KeyboardInterrupt
+
+    ended = []
+    end = demo.end
+    monkeypatch.setattr(demo, "end", lambda child: (end(child), ended.append(child.poll())))
+    monkeypatch.setattr(demo, "progress", interrupt)
+    monkeypatch.setattr(demo.Stage, "command", lambda self: ["-c", "import time; time.sleep(60)"])
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_stage(demo.Stage("teacher", "pretrain", "x.yaml", 2, {}), tmp_path, 2)
+    assert ended == [-15]
+
+
 def test_only_the_students_differ_in_their_teacher(tmp_path):
     _, _, distilled, alone = demo.training_stages(tmp_path, fast=False)
     assert (distilled.config, distilled.processes) == (alone.config, alone.processes)

@@ -1,0 +1,81 @@
+"""Bad input ends every rank before the first step, with one clear message and an exit code that is not 0."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from launch import launch, run_job
+
+PIPELINE = "megatron.pipeline-model-parallel-size=2"
+
+# name: (job, overrides, what the message must say). {other} is a vocabulary of another size, {teacher} a good teacher.
+CASES: dict[str, tuple[str, list[str], str]] = {
+    "unknown key": ("distill", ["distillation.alhpa=0.3"], r"alhpa.*alpha"),
+    "unknown Megatron argument": ("distill", ["megatron.num-layer=3"], r"num-layer.*num-layers"),
+    "alpha is no number": ("distill", ["distillation.alpha=much"], r"alpha.*much"),
+    "alpha is NaN": ("distill", ["distillation.alpha=nan"], r"alpha.*nan"),
+    "temperature 0": ("distill", ["distillation.temperature=0"], r"temperature.*0"),
+    "both weights 0": ("distill", ["distillation.kd_weight=0", "distillation.lm_weight=0"], r"kd_weight.*lm_weight"),
+    "no teacher": ("distill", ["teacher.load=null"], r"teacher\.load"),
+    "missing teacher": ("distill", ["teacher.load={workspace}/nowhere"], r"nowhere.*no such folder"),
+    "empty teacher": ("distill", ["teacher.load={workspace}/empty"], r"latest_checkpointed_iteration\.txt"),
+    "truncated teacher": ("distill", ["teacher.load={workspace}/truncated"], r"damaged.*should hold \d+ bytes"),
+    "teacher without its index": ("distill", ["teacher.load={workspace}/headless"], r"index.*cannot be read"),
+    "wrong-size teacher": ("distill", ["teacher.hidden-size=64"], r"hidden-size: the checkpoint has 48.* 64"),
+    "teacher with other heads": ("distill", ["teacher.num-attention-heads=2"], r"num-attention-heads.* 4.* 2"),
+    "teacher of another vocabulary": ("distill", ["data.dir={other}"], r"400 tokens.*420.*tokenizer"),
+    "teacher in a layout of its own": ("distill", ["teacher.tensor-model-parallel-size=2"], r"tensor-model-parallel-size"),
+    "student layers do not divide": ("distill", [PIPELINE, "megatron.num-layers=3"], r"student: 3 layers.*2 pipeline"),
+    "teacher layers do not divide": ("distill", [PIPELINE, "teacher.num-layers=5"], r"teacher: 5 layers.*2 pipeline"),
+    "interleaved schedule": (
+        "distill",
+        [PIPELINE, "megatron.num-layers=4", "megatron.num-layers-per-virtual-pipeline-stage=1"],
+        r"interleaved pipeline schedule is not supported",
+    ),
+    "MTP": ("distill", ["megatron.mtp-num-layers=1"], r"multi-token prediction is not supported"),
+    "data not prepared": ("distill", ["data.dir={workspace}/unprepared"], r"unprepared.*prepare"),
+    "Megatron's own refusal": ("pretrain", ["megatron.num-attention-heads=5"], r"Megatron refuses"),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(workspace: Path, config: Path, teacher: Path) -> list[dict[str, tuple[int, str]]]:
+    """How each case ended, on each rank of one job."""
+    (workspace / "empty").mkdir()
+    for name in ("truncated", "headless"):
+        shutil.copytree(teacher, workspace / name)
+    largest = max((workspace / "truncated").rglob("*.distcp"), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1000])
+    next((workspace / "headless").rglob(".metadata")).unlink()
+    other = workspace / "other-vocabulary"
+    run_job("prepare", config, {"data.dir": other, "data.vocab_size": 420})
+
+    cases = {
+        name: [job, "--config", str(config), f"teacher.load={teacher}"]
+        + [setting.format(workspace=workspace, other=other) for setting in overrides]
+        for name, (job, overrides, _) in CASES.items()
+    }
+    path = workspace / "cases.json"
+    path.write_text(json.dumps(cases))
+    ranks = launch([Path(__file__).with_name("refused.py"), path], num_ranks=2)
+    for rank in ranks:
+        assert rank.code == 0, rank.output[-6000:]
+    return [json.loads(rank.output.splitlines()[-1]) for rank in ranks]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_rank_says_what_is_wrong(ended: list[dict[str, tuple[int, str]]], name: str) -> None:
+    for number, rank in enumerate(ended):
+        code, message = rank[name]
+        assert code == 2
+        assert message.startswith(f"[rank {number}] abkd-megatron {CASES[name][0]}: error: ")
+        assert re.search(CASES[name][2], message, re.DOTALL), message
+        assert "Traceback" not in message
+
+
+def test_the_process_ends_with_that_code(config: Path) -> None:
+    (rank,) = launch(["-m", "abkd_megatron", "distill", "--config", config, "distillation.temperature=0"], 1)
+    assert rank.code == 2
+    assert "error: " in rank.output and "temperature" in rank.output
