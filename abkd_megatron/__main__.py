@@ -46,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB")
     for name, text in _JOBS.items():
         job = jobs.add_parser(name, help=text, description=text)
-        job.add_argument("--config", type=Path, metavar="FILE", help="YAML: device, megatron, teacher, distillation, data")
+        job.add_argument(
+            "--config", type=Path, metavar="FILE", help="YAML: device, megatron, teacher, distillation, data"
+        )
         job.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that beat the file's")
     return parser
 
@@ -76,7 +78,8 @@ def _run(job: str, path: Path | None, overrides: Sequence[str]) -> None:
         return
     if config.device == "cpu":
         cpu.install()
-        cpu.init_process_group(timedelta(minutes=float(config.megatron.get("distributed-timeout-minutes", 10))))
+        minutes = config.megatron.get("distributed-timeout-minutes", 10)
+        cpu.init_process_group(timedelta(minutes=float(str(minutes))))
     else:
         _require_gpu()
     megatron_lm.run(config, job)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -101,11 +101,11 @@ class Config:
     origins: dict[str, str] = field(default_factory=dict)
     """Where each ``section.key`` came from: default, device: NAME, FILE:LINE or command line."""
 
-    def check(self, job: Literal["prepare", "pretrain", "distill"]) -> None:
+    def check(self, job: str) -> None:
         """Check what no single value shows.
 
         Args:
-            job: what the configuration is for.
+            job: what the configuration is for: prepare, pretrain or distill.
 
         Raises:
             ConfigError: a value out of range, a missing one, or two that exclude each other.
@@ -208,9 +208,7 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, _En
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
@@ -241,9 +239,7 @@ def _read_file(path: Path) -> list[_Given]:
         if section == "device":
             given.append(_Given(section, "", entry.value, origin))
         elif isinstance(entry.value, dict):
-            given += [
-                _Given.spelt(section, k, e.value, f"{path.name}:{e.line}") for k, e in entry.value.items()
-            ]
+            given += [_Given.spelt(section, k, e.value, f"{path.name}:{e.line}") for k, e in entry.value.items()]
         elif entry.value is not None:
             raise ConfigError(f"{origin}: {section}: expected `key: value` lines, got {entry.value!r}")
     return given
@@ -254,8 +250,7 @@ def _read_override(text: str) -> _Given:
     section, dot, key = name.strip().partition(".")
     if not equals or (bool(dot and key) == (section == "device")):
         raise ConfigError(
-            f"command line: expected section.key=value or device=NAME, got {text!r}; "
-            "for example megatron.num-layers=4"
+            f"command line: expected section.key=value or device=NAME, got {text!r}; for example megatron.num-layers=4"
         )
     _check_name(section, SECTIONS, "command line", "section")
     return _Given.spelt(section, key, _load_yaml(value, f"command line: {name}"), "command line")
@@ -351,9 +346,7 @@ def _check_name(name: object, known: Iterable[str], origin: str, what: str) -> N
     hint = f"did you mean '{near[0]}'?" if near else ""
     if len(known) <= 16:
         hint = f"{hint} known: {', '.join(known)}".strip()
-    raise ConfigError(
-        f"{origin}: unknown {what} {_shown(name)}; {hint or 'see the documentation for the names'}"
-    )
+    raise ConfigError(f"{origin}: unknown {what} {_shown(name)}; {hint or 'see the documentation for the names'}")
 
 
 def _shown(value: object) -> str:
@@ -502,9 +495,7 @@ def to_argv(values: Mapping[str, Value], megatron_options: Options) -> list[str]
         if value is None:
             continue
         if isinstance(action, argparse.BooleanOptionalAction):
-            opposite = (
-                f"--{spelling.removeprefix('no-')}" if spelling.startswith("no-") else f"--no-{spelling}"
-            )
+            opposite = f"--{spelling.removeprefix('no-')}" if spelling.startswith("no-") else f"--no-{spelling}"
             argv.append(flag if value else opposite)
         elif action.nargs == 0:
             argv += [flag] if value else []
@@ -555,7 +546,5 @@ def _yaml(value: Value) -> str:
     if isinstance(value, list):
         return f"[{', '.join(_yaml(entry) for entry in value)}]"
     style = '"' if isinstance(value, str) and not value.isprintable() else None  # on one line
-    text = yaml.safe_dump(
-        [value], default_flow_style=True, default_style=style, width=math.inf, allow_unicode=True
-    )
+    text = yaml.safe_dump([value], default_flow_style=True, default_style=style, width=math.inf, allow_unicode=True)
     return text.strip()[1:-1]

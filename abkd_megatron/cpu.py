@@ -2,8 +2,8 @@
 
 Megatron asks torch.cuda for devices, streams and random states all over its code. `install` answers those questions
 with the CPU: every tensor that asks for CUDA lands in main memory, streams and events do nothing, and the GPU's random
-generator is the CPU's. It changes torch for the whole process, so it is opt-in (`device: cpu`), happens once, and refuses to
-start beside a GPU.
+generator is the CPU's. It changes torch for the whole process, so it is opt-in (`device: cpu`), happens once, and
+refuses to start beside a GPU.
 """
 
 import os
@@ -44,9 +44,7 @@ MEGATRON_DEFAULTS: Mapping[str, Any] = {
 class _CudaMeansCpu(TorchFunctionMode):
     """Rewrites every request for a CUDA device to the CPU, and `Tensor.type()` to the name Megatron checks for."""
 
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.cuda:
             return args[0]
@@ -122,7 +120,7 @@ def install() -> None:
     # First, because importing Megatron makes torch.compile look at torch.cuda, which must still be the real one.
     import megatron.core.datasets.utils
     import megatron.core.tensor_parallel.random as megatron_random
-    import megatron.training  # noqa: F401
+    import megatron.training
 
     # Megatron insists on it for tensor parallelism; without a GPU it means nothing.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -182,12 +180,15 @@ def install() -> None:
         setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
     for name in ("range_push", "range_pop", "mark"):
         setattr(torch.cuda.nvtx, name, nothing)
-    for module in (torch.cuda, torch.cuda.random):
-        module.get_rng_state = get_rng_state
-        module.set_rng_state = set_rng_state
-        module.manual_seed = manual_seed
+    for name, answer in {
+        "get_rng_state": get_rng_state,
+        "set_rng_state": set_rng_state,
+        "manual_seed": manual_seed,
         # torch.manual_seed seeds the CPU itself and then calls this for the GPUs: there is none left to seed.
-        module.manual_seed_all = nothing
+        "manual_seed_all": nothing,
+    }.items():
+        setattr(torch.cuda, name, answer)
+        setattr(torch.cuda.random, name, answer)
     _CudaMeansCpu().__enter__()
     # Megatron compiled its small fusions when it was imported; the compiler cannot look through this stand-in.
     torch.compiler.set_stance("force_eager")

@@ -69,9 +69,7 @@ class PreparedData:
             form, splits, sha256 = manifest["format"], manifest["splits"], manifest["tokenizer_sha256"]
             sizes = {name: splits[name]["bytes"] for name in SPLITS}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{root}: expected a manifest.json of prepared data, got {error!r}; {remedy}"
-            ) from error
+            raise DataError(f"{root}: expected a manifest.json of prepared data, got {error!r}; {remedy}") from error
         if form != _FORMAT:
             raise DataError(f"{root}: expected manifest format {_FORMAT}, got {form!r}; {remedy}")
         model = root / "tokenizer.model"
@@ -172,9 +170,7 @@ def _reuse(target: Path, settings: dict[str, Any], log: Callable[[str], None]) -
     try:
         found = PreparedData.open(target)
     except DataError as error:
-        raise DataError(
-            f"{target} exists and is not prepared data, or not whole ({error}); {remedy}"
-        ) from error
+        raise DataError(f"{target} exists and is not prepared data, or not whole ({error}); {remedy}") from error
     for key, expected in settings.items():
         got = found.manifest.get(key)
         if got != expected:
@@ -233,9 +229,7 @@ def _read_text(file: Path) -> str:
     try:
         return file.read_bytes().decode("utf-8")
     except (OSError, UnicodeError) as error:
-        raise DataError(
-            f"{file}: expected UTF-8 text, got: {error}; convert or leave out the file"
-        ) from error
+        raise DataError(f"{file}: expected UTF-8 text, got: {error}; convert or leave out the file") from error
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[str, str]]:

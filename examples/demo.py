@@ -193,10 +193,8 @@ def run_stage(stage: Stage, out: Path, number: int) -> dict[str, Any]:
         end(child)
     seconds = round(time.monotonic() - started, 1)
     if child.returncode != 0:
-        last = "\n".join(log_of(out, stage.name).splitlines()[-30:])
-        raise DemoError(
-            f"{last}\n\nstage {stage.name} failed (exit code {child.returncode}); whole log: {log}"
-        )
+        failure = f"stage {stage.name} failed (exit code {child.returncode}); whole log: {log}"
+        raise DemoError(f"{last_lines(log_of(out, stage.name))}\n\n{failure}")
     display.finish(progress(log_of(out, stage.name)))
     return {"name": stage.name, "seconds": seconds, "processes": stage.processes, "command": stage.command()}
 
@@ -234,6 +232,12 @@ _ENCODED = re.compile(r"^encoding: (\d+)/(\d+) documents\n", re.MULTILINE)
 def log_of(out: Path, stage: str) -> str:
     """The log of a stage, as far as it is written."""
     return (out / f"{stage}.log").read_text(errors="replace")
+
+
+def last_lines(log: str) -> str:
+    """The last 30 lines of a failed stage, without the launcher's own long farewell after them."""
+    own = re.split(r"^E\d{4} .* failed \(exitcode: ", log, maxsplit=1, flags=re.MULTILINE)[0]
+    return "\n".join(own.splitlines()[-30:])
 
 
 def numbers(line: str) -> dict[str, float]:

@@ -81,8 +81,8 @@ def attach(
     chunks = list(student) if isinstance(student, Sequence) else [student]
     if len(chunks) != 1:
         raise ConfigError(
-            f"the interleaved pipeline schedule is not supported yet: expected 1 model chunk a rank, got {len(chunks)}; "
-            "remove num-layers-per-virtual-pipeline-stage and its kin"
+            f"the interleaved pipeline schedule is not supported yet: expected 1 model chunk a rank, got "
+            f"{len(chunks)}; remove num-layers-per-virtual-pipeline-stage and its kin"
         )
     (model,) = unwrap_model(chunks)
     if not isinstance(model, GPTModel) or "output_processor" not in inspect.signature(model.forward).parameters:

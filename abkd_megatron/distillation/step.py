@@ -43,9 +43,11 @@ def masked_loss(
         for name in ("lm loss", "kd loss", "total loss"):
             if name in sums:
                 _stop_unless_finite(sums[name], name)
-    return loss, num_tokens, {
-        name: torch.cat([value.detach().clone().view(1), num_tokens.view(1)]) for name, value in sums.items()
-    }
+    return (
+        loss,
+        num_tokens,
+        {name: torch.cat([value.detach().clone().view(1), num_tokens.view(1)]) for name, value in sums.items()},
+    )
 
 
 def _stop_unless_finite(value: torch.Tensor, name: str) -> None:

@@ -18,7 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.training.models import GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from abkd_megatron.errors import CheckpointError, on_every_rank
 

@@ -56,9 +56,7 @@ class AlphaBeta(Divergence):
         object.__setattr__(self, "alpha", finite_number("AlphaBeta", "alpha", self.alpha))
         object.__setattr__(self, "beta", finite_number("AlphaBeta", "beta", self.beta))
         if not math.isfinite(self.alpha + self.beta):
-            raise ConfigError(
-                f"AlphaBeta: expected a finite alpha + beta, got {self.alpha} + {self.beta}: lower them"
-            )
+            raise ConfigError(f"AlphaBeta: expected a finite alpha + beta, got {self.alpha} + {self.beta}: lower them")
 
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         """F = q^lam phi(rho)."""

@@ -85,9 +85,8 @@ def run(config: Config, job: str) -> None:
         with on_every_rank():
             megatron = {**PreparedData.open(config.data.dir).megatron_arguments(), **megatron}
     argv = to_argv(megatron, options)
-    with on_every_rank():
-        with _command_line(argv):
-            _check_layout(parse_args(), "student")
+    with on_every_rank(), _command_line(argv):
+        _check_layout(parse_args(), "student")
     with _megatron_assertions_named(), _command_line(argv):
         args = parse_and_validate_args()
     # Megatron saves its arguments with the checkpoint; this one lets a later student see whose vocabulary it was.
@@ -167,8 +166,9 @@ class _ForwardStep:
         return output, partial(self._loss, batch["loss_mask"])
 
     def _loss(
-        self, loss_mask: torch.Tensor, output_tensor: torch.Tensor
+        self, loss_mask: torch.Tensor | None, output_tensor: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        assert loss_mask is not None  # Megatron asks for the loss on the last stage alone
         return masked_loss(
             loss_mask,
             output_tensor,

@@ -147,9 +147,7 @@ def vocab_parallel_distillation(
     divergence_per_token, cross_entropy, metrics = _apply(
         student_logits, teacher_logits, divergence, labels, shard, temperature
     )
-    return DistillationTerms(
-        divergence_per_token, cross_entropy, dict(zip(METRICS, metrics.unbind(0), strict=True))
-    )
+    return DistillationTerms(divergence_per_token, cross_entropy, dict(zip(METRICS, metrics.unbind(0), strict=True)))
 
 
 def _check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
@@ -165,9 +163,7 @@ def _check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: f
                 f"expected {name} logits of a floating dtype, got {logits.dtype}: pass the output layer's"
             )
     if not (isinstance(temperature, int | float) and math.isfinite(temperature) and temperature > 0):
-        raise ConfigError(
-            f"expected a finite temperature > 0, got {temperature!r}: 1.0 leaves the logits as they are"
-        )
+        raise ConfigError(f"expected a finite temperature > 0, got {temperature!r}: 1.0 leaves the logits as they are")
 
 
 def _apply(
@@ -347,9 +343,7 @@ class _Distillation(torch.autograd.Function):
         temperature: float,
         needs_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = (
-            torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
-        )
+        dtype = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
         student = _Rows(student_logits, shard.num_columns, dtype)
         teacher = _Rows(teacher_logits, shard.num_columns, dtype)
         tokens = student_logits.shape[:-1]
@@ -373,9 +367,7 @@ class _Distillation(torch.autograd.Function):
         record = student_logits.new_zeros(5 if has_labels else 2, num_tokens, dtype=torch.float64)
         for chunk in chunks:
             s, t = student[chunk], teacher[chunk]
-            view = _view(
-                s, t, (q.maximum[chunk], q.log_z[chunk]), (p.maximum[chunk], p.log_z[chunk]), temperature
-            )
+            view = _view(s, t, (q.maximum[chunk], q.log_z[chunk]), (p.maximum[chunk], p.log_z[chunk]), temperature)
             record[0, chunk] = view.sum(divergence.value(*view[:3]))
             if needs_gradient:
                 record[1, chunk] = view.sum(divergence.slope(*view[:3]))

@@ -48,9 +48,7 @@ class VocabShard:
         return self.stop - self.start
 
     @classmethod
-    def megatron(
-        cls, width: int, group: dist.ProcessGroup | None = None, vocab_size: int | None = None
-    ) -> VocabShard:
+    def megatron(cls, width: int, group: dist.ProcessGroup | None = None, vocab_size: int | None = None) -> VocabShard:
         """Megatron's layout: `width` columns a rank, rank r from r * width on, the padding at the very end.
 
         Args:

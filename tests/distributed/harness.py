@@ -23,9 +23,7 @@ class RankFailed(AssertionError):
     """A rank raised, died or did not end in time; the message has the first traceback."""
 
 
-def run_distributed(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120
-) -> list[Any]:
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120) -> list[Any]:
     """What `fn(rank, world_size, *args)` returned on each of `world_size` spawned gloo ranks, in rank order.
 
     `fn` must be importable (a module's own function), `args` and results picklable. torch.distributed is
@@ -59,9 +57,7 @@ def run_distributed(
                 if process.is_alive():
                     process.kill()
                 process.join()
-        return [
-            torch.load(Path(directory, f"result_{rank}"), weights_only=False) for rank in range(world_size)
-        ]
+        return [torch.load(Path(directory, f"result_{rank}"), weights_only=False) for rank in range(world_size)]
 
 
 def _rank_main(
@@ -86,9 +82,7 @@ def _rank_main(
         dist.barrier()
     except BaseException:
         report = Path(directory, f"failed_{rank}")
-        report.with_suffix(".part").write_text(
-            f"rank {rank} of {world_size} failed:\n{traceback.format_exc()}"
-        )
+        report.with_suffix(".part").write_text(f"rank {rank} of {world_size} failed:\n{traceback.format_exc()}")
         report.with_suffix(".part").rename(report)
         raise
     dist.destroy_process_group()

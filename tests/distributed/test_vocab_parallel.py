@@ -65,9 +65,7 @@ CASES += [
     for temperature in (1.0, 2.0)
     if (layout, temperature) != ("padded", 1.0)
 ]
-CASES += [
-    Case(d, torch.float32, "uneven", 2.0, equal=True) for d in (AlphaBeta(0.2, 0.7), AlphaBeta(0, 0), ToDi())
-]
+CASES += [Case(d, torch.float32, "uneven", 2.0, equal=True) for d in (AlphaBeta(0.2, 0.7), AlphaBeta(0, 0), ToDi())]
 
 
 def bounds(case: Case, world_size: int) -> list[tuple[int, int, int]]:
@@ -77,9 +75,7 @@ def bounds(case: Case, world_size: int) -> list[tuple[int, int, int]]:
         edges = [507 * rank // world_size for rank in range(world_size + 1)]
         return [(edges[rank], edges[rank + 1], edges[rank + 1] - edges[rank]) for rank in ranks]
     width = 512 // world_size
-    size = {"padded": 500, "last shard all padding": max(width * (world_size - 1) - 5, 7)}.get(
-        case.layout, 512
-    )
+    size = {"padded": 500, "last shard all padding": max(width * (world_size - 1) - 5, 7)}.get(case.layout, 512)
     shards = [(min(rank * width, size), min((rank + 1) * width, size), width) for rank in ranks]
     return shards[::-1] if case.layout == "reversed" else shards
 

@@ -4,7 +4,6 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-
 from launch import run_job
 
 # Small enough for a second an iteration, and with 112 padded columns in the vocabulary.

@@ -67,9 +67,7 @@ def _wait(ranks: Sequence[subprocess.Popen], deadline: float) -> list[tuple[int,
     return [(process.returncode, outputs[index]) for index, process in enumerate(ranks)]
 
 
-def run_job(
-    job: str, config: Path, overrides: Mapping[str, object] | None = None, *, num_ranks: int = 1
-) -> list[Rank]:
+def run_job(job: str, config: Path, overrides: Mapping[str, object] | None = None, *, num_ranks: int = 1) -> list[Rank]:
     """Run one of the command line's jobs; every rank must end well."""
     settings = [f"{key}={value}" for key, value in (overrides or {}).items()]
     ranks = launch(["-m", "abkd_megatron", job, "--config", config, *settings], num_ranks)

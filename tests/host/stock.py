@@ -88,7 +88,7 @@ class Probe:
         pg_collection = get_attr_wrapped_model(chunks[0], "pg_collection")
         checkpoint = TeacherCheckpoint.open(self.checkpoint)
         teacher = build_teacher(teacher_config(self.args), checkpoint, pg_collection)
-        arguments = dict(vocab_size=400, pg_collection=pg_collection)
+        arguments = {"vocab_size": 400, "pg_collection": pg_collection}
         self.handle = attach(chunks, teacher, Objective(AlphaBeta(0.2, 0.7)), **arguments)
         self.teacher_at_start = digest(teacher)
         self.refusals = []
@@ -117,7 +117,10 @@ class Probe:
         teacher = {parameter.data_ptr() for parameter in self.handle.teacher.parameters()}
         optimizers = [thing for thing in gc.get_objects() if isinstance(thing, torch.optim.Optimizer)]
         optimized = {
-            parameter.data_ptr() for found in optimizers for group in found.param_groups for parameter in group["params"]
+            parameter.data_ptr()
+            for found in optimizers
+            for group in found.param_groups
+            for parameter in group["params"]
         }
         in_ddp = {parameter.data_ptr() for buffer in self.ddp.buffers for parameter in buffer.params}
         attached = self.surface()
@@ -127,14 +130,18 @@ class Probe:
         plain = self.loss()
         return {
             "teacher unchanged": digest(self.handle.teacher) == self.teacher_at_start,
-            "teacher has gradients": any(p.requires_grad or p.grad is not None for p in self.handle.teacher.parameters()),
+            "teacher has gradients": any(
+                p.requires_grad or p.grad is not None for p in self.handle.teacher.parameters()
+            ),
             "teacher in training mode": any(module.training for module in self.handle.teacher.modules()),
             "optimizers": len(optimizers),
             "teacher parameters optimized": len(teacher & optimized),
             "student parameters optimized": len(optimized),
             "teacher parameters in DDP": len(teacher & in_ddp),
             "student parameters in DDP": len(in_ddp),
-            "modules and state as before": [attached[key] == self.before[key] for key in ("modules", "state", "attributes")],
+            "modules and state as before": [
+                attached[key] == self.before[key] for key in ("modules", "state", "attributes")
+            ],
             "hooks while attached": attached["hooks"],
             "as before once detached": self.surface() == self.before,
             "messages in flight": self.handle._lane.num_in_flight if self.handle._lane else 0,

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from launch import run_job, scalars
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]

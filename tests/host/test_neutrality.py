@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launch import launch, run_job, scalars
 
 from abkd_megatron.config import load_config, to_argv
 from abkd_megatron.data import PreparedData
-from launch import launch, run_job, scalars
 
 STOCK = Path(__file__).with_name("stock.py")
 
@@ -94,9 +94,7 @@ def test_attaching_leaves_nothing_behind(config: Path, teacher: Path, pipeline: 
 
 
 @pytest.mark.parametrize("optimizer", ["plain", "distributed"])
-def test_a_resumed_run_repeats_the_straight_one(
-    workspace: Path, config: Path, teacher: Path, optimizer: str
-) -> None:
+def test_a_resumed_run_repeats_the_straight_one(workspace: Path, config: Path, teacher: Path, optimizer: str) -> None:
     straight, resumed = workspace / f"straight-{optimizer}", workspace / f"resumed-{optimizer}"
     settings = {
         "teacher.load": teacher,

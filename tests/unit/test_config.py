@@ -89,9 +89,7 @@ def test_order_and_origins(load):
         "megatron.num-layers=4",
         "distillation.kd-weight=2",
         "teacher.ckpt_step=10",
-        device_defaults=lambda device: (
-            {"num-layers": 1, "swiglu": True, "lr": 1.0} if device == "cpu" else {}
-        ),
+        device_defaults=lambda device: {"num-layers": 1, "swiglu": True, "lr": 1.0} if device == "cpu" else {},
     )
     assert config.megatron == {"num-layers": 4, "swiglu": True, "lr": 1e-4, "seq-length": 64}
     assert config.teacher == TeacherConfig(load="/t", ckpt_step=10, megatron={"num-layers": 8})
@@ -284,9 +282,7 @@ def test_check_by_job(load):
 
 def test_check_refuses_data_twice(load):
     config = load("data: {dir: /d}\nmegatron:\n  tokenizer-model: m\n  data-path: null\n")
-    with pytest.raises(
-        ConfigError, match=r"data.dir \(run.yaml:1\).*megatron.tokenizer-model \(run.yaml:3\)"
-    ):
+    with pytest.raises(ConfigError, match=r"data.dir \(run.yaml:1\).*megatron.tokenizer-model \(run.yaml:3\)"):
         config.check("pretrain")
     load("megatron: {tokenizer-model: m, data-path: [x]}").check("pretrain")
 
@@ -403,9 +399,7 @@ def test_importing_leaves_megatron_alone():
 def test_with_megatrons_own_parser(tmp_path):
     arguments = pytest.importorskip("megatron.training.arguments")
     parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    options = {
-        s.removeprefix("--"): a for a in parser._actions for s in a.option_strings if s.startswith("--")
-    }
+    options = {s.removeprefix("--"): a for a in parser._actions for s in a.option_strings if s.startswith("--")}
     path = tmp_path / "run.yaml"
     path.write_text(
         "megatron:\n  num-layers: 4\n  swiglu: true\n  lr: 1e-4\n  attention_backend: local\n"

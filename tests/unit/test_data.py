@@ -78,11 +78,7 @@ def test_documents_come_back(prepared, sources):
     for split in SPLITS:
         counted = prepared.manifest["splits"][split]
         assert counted["documents"] == len(texts[split]) > 0
-        assert (
-            counted["tokens"] * 2
-            == counted["bytes"]
-            == Path(f"{prepared.train.parent}/{split}.bin").stat().st_size
-        )
+        assert counted["tokens"] * 2 == counted["bytes"] == Path(f"{prepared.train.parent}/{split}.bin").stat().st_size
 
 
 def test_tokenizer_is_the_one_megatron_sees(prepared):
@@ -191,9 +187,7 @@ def test_changed_documents_are_refused(tmp_path, config):
     text = tmp_path / "text"
     text.mkdir()
     for number in range(40):
-        (text / f"{number}.txt").write_text(
-            f"document {number} " + (LIBRARY / "abc.py").read_text()[: 40 * number]
-        )
+        (text / f"{number}.txt").write_text(f"document {number} " + (LIBRARY / "abc.py").read_text()[: 40 * number])
     config = replace(config, source=[str(text)], dir=str(tmp_path / "d"), vocab_size=360)
     prepare(config, quiet)
     (text / "0.txt").write_text("another text")

@@ -98,6 +98,12 @@ def test_a_failing_stage_shows_its_last_lines(tmp_path, monkeypatch):
     assert "teacher" in lines[-1] and "3" in lines[-1] and str(tmp_path / "teacher.log") in lines[-1]
 
 
+def test_the_last_lines_end_before_the_launchers():
+    launcher = "E1122 02:03:35.930000 15869 torch/distributed/elastic/x.py:1002] failed (exitcode: 2) local_rank: 1"
+    log = "first\n[rank 1] abkd-megatron distill: error: no teacher\n" + launcher + "\nTraceback\n" * 40
+    assert demo.last_lines(log) == "first\n[rank 1] abkd-megatron distill: error: no teacher"
+
+
 def test_an_interrupt_ends_the_child(tmp_path, monkeypatch):
     def interrupt(log):
         raise KeyboardInterrupt

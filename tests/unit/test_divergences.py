@@ -66,9 +66,7 @@ def reference(student: Tensor, teacher: Tensor, divergence: Divergence, **settin
     return value.detach(), gradient
 
 
-def assert_close(
-    actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], value: float, gradient: float
-) -> None:
+def assert_close(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], value: float, gradient: float) -> None:
     """Relative errors: of the value, and of the gradient against the largest of its row."""
     (value_a, gradient_a), (value_e, gradient_e) = actual, expected
     assert torch.isfinite(value_a).all() and torch.isfinite(gradient_a).all()
@@ -114,12 +112,8 @@ def test_every_term_is_exact_at_every_log_ratio(alpha, beta):
         log_q = torch.full_like(log_ratio, -0.5)
         arguments = (log_q + log_ratio, log_q, log_ratio)
         divergence = AlphaBeta(alpha, beta)
-        torch.testing.assert_close(
-            divergence.value(*arguments).double(), expected[:, 0], rtol=tolerance, atol=0
-        )
-        torch.testing.assert_close(
-            divergence.slope(*arguments).double(), expected[:, 1], rtol=tolerance, atol=0
-        )
+        torch.testing.assert_close(divergence.value(*arguments).double(), expected[:, 0], rtol=tolerance, atol=0)
+        torch.testing.assert_close(divergence.slope(*arguments).double(), expected[:, 1], rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -166,9 +160,7 @@ def test_random_logits_and_temperature(divergence, temperature):
     assert_close(fast(student, teacher, divergence, temperature=temperature), expected, 1e-10, 1e-10)
 
 
-@pytest.mark.parametrize(
-    "divergence", [AlphaBeta(1, 0), AlphaBeta(0.2, 0.7), AlphaBeta(1, 1), ToDi()], ids=str
-)
+@pytest.mark.parametrize("divergence", [AlphaBeta(1, 0), AlphaBeta(0.2, 0.7), AlphaBeta(1, 1), ToDi()], ids=str)
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3])
 def test_fp32_keeps_its_digits_near_convergence(divergence, distance):
     student, noise = random_logits(8, 1000)
@@ -182,9 +174,7 @@ def test_fp32_keeps_its_digits_near_convergence(divergence, distance):
     assert ((gradient - expected_gradient).abs() <= 1e-6 / distance * largest).all()
 
 
-@pytest.mark.parametrize(
-    "divergence", [*BOUNDED, AlphaBeta(1, 0), AlphaBeta(0, 1), ToDi(), ToDi(2.0, False)], ids=str
-)
+@pytest.mark.parametrize("divergence", [*BOUNDED, AlphaBeta(1, 0), AlphaBeta(0, 1), ToDi(), ToDi(2.0, False)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_extreme_logits(divergence, dtype):
     student, teacher = random_logits(3, 12)
@@ -227,9 +217,7 @@ def test_padding_and_columns_outside_both_vocabularies(divergence):
         assert (gradient[:, ~kept] == 0).all()
 
 
-@pytest.mark.parametrize(
-    "divergence", [*BOUNDED, AlphaBeta(1, 0), AlphaBeta(2, -1), AlphaBeta(1.5, -0.3)], ids=str
-)
+@pytest.mark.parametrize("divergence", [*BOUNDED, AlphaBeta(1, 0), AlphaBeta(2, -1), AlphaBeta(1.5, -0.3)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_teacher_with_zero_probabilities(divergence, dtype):
     student, teacher = random_logits(6, 9, scale=1.0)
@@ -242,9 +230,7 @@ def test_teacher_with_zero_probabilities(divergence, dtype):
     # One-hot teacher, beta = 0: the divergence is the cross entropy, and so is its gradient.
     if divergence == AlphaBeta(1, 0):
         label = torch.tensor([2])
-        torch.testing.assert_close(
-            expected[0][:1], F.cross_entropy(student[:1].to(dtype).double(), label)[None]
-        )
+        torch.testing.assert_close(expected[0][:1], F.cross_entropy(student[:1].to(dtype).double(), label)[None])
 
 
 def test_small_alpha_on_a_teacher_with_zero_probabilities():
@@ -329,15 +315,11 @@ def test_cross_entropy_and_metrics(temperature):
     for name, tensor in expected.items():
         assert not terms.metrics[name].requires_grad
         torch.testing.assert_close(terms.metrics[name], tensor, rtol=1e-12, atol=1e-14, msg=name)
-    torch.testing.assert_close(
-        terms.cross_entropy, reference_cross_entropy(student, labels, 60), rtol=1e-12, atol=0
-    )
+    torch.testing.assert_close(terms.cross_entropy, reference_cross_entropy(student, labels, 60), rtol=1e-12, atol=0)
     torch.testing.assert_close(
         terms.cross_entropy, F.cross_entropy(s.flatten(0, 1), labels.flatten(), reduction="none").view(3, 5)
     )
-    alone = vocab_parallel_divergence(
-        student, teacher, AlphaBeta(0.2, 0.7), temperature=temperature, vocab_size=60
-    )
+    alone = vocab_parallel_divergence(student, teacher, AlphaBeta(0.2, 0.7), temperature=temperature, vocab_size=60)
     assert torch.equal(alone, terms.divergence)
 
     # The gradient of a mix, and of either term alone, against autograd through the dense definition.
@@ -359,9 +341,7 @@ def test_cross_entropy_and_metrics(temperature):
 def test_label_that_no_rank_holds_is_loud():
     student, teacher = random_logits(2, 10)
     labels = torch.tensor([3, 9])
-    terms = vocab_parallel_distillation(
-        student, teacher, ToDi(), labels, VocabShard.megatron(10, vocab_size=9)
-    )
+    terms = vocab_parallel_distillation(student, teacher, ToDi(), labels, VocabShard.megatron(10, vocab_size=9))
     assert terms.cross_entropy[0].isfinite() and terms.cross_entropy[1] == math.inf
 
 
@@ -473,9 +453,7 @@ def test_autograd_contract():
     assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
 
     loss = vocab_parallel_divergence(student, teacher, AlphaBeta(0.5, 0.5))
-    weights = torch.ones(
-        3, dtype=torch.float64, requires_grad=True
-    )  # so that the gradient is part of a graph at all
+    weights = torch.ones(3, dtype=torch.float64, requires_grad=True)  # so that the gradient is part of a graph at all
     (gradient,) = torch.autograd.grad((weights * loss).sum(), student, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()

@@ -115,9 +115,7 @@ def test_cross_entropy_does_not_depend_on_the_divergence(one, other, seed, tempe
     results = []
     for divergence in (one, other):
         leaf = student.clone().requires_grad_()
-        terms = vocab_parallel_distillation(
-            leaf, teacher, divergence, labels, VocabShard.megatron(9), temperature
-        )
+        terms = vocab_parallel_distillation(leaf, teacher, divergence, labels, VocabShard.megatron(9), temperature)
         terms.cross_entropy.sum().backward()
         results.append((terms.cross_entropy.detach(), leaf.grad, *terms.metrics.values()))
     for first, second in zip(*results, strict=True):

@@ -1,0 +1,35 @@
+"""The README's commands run, in their order, with only sizes and places changed."""
+
+import re
+import shlex
+from pathlib import Path
+
+from launch import ROOT, launch
+
+SMALL = [
+    "megatron.train-iters=2",
+    "megatron.lr-warmup-iters=1",
+    "megatron.eval-iters=1",
+    "megatron.global-batch-size=16",
+]
+
+
+def test_the_commands_run(tmp_path: Path) -> None:
+    block = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    commands = [shlex.split(line) for line in block.splitlines()]
+    assert [command[0] for command in commands] == ["abkd-megatron", "torchrun", "torchrun", "abkd-megatron"]
+    for command in commands:
+        num_ranks = 1
+        if command[0] == "torchrun":
+            num_ranks = int(command[2])
+            assert command[3:5] == ["-m", "abkd_megatron"]
+            command = command[4:]
+        config = next(word for word in command if word.endswith(".yaml"))
+        places = [f"data.dir={tmp_path / 'data'}"]
+        if "prepare" not in command:
+            run = tmp_path / Path(config).stem
+            places += [f"megatron.save={run}", f"megatron.tensorboard-dir={run / 'tensorboard'}", *SMALL]
+            places.append(f"teacher.load={tmp_path / 'tiny_cpu_teacher'}")
+        for number, rank in enumerate(launch(["-m", "abkd_megatron", *command[1:], *places], num_ranks)):
+            assert rank.code == 0, f"rank {number} of {command}:\n{rank.output[-4000:]}"
+    assert "alpha: 0.2" in rank.output and "# tiny_cpu.yaml:" in rank.output

@@ -1,0 +1,48 @@
+"""What a teacher's saved arguments must agree in, where no shape would tell."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from abkd_megatron.distillation import TeacherCheckpoint
+from abkd_megatron.errors import CheckpointError
+
+SAVED = {
+    "num_layers": 4,
+    "group_query_attention": False,
+    "num_query_groups": 8,
+    "rotary_base": 10000,
+    "make_vocab_size_divisible_by": 128,
+    "tensor_model_parallel_size": 2,
+    "padded_vocab_size": 512,
+}
+
+
+def check(vocab_size: int = 500, saved: dict | None = None, **configured: object) -> None:
+    checkpoint = TeacherCheckpoint(Path("teacher"), {"args": Namespace(**{**SAVED, **(saved or {})})})
+    checkpoint.check_arguments(Namespace(**{**SAVED, **configured}), vocab_size)
+
+
+def test_a_teacher_as_configured_is_taken() -> None:
+    check()
+    check(num_query_groups=1)  # without grouped queries it means nothing
+    check(saved={"vocab_size": 500})
+    TeacherCheckpoint(Path("teacher"), {}).check_arguments(Namespace(), 500)  # saved without arguments
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        ({"rotary_base": 500000}, "rotary-base: the checkpoint has 10000, the configuration 500000"),
+        (
+            {"saved": {"group_query_attention": True}, "group_query_attention": True, "num_query_groups": 2},
+            "num-query-groups",
+        ),
+        ({"vocab_size": 600}, r"512 padded vocabulary columns.*600 tokens would have given 768"),
+        ({"vocab_size": 500, "saved": {"vocab_size": 499}}, r"vocabulary of 499 tokens.*500.*one tokenizer"),
+    ],
+)
+def test_another_teacher_is_refused(problem: dict, message: str) -> None:
+    with pytest.raises(CheckpointError, match=f"(?s){message}"):
+        check(**problem)
