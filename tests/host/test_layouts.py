@@ -46,3 +46,21 @@ def test_the_report_is_what_is_trained(runs: dict) -> None:
         assert len(one[f"{name} validation"]) == 2, "the validation and the test split report the same numbers"
     # Cross entropy to the teacher is entropy + KL, and so is never below the teacher's entropy.
     assert all(kl > 0 for kl in one["kl to teacher"])
+
+
+def test_bf16_stays_near_fp32(runs: dict, workspace: Path, config: Path, teacher: Path, student: Path) -> None:
+    tensorboard = workspace / "bf16"
+    overrides = {
+        "megatron.bf16": "true",
+        "megatron.tensor-model-parallel-size": 2,
+        "megatron.pipeline-model-parallel-size": 2,
+        "megatron.load": student,
+        "megatron.finetune": "true",
+        "megatron.tensorboard-dir": tensorboard,
+        "teacher.load": teacher,
+    }
+    run_job("distill", config, overrides, num_ranks=4)
+    found = scalars(tensorboard)
+    for name in (*LOSSES, "teacher lm loss", "teacher entropy", "student entropy"):
+        assert found[name] == pytest.approx(runs[2, 2][name], rel=0.02), name
+        assert found[name] != runs[2, 2][name]
