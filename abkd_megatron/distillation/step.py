@@ -32,12 +32,12 @@ def masked_loss(
     Collectives: none; Megatron reduces each name once an iteration.
     """
     mask = loss_mask.reshape(-1).float()
-    loss = torch.sum(output_tensor.reshape(-1).float() * mask)
+    loss = _masked_sum(output_tensor, mask)
     num_tokens = mask.sum().clone().detach().to(torch.int)
     if report is None:
         sums = {"lm loss": loss}
     else:
-        sums = {name: torch.sum(value.reshape(-1).float() * mask) for name, value in report.items()}
+        sums = {name: _masked_sum(value, mask) for name, value in report.items()}
         sums["total loss"] = loss
     if check_for_nan:
         for name in ("lm loss", "kd loss", "total loss"):
@@ -48,6 +48,11 @@ def masked_loss(
         num_tokens,
         {name: torch.cat([value.detach().clone().view(1), num_tokens.view(1)]) for name, value in sums.items()},
     )
+
+
+def _masked_sum(per_token: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The sum over counted tokens; one that does not count adds nothing, even if it is NaN or infinite."""
+    return torch.where(mask == 0, 0.0, per_token.reshape(-1).float() * mask).sum()
 
 
 def _stop_unless_finite(value: torch.Tensor, name: str) -> None:

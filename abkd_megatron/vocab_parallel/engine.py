@@ -13,6 +13,8 @@ Arithmetic on logits runs over chunks of tokens, in fp32 (fp64 for fp64 logits);
 and the logarithm of the sum of exponentials below it stay apart: their sum would round to a logit's
 precision, and so would the log-ratio of the two models.
 
+A token whose loss is weighted by 0 passes on a gradient of exactly 0, whatever its logits hold.
+
 Legend: N tokens, C this rank's real columns, W the width of its logits, R ranks.
 """
 
@@ -119,8 +121,8 @@ def vocab_parallel_distillation(
         student_logits: [..., V/TP], any floating dtype, this rank's columns.
         teacher_logits: [..., V/TP], the same columns; never receives a gradient.
         divergence: for example AlphaBeta(0.2, 0.7).
-        labels: [...], int64, global token ids in 0 .. shard.size - 1, those of tokens to be masked out later
-            included (the cross entropy of an id that no rank holds is inf).
+        labels: [...], int64, global token ids in 0 .. shard.size - 1. A negative id is ignored: its cross entropies
+            are 0, without a gradient; an id beyond the vocabulary gives inf.
         shard: which columns these are.
         temperature: T > 0, for the divergence alone.
 
@@ -397,12 +399,14 @@ class _Distillation(torch.autograd.Function):
             cross_entropy, metrics = result.new_empty(0), result.new_empty(0)
             ctx.mark_non_differentiable(cross_entropy, metrics)
             return result, cross_entropy, metrics
-        assert p.top is not None and q.top is not None
+        assert flat_labels is not None and p.top is not None and q.top is not None
         agreement = (p.top == q.top) & p.top.isfinite()
-        metrics = torch.stack([p.cross_entropy(), total[2], -total[3], -total[4], agreement.double()])
+        ignored = flat_labels < 0
+        cross_entropies = [side.cross_entropy().masked_fill_(ignored, 0.0) for side in (p, q)]
+        metrics = torch.stack([cross_entropies[0], total[2], -total[3], -total[4], agreement.double()])
         metrics = metrics.to(dtype).view(len(METRICS), *tokens)
         ctx.mark_non_differentiable(metrics)
-        return result, q.cross_entropy().to(dtype).view(tokens), metrics
+        return result, cross_entropies[1].to(dtype).view(tokens), metrics
 
     @staticmethod
     @once_differentiable
@@ -433,7 +437,7 @@ class _Distillation(torch.autograd.Function):
                 gradient = ctx.divergence.slope(*view[:3]).masked_fill_(view.outside, 0.0)
                 q = view.log_q.exp_()
                 gradient.sub_(q * slope_sum.to(dtype).unsqueeze(-1))
-                gradient.mul_(per_token(of_divergence)[chunk] / temperature)
+                gradient = weigh(per_token(of_divergence)[chunk] / temperature, gradient)
             if of_cross_entropy is not None:
                 if q is None or temperature != 1.0:
                     q = s - q_max.to(dtype).unsqueeze(-1)
@@ -442,7 +446,8 @@ class _Distillation(torch.autograd.Function):
                 held = (column >= 0) & (column < shard.num_columns)
                 if shard.num_columns:
                     q.scatter_add_(-1, column.clamp(0, shard.num_columns - 1), -held.to(dtype))
-                q.mul_(per_token(of_cross_entropy)[chunk])
+                weight = per_token(of_cross_entropy)[chunk].masked_fill(column + shard.start < 0, 0.0)
+                q = weigh(weight, q)
                 gradient = q if gradient is None else gradient.add_(q)
             assert gradient is not None
             out_rows[chunk, : shard.num_columns] = gradient

@@ -345,6 +345,37 @@ def test_label_that_no_rank_holds_is_loud():
     assert terms.cross_entropy[0].isfinite() and terms.cross_entropy[1] == math.inf
 
 
+def test_negative_labels_are_ignored():
+    student, teacher = random_logits(3, 8)
+    student.requires_grad_()
+    labels = torch.tensor([2, -100, -1])
+    terms = vocab_parallel_distillation(student, teacher, AlphaBeta(0.2, 0.7), labels, VocabShard(0, 8, 8))
+    assert terms.cross_entropy[1:].tolist() == terms.metrics["teacher lm loss"][1:].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(terms.cross_entropy[:1], reference_cross_entropy(student[:1], labels[:1]))
+    (gradient,) = torch.autograd.grad(terms.cross_entropy.sum(), student)
+    assert gradient[0].abs().max() > 0
+    assert torch.equal(gradient[1:], torch.zeros(2, 8, dtype=gradient.dtype))
+
+
+@pytest.mark.parametrize("fault", [math.nan, math.inf])
+def test_a_token_of_no_weight_passes_no_gradient_on(fault):
+    student, teacher = random_logits(3, 8)
+    clean = student.clone().requires_grad_()
+    student[1, 4] = fault
+    student.requires_grad_()
+    weight = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
+
+    def gradient(of):
+        labels = torch.tensor([0, 1, 2])
+        terms = vocab_parallel_distillation(of, teacher, AlphaBeta(0.2, 0.7), labels, VocabShard(0, 8, 8))
+        (terms.divergence + terms.cross_entropy).backward(weight)
+        return of.grad
+
+    got = gradient(student)
+    assert torch.equal(got, gradient(clean))
+    assert torch.equal(got[1], torch.zeros(8, dtype=got.dtype))
+
+
 def test_nan_logits_are_not_hidden():
     student, teacher = random_logits(3, 10)
     student[0, 4] = math.nan

@@ -1,0 +1,45 @@
+"""The loss contract: sums over counted tokens, nothing from the others, the same names every time."""
+
+import torch
+
+from abkd_megatron.distillation.step import masked_loss
+
+
+def test_sums_and_counts() -> None:
+    mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+    total = torch.arange(6.0).view(2, 3).requires_grad_()
+    report = {"lm loss": total.detach() / 2, "kd loss": total.detach() * 3}
+    loss, num_tokens, sums = masked_loss(mask, total, report=report, check_for_nan=False)
+    assert loss.item() == 0 + 2 + 4
+    assert num_tokens.dtype == torch.int and num_tokens.item() == 3
+    assert {name: pair.tolist() for name, pair in sums.items()} == {
+        "lm loss": [3.0, 3.0],
+        "kd loss": [18.0, 3.0],
+        "total loss": [6.0, 3.0],
+    }
+    assert not any(pair.requires_grad for pair in sums.values())
+    loss.backward()
+    assert torch.equal(total.grad, mask)
+
+
+def test_without_a_teacher_it_is_the_stock_loss() -> None:
+    mask, output = torch.rand(2, 5).round(), torch.randn(2, 5)
+    loss, _, sums = masked_loss(mask, output, check_for_nan=False)
+    assert torch.equal(loss, torch.sum(output.view(-1).float() * mask.view(-1)))
+    assert list(sums) == ["lm loss"]
+
+
+def test_a_token_that_does_not_count_poisons_nothing() -> None:
+    output = torch.tensor([[1.0, torch.nan, torch.inf]], requires_grad=True)
+    loss, num_tokens, _ = masked_loss(torch.tensor([[1.0, 0.0, 0.0]]), output, check_for_nan=False)
+    loss.backward()
+    assert loss.item() == 1 and num_tokens.item() == 1
+    assert output.grad.tolist() == [[1.0, 0.0, 0.0]]
+
+
+def test_no_token_counts() -> None:
+    loss, num_tokens, sums = masked_loss(
+        torch.zeros(1, 3), torch.ones(1, 3), report={"lm loss": torch.ones(1, 3)}, check_for_nan=False
+    )
+    assert loss.item() == 0 and num_tokens.item() == 0
+    assert sums["lm loss"].tolist() == [0.0, 0.0]
