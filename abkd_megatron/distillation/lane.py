@@ -28,7 +28,9 @@ class Lane:
         dist.all_gather_object(pipelines, tuple(pipeline_ranks))
         # Every rank must create every group, in the same order.
         groups = {ranks: dist.new_group(ranks, timeout=timeout) for ranks in sorted(set(pipelines))}
-        self._group = groups[tuple(pipeline_ranks)]
+        group = groups[tuple(pipeline_ranks)]
+        assert isinstance(group, dist.ProcessGroup)  # what new_group gives to the ranks in it
+        self._group = group
         stage = list(pipeline_ranks).index(dist.get_rank())
         self._previous = pipeline_ranks[stage - 1] if stage > 0 else None
         self._next = pipeline_ranks[stage + 1] if stage + 1 < len(pipeline_ranks) else None
