@@ -58,39 +58,59 @@ class AlphaBeta(Divergence):
         if not math.isfinite(self.alpha + self.beta):
             raise ConfigError(f"AlphaBeta: expected a finite alpha + beta, got {self.alpha} + {self.beta}: lower them")
 
+    @property
+    def num_sums(self) -> int:
+        """Three: alpha-beta separates, in all its limits."""
+        return 3
+
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         """F = q^lam phi(rho)."""
+        return self.sums(log_p, log_q, log_ratio)[2]
+
+    def slope(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        """The slope h = -q^lam expm1(alpha rho) / alpha = -(p^alpha q^beta - q^lam) / alpha."""
         a, b, lam = self._coefficients(log_ratio.dtype)
+        at_zero, at_alpha = _exponent(0.0, log_p, lam, log_q), _exponent(a, log_p, b, log_q)
+        return _difference(at_zero.exp(), at_alpha, a, log_ratio).neg_()
+
+    def sums(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> tuple[Tensor, ...]:
+        """(q^lam, h, F)."""
+        a, b, lam = self._coefficients(log_ratio.dtype)
+        at_zero = _exponent(0.0, log_p, lam, log_q).exp()
+        at_alpha = _exponent(a, log_p, b, log_q)
+        rise = _difference(at_zero, at_alpha, a, log_ratio)
         spread = max(abs(a), abs(b), abs(lam))
         if spread == 0.0:
-            return log_ratio.square().mul_(0.5)
+            return at_zero, -rise, log_ratio.square().mul_(0.5)
 
-        at_zero = _exponent(0.0, log_p, lam, log_q)
-        at_alpha = _exponent(a, log_p, b, log_q)
         at_lam = _exponent(lam, log_p, 0.0, log_q)
         # Dividing by the widest gap between two nodes cancels least.
         if abs(b) == spread:
-            far = _difference(at_zero, at_lam, lam, log_ratio) - _difference(at_zero, at_alpha, a, log_ratio)
-            far /= b
+            far = _difference(at_zero, at_lam, lam, log_ratio).sub_(rise).div_(b)
         elif abs(lam) == spread:
-            far = _difference(at_alpha, at_lam, b, log_ratio) - _difference(at_zero, at_alpha, a, log_ratio)
-            far /= lam
+            far = _difference(at_alpha.exp(), at_lam, b, log_ratio).sub_(rise).div_(lam)
         else:
-            far = _difference(at_alpha, at_lam, b, log_ratio) - _difference(at_zero, at_lam, lam, log_ratio)
-            far /= a
+            far = _difference(at_alpha.exp(), at_lam, b, log_ratio)
+            far.sub_(_difference(at_zero, at_lam, lam, log_ratio)).div_(a)
 
         scaled = log_ratio * spread
         near = torch.full_like(scaled, 0.0)
         for term in reversed(_series(a / spread, lam / spread, _SERIES_TERMS[log_ratio.dtype])):
             near.mul_(scaled).add_(term)
-        near.mul_(log_ratio).mul_(log_ratio).mul_(at_zero.exp())
-        return torch.where(scaled.abs_() < _SERIES_BELOW, near, far)
+        near.mul_(log_ratio).mul_(log_ratio).mul_(at_zero)
+        return at_zero, rise.neg_(), torch.where(scaled.abs_() < _SERIES_BELOW, near, far)
 
-    def slope(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """The slope h = -q^lam expm1(alpha rho) / alpha = -(p^alpha q^beta - q^lam) / alpha."""
+    def merge(self, sums: tuple[Tensor, ...], log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """Leibniz' rule for the divided differences of exp(x r) exp(x R): r of the tokens, R of their shard."""
+        mass, slope, value = sums
         a, b, lam = self._coefficients(log_ratio.dtype)
-        at_zero = _exponent(0.0, log_p, lam, log_q)
-        return _difference(at_zero, _exponent(a, log_p, b, log_q), a, log_ratio).neg_()
+        at_alpha = _exponent(a, log_p, b, log_q).exp()
+        at_lam = _exponent(lam, log_p, 0.0, log_q)
+        whole_value = weigh(mass, self.value(log_p, log_q, log_ratio))
+        whole_value -= weigh(slope, _difference(at_alpha, at_lam, b, log_ratio))
+        whole_value += weigh(value, at_lam.exp())
+        whole_slope = weigh(slope, at_alpha) + weigh(mass, self.slope(log_p, log_q, log_ratio))
+        return whole_value, whole_slope
 
     def _coefficients(self, dtype: torch.dtype) -> tuple[float, float, float]:
         return (
@@ -107,9 +127,8 @@ def _exponent(a: float, log_p: Tensor, b: float, log_q: Tensor) -> Tensor:
     return log_p * a if b == 0.0 else torch.add(log_p * a, log_q, alpha=b)
 
 
-def _difference(low: Tensor, high: Tensor, gap: float, log_ratio: Tensor) -> Tensor:
-    """(exp(high) - exp(low)) / gap, where high - low = gap * log_ratio; exp(low) * log_ratio at gap 0."""
-    start = low.exp()
+def _difference(start: Tensor, high: Tensor, gap: float, log_ratio: Tensor) -> Tensor:
+    """(exp(high) - start) / gap, where exp(high) = start * exp(gap * log_ratio); start * log_ratio at gap 0."""
     if gap == 0.0:
         return weigh(start, log_ratio)
     rise = log_ratio * gap

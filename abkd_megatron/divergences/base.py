@@ -25,6 +25,11 @@ class Divergence(ABC):
     be -inf; where both are, the engine discards the result, so NaN is allowed there.
     """
 
+    @property
+    def num_sums(self) -> int:
+        """How many sums over a shard `sums` gives; 0 if the divergence does not separate."""
+        return 0
+
     @abstractmethod
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         """F, elementwise."""
@@ -32,6 +37,25 @@ class Divergence(ABC):
     @abstractmethod
     def slope(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         """The slope h = dF/dlog q with log p held fixed, elementwise."""
+
+    def sums(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> tuple[Tensor, ...]:
+        """Elementwise terms whose sums over a shard are all that D, and perhaps H, have to know of it.
+
+        Only for a divergence that separates: one round of communication is then enough for D. The arguments are
+        those of `value`, but relative to constants of the shard, not to the whole vocabulary. None are needed of
+        a divergence that does not separate: its sums wait until the constants of the whole are known.
+        """
+        return ()
+
+    def merge(
+        self, sums: tuple[Tensor, ...], log_p: Tensor, log_q: Tensor, log_ratio: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """A shard's part of D and of H from its sums; the second is None if H takes a second round.
+
+        `log_p`, `log_q` and `log_ratio` are what to add to the arguments of `sums` to have those of the whole
+        vocabulary. They are fp64, as the sums are; the shards are in the last dimension.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not separate")
 
 
 def weigh(mass: Tensor, amount: Tensor) -> Tensor:

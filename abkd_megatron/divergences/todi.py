@@ -5,8 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from abkd_megatron.divergences.alpha_beta import AlphaBeta
 from abkd_megatron.divergences.base import Divergence, coefficient, finite_number, weigh
 from abkd_megatron.errors import ConfigError
+
+_FORWARD, _REVERSE = AlphaBeta(1.0, 0.0), AlphaBeta(0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,26 @@ class ToDi(Divergence):
             mass = (p + q).mul_(w).mul_(one_minus_w)
             h.sub_(weigh(mass, log_ratio), alpha=scale)
         return h
+
+    @property
+    def num_sums(self) -> int:
+        """Only at scale 1, where w p - (1 - w) q = p - q and the value is that of forward + reverse KL."""
+        return _FORWARD.num_sums + _REVERSE.num_sums if self.scale == 1.0 else 0
+
+    def sums(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> tuple[Tensor, ...]:
+        """Those of forward and reverse KL, at scale 1."""
+        if self.num_sums == 0:
+            return ()
+        return (*_FORWARD.sums(log_p, log_q, log_ratio), *_REVERSE.sums(log_p, log_q, log_ratio))
+
+    def merge(
+        self, sums: tuple[Tensor, ...], log_p: Tensor, log_q: Tensor, log_ratio: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """As forward and reverse KL. The slope too, unless w is a constant in it: then H does not separate."""
+        forward_value, forward_slope = _FORWARD.merge(sums[: _FORWARD.num_sums], log_p, log_q, log_ratio)
+        reverse_value, reverse_slope = _REVERSE.merge(sums[_FORWARD.num_sums :], log_p, log_q, log_ratio)
+        value = forward_value + reverse_value
+        return value, None if self.detach else forward_slope + reverse_slope
 
     def _weights(self, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
         scale = coefficient(self.scale, log_ratio.dtype)

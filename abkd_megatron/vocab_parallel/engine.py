@@ -1,17 +1,16 @@
 """Divergence, cross entropy and metrics of two vocabulary-sharded distributions, without gathering a logit.
 
-Every rank of the group holds the same tokens and its own columns of the vocabulary. Forward takes two rounds:
+Every rank of the group holds the same tokens and its own columns of the vocabulary. It sums over these, and the
+ranks exchange fp64 records of a few numbers a token; each merges all of them itself in the same order, so results
+are equal to the bit on every rank. One such round is enough for whatever separates (statistics.py): all of
+alpha-beta, the cross entropies, the metrics. Of ToDi at scale 1 the value separates; what its backward needs with
+detached weights is on its way while the step goes on. Everything else takes a second round, whose sums wait for the
+global log-partitions of the first.
 
-    1. local maxima and sums of exponentials of both models  -> one all-gather -> the global log-partitions
-    2. local sums of F, h and the metrics, these known        -> one all-gather -> the per-token results
+Backward recomputes from the saved logits: each rank knows all it needs for the gradient on its own columns, exactly,
+with no collective and no factor of the group's size.
 
-Ranks exchange fp64 records of a few numbers a token, and each merges all of them itself in the same order, so
-results are equal to the bit on every rank. Backward recomputes from the saved logits: each rank knows all it
-needs for the gradient on its own columns, exactly, with no collective and no factor of the group's size.
-
-Arithmetic on logits runs over chunks of tokens, in fp32 (fp64 for fp64 logits); sums run in fp64. A maximum
-and the logarithm of the sum of exponentials below it stay apart: their sum would round to a logit's
-precision, and so would the log-ratio of the two models.
+Arithmetic on logits runs over chunks of tokens, in fp32 (fp64 for fp64 logits); sums run in fp64.
 
 A token whose loss is weighted by 0 passes on a gradient of exactly 0, whatever its logits hold.
 
@@ -29,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from abkd_megatron.divergences.base import Divergence, weigh
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.vocab_parallel.shard import VocabShard
+from abkd_megatron.vocab_parallel.statistics import Layout, local_record, merge, view
 
 # Elements of a chunk of logits: large enough to keep a device busy, small beside the logits themselves.
 CHUNK_ELEMENTS = 2**20
@@ -86,8 +86,9 @@ def vocab_parallel_divergence(
         ConfigError: for shapes that differ, a dtype that is not floating, a temperature that is not finite
             and > 0, a vocab_size that does not fit the shards, or a `divergence` that is none.
 
-    Collectives: forward: 2 all-gathers of fp64 records, 4 and 2 floats a token; backward: none; none at all
-    on one rank.
+    Collectives: forward: 1 all-gather of fp64 records if the divergence separates (AlphaBeta: 7 floats a token,
+    ToDi(detach=False): 10), else one more of 2 floats; ToDi(): 1 of 10, and 1 of 1 that backward awaits. Backward:
+    none. None at all on one rank.
 
     Memory: references to both logits and 6 fp64 numbers a token until backward; a few chunks of
     CHUNK_ELEMENTS elements while it runs; one gradient buffer in the student's dtype.
@@ -135,8 +136,7 @@ def vocab_parallel_distillation(
         ConfigError: as vocab_parallel_divergence, for labels of another shape or dtype, or a shard wider than
             the logits.
 
-    Collectives: forward: 2 all-gathers of fp64 records, 8 (10 if T is not 1) and 5 floats a token; backward:
-    none; none at all on one rank.
+    Collectives: as vocab_parallel_divergence, with 7 (9 if T is not 1) floats a token more in the first.
 
     Memory: as vocab_parallel_divergence, and the labels.
     """
@@ -224,111 +224,14 @@ def _chunks(num_tokens: int, width: int) -> list[slice]:
     return [slice(first, min(first + rows, num_tokens)) for first in range(0, num_tokens, rows)]
 
 
-class _Statistics(NamedTuple):
-    """One model's distribution over the whole vocabulary, [N] fp64 each."""
-
-    maximum: Tensor  # of the raw logits
-    log_z: Tensor  # log sum_k exp((logit_k - maximum) / T)
-    log_z_at_1: Tensor  # the same at T = 1
-    target: Tensor | None = None  # the label's raw logit
-    top: Tensor | None = None  # the lowest id of the maximum
-
-    def cross_entropy(self) -> Tensor:
-        assert self.target is not None
-        return self.log_z_at_1 - (self.target - self.maximum)
-
-
-class _View(NamedTuple):
-    """The arguments of a divergence for a chunk, [n, C] each."""
-
-    log_p: Tensor
-    log_q: Tensor
-    log_ratio: Tensor
-    outside: Tensor  # where both models exclude the token
-
-    def sum(self, terms: Tensor) -> Tensor:
-        """Over the local columns, in fp64; the terms are overwritten where the token is outside."""
-        return terms.masked_fill_(self.outside, 0.0).sum(dim=-1, dtype=torch.float64)
-
-
-def _local_record(logits: Tensor, labels: Tensor | None, first_column: int, temperature: float) -> Tensor:
-    """One model's part of the first round's record: [fields, n] from [n, C].
-
-    Fields: maximum, sum of exponentials; with labels also the label's logit (-inf if another rank holds it)
-    and the id of the maximum; and, if T is not 1, the sum of exponentials at T = 1.
-    """
-    num_rows, num_columns = logits.shape
-    if num_columns == 0:  # an all-padding shard
-        record = logits.new_zeros(_num_fields(labels is not None, temperature), num_rows, dtype=torch.float64)
-        record[0] = -math.inf
-        if labels is not None:
-            record[2] = -math.inf
-        return record
-    maximum, argmax = logits.max(dim=-1)
-    # Where every local logit is -inf the sum is 0 and any base will do, except -inf itself.
-    below = logits - maximum.masked_fill(maximum == -math.inf, 0.0).unsqueeze(-1)
-    fields = [maximum, _sum_exp(below if temperature == 1.0 else below / temperature)]
-    if labels is not None:
-        column = labels - first_column
-        held = (column >= 0) & (column < num_columns)
-        target = logits.gather(-1, column.clamp(0, num_columns - 1).unsqueeze(-1)).squeeze(-1)
-        fields += [target.masked_fill(~held, -math.inf), argmax + first_column]
-        if temperature != 1.0:
-            fields.append(_sum_exp(below))
-    return torch.stack([field.double() for field in fields])
-
-
-def _num_fields(has_labels: bool, temperature: float) -> int:
-    return 2 + has_labels * (2 + (temperature != 1.0))
-
-
-def _sum_exp(logits: Tensor) -> Tensor:
-    return logits.exp().sum(dim=-1, dtype=torch.float64)
-
-
-def _merge(records: Tensor, has_labels: bool, temperature: float) -> _Statistics:
-    """Global statistics from every rank's record, [R, fields, N]."""
-    maximum = records[:, 0].amax(dim=0)
-    below = records[:, 0] - maximum.masked_fill(maximum == -math.inf, 0.0)
-    log_z = (records[:, 1] * (below / temperature).exp()).sum(dim=0).log()
-    if not has_labels:
-        return _Statistics(maximum, log_z, log_z)
-    # The smallest id among the ranks that hold the maximum, whatever their order.
-    top = records[:, 3].masked_fill(records[:, 0] != maximum, math.inf).amin(dim=0)
-    log_z_at_1 = log_z if temperature == 1.0 else (records[:, 4] * below.exp()).sum(dim=0).log()
-    return _Statistics(maximum, log_z, log_z_at_1, records[:, 2].amax(dim=0), top)
-
-
-def _all_gather(record: Tensor, shard: VocabShard) -> Tensor:
-    """Every rank's record, [R, ...], in rank order."""
+def _all_gather(record: Tensor, shard: VocabShard, async_op: bool = False) -> tuple[Tensor, dist.Work | None]:
+    """Every rank's record, [R, ...], in rank order; if async, not before the work is waited for."""
     if shard.num_ranks == 1 or record.numel() == 0:
-        return record.unsqueeze(0)
+        return record.unsqueeze(0), None
     num_fields = record.shape[:-1].numel()
     records = record.new_empty(shard.num_ranks * num_fields, record.shape[-1])
-    _all_gather_tensor(records, record.view(num_fields, -1), group=shard.group)
-    return records.view(shard.num_ranks, *record.shape)
-
-
-def _view(
-    student: Tensor,
-    teacher: Tensor,
-    student_statistics: tuple[Tensor, Tensor],
-    teacher_statistics: tuple[Tensor, Tensor],
-    temperature: float,
-) -> _View:
-    """Log-probabilities of [n, C] logits from each model's (maximum, log_z), [n] fp64."""
-    (student_max, student_log_z), (teacher_max, teacher_log_z) = student_statistics, teacher_statistics
-
-    def column(numbers: Tensor) -> Tensor:
-        return numbers.to(student.dtype).unsqueeze(-1)
-
-    y, x = student - column(student_max), teacher - column(teacher_max)
-    if temperature != 1.0:
-        y.div_(temperature)
-        x.div_(temperature)
-    log_ratio = (x - y).sub_(column(teacher_log_z - student_log_z))
-    log_q, log_p = y.sub_(column(student_log_z)), x.sub_(column(teacher_log_z))
-    return _View(log_p, log_q, log_ratio, (log_p == -math.inf) & (log_q == -math.inf))
+    work = _all_gather_tensor(records, record.view(num_fields, -1), group=shard.group, async_op=async_op)
+    return records.view(shard.num_ranks, *record.shape), work
 
 
 class _Distillation(torch.autograd.Function):
@@ -354,59 +257,57 @@ class _Distillation(torch.autograd.Function):
         has_labels = labels is not None
         flat_labels = labels.reshape(num_tokens) if labels is not None else None
 
-        # First round: the global log-partitions.
-        fields = _num_fields(has_labels, temperature)
-        record = student_logits.new_empty(2, fields, num_tokens, dtype=torch.float64)
+        layout = Layout(divergence, has_labels, temperature)
+        record = student_logits.new_empty(layout.size, num_tokens, dtype=torch.float64)
         for chunk in chunks:
             chunk_labels = flat_labels[chunk] if flat_labels is not None else None
-            for model, rows in enumerate((student, teacher)):
-                record[model, :, chunk] = _local_record(rows[chunk], chunk_labels, shard.start, temperature)
-        records = _all_gather(record, shard)
-        q = _merge(records[:, 0], has_labels, temperature)
-        p = _merge(records[:, 1], has_labels, temperature)
+            record[:, chunk] = local_record(
+                student[chunk], teacher[chunk], chunk_labels, shard.start, divergence, layout
+            )
+        q, p, value, slope_sum, metrics = merge(_all_gather(record, shard)[0], divergence, layout, dtype)
 
-        # Second round: the sums that need them.
-        record = student_logits.new_zeros(5 if has_labels else 2, num_tokens, dtype=torch.float64)
-        for chunk in chunks:
-            s, t = student[chunk], teacher[chunk]
-            view = _view(s, t, (q.maximum[chunk], q.log_z[chunk]), (p.maximum[chunk], p.log_z[chunk]), temperature)
-            record[0, chunk] = view.sum(divergence.value(*view[:3]))
-            if needs_gradient:
-                record[1, chunk] = view.sum(divergence.slope(*view[:3]))
-            if has_labels:
-                if temperature != 1.0:
-                    view = _view(
-                        s,
-                        t,
-                        (q.maximum[chunk], q.log_z_at_1[chunk]),
-                        (p.maximum[chunk], p.log_z_at_1[chunk]),
-                        1.0,
-                    )
-                teacher_mass = view.log_p.exp()
-                record[2, chunk] = view.sum(weigh(teacher_mass, view.log_ratio))
-                record[3, chunk] = view.sum(weigh(teacher_mass, view.log_p))
-                record[4, chunk] = view.sum(weigh(view.log_q.exp(), view.log_q))
-        total = _all_gather(record, shard).sum(dim=0)
+        # Second round, of what did not separate. Nothing needs H before backward, so it alone may still be on its way.
+        pending = None
+        if value is None or (slope_sum is None and needs_gradient):
+            only_slope = value is not None
+            record = student_logits.new_zeros(1 if only_slope else 2, num_tokens, dtype=torch.float64)
+            for chunk in chunks:
+                whole = view(
+                    student[chunk],
+                    teacher[chunk],
+                    (q.maximum[chunk], q.log_z[chunk]),
+                    (p.maximum[chunk], p.log_z[chunk]),
+                    temperature,
+                )
+                if needs_gradient:
+                    record[-1, chunk] = whole.sum(divergence.slope(*whole[:3]))
+                if not only_slope:
+                    record[0, chunk] = whole.sum(divergence.value(*whole[:3]))
+            pending = _all_gather(record, shard, async_op=only_slope)
+            if not only_slope:
+                value = pending[0][:, 0].sum(dim=0)
+        assert value is not None
 
         ctx.set_materialize_grads(False)
         ctx.divergence, ctx.shard, ctx.temperature, ctx.dtype = divergence, shard, temperature, dtype
         if needs_gradient:
-            scalars = torch.stack([q.maximum, q.log_z, q.log_z_at_1, p.maximum, p.log_z, total[1]])
+            scalars = torch.stack([q.maximum, q.log_z, q.log_z_at_1, p.maximum, p.log_z])
             ctx.save_for_backward(student_logits, teacher_logits, labels, scalars)
+            ctx.slope_sum, ctx.pending = slope_sum, pending
 
-        result = total[0].to(dtype).view(tokens)
+        result = value.to(dtype).view(tokens)
         if not has_labels:
-            cross_entropy, metrics = result.new_empty(0), result.new_empty(0)
-            ctx.mark_non_differentiable(cross_entropy, metrics)
-            return result, cross_entropy, metrics
+            nothing, nothing_either = result.new_empty(0), result.new_empty(0)
+            ctx.mark_non_differentiable(nothing, nothing_either)
+            return result, nothing, nothing_either
         assert flat_labels is not None and p.top is not None and q.top is not None
         agreement = (p.top == q.top) & p.top.isfinite()
         ignored = flat_labels < 0
         cross_entropies = [side.cross_entropy().masked_fill_(ignored, 0.0) for side in (p, q)]
-        metrics = torch.stack([cross_entropies[0], total[2], -total[3], -total[4], agreement.double()])
-        metrics = metrics.to(dtype).view(len(METRICS), *tokens)
-        ctx.mark_non_differentiable(metrics)
-        return result, cross_entropies[1].to(dtype).view(tokens), metrics
+        reported = torch.stack([cross_entropies[0], *metrics, agreement.double()])
+        reported = reported.to(dtype).view(len(METRICS), *tokens)
+        ctx.mark_non_differentiable(reported)
+        return result, cross_entropies[1].to(dtype).view(tokens), reported
 
     @staticmethod
     @once_differentiable
@@ -416,6 +317,12 @@ class _Distillation(torch.autograd.Function):
         if of_divergence is None and of_cross_entropy is None:
             return None, *nothing
         student_logits, teacher_logits, labels, scalars = ctx.saved_tensors
+        slope_sum = ctx.slope_sum
+        if slope_sum is None:
+            records, work = ctx.pending
+            if work is not None:
+                work.wait()
+            slope_sum = records[:, -1].sum(dim=0)
         shard, temperature, dtype = ctx.shard, ctx.temperature, ctx.dtype
         student = _Rows(student_logits, shard.num_columns, dtype)
         teacher = _Rows(teacher_logits, shard.num_columns, dtype)
@@ -429,14 +336,14 @@ class _Distillation(torch.autograd.Function):
         out_rows = out.view(num_tokens, width)
         out_rows[:, shard.num_columns :] = 0.0  # padding
         for chunk in _chunks(num_tokens, shard.num_columns):
-            q_max, q_log_z, q_log_z_at_1, p_max, p_log_z, slope_sum = scalars[:, chunk]
+            q_max, q_log_z, q_log_z_at_1, p_max, p_log_z = scalars[:, chunk]
             s = student[chunk]
             gradient, q = None, None
             if of_divergence is not None:
-                view = _view(s, teacher[chunk], (q_max, q_log_z), (p_max, p_log_z), temperature)
-                gradient = ctx.divergence.slope(*view[:3]).masked_fill_(view.outside, 0.0)
-                q = view.log_q.exp_()
-                gradient.sub_(q * slope_sum.to(dtype).unsqueeze(-1))
+                whole = view(s, teacher[chunk], (q_max, q_log_z), (p_max, p_log_z), temperature)
+                gradient = ctx.divergence.slope(*whole[:3]).masked_fill_(whole.outside, 0.0)
+                q = whole.log_q.exp_()
+                gradient.sub_(q * slope_sum[chunk].to(dtype).unsqueeze(-1))
                 gradient = weigh(per_token(of_divergence)[chunk] / temperature, gradient)
             if of_cross_entropy is not None:
                 if q is None or temperature != 1.0:

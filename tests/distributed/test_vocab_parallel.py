@@ -277,12 +277,13 @@ def test_losses_are_bit_equal_on_all_ranks(ranks):
 
 
 def test_collectives(ranks):
-    gather = "c10d::_allgather_base_"
-    expected = [gather, gather] if len(ranks) > 1 else []
     for result in ranks:
-        for case in result["cases"]:
-            assert case["forward"] == case["alone_forward"] == expected
-            assert case["backward"] == []
+        for case, found in zip(CASES, result["cases"], strict=True):
+            # The value of ToDi at scale 1 separates too; its slope with detached weights follows on its own.
+            separates = isinstance(case.divergence, AlphaBeta) or case.divergence == ToDi(1.0, detach=False)
+            rounds = 0 if len(ranks) == 1 else 1 if separates else 2
+            assert found["forward"] == found["alone_forward"] == ["c10d::_allgather_base_"] * rounds
+            assert found["backward"] == []
         for case in result.get("group of one", []):
             assert case["forward"] == case["alone_forward"] == case["backward"] == []
 
