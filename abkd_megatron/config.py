@@ -26,6 +26,7 @@ type Options = Mapping[str, argparse.Action]
 
 DEVICES = ("cuda", "cpu")
 DIVERGENCES = ("alpha_beta", "todi")
+KERNELS = ("eager", "compiled")
 SECTIONS = ("device", "megatron", "teacher", "distillation", "data")
 
 # What `data.dir` supplies; beside it each of these would be a second answer to the same question.
@@ -56,6 +57,8 @@ class DistillationConfig:
     """Weight of the divergence."""
     lm_weight: float = 1.0
     """Weight of the cross-entropy with the data."""
+    kernel: str = "eager"
+    """How the loss is computed: ``eager``, or ``compiled`` by torch.compile."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -125,6 +128,14 @@ class Config:
                 require(finite, f"{section}.{item.name}", "a finite number", value)
         origin = self.origins.get("distillation.divergence", "default")
         _check_name(kd.divergence, DIVERGENCES, origin, "distillation.divergence")
+        origin = self.origins.get("distillation.kernel", "default")
+        _check_name(kd.kernel, KERNELS, origin, "distillation.kernel")
+        require(
+            self.device != "cpu" or kd.kernel == "eager",
+            "distillation.kernel",
+            "eager on device: cpu (the compiler cannot look through the stand-in)",
+            kd.kernel,
+        )
         require(kd.temperature > 0, "distillation.temperature", "a number above 0", kd.temperature)
         for name in ("scale", "kd_weight", "lm_weight"):
             value = getattr(kd, name)

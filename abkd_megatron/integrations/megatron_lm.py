@@ -26,6 +26,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args, parse_args, validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+import abkd_megatron.kernels as kernels
 from abkd_megatron.config import Config, DistillationConfig, to_argv
 from abkd_megatron.data import PreparedData
 from abkd_megatron.distillation import Attachment, Objective, TeacherCheckpoint, attach, build_teacher
@@ -95,6 +96,7 @@ def run(config: Config, job: str) -> None:
     step = _ForwardStep()
 
     if job == "distill":
+        kernels.use(config.distillation.kernel)
         objective = make_objective(config.distillation)
         with on_every_rank():
             teacher_args = _teacher_args({**megatron, **config.teacher.megatron}, options, args)

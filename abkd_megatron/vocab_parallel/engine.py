@@ -25,13 +25,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from abkd_megatron.divergences.base import Divergence, weigh
+import abkd_megatron.kernels as kernels
+from abkd_megatron.divergences.base import Divergence
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.kernels.record import Layout, view
 from abkd_megatron.vocab_parallel.shard import VocabShard
-from abkd_megatron.vocab_parallel.statistics import Layout, local_record, merge, view
-
-# Elements of a chunk of logits: large enough to keep a device busy, small beside the logits themselves.
-CHUNK_ELEMENTS = 2**20
+from abkd_megatron.vocab_parallel.statistics import merge
 
 # torch renamed the one to the other.
 _all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -91,7 +90,7 @@ def vocab_parallel_divergence(
     none. None at all on one rank.
 
     Memory: references to both logits and 6 fp64 numbers a token until backward; a few chunks of
-    CHUNK_ELEMENTS elements while it runs; one gradient buffer in the student's dtype.
+    the kernel's size while it runs; one gradient buffer in the student's dtype.
     """
     _check_logits(student_logits, teacher_logits, temperature)
     width = student_logits.shape[-1]
@@ -194,16 +193,14 @@ def _apply(
 
 
 class _Rows:
-    """The rows of [..., W] logits, flattened, a chunk at a time: real columns only, contiguous, cast.
+    """The rows of [..., W] logits, flattened to [N, W] a chunk at a time: real columns only, contiguous.
 
-    Contiguous, so that equal logits give equal sums whatever their layouts; never a copy of more than a
-    chunk.
+    Contiguous, so that equal logits give equal sums whatever their layouts; never a copy of more than a chunk.
     """
 
-    def __init__(self, logits: Tensor, num_columns: int, dtype: torch.dtype) -> None:
+    def __init__(self, logits: Tensor, num_columns: int) -> None:
         self.tokens = logits.shape[:-1]
         self.num_columns = num_columns
-        self.dtype = dtype
         self.logits = logits
         try:
             self.flat: Tensor | None = logits.view(self.tokens.numel(), logits.shape[-1])
@@ -216,12 +213,7 @@ class _Rows:
         else:
             index = torch.arange(chunk.start, chunk.stop, device=self.logits.device)
             rows = self.logits[torch.unravel_index(index, self.tokens)]
-        return rows[:, : self.num_columns].to(self.dtype).contiguous()
-
-
-def _chunks(num_tokens: int, width: int) -> list[slice]:
-    rows = max(1, CHUNK_ELEMENTS // max(width, 1))
-    return [slice(first, min(first + rows, num_tokens)) for first in range(0, num_tokens, rows)]
+        return rows[:, : self.num_columns].contiguous()
 
 
 def _all_gather(record: Tensor, shard: VocabShard, async_op: bool = False) -> tuple[Tensor, dist.Work | None]:
@@ -249,11 +241,11 @@ class _Distillation(torch.autograd.Function):
         needs_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
-        student = _Rows(student_logits, shard.num_columns, dtype)
-        teacher = _Rows(teacher_logits, shard.num_columns, dtype)
+        student, teacher = _Rows(student_logits, shard.num_columns), _Rows(teacher_logits, shard.num_columns)
         tokens = student_logits.shape[:-1]
         num_tokens = tokens.numel()
-        chunks = _chunks(num_tokens, shard.num_columns)
+        kernel = kernels.current()
+        chunks = kernel.chunks(num_tokens, shard.num_columns)
         has_labels = labels is not None
         flat_labels = labels.reshape(num_tokens) if labels is not None else None
 
@@ -261,8 +253,8 @@ class _Distillation(torch.autograd.Function):
         record = student_logits.new_empty(layout.size, num_tokens, dtype=torch.float64)
         for chunk in chunks:
             chunk_labels = flat_labels[chunk] if flat_labels is not None else None
-            record[:, chunk] = local_record(
-                student[chunk], teacher[chunk], chunk_labels, shard.start, divergence, layout
+            record[:, chunk] = kernel.local_record(
+                student[chunk], teacher[chunk], chunk_labels, shard.start, divergence, layout, dtype
             )
         q, p, value, slope_sum, metrics = merge(_all_gather(record, shard)[0], divergence, layout, dtype)
 
@@ -273,8 +265,8 @@ class _Distillation(torch.autograd.Function):
             record = student_logits.new_zeros(1 if only_slope else 2, num_tokens, dtype=torch.float64)
             for chunk in chunks:
                 whole = view(
-                    student[chunk],
-                    teacher[chunk],
+                    student[chunk].to(dtype),
+                    teacher[chunk].to(dtype),
                     (q.maximum[chunk], q.log_z[chunk]),
                     (p.maximum[chunk], p.log_z[chunk]),
                     temperature,
@@ -324,38 +316,29 @@ class _Distillation(torch.autograd.Function):
                 work.wait()
             slope_sum = records[:, -1].sum(dim=0)
         shard, temperature, dtype = ctx.shard, ctx.temperature, ctx.dtype
-        student = _Rows(student_logits, shard.num_columns, dtype)
-        teacher = _Rows(teacher_logits, shard.num_columns, dtype)
+        student, teacher = _Rows(student_logits, shard.num_columns), _Rows(teacher_logits, shard.num_columns)
         num_tokens = student.tokens.numel()
-        width = student_logits.shape[-1]
+        scalars = torch.cat([scalars, slope_sum.unsqueeze(0)])
 
-        def per_token(numbers: Tensor) -> Tensor:
-            return numbers.reshape(num_tokens, 1).to(dtype)
+        def of(gradient: Tensor | None, chunk: slice) -> Tensor | None:
+            return None if gradient is None else gradient.reshape(num_tokens)[chunk]
 
         out = torch.empty(student_logits.shape, dtype=student_logits.dtype, device=student_logits.device)
-        out_rows = out.view(num_tokens, width)
+        out_rows = out.view(num_tokens, student_logits.shape[-1])
         out_rows[:, shard.num_columns :] = 0.0  # padding
-        for chunk in _chunks(num_tokens, shard.num_columns):
-            q_max, q_log_z, q_log_z_at_1, p_max, p_log_z = scalars[:, chunk]
-            s = student[chunk]
-            gradient, q = None, None
-            if of_divergence is not None:
-                whole = view(s, teacher[chunk], (q_max, q_log_z), (p_max, p_log_z), temperature)
-                gradient = ctx.divergence.slope(*whole[:3]).masked_fill_(whole.outside, 0.0)
-                q = whole.log_q.exp_()
-                gradient.sub_(q * slope_sum[chunk].to(dtype).unsqueeze(-1))
-                gradient = weigh(per_token(of_divergence)[chunk] / temperature, gradient)
-            if of_cross_entropy is not None:
-                if q is None or temperature != 1.0:
-                    q = s - q_max.to(dtype).unsqueeze(-1)
-                    q.sub_(q_log_z_at_1.to(dtype).unsqueeze(-1)).exp_()
-                column = labels.reshape(num_tokens, 1)[chunk] - shard.start
-                held = (column >= 0) & (column < shard.num_columns)
-                if shard.num_columns:
-                    q.scatter_add_(-1, column.clamp(0, shard.num_columns - 1), -held.to(dtype))
-                weight = per_token(of_cross_entropy)[chunk].masked_fill(column + shard.start < 0, 0.0)
-                q = weigh(weight, q)
-                gradient = q if gradient is None else gradient.add_(q)
-            assert gradient is not None
-            out_rows[chunk, : shard.num_columns] = gradient
+        kernel = kernels.current()
+        for chunk in kernel.chunks(num_tokens, shard.num_columns):
+            kernel.local_gradient(
+                out_rows[chunk, : shard.num_columns],
+                student[chunk],
+                teacher[chunk],
+                labels.reshape(num_tokens)[chunk] if labels is not None else None,
+                shard.start,
+                ctx.divergence,
+                temperature,
+                dtype,
+                scalars[:, chunk].contiguous(),  # a stride that depends on N would be compiled for
+                of(of_divergence, chunk),
+                of(of_cross_entropy, chunk),
+            )
         return out, *nothing

@@ -1,13 +1,10 @@
-"""What a rank knows of its shard, and what all of them know together: sums a token, in fp64.
+"""What all ranks know together from the records of their shards: sums a token, in fp64.
 
-A shard's sums are taken relative to constants of its own, close to its own log-partitions. What the whole
-vocabulary adds, a factor on each probability and a shift of each log-ratio, is known once the records of all
-ranks are gathered, and enters then, exactly: a divergence that separates needs no second look at the logits.
+What a shard's sums are relative to is known from its record. What the whole vocabulary adds, a factor on each
+probability and a shift of each log-ratio, enters here, exactly: a divergence that separates needs no second look at
+the logits.
 
-A maximum and the logarithm of the sum of exponentials below it stay apart: their sum would round to a logit's
-precision, and so would the log-ratio of the two models.
-
-Legend: n tokens of a chunk, N tokens, C this rank's real columns, R ranks.
+Legend: N tokens, R ranks.
 """
 
 import math
@@ -18,79 +15,7 @@ import torch
 from torch import Tensor
 
 from abkd_megatron.divergences.base import Divergence, weigh
-
-
-class View(NamedTuple):
-    """The arguments of a divergence for a chunk, [n, C] each."""
-
-    log_p: Tensor
-    log_q: Tensor
-    log_ratio: Tensor
-    outside: Tensor  # where both models exclude the token
-
-    def sum(self, terms: Tensor) -> Tensor:
-        """Over the local columns, in fp64; the terms are overwritten where the token is outside."""
-        return terms.masked_fill_(self.outside, 0.0).sum(dim=-1, dtype=torch.float64)
-
-
-def view(student: Tensor, teacher: Tensor, q: tuple[Tensor, ...], p: tuple[Tensor, ...], temperature: float) -> View:
-    """Log-probabilities of [n, C] logits relative to each model's (maximum, log of the sum below it), [n] fp64."""
-
-    def column(numbers: Tensor) -> Tensor:
-        return numbers.to(student.dtype).unsqueeze(-1)
-
-    y, x = student - column(q[0]), teacher - column(p[0])
-    if temperature != 1.0:
-        y.div_(temperature)
-        x.div_(temperature)
-    log_ratio = (x - y).sub_(column(p[1] - q[1]))
-    log_q, log_p = y.sub_(column(q[1])), x.sub_(column(p[1]))
-    return View(log_p, log_q, log_ratio, (log_p == -math.inf) & (log_q == -math.inf))
-
-
-class Layout:
-    """Which numbers a record holds for each token, in this order.
-
-    Of the student, then of the teacher: the maximum; the sum of exponentials below it, at T; with labels, the
-    label's logit (-inf if another rank holds it), the id of the maximum and, if T is not 1, the sum at T = 1.
-    Then the divergence's own sums. Then, with labels, sum p log(p/q), sum p log p and sum q log q at T = 1.
-    """
-
-    def __init__(self, divergence: Divergence, has_labels: bool, temperature: float) -> None:
-        self.has_labels, self.temperature = has_labels, temperature
-        self.of_model = 2 + has_labels * (2 + (temperature != 1.0))
-        self.student = slice(0, self.of_model)
-        self.teacher = slice(self.of_model, 2 * self.of_model)
-        self.sums = slice(2 * self.of_model, 2 * self.of_model + divergence.num_sums)
-        self.metrics = slice(self.sums.stop, self.sums.stop + 3 * has_labels)
-        self.size = self.metrics.stop
-
-
-class Model(NamedTuple):
-    """One model on a shard, of a record's fields; fp64."""
-
-    maximum: Tensor
-    sum_exp: Tensor  # of (logit - maximum) / T
-    sum_exp_at_1: Tensor
-    target: Tensor | None
-    top: Tensor | None
-
-    @classmethod
-    def of(cls, fields: Sequence[Tensor], layout: Layout) -> "Model":
-        """From the model's fields of a record."""
-        if not layout.has_labels:
-            return cls(fields[0], fields[1], fields[1], None, None)
-        return cls(fields[0], fields[1], fields[4 if layout.temperature != 1.0 else 1], fields[2], fields[3])
-
-    def reference(self, dtype: torch.dtype, at_1: bool = False) -> tuple[Tensor, Tensor]:
-        """What the shard's log-probabilities are relative to: (maximum, log of the sum), as `dtype` holds them.
-
-        Rounded, so that arithmetic in `dtype` subtracts these very numbers and a merge knows what it has to mend.
-        Where the model excludes the whole shard any finite number will do.
-        """
-        log_sum = (self.sum_exp_at_1 if at_1 else self.sum_exp).log().to(dtype).double()
-        empty = self.maximum == -math.inf
-        return self.maximum.masked_fill(empty, 0.0), log_sum.masked_fill(empty, 0.0)
+from abkd_megatron.kernels.record import Layout, Model, View
 
 
 class Distribution(NamedTuple):
@@ -119,52 +44,6 @@ class Distribution(NamedTuple):
         """On the labels, in nats at T = 1."""
         assert self.target is not None
         return self.log_z_at_1 - (self.target - self.maximum)
-
-
-def local_record(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, first_column: int, divergence: Divergence, layout: Layout
-) -> Tensor:
-    """One rank's record of a chunk, [fields, n] fp64, from logits [n, C]."""
-    num_rows, num_columns = student.shape
-    if num_columns == 0:  # an all-padding shard
-        record = student.new_zeros(layout.size, num_rows, dtype=torch.float64)
-        for model in (layout.student, layout.teacher):
-            record[model.start : model.stop : 2][:2] = -math.inf  # the maximum and, with labels, the target
-        return record
-    fields = _of_model(student, labels, first_column, layout.temperature)
-    fields += _of_model(teacher, labels, first_column, layout.temperature)
-    q, p = Model.of(fields[layout.student], layout), Model.of(fields[layout.teacher], layout)
-    dtype = student.dtype
-    local = None
-    if divergence.num_sums:
-        local = view(student, teacher, q.reference(dtype), p.reference(dtype), layout.temperature)
-        fields += [local.sum(terms) for terms in divergence.sums(*local[:3])]
-    if layout.has_labels:
-        if local is None or layout.temperature != 1.0:
-            local = view(student, teacher, q.reference(dtype, at_1=True), p.reference(dtype, at_1=True), 1.0)
-        p_mass, q_mass = local.log_p.exp(), local.log_q.exp()
-        fields += [local.sum(weigh(p_mass, local.log_ratio)), local.sum(weigh(p_mass, local.log_p))]
-        fields.append(local.sum(weigh(q_mass, local.log_q)))
-    return torch.stack(fields)
-
-
-def _of_model(logits: Tensor, labels: Tensor | None, first_column: int, temperature: float) -> list[Tensor]:
-    maximum, argmax = logits.max(dim=-1)
-    # Where every local logit is -inf the sum is 0 and any base will do, except -inf itself.
-    below = logits - maximum.masked_fill(maximum == -math.inf, 0.0).unsqueeze(-1)
-    fields = [maximum.double(), _sum_exp(below if temperature == 1.0 else below / temperature)]
-    if labels is not None:
-        column = labels - first_column
-        held = (column >= 0) & (column < logits.shape[-1])
-        target = logits.gather(-1, column.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
-        fields += [target.masked_fill(~held, -math.inf).double(), (argmax + first_column).double()]
-        if temperature != 1.0:
-            fields.append(_sum_exp(below))
-    return fields
-
-
-def _sum_exp(logits: Tensor) -> Tensor:
-    return logits.exp().sum(dim=-1, dtype=torch.float64)
 
 
 class Merged(NamedTuple):

@@ -246,6 +246,7 @@ def test_unreadable_files(tmp_path):
         ),
         ("distillation", {"kd_weight": -1.0}, "distillation.kd_weight: expected a number not below 0"),
         ("distillation", {"lm_weight": -1.0}, "distillation.lm_weight"),
+        ("distillation", {"kernel": "compield"}, r"unknown distillation.kernel 'compield'.*'compiled'"),
         ("distillation", {"scale": -1.0}, "distillation.scale"),
         ("distillation", {"kd_weight": 0.0, "lm_weight": 0.0}, "expected kd_weight or lm_weight above 0"),
         ("distillation", {"divergence": "alpha-beta"}, "did you mean 'alpha_beta'?"),
@@ -268,6 +269,12 @@ def test_check_of_one_section(section, values, message):
 def test_check_names_the_origin(load):
     with pytest.raises(ConfigError, match=r"^run.yaml:2: distillation.temperature"):
         load("distillation:\n  temperature: 0").check("pretrain")
+
+
+def test_check_refuses_the_compiler_under_the_stand_in(load):
+    load("distillation: {kernel: compiled}").check("pretrain")
+    with pytest.raises(ConfigError, match=r"distillation.kernel: expected eager on device: cpu.*got compiled"):
+        load("device: cpu\ndistillation: {kernel: compiled}").check("pretrain")
 
 
 def test_check_by_job(load):

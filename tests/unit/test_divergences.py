@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from abkd_megatron import AlphaBeta, ToDi, vocab_parallel_divergence
+from abkd_megatron import AlphaBeta, ToDi, kernels, vocab_parallel_divergence
 from abkd_megatron.divergences import Divergence, reference_cross_entropy, reference_divergence
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.vocab_parallel import VocabShard, engine, vocab_parallel_distillation
+from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation
 
 VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
 PAIRS = {pair["name"]: (pair["student_logits"], pair["teacher_logits"]) for pair in VECTORS["pairs"]}
@@ -413,7 +413,7 @@ def test_layouts_and_chunks_do_not_matter(monkeypatch):
     student, teacher = random_logits(4, 6, 20)
     divergence = AlphaBeta(0.2, 0.7)
     value, gradient = fast(student, teacher, divergence)
-    monkeypatch.setattr(engine, "CHUNK_ELEMENTS", 60)
+    monkeypatch.setattr(kernels.current(), "chunk_elements", 60)
     layouts = {
         "chunked": lambda x: x,
         "transposed tokens": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
@@ -464,7 +464,7 @@ def test_memory_of_forward_is_a_chunk_and_of_backward_one_gradient(monkeypatch, 
         student, teacher = student.transpose(0, 1), teacher.transpose(0, 1)
     student.requires_grad_()
     labels = torch.zeros(8, 8, dtype=torch.int64)
-    monkeypatch.setattr(engine, "CHUNK_ELEMENTS", 4 * 128)
+    monkeypatch.setattr(kernels.current(), "chunk_elements", 4 * 128)
     with NewStorage([student, teacher]) as forward:
         terms = vocab_parallel_distillation(student, teacher, ToDi(), labels, VocabShard.megatron(128), 2.0)
     # A chunk in fp64 (a sum's cast) or the record of 19 numbers a token; one model's logits are 16 KiB in bf16.

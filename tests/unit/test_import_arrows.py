@@ -16,7 +16,13 @@ import abkd_megatron
 PACKAGE = Path(abkd_megatron.__file__).parent
 ALLOWED = {
     "divergences": {"abkd_megatron.errors", "abkd_megatron.divergences"},
-    "vocab_parallel": {"abkd_megatron.errors", "abkd_megatron.divergences", "abkd_megatron.vocab_parallel"},
+    "kernels": {"abkd_megatron.errors", "abkd_megatron.divergences", "abkd_megatron.kernels"},
+    "vocab_parallel": {
+        "abkd_megatron.errors",
+        "abkd_megatron.divergences",
+        "abkd_megatron.kernels",
+        "abkd_megatron.vocab_parallel",
+    },
 }
 
 

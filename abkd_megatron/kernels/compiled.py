@@ -1,0 +1,27 @@
+"""The eager passes through torch.compile: one loop over a chunk in place of an operation at a time."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from abkd_megatron.kernels import eager
+
+# Divergence, labels, dtypes and shape are constants of the compiled code; torch's own limit of 8 sets of them would
+# send the ninth back to eager.
+_MAX_VARIANTS = 256
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def _call(function: Callable, *args: Any) -> Any:
+    with torch._dynamo.config.patch(recompile_limit=_MAX_VARIANTS, accumulated_recompile_limit=_MAX_VARIANTS):
+        return _compiled(function)(*args)
+
+
+local_record = functools.partial(_call, eager.local_record)
+local_gradient = functools.partial(_call, eager.local_gradient)

@@ -1,0 +1,91 @@
+"""The numbers a rank sends of its shard, and what they are relative to.
+
+A shard's sums are taken relative to constants of its own, close to its own log-partitions; what the whole
+vocabulary adds enters once the records of all ranks are gathered. A maximum and the logarithm of the sum of
+exponentials below it stay apart: their sum would round to a logit's precision, and so would the log-ratio of the
+two models.
+
+Legend: n tokens of a chunk, C this rank's real columns.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from abkd_megatron.divergences.base import Divergence
+
+
+class View(NamedTuple):
+    """The arguments of a divergence for a chunk, [n, C] each."""
+
+    log_p: Tensor
+    log_q: Tensor
+    log_ratio: Tensor
+    outside: Tensor  # where both models exclude the token
+
+    def sum(self, terms: Tensor) -> Tensor:
+        """Over the local columns, in fp64; the terms are overwritten where the token is outside."""
+        return terms.masked_fill_(self.outside, 0.0).sum(dim=-1, dtype=torch.float64)
+
+
+def view(student: Tensor, teacher: Tensor, q: tuple[Tensor, ...], p: tuple[Tensor, ...], temperature: float) -> View:
+    """Log-probabilities of [n, C] logits relative to each model's (maximum, log of the sum below it), [n] fp64."""
+
+    def column(numbers: Tensor) -> Tensor:
+        return numbers.to(student.dtype).unsqueeze(-1)
+
+    y, x = student - column(q[0]), teacher - column(p[0])
+    if temperature != 1.0:
+        y.div_(temperature)
+        x.div_(temperature)
+    log_ratio = (x - y).sub_(column(p[1] - q[1]))
+    log_q, log_p = y.sub_(column(q[1])), x.sub_(column(p[1]))
+    return View(log_p, log_q, log_ratio, (log_p == -math.inf) & (log_q == -math.inf))
+
+
+class Layout:
+    """Which numbers a record holds for each token, in this order.
+
+    Of the student, then of the teacher: the maximum; the sum of exponentials below it, at T; with labels, the
+    label's logit (-inf if another rank holds it), the id of the maximum and, if T is not 1, the sum at T = 1.
+    Then the divergence's own sums. Then, with labels, sum p log(p/q), sum p log p and sum q log q at T = 1.
+    """
+
+    def __init__(self, divergence: Divergence, has_labels: bool, temperature: float) -> None:
+        self.has_labels, self.temperature = has_labels, temperature
+        self.of_model = 2 + has_labels * (2 + (temperature != 1.0))
+        self.student = slice(0, self.of_model)
+        self.teacher = slice(self.of_model, 2 * self.of_model)
+        self.sums = slice(2 * self.of_model, 2 * self.of_model + divergence.num_sums)
+        self.metrics = slice(self.sums.stop, self.sums.stop + 3 * has_labels)
+        self.size = self.metrics.stop
+
+
+class Model(NamedTuple):
+    """One model on a shard, of a record's fields; fp64."""
+
+    maximum: Tensor
+    sum_exp: Tensor  # of (logit - maximum) / T
+    sum_exp_at_1: Tensor
+    target: Tensor | None
+    top: Tensor | None
+
+    @classmethod
+    def of(cls, fields: Sequence[Tensor], layout: Layout) -> "Model":
+        """From the model's fields of a record."""
+        if not layout.has_labels:
+            return cls(fields[0], fields[1], fields[1], None, None)
+        return cls(fields[0], fields[1], fields[4 if layout.temperature != 1.0 else 1], fields[2], fields[3])
+
+    def reference(self, dtype: torch.dtype, at_1: bool = False) -> tuple[Tensor, Tensor]:
+        """What the shard's log-probabilities are relative to: (maximum, log of the sum), as `dtype` holds them.
+
+        Rounded, so that arithmetic in `dtype` subtracts these very numbers and a merge knows what it has to mend.
+        Where the model excludes the whole shard any finite number will do.
+        """
+        log_sum = (self.sum_exp_at_1 if at_1 else self.sum_exp).log().to(dtype).double()
+        empty = self.maximum == -math.inf
+        return self.maximum.masked_fill(empty, 0.0), log_sum.masked_fill(empty, 0.0)
