@@ -13,6 +13,8 @@ from abkd_megatron.errors import ConfigError
 _SERIES_BELOW = 0.5
 # Terms that leave a remainder below half a unit in the last place at _SERIES_BELOW.
 _SERIES_TERMS = {torch.float32: 8, torch.float64: 14}
+# The same for exp(x) - 1 at |x| = 1.
+_EXPM1_TERMS = {torch.float32: 10, torch.float64: 18}
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,19 @@ def _difference(start: Tensor, high: Tensor, gap: float, log_ratio: Tensor) -> T
         return weigh(start, log_ratio)
     rise = log_ratio * gap
     far = high.exp().sub_(start)
-    near = rise.expm1().mul_(start)
+    near = _expm1(rise).mul_(start)
     return torch.where(rise.abs_() < 1.0, near, far).div_(gap)
+
+
+def _expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1 for |x| < 1."""
+    if not torch.compiler.is_compiling():
+        return x.expm1()
+    # torch's own compiler writes exp(x) - 1 on a CPU, which has no digits left where x is small.
+    result = torch.zeros_like(x)
+    for term in range(_EXPM1_TERMS[x.dtype], 0, -1):
+        result = (result + 1.0 / math.factorial(term)) * x
+    return result
 
 
 def _series(a: float, lam: float, num_terms: int) -> list[float]:

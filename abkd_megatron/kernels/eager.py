@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from abkd_megatron.divergences.base import Divergence, weigh
-from abkd_megatron.kernels.record import Layout, Model, view
+from abkd_megatron.kernels.record import Layout, Model, total, view
 
 
 def local_record(
@@ -59,11 +59,12 @@ def local_record(
 
 
 def _of_model(logits: Tensor, labels: Tensor | None, first_column: int, temperature: float) -> list[Tensor]:
-    maximum, argmax = logits.max(dim=-1)
+    # The position costs more than the maximum, and only the metrics ask for it.
+    maximum, argmax = logits.max(dim=-1) if labels is not None else (logits.amax(dim=-1), None)
     # Where every local logit is -inf the sum is 0 and any base will do, except -inf itself.
     below = logits - maximum.masked_fill(maximum == -math.inf, 0.0).unsqueeze(-1)
     fields = [maximum.double(), _sum_exp(below if temperature == 1.0 else below / temperature)]
-    if labels is not None:
+    if labels is not None and argmax is not None:
         column = labels - first_column
         held = (column >= 0) & (column < logits.shape[-1])
         target = logits.gather(-1, column.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
@@ -74,7 +75,7 @@ def _of_model(logits: Tensor, labels: Tensor | None, first_column: int, temperat
 
 
 def _sum_exp(logits: Tensor) -> Tensor:
-    return logits.exp().sum(dim=-1, dtype=torch.float64)
+    return total(logits.exp())
 
 
 def local_gradient(

@@ -17,6 +17,21 @@ from torch import Tensor
 
 from abkd_megatron.divergences.base import Divergence
 
+_TILE = 128
+
+
+def total(terms: Tensor) -> Tensor:
+    """Sum over the last dimension, in fp64 from tile to tile.
+
+    Within a tile fp32 loses nothing that its terms had; a sum of a whole vocabulary in fp32 would, and one in fp64
+    throughout takes many times as long.
+    """
+    if torch.compiler.is_compiling():
+        return terms.sum(dim=-1, dtype=torch.float64)
+    whole = terms.shape[-1] // _TILE * _TILE
+    tiles = terms[..., :whole].unflatten(-1, (-1, _TILE)) if whole else terms[..., None, :0]
+    return tiles.sum(dim=-1).sum(dim=-1, dtype=torch.float64) + terms[..., whole:].sum(dim=-1, dtype=torch.float64)
+
 
 class View(NamedTuple):
     """The arguments of a divergence for a chunk, [n, C] each."""
@@ -28,11 +43,15 @@ class View(NamedTuple):
 
     def sum(self, terms: Tensor) -> Tensor:
         """Over the local columns, in fp64; the terms are overwritten where the token is outside."""
-        return terms.masked_fill_(self.outside, 0.0).sum(dim=-1, dtype=torch.float64)
+        return total(terms.masked_fill_(self.outside, 0.0))
 
 
 def view(student: Tensor, teacher: Tensor, q: tuple[Tensor, ...], p: tuple[Tensor, ...], temperature: float) -> View:
-    """Log-probabilities of [n, C] logits relative to each model's (maximum, log of the sum below it), [n] fp64."""
+    """Log-probabilities of [n, C] logits relative to each model's (maximum, log of the sum below it), [n].
+
+    The difference of the two logs is taken before it is rounded to the logits' dtype: give the whole vocabulary's in
+    fp64.
+    """
 
     def column(numbers: Tensor) -> Tensor:
         return numbers.to(student.dtype).unsqueeze(-1)
@@ -81,11 +100,12 @@ class Model(NamedTuple):
         return cls(fields[0], fields[1], fields[4 if layout.temperature != 1.0 else 1], fields[2], fields[3])
 
     def reference(self, dtype: torch.dtype, at_1: bool = False) -> tuple[Tensor, Tensor]:
-        """What the shard's log-probabilities are relative to: (maximum, log of the sum), as `dtype` holds them.
+        """What the shard's log-probabilities are relative to: (maximum, log of the sum), in `dtype`.
 
-        Rounded, so that arithmetic in `dtype` subtracts these very numbers and a merge knows what it has to mend.
-        Where the model excludes the whole shard any finite number will do.
+        Rounded, so that arithmetic in `dtype` subtracts these very numbers and a merge knows what it has to mend; and
+        left in `dtype`, since torch's compiler takes a cast there and back for nothing. Where the model excludes the
+        whole shard any finite number will do.
         """
-        log_sum = (self.sum_exp_at_1 if at_1 else self.sum_exp).log().to(dtype).double()
+        log_sum = (self.sum_exp_at_1 if at_1 else self.sum_exp).log().to(dtype)
         empty = self.maximum == -math.inf
-        return self.maximum.masked_fill(empty, 0.0), log_sum.masked_fill(empty, 0.0)
+        return self.maximum.to(dtype).masked_fill(empty, 0.0), log_sum.masked_fill(empty, 0.0)

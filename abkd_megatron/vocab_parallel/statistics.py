@@ -79,7 +79,7 @@ def merge(records: Tensor, divergence: Divergence, layout: Layout, dtype: torch.
         kl, negative_p, negative_q = fields[layout.metrics]
         # A shard's probabilities sum to 1 only up to the rounding of what they are relative to.
         p_sum, q_sum = (
-            shard.sum_exp_at_1 * (-shard.reference(dtype, at_1=True)[1]).exp() for shard in reversed(shards)
+            shard.sum_exp_at_1 * (-shard.reference(dtype, at_1=True)[1].double()).exp() for shard in reversed(shards)
         )
         p_share, q_share = shares.log_p.exp(), shares.log_q.exp()
         metrics = [
@@ -103,10 +103,12 @@ def _shares(
     Close to the log-probabilities of the shards themselves, and their log-ratio.
     """
     (q_max, q_log), (p_max, p_log) = (shard.reference(dtype, at_1) for shard in shards)
+    ratio = (p_log - q_log).double()  # as the passes over the logits have rounded it
+    q_max, q_log, p_max, p_log = q_max.double(), q_log.double(), p_max.double(), p_log.double()
     q_rise, p_rise = (q_max - q[0].unsqueeze(-1)) / temperature, (p_max - p[0].unsqueeze(-1)) / temperature
     no_q, no_p = (shard.maximum == -math.inf for shard in shards)
     log_q = (q_rise + q_log - q[1].unsqueeze(-1)).masked_fill(no_q, -math.inf)
     log_p = (p_rise + p_log - p[1].unsqueeze(-1)).masked_fill(no_p, -math.inf)
-    log_ratio = (p_rise - q_rise) + (p_log - q_log).to(dtype).double() - (p[1] - q[1]).unsqueeze(-1)
+    log_ratio = (p_rise - q_rise) + ratio - (p[1] - q[1]).unsqueeze(-1)
     log_ratio = log_ratio.masked_fill(no_q, math.inf).masked_fill(no_p, -math.inf)
     return View(log_p, log_q, log_ratio, no_p & no_q)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from abkd_megatron import AlphaBeta, ToDi, config, kernels
+from abkd_megatron import AlphaBeta, ToDi, config, kernels, vocab_parallel_divergence
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation
 
@@ -56,6 +56,28 @@ def test_compiled_equals_eager(divergence, dtype, temperature, monkeypatch):
             assert (got.float() - wanted.float()).abs().amax().item() <= tolerance * scale
     # One graph for the record, one for the gradient, and for ToDi's second round none.
     assert counters["stats"]["unique_graphs"] - compiled_before == 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("divergence", [AlphaBeta(0.2, 0.7), AlphaBeta(1, 0)], ids=str)
+def test_compiled_keeps_its_digits_near_convergence(divergence):
+    generator = torch.Generator().manual_seed(0)
+    teacher = 2 * torch.randn(8, 4096, generator=generator)
+    # Numbers of few bits, whose differences fp32 holds exactly: what is left is the arithmetic's own error.
+    student, teacher = (
+        (teacher + 1e-3 * torch.randn(8, 4096, generator=generator)).bfloat16().float(),
+        teacher.bfloat16().float(),
+    )
+    kernels.use("compiled")
+    fast = student.clone().requires_grad_()
+    value = vocab_parallel_divergence(fast, teacher, divergence)
+    value.sum().backward()
+    exact = student.double().requires_grad_()
+    expected = vocab_parallel_divergence(exact, teacher.double(), divergence)
+    expected.sum().backward()
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
+    error = (fast.grad.double() - exact.grad).abs().amax(-1) / exact.grad.abs().amax(-1)
+    assert error.max() < 1e-5
 
 
 def test_chunks_cover_every_row_once_or_more():
