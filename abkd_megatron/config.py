@@ -26,7 +26,7 @@ type Options = Mapping[str, argparse.Action]
 
 DEVICES = ("cuda", "cpu")
 DIVERGENCES = ("alpha_beta", "todi")
-KERNELS = ("eager", "compiled")
+KERNELS = ("eager", "compiled", "triton")
 SECTIONS = ("device", "megatron", "teacher", "distillation", "data")
 
 # What `data.dir` supplies; beside it each of these would be a second answer to the same question.
@@ -58,7 +58,7 @@ class DistillationConfig:
     lm_weight: float = 1.0
     """Weight of the cross-entropy with the data."""
     kernel: str = "eager"
-    """How the loss is computed: ``eager``, or ``compiled`` by torch.compile."""
+    """How the loss is computed: ``eager``, ``compiled`` by torch.compile, or in ``triton``."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -133,7 +133,7 @@ class Config:
         require(
             self.device != "cpu" or kd.kernel == "eager",
             "distillation.kernel",
-            "eager on device: cpu (the compiler cannot look through the stand-in)",
+            "eager on device: cpu (compilers cannot look through the stand-in)",
             kd.kernel,
         )
         require(kd.temperature > 0, "distillation.temperature", "a number above 0", kd.temperature)

@@ -10,9 +10,9 @@ from abkd_megatron.divergences.base import Divergence, coefficient, finite_numbe
 from abkd_megatron.errors import ConfigError
 
 # Below this |exponent * log_ratio| the divided difference is summed as a series: the closed form cancels.
-_SERIES_BELOW = 0.5
-# Terms that leave a remainder below half a unit in the last place at _SERIES_BELOW.
-_SERIES_TERMS = {torch.float32: 8, torch.float64: 14}
+SERIES_BELOW = 0.5
+# Terms that leave a remainder below half a unit in the last place at SERIES_BELOW.
+SERIES_TERMS = {torch.float32: 8, torch.float64: 14}
 # The same for exp(x) - 1 at |x| = 1.
 _EXPM1_TERMS = {torch.float32: 10, torch.float64: 18}
 
@@ -97,10 +97,10 @@ class AlphaBeta(Divergence):
 
         scaled = log_ratio * spread
         near = torch.full_like(scaled, 0.0)
-        for term in reversed(_series(a / spread, lam / spread, _SERIES_TERMS[log_ratio.dtype])):
+        for term in reversed(series(a / spread, lam / spread, SERIES_TERMS[log_ratio.dtype])):
             near.mul_(scaled).add_(term)
         near.mul_(log_ratio).mul_(log_ratio).mul_(at_zero)
-        return at_zero, rise.neg_(), torch.where(scaled.abs_() < _SERIES_BELOW, near, far)
+        return at_zero, rise.neg_(), torch.where(scaled.abs_() < SERIES_BELOW, near, far)
 
     def merge(self, sums: tuple[Tensor, ...], log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
         """Leibniz' rule for the divided differences of exp(x r) exp(x R): r of the tokens, R of their shard."""
@@ -150,7 +150,7 @@ def _expm1(x: Tensor) -> Tensor:
     return result
 
 
-def _series(a: float, lam: float, num_terms: int) -> list[float]:
+def series(a: float, lam: float, num_terms: int) -> list[float]:
     """h_n(a, lam) / (n + 2)!, where h_n = sum_i a^i lam^(n - i) is the complete homogeneous polynomial."""
     terms, h, power, factorial = [], 1.0, 1.0, 2.0
     for n in range(num_terms):

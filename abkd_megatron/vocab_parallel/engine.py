@@ -193,12 +193,13 @@ def _apply(
 
 
 class _Rows:
-    """The rows of [..., W] logits, flattened to [N, W] a chunk at a time: real columns only, contiguous.
+    """The rows of [..., W] logits, flattened to [N, W] a chunk at a time, real columns only; never a copy of more.
 
-    Contiguous, so that equal logits give equal sums whatever their layouts; never a copy of more than a chunk.
+    Contiguous unless the kernel is strided, so that equal logits give equal sums whatever their layouts.
     """
 
-    def __init__(self, logits: Tensor, num_columns: int) -> None:
+    def __init__(self, logits: Tensor, num_columns: int, strided: bool) -> None:
+        self.strided = strided
         self.tokens = logits.shape[:-1]
         self.num_columns = num_columns
         self.logits = logits
@@ -213,7 +214,14 @@ class _Rows:
         else:
             index = torch.arange(chunk.start, chunk.stop, device=self.logits.device)
             rows = self.logits[torch.unravel_index(index, self.tokens)]
-        return rows[:, : self.num_columns].contiguous()
+        rows = rows[:, : self.num_columns]
+        return rows if self.strided and rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _chunks(kernel: kernels.Kernel, student: _Rows, teacher: _Rows) -> list[slice]:
+    """The kernel's chunks; small ones where rows have to be copied together."""
+    copied = student.flat is None or teacher.flat is None
+    return kernel.chunks(student.tokens.numel(), student.num_columns, small=copied)
 
 
 def _all_gather(record: Tensor, shard: VocabShard, async_op: bool = False) -> tuple[Tensor, dist.Work | None]:
@@ -241,17 +249,18 @@ class _Distillation(torch.autograd.Function):
         needs_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
-        student, teacher = _Rows(student_logits, shard.num_columns), _Rows(teacher_logits, shard.num_columns)
+        kernel = kernels.current()
+        student, teacher = (
+            _Rows(logits, shard.num_columns, kernel.strided) for logits in (student_logits, teacher_logits)
+        )
         tokens = student_logits.shape[:-1]
         num_tokens = tokens.numel()
-        kernel = kernels.current()
-        chunks = kernel.chunks(num_tokens, shard.num_columns)
         has_labels = labels is not None
         flat_labels = labels.reshape(num_tokens) if labels is not None else None
 
         layout = Layout(divergence, has_labels, temperature)
         record = student_logits.new_empty(layout.size, num_tokens, dtype=torch.float64)
-        for chunk in chunks:
+        for chunk in _chunks(kernel, student, teacher):
             chunk_labels = flat_labels[chunk] if flat_labels is not None else None
             record[:, chunk] = kernel.local_record(
                 student[chunk], teacher[chunk], chunk_labels, shard.start, divergence, layout, dtype
@@ -263,7 +272,7 @@ class _Distillation(torch.autograd.Function):
         if value is None or (slope_sum is None and needs_gradient):
             only_slope = value is not None
             record = student_logits.new_zeros(1 if only_slope else 2, num_tokens, dtype=torch.float64)
-            for chunk in chunks:
+            for chunk in kernel.chunks(num_tokens, shard.num_columns, small=True):
                 whole = view(
                     student[chunk].to(dtype),
                     teacher[chunk].to(dtype),
@@ -316,7 +325,10 @@ class _Distillation(torch.autograd.Function):
                 work.wait()
             slope_sum = records[:, -1].sum(dim=0)
         shard, temperature, dtype = ctx.shard, ctx.temperature, ctx.dtype
-        student, teacher = _Rows(student_logits, shard.num_columns), _Rows(teacher_logits, shard.num_columns)
+        kernel = kernels.current()
+        student, teacher = (
+            _Rows(logits, shard.num_columns, kernel.strided) for logits in (student_logits, teacher_logits)
+        )
         num_tokens = student.tokens.numel()
         scalars = torch.cat([scalars, slope_sum.unsqueeze(0)])
 
@@ -326,8 +338,7 @@ class _Distillation(torch.autograd.Function):
         out = torch.empty(student_logits.shape, dtype=student_logits.dtype, device=student_logits.device)
         out_rows = out.view(num_tokens, student_logits.shape[-1])
         out_rows[:, shard.num_columns :] = 0.0  # padding
-        kernel = kernels.current()
-        for chunk in kernel.chunks(num_tokens, shard.num_columns):
+        for chunk in _chunks(kernel, student, teacher):
             kernel.local_gradient(
                 out_rows[chunk, : shard.num_columns],
                 student[chunk],

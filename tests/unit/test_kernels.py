@@ -96,5 +96,5 @@ def test_the_configuration_knows_the_same_kernels():
 
 
 def test_an_unknown_kernel_is_refused():
-    with pytest.raises(ConfigError, match=r"eager, compiled.*'fast'"):
+    with pytest.raises(ConfigError, match=r"eager, compiled, triton.*'fast'"):
         kernels.use("fast")

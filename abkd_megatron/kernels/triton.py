@@ -1,0 +1,624 @@
+"""The passes over logits as Triton kernels, for a GPU: each row is read twice for the record, once for the gradient.
+
+They take all rows at once and copy no logits: what they hold beside their results are registers. Arithmetic is in
+fp32 within a tile of columns and in fp64 across tiles. The order of summation depends on the tile, which is tuned
+on the machine, so the last bits of a record may differ from one process to another; `merge` gives all ranks the same
+whatever theirs were.
+
+Under TRITON_INTERPRET=1, set before the first import of this module, the same kernels run on a CPU, very slowly.
+
+Legend: n rows, C this rank's real columns.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abkd_megatron.divergences.alpha_beta import SERIES_BELOW, SERIES_TERMS, AlphaBeta, series
+from abkd_megatron.divergences.base import Divergence, coefficient
+from abkd_megatron.divergences.todi import ToDi
+from abkd_megatron.errors import ConfigError, HostError
+from abkd_megatron.kernels import eager
+from abkd_megatron.kernels.record import Layout
+
+try:
+    import triton  # type: ignore[import-untyped]
+    import triton.language as tl  # type: ignore[import-untyped]
+except ImportError:  # only an error once a kernel is asked for
+
+    class tl:  # type: ignore[no-redef]
+        """What the kernels' annotations name."""
+
+        constexpr = None
+
+    triton = None
+
+
+def _jit(function: Callable) -> Any:
+    return function if triton is None else triton.jit(function)
+
+
+def _tuned(*choices: tuple[dict[str, int], int]) -> Callable:
+    """A kernel whose tiles and warps are the fastest of those given; under the interpreter the first."""
+
+    def tune(kernel: Any) -> Any:
+        if triton is None:
+            return kernel
+        tried = choices if isinstance(kernel, triton.JITFunction) else choices[:1]
+        configs = [triton.Config(dict(tiles), num_warps=warps) for tiles, warps in tried]
+        return triton.autotune(configs, key=["num_columns"])(kernel)
+
+    return tune
+
+
+# Contraction is off: of two equal models (x - m) * t - (y - m) * t has to be 0, and fused it is the rounding of a
+# product. Where a fused operation only helps, the kernels ask for it by name. Said at each launch, since Triton's
+# own default has been announced to change.
+_FUSION = False
+
+
+# A divergence's coefficients are constants of the kernel, so that the branches vanish. Of alpha-beta: (alpha, beta,
+# lam, spread, which of |beta|, |lam|, |alpha| is the spread, bound of the series, its 8 terms).
+_Part = tuple[float, ...]
+
+
+def _part(divergence: AlphaBeta) -> _Part:
+    dtype = torch.float32
+    alpha, beta = coefficient(divergence.alpha, dtype), coefficient(divergence.beta, dtype)
+    lam = coefficient(divergence.alpha + divergence.beta, dtype)
+    spread = max(abs(alpha), abs(beta), abs(lam))
+    if spread == 0.0:
+        return alpha, beta, lam, spread
+    widest = [abs(beta), abs(lam), abs(alpha)].index(spread)
+    return alpha, beta, lam, spread, widest, SERIES_BELOW, *series(alpha / spread, lam / spread, SERIES_TERMS[dtype])
+
+
+def _check(student: Tensor, teacher: Tensor, divergence: Divergence, dtype: torch.dtype) -> None:
+    if triton is None:
+        raise HostError(
+            "the triton kernel needs Triton, which is not installed: install it (pip install triton), or choose the "
+            "eager kernel"
+        )
+    if type(divergence) not in (AlphaBeta, ToDi):
+        raise ConfigError(
+            f"the triton kernel knows AlphaBeta and ToDi alone, got {divergence!r}: choose the eager kernel"
+        )
+    if dtype != torch.float32:
+        raise ConfigError(
+            f"the triton kernel computes in torch.float32, got logits that need {dtype}: choose the eager kernel"
+        )
+    if not student.is_cuda and isinstance(_record_kernel.fn, triton.JITFunction):
+        raise HostError(f"the triton kernel needs logits on a GPU, got {student.device}: choose the eager kernel")
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+            raise ConfigError(
+                f"the triton kernel needs {name} logits whose last dimension is contiguous, got strides "
+                f"{logits.stride()}: pass the output layer's logits, or choose the eager kernel"
+            )
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, whichever holds the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def local_record(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    first_column: int,
+    divergence: Divergence,
+    layout: Layout,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `eager.local_record`, of all rows at once.
+
+    Rows may lie any stride apart. As everywhere, a NaN logit makes its row's sums NaN.
+
+    Raises:
+        ConfigError: for a divergence other than AlphaBeta and ToDi, arithmetic other than fp32, or columns that are
+            not contiguous.
+        HostError: without Triton, or for logits that are not on a GPU.
+    """
+    _check(student, teacher, divergence, dtype)
+    num_rows, num_columns = student.shape
+    if num_rows == 0 or num_columns == 0:
+        return eager.local_record(student, teacher, labels, first_column, divergence, layout, dtype)
+    parts: tuple[_Part, ...] = ()
+    if isinstance(divergence, AlphaBeta):
+        parts = (_part(divergence),)
+    elif divergence.num_sums:  # as forward and reverse KL
+        parts = (_part(AlphaBeta(1.0, 0.0)), _part(AlphaBeta(0.0, 1.0)))
+    record = torch.empty(layout.size, num_rows, dtype=torch.float64, device=student.device)
+    with _on(student.device):
+        _record_kernel[(num_rows,)](
+            record,
+            student,
+            teacher,
+            labels,
+            student.stride(0),
+            teacher.stride(0),
+            labels.stride(0) if labels is not None else 0,
+            num_rows,
+            num_columns,
+            first_column,
+            1.0 / layout.temperature,
+            HAS_LABELS=labels is not None,
+            AT_T=layout.temperature != 1.0,
+            OF_MODEL=layout.of_model,
+            PART=parts[0] if parts else (),
+            SECOND_PART=parts[1] if len(parts) > 1 else (),
+            NUM_PARTS=len(parts),
+            enable_fp_fusion=_FUSION,
+        )
+    return record
+
+
+def local_gradient(
+    out: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    first_column: int,
+    divergence: Divergence,
+    temperature: float,
+    dtype: torch.dtype,
+    scalars: Tensor,
+    of_divergence: Tensor | None,
+    of_cross_entropy: Tensor | None,
+) -> None:
+    """As `eager.local_gradient`, of all rows at once.
+
+    Rows may lie any stride apart, those of `out` too. `out` must share no memory with the logits: tuning writes it
+    several times.
+
+    Raises:
+        ConfigError: for a divergence other than AlphaBeta and ToDi, arithmetic other than fp32, or columns that are
+            not contiguous.
+        HostError: without Triton, or for logits that are not on a GPU.
+    """
+    _check(student, teacher, divergence, dtype)
+    num_rows, num_columns = student.shape
+    if labels is None:
+        of_cross_entropy = None
+    assert of_divergence is not None or of_cross_entropy is not None
+    assert out.stride(-1) == 1 or num_columns <= 1
+    if num_rows == 0 or num_columns == 0:
+        return
+    todi = isinstance(divergence, ToDi)
+
+    def grid(choice: dict[str, int]) -> tuple[int]:
+        return (num_rows * triton.cdiv(num_columns, choice["BLOCK"]),)
+
+    with _on(student.device):
+        _gradient_kernel[grid](
+            out,
+            student,
+            teacher,
+            labels if of_cross_entropy is not None else None,
+            scalars,
+            of_divergence,
+            of_cross_entropy,
+            out.stride(0),
+            student.stride(0),
+            teacher.stride(0),
+            labels.stride(0) if labels is not None else 0,
+            scalars.stride(0),
+            scalars.stride(1),
+            of_divergence.stride(0) if of_divergence is not None else 0,
+            of_cross_entropy.stride(0) if of_cross_entropy is not None else 0,
+            num_columns,
+            first_column,
+            1.0 / temperature,
+            HAS_DIVERGENCE=of_divergence is not None,
+            HAS_CROSS_ENTROPY=of_cross_entropy is not None,
+            AT_T=temperature != 1.0,
+            TODI=todi,
+            PART=() if todi else _part(divergence),  # type: ignore[arg-type]
+            SCALE=coefficient(divergence.scale, dtype) if isinstance(divergence, ToDi) else 0.0,
+            DETACH=divergence.detach if isinstance(divergence, ToDi) else True,
+            enable_fp_fusion=_FUSION,
+        )
+
+
+@_jit
+def _weigh(mass, amount):
+    """Return mass * amount with 0 * inf = 0."""
+    return tl.where(mass == 0.0, 0.0, mass * amount)
+
+
+@_jit
+def _expm1(x):
+    """exp(x) - 1 for |x| < 1; Triton has none of its own.
+
+    The Taylor polynomial of degree 10 leaves out less than half a unit in the last place.
+    """
+    total = tl.fma(x, 1.0 / 3628800.0, 1.0 / 362880.0)
+    total = tl.fma(total, x, 1.0 / 40320.0)
+    total = tl.fma(total, x, 1.0 / 5040.0)
+    total = tl.fma(total, x, 1.0 / 720.0)
+    total = tl.fma(total, x, 1.0 / 120.0)
+    total = tl.fma(total, x, 1.0 / 24.0)
+    total = tl.fma(total, x, 1.0 / 6.0)
+    total = tl.fma(total, x, 0.5)
+    return tl.fma(total * x, x, x)
+
+
+@_jit
+def _exponent(A: tl.constexpr, log_p, B: tl.constexpr, log_q):
+    """A log p + B log q without the terms of coefficient 0, which would make 0 * -inf."""
+    if A == 0.0:
+        return log_q * B if B != 0.0 else tl.zeros_like(log_q)
+    else:
+        return log_p * A if B == 0.0 else tl.fma(log_q, B, log_p * A)
+
+
+@_jit
+def _difference(start, high, GAP: tl.constexpr, log_ratio):
+    """(exp(high) - start) / GAP, where exp(high) = start * exp(GAP * log_ratio); start * log_ratio at GAP 0."""
+    if GAP == 0.0:
+        return _weigh(start, log_ratio)
+    else:
+        rise = log_ratio * GAP
+        far = tl.exp(high) - start
+        near = _expm1(rise) * start
+        return tl.where(tl.abs(rise) < 1.0, near, far) * (1.0 / GAP)
+
+
+@_jit
+def _alpha_beta_slope(log_p, log_q, log_ratio, PART: tl.constexpr):
+    """As `AlphaBeta.slope`."""
+    at_zero = tl.exp(_exponent(0.0, log_p, PART[2], log_q))
+    at_alpha = _exponent(PART[0], log_p, PART[1], log_q)
+    return -_difference(at_zero, at_alpha, PART[0], log_ratio)
+
+
+@_jit
+def _alpha_beta_sums(log_p, log_q, log_ratio, PART: tl.constexpr):
+    """As `AlphaBeta.sums`: q^lam, h, F."""
+    A: tl.constexpr = PART[0]
+    B: tl.constexpr = PART[1]
+    LAM: tl.constexpr = PART[2]
+    SPREAD: tl.constexpr = PART[3]
+    at_zero = tl.exp(_exponent(0.0, log_p, LAM, log_q))
+    at_alpha = _exponent(A, log_p, B, log_q)
+    rise = _difference(at_zero, at_alpha, A, log_ratio)
+    if SPREAD == 0.0:
+        return at_zero, -rise, log_ratio * log_ratio * 0.5
+    else:
+        at_lam = _exponent(LAM, log_p, 0.0, log_q)
+        # Dividing by the widest gap between two nodes cancels least.
+        if PART[4] == 0:
+            far = (_difference(at_zero, at_lam, LAM, log_ratio) - rise) * (1.0 / B)
+        elif PART[4] == 1:
+            far = (_difference(tl.exp(at_alpha), at_lam, B, log_ratio) - rise) * (1.0 / LAM)
+        else:
+            far = _difference(tl.exp(at_alpha), at_lam, B, log_ratio)
+            far = (far - _difference(at_zero, at_lam, LAM, log_ratio)) * (1.0 / A)
+        scaled = log_ratio * SPREAD
+        near = tl.fma(scaled, PART[13], PART[12])
+        for term in tl.static_range(6):
+            near = tl.fma(near, scaled, PART[11 - term])
+        near = near * log_ratio * log_ratio * at_zero
+        return at_zero, -rise, tl.where(tl.abs(scaled) < PART[5], near, far)
+
+
+@_jit
+def _todi_slope(log_p, log_q, log_ratio, SCALE: tl.constexpr, DETACH: tl.constexpr):
+    """As `ToDi.slope`."""
+    w = tl.full(log_ratio.shape, 0.5, tl.float32)
+    if SCALE != 0.0:
+        w = tl.sigmoid(log_ratio * SCALE)
+    p = tl.exp(log_p)
+    q = tl.exp(log_q)
+    reverse = (1.0 - w) * q
+    slope = (reverse - w * p) - _weigh(reverse, log_ratio)
+    if SCALE != 0.0 and not DETACH:
+        slope -= _weigh((p + q) * w * (1.0 - w), log_ratio) * SCALE
+    return slope
+
+
+@_jit
+def _view(student, teacher, q_max, q_log, p_max, p_log, log_shift, inverse_temperature, AT_T: tl.constexpr):
+    """As `record.view`: log p, log q, log p/q and where both models exclude the token."""
+    y = student - q_max
+    x = teacher - p_max
+    if AT_T:
+        y = y * inverse_temperature
+        x = x * inverse_temperature
+    log_ratio = (x - y) - log_shift
+    log_q = y - q_log
+    log_p = x - p_log
+    outside = (log_p == -float("inf")) & (log_q == -float("inf"))
+    return log_p, log_q, log_ratio, outside
+
+
+@_jit
+def _add(total, terms, outside):
+    """`total` in fp64 and the tile's terms, which are summed in fp32."""
+    return total + tl.sum(tl.where(outside, 0.0, terms), axis=0).to(tl.float64)
+
+
+@_jit
+def _extend(
+    logits,
+    first,
+    maximum,
+    sum_exp,
+    sum_exp_at_1,
+    top,
+    inverse_temperature,
+    HAS_LABELS: tl.constexpr,
+    AT_T: tl.constexpr,
+):
+    """The maximum, its column and the sums of exponentials below it, extended by a tile; the sums are fp64."""
+    tile_maximum = tl.max(logits, axis=0)
+    # Rarely so after the first tiles: the column takes a reduction more, and fp64 exponentials are slow on a GPU.
+    if tile_maximum > maximum:
+        if HAS_LABELS:
+            top = first + tl.argmax(logits, axis=0, tie_break_left=True)
+        drop = (maximum - tile_maximum).to(tl.float64)
+        if AT_T:
+            sum_exp = sum_exp * tl.exp(drop * inverse_temperature)
+            if HAS_LABELS:
+                sum_exp_at_1 = sum_exp_at_1 * tl.exp(drop)
+        else:
+            sum_exp = sum_exp * tl.exp(drop)
+        maximum = tile_maximum
+    # Where every logit so far is -inf the sum is 0 and any base will do, except -inf itself.
+    below = logits - tl.where(maximum == -float("inf"), 0.0, maximum)
+    if AT_T:
+        sum_exp += tl.sum(tl.exp(below * inverse_temperature), axis=0).to(tl.float64)
+        if HAS_LABELS:
+            sum_exp_at_1 += tl.sum(tl.exp(below), axis=0).to(tl.float64)
+    else:
+        sum_exp += tl.sum(tl.exp(below), axis=0).to(tl.float64)
+    return maximum, sum_exp, sum_exp_at_1, top
+
+
+@_jit
+def _reference(maximum, sum_exp):
+    """As `Model.reference`, in fp32."""
+    empty = maximum == -float("inf")
+    log_sum = tl.log(sum_exp).to(tl.float32)
+    return tl.where(empty, 0.0, maximum), tl.where(empty, 0.0, log_sum)
+
+
+@_jit
+def _store_model(
+    field,
+    num_rows,
+    logits,
+    label_column,
+    num_columns,
+    first_column,
+    maximum,
+    sum_exp,
+    sum_exp_at_1,
+    top,
+    HAS_LABELS: tl.constexpr,
+    AT_T: tl.constexpr,
+):
+    """Write a model's fields, in the order of `Layout`."""
+    # tl.max drops NaN; eager's maximum is NaN then, and only then, or inf, is the sum NaN.
+    maximum = tl.where((sum_exp != sum_exp) & (maximum != float("inf")), float("nan"), maximum)
+    tl.store(field, maximum.to(tl.float64))
+    tl.store(field + num_rows, sum_exp)
+    if HAS_LABELS:
+        held = (label_column >= 0) & (label_column < num_columns)
+        target = tl.load(logits + label_column, mask=held, other=-float("inf"))
+        tl.store(field + 2 * num_rows, target.to(tl.float64))
+        tl.store(field + 3 * num_rows, (top + first_column).to(tl.float64))
+        if AT_T:
+            tl.store(field + 4 * num_rows, sum_exp_at_1)
+
+
+# 4 columns a thread in the second pass take 64 to 110 registers, by divergence; 8 take up to 170. The first pass keeps
+# less, and wide tiles save it reductions.
+@_tuned(
+    ({"WIDE": 2048, "BLOCK": 1024}, 8),
+    ({"WIDE": 1024, "BLOCK": 512}, 4),
+    ({"WIDE": 2048, "BLOCK": 512}, 4),
+    ({"WIDE": 4096, "BLOCK": 1024}, 8),
+)
+@_jit
+def _record_kernel(
+    record,
+    student,
+    teacher,
+    labels,
+    student_stride,
+    teacher_stride,
+    labels_stride,
+    num_rows,
+    num_columns,
+    first_column,
+    inverse_temperature,
+    HAS_LABELS: tl.constexpr,
+    AT_T: tl.constexpr,
+    OF_MODEL: tl.constexpr,
+    PART: tl.constexpr,
+    SECOND_PART: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row: its two models' constants, then the sums relative to them, by tiles of WIDE and BLOCK columns.
+
+    `record` is [fields, num_rows].
+    """
+    # In 64 bits: a tensor may hold more than 2^31 logits.
+    row = tl.program_id(0).to(tl.int64)
+    student += row * student_stride
+    teacher += row * teacher_stride
+    columns = tl.arange(0, BLOCK)
+
+    zero = tl.full((), 0.0, tl.float64)
+    q_max = tl.full((), -float("inf"), tl.float32)
+    p_max = tl.full((), -float("inf"), tl.float32)
+    q_sum = zero
+    p_sum = zero
+    q_sum_at_1 = zero
+    p_sum_at_1 = zero
+    q_top = tl.full((), 0, tl.int32)
+    p_top = tl.full((), 0, tl.int32)
+    wide_columns = tl.arange(0, WIDE)
+    for first in range(0, num_columns, WIDE):
+        real = first + wide_columns < num_columns
+        s = tl.load(student + first + wide_columns, mask=real, other=-float("inf")).to(tl.float32)
+        t = tl.load(teacher + first + wide_columns, mask=real, other=-float("inf")).to(tl.float32)
+        q_max, q_sum, q_sum_at_1, q_top = _extend(
+            s, first, q_max, q_sum, q_sum_at_1, q_top, inverse_temperature, HAS_LABELS, AT_T
+        )
+        p_max, p_sum, p_sum_at_1, p_top = _extend(
+            t, first, p_max, p_sum, p_sum_at_1, p_top, inverse_temperature, HAS_LABELS, AT_T
+        )
+
+    label_column = tl.full((), -1, tl.int64)
+    if HAS_LABELS:
+        label_column = tl.load(labels + row * labels_stride) - first_column
+    stride = tl.cast(num_rows, tl.int64)
+    _store_model(
+        record + row, stride, student, label_column, num_columns, first_column,
+        q_max, q_sum, q_sum_at_1, q_top, HAS_LABELS, AT_T,
+    )  # fmt: skip
+    _store_model(
+        record + row + OF_MODEL * stride, stride, teacher, label_column, num_columns, first_column,
+        p_max, p_sum, p_sum_at_1, p_top, HAS_LABELS, AT_T,
+    )  # fmt: skip
+
+    if NUM_PARTS > 0 or HAS_LABELS:
+        q_base, q_log = _reference(q_max, q_sum)
+        p_base, p_log = _reference(p_max, p_sum)
+        q_log_at_1 = q_log
+        p_log_at_1 = p_log
+        if AT_T and HAS_LABELS:
+            q_base, q_log_at_1 = _reference(q_max, q_sum_at_1)
+            p_base, p_log_at_1 = _reference(p_max, p_sum_at_1)
+        mass = zero
+        slope = zero
+        value = zero
+        second_mass = zero
+        second_slope = zero
+        second_value = zero
+        kl = zero
+        negative_p = zero
+        negative_q = zero
+        for first in range(0, num_columns, BLOCK):
+            real = first + columns < num_columns
+            s = tl.load(student + first + columns, mask=real, other=-float("inf")).to(tl.float32)
+            t = tl.load(teacher + first + columns, mask=real, other=-float("inf")).to(tl.float32)
+            log_p, log_q, log_ratio, outside = _view(
+                s, t, q_base, q_log, p_base, p_log, p_log - q_log, inverse_temperature, AT_T
+            )
+            if NUM_PARTS > 0:
+                mass_terms, slope_terms, value_terms = _alpha_beta_sums(log_p, log_q, log_ratio, PART)
+                mass = _add(mass, mass_terms, outside)
+                slope = _add(slope, slope_terms, outside)
+                value = _add(value, value_terms, outside)
+            if NUM_PARTS > 1:
+                mass_terms, slope_terms, value_terms = _alpha_beta_sums(log_p, log_q, log_ratio, SECOND_PART)
+                second_mass = _add(second_mass, mass_terms, outside)
+                second_slope = _add(second_slope, slope_terms, outside)
+                second_value = _add(second_value, value_terms, outside)
+            if HAS_LABELS:
+                if AT_T:
+                    log_p, log_q, log_ratio, outside = _view(
+                        s, t, q_base, q_log_at_1, p_base, p_log_at_1, p_log_at_1 - q_log_at_1, 1.0, False
+                    )
+                p = tl.exp(log_p)
+                kl = _add(kl, _weigh(p, log_ratio), outside)
+                negative_p = _add(negative_p, _weigh(p, log_p), outside)
+                negative_q = _add(negative_q, _weigh(tl.exp(log_q), log_q), outside)
+        field = record + row + 2 * OF_MODEL * stride
+        if NUM_PARTS > 0:
+            tl.store(field, mass)
+            tl.store(field + stride, slope)
+            tl.store(field + 2 * stride, value)
+            field += 3 * stride
+        if NUM_PARTS > 1:
+            tl.store(field, second_mass)
+            tl.store(field + stride, second_slope)
+            tl.store(field + 2 * stride, second_value)
+            field += 3 * stride
+        if HAS_LABELS:
+            tl.store(field, kl)
+            tl.store(field + stride, negative_p)
+            tl.store(field + 2 * stride, negative_q)
+
+
+@_tuned(({"BLOCK": 2048}, 8), ({"BLOCK": 1024}, 4), ({"BLOCK": 1024}, 8), ({"BLOCK": 4096}, 8))
+@_jit
+def _gradient_kernel(
+    out,
+    student,
+    teacher,
+    labels,
+    scalars,
+    of_divergence,
+    of_cross_entropy,
+    out_stride,
+    student_stride,
+    teacher_stride,
+    labels_stride,
+    scalar_stride,
+    scalar_row_stride,
+    of_divergence_stride,
+    of_cross_entropy_stride,
+    num_columns,
+    first_column,
+    inverse_temperature,
+    HAS_DIVERGENCE: tl.constexpr,
+    HAS_CROSS_ENTROPY: tl.constexpr,
+    AT_T: tl.constexpr,
+    TODI: tl.constexpr,
+    PART: tl.constexpr,
+    SCALE: tl.constexpr,
+    DETACH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One tile of one row."""
+    # In one dimension of the grid, which alone may exceed 65535; in 64 bits, as a tensor may hold more than 2^31.
+    program = tl.program_id(0)
+    tiles = tl.cdiv(num_columns, BLOCK)
+    row = (program // tiles).to(tl.int64)
+    columns = program % tiles * BLOCK + tl.arange(0, BLOCK)
+    real = columns < num_columns
+    scalars += row * scalar_row_stride
+    s = tl.load(student + row * student_stride + columns, mask=real, other=-float("inf")).to(tl.float32)
+    q_max = tl.load(scalars).to(tl.float32)
+    gradient = tl.zeros([BLOCK], tl.float32)
+    q = tl.zeros([BLOCK], tl.float32)
+    if HAS_DIVERGENCE:
+        t = tl.load(teacher + row * teacher_stride + columns, mask=real, other=-float("inf")).to(tl.float32)
+        q_log_z = tl.load(scalars + scalar_stride)
+        p_max = tl.load(scalars + 3 * scalar_stride).to(tl.float32)
+        p_log_z = tl.load(scalars + 4 * scalar_stride)
+        slope_sum = tl.load(scalars + 5 * scalar_stride).to(tl.float32)
+        log_shift = (p_log_z - q_log_z).to(tl.float32)
+        log_p, log_q, log_ratio, outside = _view(
+            s, t, q_max, q_log_z.to(tl.float32), p_max, p_log_z.to(tl.float32), log_shift, inverse_temperature, AT_T
+        )
+        if TODI:
+            slope = _todi_slope(log_p, log_q, log_ratio, SCALE, DETACH)
+        else:
+            slope = _alpha_beta_slope(log_p, log_q, log_ratio, PART)
+        q = tl.exp(log_q)
+        weight = tl.load(of_divergence + row * of_divergence_stride).to(tl.float32)
+        if AT_T:
+            weight = weight * inverse_temperature
+        gradient = _weigh(weight, tl.where(outside, 0.0, slope) - q * slope_sum)
+    if HAS_CROSS_ENTROPY:
+        if AT_T or not HAS_DIVERGENCE:
+            q_log_z_at_1 = tl.load(scalars + 2 * scalar_stride).to(tl.float32)
+            q = tl.exp((s - q_max) - q_log_z_at_1)
+        label = tl.load(labels + row * labels_stride)
+        weight = tl.load(of_cross_entropy + row * of_cross_entropy_stride).to(tl.float32)
+        weight = tl.where(label < 0, 0.0, weight)
+        gradient += _weigh(weight, tl.where(columns == label - first_column, q - 1.0, q))
+    tl.store(out + row * out_stride + columns, gradient.to(out.dtype.element_ty), mask=real)
