@@ -9,9 +9,9 @@ root = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (root / "abkd_megatron/__init__.py").read_text(), re.MULTILINE)
 assert version is not None
 
-tensorboard = "tensorboard>=2.16"
-bench = ["matplotlib>=3.8", tensorboard]
-test = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", *bench]
+plots = ["matplotlib>=3.8", "tensorboard>=2.16"]
+bench = [*plots, "nvidia-modelopt>=0.40"]
+test = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", *plots]
 
 setup(
     name="abkd-megatron",
