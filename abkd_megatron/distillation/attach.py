@@ -15,7 +15,7 @@ from megatron.core.utils import unwrap_model
 
 from abkd_megatron.distillation.lane import Lane
 from abkd_megatron.divergences import Divergence
-from abkd_megatron.errors import ConfigError, HostError
+from abkd_megatron.errors import ConfigError, HostError, on_every_rank
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation
 
 
@@ -71,13 +71,23 @@ def attach(
         The handle: `report` holds the last micro-batch's numbers, `detach()` restores the student exactly.
 
     Raises:
-        ConfigError: a student that has a teacher already, several model chunks (interleaved schedule), MTP heads, or
-            stages that do not match.
+        ConfigError: on every rank: a student that has a teacher already, several model chunks (interleaved schedule),
+            MTP heads, or stages that do not match.
         HostError: a student without `output_processor`: not a GPTModel of megatron-core >= 0.19.
 
-    Collectives: at PP > 1, making the lane's groups. Per micro-batch: the teacher's own, one message a stage, and
-    those of `vocab_parallel_distillation`.
+    Collectives: one all_gather_object; at PP > 1, making the lane's groups. Per micro-batch: the teacher's own, one
+    message a stage, and those of `vocab_parallel_distillation`.
     """
+    # Some of it shows on the last pipeline stage alone, and the others would go on into the lane's collectives.
+    with on_every_rank():
+        model = _checked_student(student, teacher)
+    lane = None
+    if pg_collection.pp.size() > 1:
+        lane = Lane(dist.get_process_group_ranks(pg_collection.pp), timeout)
+    return Attachment(model, teacher, objective, vocab_size, pg_collection.tp, lane)
+
+
+def _checked_student(student: torch.nn.Module | Sequence[torch.nn.Module], teacher: GPTModel) -> GPTModel:
     chunks = list(student) if isinstance(student, Sequence) else [student]
     if len(chunks) != 1:
         raise ConfigError(
@@ -104,10 +114,7 @@ def attach(
                 f"student and teacher must pad the vocabulary alike: {ours} columns a rank against {theirs}; "
                 "give both the same make-vocab-size-divisible-by"
             )
-    lane = None
-    if pg_collection.pp.size() > 1:
-        lane = Lane(dist.get_process_group_ranks(pg_collection.pp), timeout)
-    return Attachment(model, teacher, objective, vocab_size, pg_collection.tp, lane)
+    return model
 
 
 class Attachment:

@@ -41,6 +41,12 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "MTP": ("distill", ["megatron.mtp-num-layers=1"], r"multi-token prediction is not supported"),
     "data not prepared": ("distill", ["data.dir={workspace}/unprepared"], r"unprepared.*prepare"),
     "Megatron's own refusal": ("pretrain", ["megatron.num-attention-heads=5"], r"Megatron refuses"),
+    # The last one, since it is found when Megatron has built the models, and on the last pipeline stage alone.
+    "teacher padded otherwise": (
+        "distill",
+        [PIPELINE, "teacher.make-vocab-size-divisible-by=1024"],
+        r"pad the vocabulary alike: 512 columns a rank against 1024",
+    ),
 }
 
 
