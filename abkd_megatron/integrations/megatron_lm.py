@@ -155,7 +155,7 @@ class _ForwardStep:
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
         with _stimer(bdata=True):
-            batch = _get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+            batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
         timers("batch-generator").stop()
         with _stimer:
             output = model(
@@ -179,7 +179,7 @@ class _ForwardStep:
         )
 
 
-def _get_batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
+def get_batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
     """This rank's share of the next micro-batch; nothing on the pipeline stages that need none."""
     args = get_args()
     keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens")

@@ -1,4 +1,4 @@
-"""A user's own Megatron script: stock model, stock loss, own forward step, nothing of this package but the CPU.
+"""A user's own Megatron script: stock model, stock loss, own forward step; of this package the CPU and the data.
 
     python stock.py [MEGATRON ARGUMENTS] trains plainly
     python stock.py --kd-teacher CHECKPOINT [MEGATRON ARGUMENTS] also attaches, watches, checks and detaches a teacher
@@ -48,13 +48,10 @@ def main() -> None:
 
 
 def forward_step(data_iterator, model):
-    from megatron.training import get_args
+    from abkd_megatron.integrations.megatron_lm import get_batch
 
-    from abkd_megatron.integrations.megatron_lm import _get_batch
-
-    batch = _get_batch(data_iterator, None)
+    batch = get_batch(data_iterator, None)
     output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
-    assert get_args().micro_batch_size == 2
     return output, partial(loss_func, batch["loss_mask"])
 
 
