@@ -102,17 +102,21 @@ class AlphaBeta(Divergence):
         near.mul_(log_ratio).mul_(log_ratio).mul_(at_zero)
         return at_zero, rise.neg_(), torch.where(scaled.abs_() < SERIES_BELOW, near, far)
 
-    def merge(self, sums: tuple[Tensor, ...], log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """Leibniz' rule for the divided differences of exp(x r) exp(x R): r of the tokens, R of their shard."""
+    def rebase(self, sums: tuple[Tensor, ...], log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> tuple[Tensor, ...]:
+        """Leibniz' rule for the divided differences of exp(x r) exp(x R): r of the tokens, R of the shift."""
         mass, slope, value = sums
         a, b, lam = self._coefficients(log_ratio.dtype)
         at_alpha = _exponent(a, log_p, b, log_q).exp()
         at_lam = _exponent(lam, log_p, 0.0, log_q)
-        whole_value = weigh(mass, self.value(log_p, log_q, log_ratio))
-        whole_value -= weigh(slope, _difference(at_alpha, at_lam, b, log_ratio))
-        whole_value += weigh(value, at_lam.exp())
-        whole_slope = weigh(slope, at_alpha) + weigh(mass, self.slope(log_p, log_q, log_ratio))
-        return whole_value, whole_slope
+        new_value = weigh(mass, self.value(log_p, log_q, log_ratio))
+        new_value -= weigh(slope, _difference(at_alpha, at_lam, b, log_ratio))
+        new_value += weigh(value, at_lam.exp())
+        new_slope = weigh(slope, at_alpha) + weigh(mass, self.slope(log_p, log_q, log_ratio))
+        return weigh(mass, _exponent(0.0, log_p, lam, log_q).exp()), new_slope, new_value
+
+    def from_sums(self, sums: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Both are among the sums."""
+        return sums[2], sums[1]
 
     def _coefficients(self, dtype: torch.dtype) -> tuple[float, float, float]:
         return (

@@ -39,7 +39,7 @@ class Divergence(ABC):
         """The slope h = dF/dlog q with log p held fixed, elementwise."""
 
     def sums(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> tuple[Tensor, ...]:
-        """Elementwise terms whose sums over a shard are all that D, and perhaps H, have to know of it.
+        """Elementwise terms whose sums over the vocabulary are all that D, and perhaps H, have to know of it.
 
         Only for a divergence that separates: one round of communication is then enough for D. The arguments are
         those of `value`, but relative to constants of the shard, not to the whole vocabulary. None are needed of
@@ -47,14 +47,15 @@ class Divergence(ABC):
         """
         return ()
 
-    def merge(
-        self, sums: tuple[Tensor, ...], log_p: Tensor, log_q: Tensor, log_ratio: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """A shard's part of D and of H from its sums; the second is None if H takes a second round.
+    def rebase(self, sums: tuple[Tensor, ...], log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> tuple[Tensor, ...]:
+        """The sums, relative to other constants.
 
-        `log_p`, `log_q` and `log_ratio` are what to add to the arguments of `sums` to have those of the whole
-        vocabulary. They are fp64, as the sums are; the shards are in the last dimension.
+        `log_p`, `log_q` and `log_ratio` are what to add to the arguments of `sums`; all are fp64.
         """
+        raise NotImplementedError(f"{type(self).__name__} does not separate")
+
+    def from_sums(self, sums: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+        """D and H, of sums relative to the whole vocabulary; the second is None if H takes a second round."""
         raise NotImplementedError(f"{type(self).__name__} does not separate")
 
 

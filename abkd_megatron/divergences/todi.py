@@ -82,14 +82,17 @@ class ToDi(Divergence):
             return ()
         return (*_FORWARD.sums(log_p, log_q, log_ratio), *_REVERSE.sums(log_p, log_q, log_ratio))
 
-    def merge(
-        self, sums: tuple[Tensor, ...], log_p: Tensor, log_q: Tensor, log_ratio: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """As forward and reverse KL. The slope too, unless w is a constant in it: then H does not separate."""
-        forward_value, forward_slope = _FORWARD.merge(sums[: _FORWARD.num_sums], log_p, log_q, log_ratio)
-        reverse_value, reverse_slope = _REVERSE.merge(sums[_FORWARD.num_sums :], log_p, log_q, log_ratio)
-        value = forward_value + reverse_value
-        return value, None if self.detach else forward_slope + reverse_slope
+    def rebase(self, sums: tuple[Tensor, ...], log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> tuple[Tensor, ...]:
+        """As forward and reverse KL."""
+        forward, reverse = sums[: _FORWARD.num_sums], sums[_FORWARD.num_sums :]
+        shift = log_p, log_q, log_ratio
+        return (*_FORWARD.rebase(forward, *shift), *_REVERSE.rebase(reverse, *shift))
+
+    def from_sums(self, sums: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+        """As forward and reverse KL. H too, unless the weights are constants in it: then it does not separate."""
+        forward_value, forward_slope = _FORWARD.from_sums(sums[: _FORWARD.num_sums])
+        reverse_value, reverse_slope = _REVERSE.from_sums(sums[_FORWARD.num_sums :])
+        return forward_value + reverse_value, None if self.detach else forward_slope + reverse_slope
 
     def _weights(self, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
         scale = coefficient(self.scale, log_ratio.dtype)

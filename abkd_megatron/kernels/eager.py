@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from abkd_megatron.divergences.base import Divergence, weigh
-from abkd_megatron.kernels.record import Layout, Model, total, view
+from abkd_megatron.kernels.record import Layout, base, total, view
 
 
 def local_record(
@@ -42,40 +42,39 @@ def local_record(
         for model in (layout.student, layout.teacher):
             record[model.start : model.stop : 2][:2] = -math.inf  # the maximum and, with labels, the target
         return record
-    fields = _of_model(student, labels, first_column, layout.temperature)
-    fields += _of_model(teacher, labels, first_column, layout.temperature)
-    q, p = Model.of(fields[layout.student], layout), Model.of(fields[layout.teacher], layout)
-    local = None
-    if divergence.num_sums:
-        local = view(student, teacher, q.reference(dtype), p.reference(dtype), layout.temperature)
-        fields += [local.sum(terms) for terms in divergence.sums(*local[:3])]
-    if layout.has_labels:
-        if local is None or layout.temperature != 1.0:
-            local = view(student, teacher, q.reference(dtype, at_1=True), p.reference(dtype, at_1=True), 1.0)
-        p_mass, q_mass = local.log_p.exp(), local.log_q.exp()
-        fields += [local.sum(weigh(p_mass, local.log_ratio)), local.sum(weigh(p_mass, local.log_p))]
-        fields.append(local.sum(weigh(q_mass, local.log_q)))
+    q_max, q_top = _maximum(student, layout.has_labels)
+    p_max, p_top = _maximum(teacher, layout.has_labels)
+    bases = (base(q_max), None), (base(p_max), None)
+    local = view(student, teacher, *bases, layout.temperature)
+    sums = [local.sum(terms) for terms in divergence.sums(*local[:3])]
+    p, q = local.log_p.exp(), local.log_q.exp()
+    if not layout.has_labels:
+        return torch.stack([q_max.double(), total(q), p_max.double(), total(p), *sums])
+    q_sums, p_sums = [total(q)], [total(p)]
+    if layout.temperature != 1.0:
+        local = view(student, teacher, *bases, 1.0)
+        p, q = local.log_p.exp(), local.log_q.exp()
+        q_sums.append(total(q))
+        p_sums.append(total(p))
+    assert labels is not None
+    column = labels - first_column
+    fields = []
+    for logits, maximum, top, of_model in ((student, q_max, q_top, q_sums), (teacher, p_max, p_top, p_sums)):
+        target = logits.gather(-1, column.clamp(0, num_columns - 1).unsqueeze(-1)).squeeze(-1)
+        target = target.masked_fill((column < 0) | (column >= num_columns), -math.inf)
+        fields += [maximum.double(), of_model[0], target.double(), top.double() + first_column, *of_model[1:]]
+    fields += sums
+    fields += [local.sum(weigh(p, local.log_ratio)), local.sum(weigh(p, local.log_p)), local.sum(weigh(q, local.log_q))]
     return torch.stack(fields)
 
 
-def _of_model(logits: Tensor, labels: Tensor | None, first_column: int, temperature: float) -> list[Tensor]:
+def _maximum(logits: Tensor, position: bool) -> tuple[Tensor, Tensor]:
     # The position costs more than the maximum, and only the metrics ask for it.
-    maximum, argmax = logits.max(dim=-1) if labels is not None else (logits.amax(dim=-1), None)
-    # Where every local logit is -inf the sum is 0 and any base will do, except -inf itself.
-    below = logits - maximum.masked_fill(maximum == -math.inf, 0.0).unsqueeze(-1)
-    fields = [maximum.double(), _sum_exp(below if temperature == 1.0 else below / temperature)]
-    if labels is not None and argmax is not None:
-        column = labels - first_column
-        held = (column >= 0) & (column < logits.shape[-1])
-        target = logits.gather(-1, column.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
-        fields += [target.masked_fill(~held, -math.inf).double(), (argmax + first_column).double()]
-        if temperature != 1.0:
-            fields.append(_sum_exp(below))
-    return fields
-
-
-def _sum_exp(logits: Tensor) -> Tensor:
-    return total(logits.exp())
+    if not position:
+        maximum = logits.amax(dim=-1)
+        return maximum, maximum
+    maximum, top = logits.max(dim=-1)
+    return maximum, top
 
 
 def local_gradient(

@@ -1,9 +1,8 @@
 """The numbers a rank sends of its shard, and what they are relative to.
 
-A shard's sums are taken relative to constants of its own, close to its own log-partitions; what the whole
-vocabulary adds enters once the records of all ranks are gathered. A maximum and the logarithm of the sum of
-exponentials below it stay apart: their sum would round to a logit's precision, and so would the log-ratio of the
-two models.
+A shard's sums are taken relative to its own maxima; what the whole vocabulary adds enters once the records of all
+ranks are gathered. A maximum and the logarithm of the sum of exponentials below it stay apart: their sum would round
+to a logit's precision, and so would the log-ratio of the two models.
 
 Legend: n tokens of a chunk, C this rank's real columns.
 """
@@ -46,11 +45,17 @@ class View(NamedTuple):
         return total(terms.masked_fill_(self.outside, 0.0))
 
 
-def view(student: Tensor, teacher: Tensor, q: tuple[Tensor, ...], p: tuple[Tensor, ...], temperature: float) -> View:
+def view(
+    student: Tensor,
+    teacher: Tensor,
+    q: tuple[Tensor, Tensor | None],
+    p: tuple[Tensor, Tensor | None],
+    temperature: float,
+) -> View:
     """Log-probabilities of [n, C] logits relative to each model's (maximum, log of the sum below it), [n].
 
-    The difference of the two logs is taken before it is rounded to the logits' dtype: give the whole vocabulary's in
-    fp64.
+    Relative to the maxima alone if the logs are None. The difference of the two logs is taken before it is rounded
+    to the logits' dtype: give the whole vocabulary's in fp64.
     """
 
     def column(numbers: Tensor) -> Tensor:
@@ -60,9 +65,17 @@ def view(student: Tensor, teacher: Tensor, q: tuple[Tensor, ...], p: tuple[Tenso
     if temperature != 1.0:
         y.div_(temperature)
         x.div_(temperature)
-    log_ratio = (x - y).sub_(column(p[1] - q[1]))
-    log_q, log_p = y.sub_(column(q[1])), x.sub_(column(p[1]))
-    return View(log_p, log_q, log_ratio, (log_p == -math.inf) & (log_q == -math.inf))
+    log_ratio = x - y
+    if q[1] is not None and p[1] is not None:
+        log_ratio.sub_(column(p[1] - q[1]))
+        y.sub_(column(q[1]))
+        x.sub_(column(p[1]))
+    return View(x, y, log_ratio, (x == -math.inf) & (y == -math.inf))
+
+
+def base(maximum: Tensor) -> Tensor:
+    """What to subtract from logits of that maximum: any finite number where the model excludes all of them."""
+    return maximum.masked_fill(maximum == -math.inf, 0.0)
 
 
 class Layout:
@@ -98,14 +111,3 @@ class Model(NamedTuple):
         if not layout.has_labels:
             return cls(fields[0], fields[1], fields[1], None, None)
         return cls(fields[0], fields[1], fields[4 if layout.temperature != 1.0 else 1], fields[2], fields[3])
-
-    def reference(self, dtype: torch.dtype, at_1: bool = False) -> tuple[Tensor, Tensor]:
-        """What the shard's log-probabilities are relative to: (maximum, log of the sum), in `dtype`.
-
-        Rounded, so that arithmetic in `dtype` subtracts these very numbers and a merge knows what it has to mend; and
-        left in `dtype`, since torch's compiler takes a cast there and back for nothing. Where the model excludes the
-        whole shard any finite number will do.
-        """
-        log_sum = (self.sum_exp_at_1 if at_1 else self.sum_exp).log().to(dtype)
-        empty = self.maximum == -math.inf
-        return self.maximum.to(dtype).masked_fill(empty, 0.0), log_sum.masked_fill(empty, 0.0)

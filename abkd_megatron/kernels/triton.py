@@ -345,48 +345,15 @@ def _add(total, terms, outside):
 
 
 @_jit
-def _extend(
-    logits,
-    first,
-    maximum,
-    sum_exp,
-    sum_exp_at_1,
-    top,
-    inverse_temperature,
-    HAS_LABELS: tl.constexpr,
-    AT_T: tl.constexpr,
-):
-    """The maximum, its column and the sums of exponentials below it, extended by a tile; the sums are fp64."""
+def _extend(logits, first, maximum, top, HAS_LABELS: tl.constexpr):
+    """The maximum and its column, extended by a tile."""
     tile_maximum = tl.max(logits, axis=0)
-    # Rarely so after the first tiles: the column takes a reduction more, and fp64 exponentials are slow on a GPU.
+    # Rarely so after the first tiles, and the column takes a reduction more.
     if tile_maximum > maximum:
         if HAS_LABELS:
             top = first + tl.argmax(logits, axis=0, tie_break_left=True)
-        drop = (maximum - tile_maximum).to(tl.float64)
-        if AT_T:
-            sum_exp = sum_exp * tl.exp(drop * inverse_temperature)
-            if HAS_LABELS:
-                sum_exp_at_1 = sum_exp_at_1 * tl.exp(drop)
-        else:
-            sum_exp = sum_exp * tl.exp(drop)
         maximum = tile_maximum
-    # Where every logit so far is -inf the sum is 0 and any base will do, except -inf itself.
-    below = logits - tl.where(maximum == -float("inf"), 0.0, maximum)
-    if AT_T:
-        sum_exp += tl.sum(tl.exp(below * inverse_temperature), axis=0).to(tl.float64)
-        if HAS_LABELS:
-            sum_exp_at_1 += tl.sum(tl.exp(below), axis=0).to(tl.float64)
-    else:
-        sum_exp += tl.sum(tl.exp(below), axis=0).to(tl.float64)
-    return maximum, sum_exp, sum_exp_at_1, top
-
-
-@_jit
-def _reference(maximum, sum_exp):
-    """As `Model.reference`, in fp32."""
-    empty = maximum == -float("inf")
-    log_sum = tl.log(sum_exp).to(tl.float32)
-    return tl.where(empty, 0.0, maximum), tl.where(empty, 0.0, log_sum)
+    return maximum, top
 
 
 @_jit
@@ -418,13 +385,13 @@ def _store_model(
             tl.store(field + 4 * num_rows, sum_exp_at_1)
 
 
-# 4 columns a thread in the second pass take 64 to 110 registers, by divergence; 8 take up to 170. The first pass keeps
-# less, and wide tiles save it reductions.
+# 2 or 4 columns a thread in the second pass; 8 take up to 170 registers. The first pass keeps less, and wide tiles
+# save it reductions.
 @_tuned(
     ({"WIDE": 2048, "BLOCK": 1024}, 8),
     ({"WIDE": 1024, "BLOCK": 512}, 4),
-    ({"WIDE": 2048, "BLOCK": 512}, 4),
-    ({"WIDE": 4096, "BLOCK": 1024}, 8),
+    ({"WIDE": 2048, "BLOCK": 512}, 8),
+    ({"WIDE": 4096, "BLOCK": 2048}, 16),
 )
 @_jit
 def _record_kernel(
@@ -448,7 +415,7 @@ def _record_kernel(
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: its two models' constants, then the sums relative to them, by tiles of WIDE and BLOCK columns.
+    """One row: its two models' maxima, then the sums relative to them, by tiles of WIDE and BLOCK columns.
 
     `record` is [fields, num_rows].
     """
@@ -458,13 +425,8 @@ def _record_kernel(
     teacher += row * teacher_stride
     columns = tl.arange(0, BLOCK)
 
-    zero = tl.full((), 0.0, tl.float64)
     q_max = tl.full((), -float("inf"), tl.float32)
     p_max = tl.full((), -float("inf"), tl.float32)
-    q_sum = zero
-    p_sum = zero
-    q_sum_at_1 = zero
-    p_sum_at_1 = zero
     q_top = tl.full((), 0, tl.int32)
     p_top = tl.full((), 0, tl.int32)
     wide_columns = tl.arange(0, WIDE)
@@ -472,12 +434,55 @@ def _record_kernel(
         real = first + wide_columns < num_columns
         s = tl.load(student + first + wide_columns, mask=real, other=-float("inf")).to(tl.float32)
         t = tl.load(teacher + first + wide_columns, mask=real, other=-float("inf")).to(tl.float32)
-        q_max, q_sum, q_sum_at_1, q_top = _extend(
-            s, first, q_max, q_sum, q_sum_at_1, q_top, inverse_temperature, HAS_LABELS, AT_T
-        )
-        p_max, p_sum, p_sum_at_1, p_top = _extend(
-            t, first, p_max, p_sum, p_sum_at_1, p_top, inverse_temperature, HAS_LABELS, AT_T
-        )
+        q_max, q_top = _extend(s, first, q_max, q_top, HAS_LABELS)
+        p_max, p_top = _extend(t, first, p_max, p_top, HAS_LABELS)
+
+    # Where every logit is -inf any base will do, except -inf itself.
+    q_base = tl.where(q_max == -float("inf"), 0.0, q_max)
+    p_base = tl.where(p_max == -float("inf"), 0.0, p_max)
+    zero = tl.full((), 0.0, tl.float64)
+    q_sum = zero
+    p_sum = zero
+    q_sum_at_1 = zero
+    p_sum_at_1 = zero
+    mass = zero
+    slope = zero
+    value = zero
+    second_mass = zero
+    second_slope = zero
+    second_value = zero
+    kl = zero
+    negative_p = zero
+    negative_q = zero
+    for first in range(0, num_columns, BLOCK):
+        real = first + columns < num_columns
+        s = tl.load(student + first + columns, mask=real, other=-float("inf")).to(tl.float32)
+        t = tl.load(teacher + first + columns, mask=real, other=-float("inf")).to(tl.float32)
+        log_p, log_q, log_ratio, outside = _view(s, t, q_base, 0.0, p_base, 0.0, 0.0, inverse_temperature, AT_T)
+        p = tl.exp(log_p)
+        q = tl.exp(log_q)
+        p_sum += tl.sum(p, axis=0).to(tl.float64)
+        q_sum += tl.sum(q, axis=0).to(tl.float64)
+        if NUM_PARTS > 0:
+            mass_terms, slope_terms, value_terms = _alpha_beta_sums(log_p, log_q, log_ratio, PART)
+            mass = _add(mass, mass_terms, outside)
+            slope = _add(slope, slope_terms, outside)
+            value = _add(value, value_terms, outside)
+        if NUM_PARTS > 1:
+            mass_terms, slope_terms, value_terms = _alpha_beta_sums(log_p, log_q, log_ratio, SECOND_PART)
+            second_mass = _add(second_mass, mass_terms, outside)
+            second_slope = _add(second_slope, slope_terms, outside)
+            second_value = _add(second_value, value_terms, outside)
+        if HAS_LABELS:
+            if AT_T:
+                log_p, log_q, log_ratio, outside = _view(s, t, q_base, 0.0, p_base, 0.0, 0.0, 1.0, False)
+                p = tl.exp(log_p)
+                q = tl.exp(log_q)
+                p_sum_at_1 += tl.sum(p, axis=0).to(tl.float64)
+                q_sum_at_1 += tl.sum(q, axis=0).to(tl.float64)
+            kl = _add(kl, _weigh(p, log_ratio), outside)
+            negative_p = _add(negative_p, _weigh(p, log_p), outside)
+            negative_q = _add(negative_q, _weigh(q, log_q), outside)
 
     label_column = tl.full((), -1, tl.int64)
     if HAS_LABELS:
@@ -491,65 +496,21 @@ def _record_kernel(
         record + row + OF_MODEL * stride, stride, teacher, label_column, num_columns, first_column,
         p_max, p_sum, p_sum_at_1, p_top, HAS_LABELS, AT_T,
     )  # fmt: skip
-
-    if NUM_PARTS > 0 or HAS_LABELS:
-        q_base, q_log = _reference(q_max, q_sum)
-        p_base, p_log = _reference(p_max, p_sum)
-        q_log_at_1 = q_log
-        p_log_at_1 = p_log
-        if AT_T and HAS_LABELS:
-            q_base, q_log_at_1 = _reference(q_max, q_sum_at_1)
-            p_base, p_log_at_1 = _reference(p_max, p_sum_at_1)
-        mass = zero
-        slope = zero
-        value = zero
-        second_mass = zero
-        second_slope = zero
-        second_value = zero
-        kl = zero
-        negative_p = zero
-        negative_q = zero
-        for first in range(0, num_columns, BLOCK):
-            real = first + columns < num_columns
-            s = tl.load(student + first + columns, mask=real, other=-float("inf")).to(tl.float32)
-            t = tl.load(teacher + first + columns, mask=real, other=-float("inf")).to(tl.float32)
-            log_p, log_q, log_ratio, outside = _view(
-                s, t, q_base, q_log, p_base, p_log, p_log - q_log, inverse_temperature, AT_T
-            )
-            if NUM_PARTS > 0:
-                mass_terms, slope_terms, value_terms = _alpha_beta_sums(log_p, log_q, log_ratio, PART)
-                mass = _add(mass, mass_terms, outside)
-                slope = _add(slope, slope_terms, outside)
-                value = _add(value, value_terms, outside)
-            if NUM_PARTS > 1:
-                mass_terms, slope_terms, value_terms = _alpha_beta_sums(log_p, log_q, log_ratio, SECOND_PART)
-                second_mass = _add(second_mass, mass_terms, outside)
-                second_slope = _add(second_slope, slope_terms, outside)
-                second_value = _add(second_value, value_terms, outside)
-            if HAS_LABELS:
-                if AT_T:
-                    log_p, log_q, log_ratio, outside = _view(
-                        s, t, q_base, q_log_at_1, p_base, p_log_at_1, p_log_at_1 - q_log_at_1, 1.0, False
-                    )
-                p = tl.exp(log_p)
-                kl = _add(kl, _weigh(p, log_ratio), outside)
-                negative_p = _add(negative_p, _weigh(p, log_p), outside)
-                negative_q = _add(negative_q, _weigh(tl.exp(log_q), log_q), outside)
-        field = record + row + 2 * OF_MODEL * stride
-        if NUM_PARTS > 0:
-            tl.store(field, mass)
-            tl.store(field + stride, slope)
-            tl.store(field + 2 * stride, value)
-            field += 3 * stride
-        if NUM_PARTS > 1:
-            tl.store(field, second_mass)
-            tl.store(field + stride, second_slope)
-            tl.store(field + 2 * stride, second_value)
-            field += 3 * stride
-        if HAS_LABELS:
-            tl.store(field, kl)
-            tl.store(field + stride, negative_p)
-            tl.store(field + 2 * stride, negative_q)
+    field = record + row + 2 * OF_MODEL * stride
+    if NUM_PARTS > 0:
+        tl.store(field, mass)
+        tl.store(field + stride, slope)
+        tl.store(field + 2 * stride, value)
+        field += 3 * stride
+    if NUM_PARTS > 1:
+        tl.store(field, second_mass)
+        tl.store(field + stride, second_slope)
+        tl.store(field + 2 * stride, second_value)
+        field += 3 * stride
+    if HAS_LABELS:
+        tl.store(field, kl)
+        tl.store(field + stride, negative_p)
+        tl.store(field + 2 * stride, negative_q)
 
 
 @_tuned(({"BLOCK": 2048}, 8), ({"BLOCK": 1024}, 4), ({"BLOCK": 1024}, 8), ({"BLOCK": 4096}, 8))

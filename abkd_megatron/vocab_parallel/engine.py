@@ -265,7 +265,7 @@ class _Distillation(torch.autograd.Function):
             record[:, chunk] = kernel.local_record(
                 student[chunk], teacher[chunk], chunk_labels, shard.start, divergence, layout, dtype
             )
-        q, p, value, slope_sum, metrics = merge(_all_gather(record, shard)[0], divergence, layout, dtype)
+        q, p, value, slope_sum, metrics = merge(_all_gather(record, shard)[0], divergence, layout)
 
         # Second round, of what did not separate. Nothing needs H before backward, so it alone may still be on its way.
         pending = None

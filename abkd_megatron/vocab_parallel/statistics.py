@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from abkd_megatron.divergences.base import Divergence, weigh
-from abkd_megatron.kernels.record import Layout, Model, View
+from abkd_megatron.kernels.record import Layout, Model, View, base
 
 
 class Distribution(NamedTuple):
@@ -31,7 +31,7 @@ class Distribution(NamedTuple):
     def merged(cls, shards: Model, temperature: float) -> "Distribution":
         """Of the shards' [N, R]."""
         maximum = shards.maximum.amax(dim=-1)
-        below = shards.maximum - maximum.masked_fill(maximum == -math.inf, 0.0).unsqueeze(-1)
+        below = shards.maximum - base(maximum).unsqueeze(-1)
         log_z = (shards.sum_exp * (below / temperature).exp()).sum(dim=-1).log()
         if shards.target is None or shards.top is None:
             return cls(maximum, log_z, log_z, None, None)
@@ -56,59 +56,47 @@ class Merged(NamedTuple):
     metrics: list[Tensor]  # with labels: KL(p || q) and the entropies of p and q at T = 1
 
 
-def merge(records: Tensor, divergence: Divergence, layout: Layout, dtype: torch.dtype) -> Merged:
+def merge(records: Tensor, divergence: Divergence, layout: Layout) -> Merged:
     """Merge every rank's record, [R, fields, N]; the same bits wherever it is done.
 
     Args:
         records: fp64, in the order of `layout`.
         divergence: as in `local_record`.
         layout: as in `local_record`.
-        dtype: of the arithmetic in `local_record`.
     """
     fields = records.permute(1, 2, 0)  # [fields, N, R]
     shards = [Model.of(list(fields[model]), layout) for model in (layout.student, layout.teacher)]
     q, p = (Distribution.merged(shard, layout.temperature) for shard in shards)
     value, slope_sum, metrics = None, None, []
     if divergence.num_sums:
-        shares = _shares(shards, (q.maximum, q.log_z), (p.maximum, p.log_z), layout.temperature, dtype, at_1=False)
-        value_terms, slope_terms = divergence.merge(tuple(fields[layout.sums]), *shares[:3])
-        value = shares.sum(value_terms)
-        slope_sum = shares.sum(slope_terms) if slope_terms is not None else None
+        shift = _shift(shards, (q.maximum, q.log_z), (p.maximum, p.log_z), layout.temperature)
+        sums = divergence.rebase(tuple(fields[layout.sums]), *shift[:3])
+        value, slope_sum = divergence.from_sums(tuple(shift.sum(terms) for terms in sums))
     if layout.has_labels:
-        shares = _shares(shards, (q.maximum, q.log_z_at_1), (p.maximum, p.log_z_at_1), 1.0, dtype, at_1=True)
+        shift = _shift(shards, (q.maximum, q.log_z_at_1), (p.maximum, p.log_z_at_1), 1.0)
         kl, negative_p, negative_q = fields[layout.metrics]
-        # A shard's probabilities sum to 1 only up to the rounding of what they are relative to.
-        p_sum, q_sum = (
-            shard.sum_exp_at_1 * (-shard.reference(dtype, at_1=True)[1].double()).exp() for shard in reversed(shards)
-        )
-        p_share, q_share = shares.log_p.exp(), shares.log_q.exp()
+        q_sum, p_sum = (shard.sum_exp_at_1 for shard in shards)
+        q_share, p_share = shift.log_q.exp(), shift.log_p.exp()
         metrics = [
-            shares.sum(weigh(p_share, kl + weigh(p_sum, shares.log_ratio))),
-            -shares.sum(weigh(p_share, negative_p + weigh(p_sum, shares.log_p))),
-            -shares.sum(weigh(q_share, negative_q + weigh(q_sum, shares.log_q))),
+            shift.sum(weigh(p_share, kl + weigh(p_sum, shift.log_ratio))),
+            -shift.sum(weigh(p_share, negative_p + weigh(p_sum, shift.log_p))),
+            -shift.sum(weigh(q_share, negative_q + weigh(q_sum, shift.log_q))),
         ]
     return Merged(q, p, value, slope_sum, metrics)
 
 
-def _shares(
-    shards: Sequence[Model],
-    q: tuple[Tensor, Tensor],
-    p: tuple[Tensor, Tensor],
-    temperature: float,
-    dtype: torch.dtype,
-    at_1: bool,
-) -> View:
-    """From what each shard is relative to, to the whole: the factors on p and q and the shift of log p/q, [N, R].
+def _shift(shards: Sequence[Model], q: tuple[Tensor, Tensor], p: tuple[Tensor, Tensor], temperature: float) -> View:
+    """From each shard's maxima to the whole: the factors on p and q and the shift of log p/q, [N, R].
 
-    Close to the log-probabilities of the shards themselves, and their log-ratio.
+    The difference of the two logarithms is taken as it is in backward.
     """
-    (q_max, q_log), (p_max, p_log) = (shard.reference(dtype, at_1) for shard in shards)
-    ratio = (p_log - q_log).double()  # as the passes over the logits have rounded it
-    q_max, q_log, p_max, p_log = q_max.double(), q_log.double(), p_max.double(), p_log.double()
-    q_rise, p_rise = (q_max - q[0].unsqueeze(-1)) / temperature, (p_max - p[0].unsqueeze(-1)) / temperature
     no_q, no_p = (shard.maximum == -math.inf for shard in shards)
-    log_q = (q_rise + q_log - q[1].unsqueeze(-1)).masked_fill(no_q, -math.inf)
-    log_p = (p_rise + p_log - p[1].unsqueeze(-1)).masked_fill(no_p, -math.inf)
-    log_ratio = (p_rise - q_rise) + ratio - (p[1] - q[1]).unsqueeze(-1)
+    q_rise, p_rise = (
+        (base(shard.maximum) - whole[0].unsqueeze(-1)) / temperature
+        for shard, whole in zip(shards, (q, p), strict=True)
+    )
+    log_q = (q_rise - q[1].unsqueeze(-1)).masked_fill(no_q, -math.inf)
+    log_p = (p_rise - p[1].unsqueeze(-1)).masked_fill(no_p, -math.inf)
+    log_ratio = (p_rise - q_rise) - (p[1] - q[1]).unsqueeze(-1)
     log_ratio = log_ratio.masked_fill(no_q, math.inf).masked_fill(no_p, -math.inf)
     return View(log_p, log_q, log_ratio, no_p & no_q)

@@ -100,8 +100,8 @@ def compare(kernel, divergence, setting):
         worst["record"] = max(worst["record"], error(got[exact], wanted[exact], 1e-30))
 
     in_fp64 = (student.double(), teacher.double(), *arguments[2:-1], torch.float64)
-    exact = merge(eager.local_record(*in_fp64).unsqueeze(0), divergence, layout, torch.float64)
-    merged = [merge(record.unsqueeze(0), divergence, layout, torch.float32) for record in (got, wanted)]
+    exact = merge(eager.local_record(*in_fp64).unsqueeze(0), divergence, layout)
+    merged = [merge(record.unsqueeze(0), divergence, layout) for record in (got, wanted)]
     if exact.value is not None:
         finite = exact.value.isfinite()
         scale = exact.value[finite].abs() + 0.1
@@ -283,8 +283,7 @@ def test_compiles_for_a_gpu(arch, tmp_path):
     assert len(found) >= 4
     for kernel, used in found.items():
         assert used["registers"] <= 128, (kernel, used)
-        # For sm_100 ptxas puts away two words rather than take more than 64 registers; nothing of a tile.
-        assert used["local"] <= (8 if arch == 100 and "record" in kernel else 0), (kernel, used)
+        assert used["local"] == 0, (kernel, used)
 
 
 def test_says_where_it_cannot_run(tmp_path):
