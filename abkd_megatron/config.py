@@ -26,7 +26,7 @@ type Options = Mapping[str, argparse.Action]
 
 DEVICES = ("cuda", "cpu")
 DIVERGENCES = ("alpha_beta", "todi")
-KERNELS = ("eager", "compiled", "triton")
+KERNELS = ("auto", "eager", "compiled", "cpp", "triton")
 SECTIONS = ("device", "megatron", "teacher", "distillation", "data")
 
 # What `data.dir` supplies; beside it each of these would be a second answer to the same question.
@@ -57,8 +57,10 @@ class DistillationConfig:
     """Weight of the divergence."""
     lm_weight: float = 1.0
     """Weight of the cross-entropy with the data."""
-    kernel: str = "eager"
-    """How the loss is computed: ``eager``, ``compiled`` by torch.compile, or in ``triton``."""
+    kernel: str = "auto"
+    """How the loss is computed: ``auto`` (by device), ``eager``, ``compiled`` by torch.compile, ``cpp`` or ``triton``."""
+    gradient_in_place: bool = False
+    """Whether backward overwrites the student's logits with their gradient."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -131,9 +133,9 @@ class Config:
         origin = self.origins.get("distillation.kernel", "default")
         _check_name(kd.kernel, KERNELS, origin, "distillation.kernel")
         require(
-            self.device != "cpu" or kd.kernel == "eager",
+            self.device != "cpu" or kd.kernel in ("auto", "eager", "cpp"),
             "distillation.kernel",
-            "eager on device: cpu (compilers cannot look through the stand-in)",
+            "auto, eager or cpp on device: cpu (compilers of Python cannot look through the stand-in)",
             kd.kernel,
         )
         require(kd.temperature > 0, "distillation.temperature", "a number above 0", kd.temperature)

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abkd_megatron.divergences.base import Divergence, coefficient, finite_number, weigh
+from abkd_megatron.divergences.base import Divergence, coefficient, expm1, finite_number, weigh
 from abkd_megatron.errors import ConfigError
 
 # Below this |exponent * log_ratio| the divided difference is summed as a series: the closed form cancels.
 SERIES_BELOW = 0.5
 # Terms that leave a remainder below half a unit in the last place at SERIES_BELOW.
 SERIES_TERMS = {torch.float32: 8, torch.float64: 14}
-# The same for exp(x) - 1 at |x| = 1.
-_EXPM1_TERMS = {torch.float32: 10, torch.float64: 18}
 
 
 @dataclass(frozen=True)
@@ -139,19 +137,8 @@ def _difference(start: Tensor, high: Tensor, gap: float, log_ratio: Tensor) -> T
         return weigh(start, log_ratio)
     rise = log_ratio * gap
     far = high.exp().sub_(start)
-    near = _expm1(rise).mul_(start)
+    near = expm1(rise).mul_(start)
     return torch.where(rise.abs_() < 1.0, near, far).div_(gap)
-
-
-def _expm1(x: Tensor) -> Tensor:
-    """exp(x) - 1 for |x| < 1."""
-    if not torch.compiler.is_compiling():
-        return x.expm1()
-    # torch's own compiler writes exp(x) - 1 on a CPU, which has no digits left where x is small.
-    result = torch.zeros_like(x)
-    for term in range(_EXPM1_TERMS[x.dtype], 0, -1):
-        result = (result + 1.0 / math.factorial(term)) * x
-    return result
 
 
 def series(a: float, lam: float, num_terms: int) -> list[float]:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from abkd_megatron.errors import ConfigError
 
+# Terms of the series of exp(x) - 1 that leave a remainder below half a unit in the last place at |x| = 1.
+_EXPM1_TERMS = {torch.float32: 10, torch.float64: 18}
+
 
 class Divergence(ABC):
     """A per-token sum over the vocabulary, D = sum_k F(log p_k, log q_k), teacher p, student q.
@@ -62,6 +65,17 @@ class Divergence(ABC):
 def weigh(mass: Tensor, amount: Tensor) -> Tensor:
     """Return mass * amount with 0 * inf = 0, the convention of 0 log 0."""
     return (mass * amount).masked_fill_(mass == 0, 0.0)
+
+
+def expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1 for |x| < 1."""
+    if not torch.compiler.is_compiling():
+        return x.expm1()
+    # torch's own compiler writes exp(x) - 1 on a CPU, which has no digits left where x is small.
+    result = torch.zeros_like(x)
+    for term in range(_EXPM1_TERMS[x.dtype], 0, -1):
+        result = (result + 1.0 / math.factorial(term)) * x
+    return result
 
 
 def coefficient(number: float, dtype: torch.dtype) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from abkd_megatron.divergences.alpha_beta import AlphaBeta
-from abkd_megatron.divergences.base import Divergence, coefficient, finite_number, weigh
+from abkd_megatron.divergences.base import Divergence, coefficient, expm1, finite_number, weigh
 from abkd_megatron.errors import ConfigError
 
 _FORWARD, _REVERSE = AlphaBeta(1.0, 0.0), AlphaBeta(0.0, 1.0)
@@ -54,20 +54,18 @@ class ToDi(Divergence):
             raise ConfigError(f"ToDi: expected detach to be true or false, got {self.detach!r}: give a bool")
 
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """F = w p rho - (1 - w) q rho."""
-        w, one_minus_w = self._weights(log_ratio)
-        forward = weigh(w.mul_(log_p.exp()), log_ratio)
-        return forward.sub_(weigh(one_minus_w.mul_(log_q.exp()), log_ratio))
+        """F = (w p - (1 - w) q) rho."""
+        w, reverse = self._weights(log_q, log_ratio)
+        return weigh(self._excess(w, log_p.exp(), reverse, log_ratio), log_ratio)
 
     def slope(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         """The slope h = -w p + (1 - w) q (1 - rho), and -scale w (1 - w) rho (p + q) more if not detached."""
-        w, one_minus_w = self._weights(log_ratio)
-        p, q = log_p.exp(), log_q.exp()
-        reverse = one_minus_w * q
-        h = (reverse - w * p).sub_(weigh(reverse, log_ratio))
+        w, reverse = self._weights(log_q, log_ratio)
+        p = log_p.exp()
+        h = self._excess(w, p, reverse, log_ratio).neg_().sub_(weigh(reverse, log_ratio))
         scale = coefficient(self.scale, log_ratio.dtype)
         if not self.detach and scale != 0.0:
-            mass = (p + q).mul_(w).mul_(one_minus_w)
+            mass = (p * (1.0 - w)).add_(reverse).mul_(w)
             h.sub_(weigh(mass, log_ratio), alpha=scale)
         return h
 
@@ -94,9 +92,14 @@ class ToDi(Divergence):
         reverse_value, reverse_slope = _REVERSE.from_sums(sums[_FORWARD.num_sums :])
         return forward_value + reverse_value, None if self.detach else forward_slope + reverse_slope
 
-    def _weights(self, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    def _weights(self, log_q: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight w, and (1 - w) q."""
         scale = coefficient(self.scale, log_ratio.dtype)
-        if scale == 0.0:
-            return torch.full_like(log_ratio, 0.5), torch.full_like(log_ratio, 0.5)
-        w = (log_ratio * scale).sigmoid_()
-        return w, 1.0 - w
+        w = (log_ratio * scale).sigmoid_() if scale != 0.0 else torch.full_like(log_ratio, 0.5)
+        return w, (1.0 - w).mul_(log_q.exp())
+
+    def _excess(self, w: Tensor, p: Tensor, reverse: Tensor, log_ratio: Tensor) -> Tensor:
+        """The difference w p - (1 - w) q, of parts whose ratio is exp((1 + scale) rho): they cancel where models agree."""
+        rise = log_ratio * (1.0 + coefficient(self.scale, log_ratio.dtype))
+        near = expm1(rise).mul_(reverse)
+        return torch.where(rise.abs_() < 1.0, near, (w * p).sub_(reverse))

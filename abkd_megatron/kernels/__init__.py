@@ -1,17 +1,29 @@
 """How the passes over a chunk of logits are carried out: one signature, several ways.
 
-`eager` is plain PyTorch and runs everywhere. `compiled` is the same code through torch.compile: several times as fast
-on a CPU, after most of a minute for the compiler in a new process; it needs a C++ compiler there. `triton` reads the
-logits where they lie and is for GPUs; it has been compiled for them and run in Triton's interpreter, not yet on one.
+`eager` is plain PyTorch: any device, any divergence, any floating dtype. `compiled` is the same code through
+torch.compile; it needs a C++ compiler, for most of a minute in a new process. `cpp` is C++ for CPUs, built in seconds
+by the same compiler, several times as fast again. `triton` is for GPUs; it has been compiled for them and run in
+Triton's interpreter, not yet on one. The last two know AlphaBeta and ToDi.
+
+`auto` takes triton for logits on a GPU and cpp for logits on a CPU where they can serve, else eager, and says which in
+the log.
 """
 
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
+import torch
+from torch import Tensor
+
+from abkd_megatron.divergences.alpha_beta import AlphaBeta
+from abkd_megatron.divergences.base import Divergence
+from abkd_megatron.divergences.todi import ToDi
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.kernels import compiled, eager
+from abkd_megatron.kernels import compiled, cpp, eager
 
 logger = logging.getLogger(__name__)
 
@@ -21,61 +33,98 @@ SMALL_CHUNK = 2**18
 
 @dataclass
 class Kernel:
-    """One way to carry out both passes, and the chunks it likes."""
+    """One way to carry out the passes, and the chunks it likes."""
 
     name: str
     local_record: Callable
     """`eager.local_record` or its equal."""
+    local_second_record: Callable
+    """`eager.local_second_record` or its equal."""
     local_gradient: Callable
     """`eager.local_gradient` or its equal."""
     chunk_elements: int
     """Logits of one model a chunk: large enough to be worth a call, small beside the whole."""
-    fixed_shape: bool
+    fixed_shape: bool = False
     """Every chunk has the same number of rows; the last one may overlap the one before."""
     strided: bool = False
     """Rows may lie further apart than they are long, so that padding need not be copied away."""
 
-    def chunks(self, num_tokens: int, num_columns: int, small: bool = False) -> list[slice]:
-        """The rows of each chunk, every row in one; small chunks if plain PyTorch has to work on them."""
+    def chunks(self, num_tokens: int, num_columns: int, small: bool = False, overlap: bool = True) -> list[slice]:
+        """The rows of each chunk, every row in one.
+
+        Args:
+            num_tokens: rows in all.
+            num_columns: columns of a row.
+            small: keep chunks small, for rows that have to be copied together.
+            overlap: let the last chunk overlap the one before, to keep the shape fixed.
+        """
         elements = min(self.chunk_elements, SMALL_CHUNK) if small else self.chunk_elements
         rows = max(1, elements // max(num_columns, 1))
-        if self.fixed_shape and num_tokens > rows:
+        if self.fixed_shape and overlap and num_tokens > rows:
             firsts = [*range(0, num_tokens - rows, rows), num_tokens - rows]
             return [slice(first, first + rows) for first in firsts]
         return [slice(first, min(first + rows, num_tokens)) for first in range(0, num_tokens, rows)]
 
 
-NAMES = ("eager", "compiled", "triton")
+NAMES = ("eager", "compiled", "cpp", "triton")
+CHOICES = ("auto", *NAMES)
+
+_choice = "auto"
 
 
 @functools.cache
-def _kernel(name: str) -> Kernel:
+def get(name: str) -> Kernel:
+    """The kernel of that name, one of `NAMES`."""
+
+    def kernel(module: ModuleType, chunk_elements: int, fixed_shape: bool = False, strided: bool = False) -> Kernel:
+        passes = module.local_record, module.local_second_record, module.local_gradient
+        return Kernel(name, *passes, chunk_elements, fixed_shape, strided)
+
+    everything = 2**62
     if name == "triton":
         from abkd_megatron.kernels import triton  # only here: it takes its settings from the environment then
 
-        return Kernel(name, triton.local_record, triton.local_gradient, 2**62, fixed_shape=False, strided=True)
+        return kernel(triton, everything, strided=True)
+    if name == "cpp":
+        return kernel(cpp, everything, strided=True)
     if name == "compiled":
-        return Kernel(name, compiled.local_record, compiled.local_gradient, SMALL_CHUNK, fixed_shape=True)
-    return Kernel(name, eager.local_record, eager.local_gradient, SMALL_CHUNK, fixed_shape=False)
+        return kernel(compiled, SMALL_CHUNK, fixed_shape=True)
+    return kernel(eager, SMALL_CHUNK)
 
 
-_current = _kernel("eager")
-
-
-def use(name: str) -> None:
-    """Choose the kernel for this process.
+def use(choice: str) -> str:
+    """Choose the kernel for this process, or leave the choice to `auto`; return the choice before.
 
     Raises:
-        ConfigError: for a name that is none of `NAMES`.
+        ConfigError: for a name that is none of `CHOICES`.
     """
-    global _current
-    if name not in NAMES:
-        raise ConfigError(f"expected a kernel out of {', '.join(NAMES)}, got {name!r}")
-    if name != _current.name:
-        logger.info("abkd_megatron: %s kernel", name)
-    _current = _kernel(name)
+    global _choice
+    if choice not in CHOICES:
+        raise ConfigError(f"expected a kernel out of {', '.join(CHOICES)}, got {choice!r}")
+    before, _choice = _choice, choice
+    return before
 
 
-def current() -> Kernel:
-    """The kernel in use."""
-    return _current
+def select(divergence: Divergence, student: Tensor, teacher: Tensor) -> Kernel:
+    """The kernel in use for this divergence of these logits."""
+    name = _choice
+    if name == "auto":
+        name = _automatic(divergence, student, teacher)
+    _announce(name, _choice)
+    return get(name)
+
+
+def _automatic(divergence: Divergence, student: Tensor, teacher: Tensor) -> str:
+    known = type(divergence) in (AlphaBeta, ToDi)
+    dtypes = {student.dtype, teacher.dtype}
+    if student.is_cuda and known and torch.float64 not in dtypes and importlib.util.find_spec("triton"):
+        return "triton"
+    on_cpu = student.device.type == teacher.device.type == "cpu"
+    if on_cpu and known and dtypes <= set(cpp.DTYPES) and cpp.compiler():
+        return "cpp"
+    return "eager"
+
+
+@functools.cache
+def _announce(name: str, choice: str) -> None:
+    logger.info("abkd_megatron: %s kernel%s", name, " (chosen by device)" if choice == "auto" else "")

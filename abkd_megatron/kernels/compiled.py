@@ -24,4 +24,5 @@ def _call(function: Callable, *args: Any) -> Any:
 
 
 local_record = functools.partial(_call, eager.local_record)
+local_second_record = functools.partial(_call, eager.local_second_record)
 local_gradient = functools.partial(_call, eager.local_gradient)

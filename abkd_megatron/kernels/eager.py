@@ -77,6 +77,39 @@ def _maximum(logits: Tensor, position: bool) -> tuple[Tensor, Tensor]:
     return maximum, top
 
 
+def local_second_record(
+    student: Tensor,
+    teacher: Tensor,
+    divergence: Divergence,
+    temperature: float,
+    dtype: torch.dtype,
+    scalars: Tensor,
+    value: bool,
+    slope: bool,
+) -> Tensor:
+    """One rank's share of what does not separate, of a chunk.
+
+    Args:
+        student: [n, C], any floating dtype.
+        teacher: [n, C].
+        divergence: gives F and h.
+        temperature: T.
+        dtype: of the arithmetic.
+        scalars: [4, n] fp64 of the whole vocabulary: the student's maximum and log_z, and the teacher's.
+        value: whether sum F is asked for.
+        slope: whether sum h is.
+
+    Returns:
+        [1 or 2, n] fp64: those of (sum F, sum h) that are asked for.
+    """
+    if student.shape[-1] == 0:
+        return scalars.new_zeros(value + slope, student.shape[0])
+    q_max, q_log_z, p_max, p_log_z = scalars
+    whole = view(student.to(dtype), teacher.to(dtype), (q_max, q_log_z), (p_max, p_log_z), temperature)
+    asked = [divergence.value] * value + [divergence.slope] * slope
+    return torch.stack([whole.sum(function(*whole[:3])) for function in asked])
+
+
 def local_gradient(
     out: Tensor,
     student: Tensor,

@@ -84,6 +84,8 @@ class Layout:
     Of the student, then of the teacher: the maximum; the sum of exponentials below it, at T; with labels, the
     label's logit (-inf if another rank holds it), the id of the maximum and, if T is not 1, the sum at T = 1.
     Then the divergence's own sums. Then, with labels, sum p log(p/q), sum p log p and sum q log q at T = 1.
+
+    All but the maxima, the labels' logits and the ids add up over shards that are relative to the same maxima.
     """
 
     def __init__(self, divergence: Divergence, has_labels: bool, temperature: float) -> None:
@@ -94,6 +96,10 @@ class Layout:
         self.sums = slice(2 * self.of_model, 2 * self.of_model + divergence.num_sums)
         self.metrics = slice(self.sums.stop, self.sums.stop + 3 * has_labels)
         self.size = self.metrics.stop
+        self.maxima = [0, self.of_model]
+        self.targets, self.tops = ([2 + first for first in self.maxima], [3 + first for first in self.maxima])
+        not_sums = {*self.maxima, *(self.targets + self.tops) * has_labels}
+        self.additive = [field for field in range(self.size) if field not in not_sums]
 
 
 class Model(NamedTuple):

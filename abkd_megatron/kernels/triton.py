@@ -62,6 +62,9 @@ def _tuned(*choices: tuple[dict[str, int], int]) -> Callable:
 _FUSION = False
 
 
+# What the gradient's kernel has been tuned for.
+_tuned_gradients: set[tuple] = set()
+
 # A divergence's coefficients are constants of the kernel, so that the branches vanish. Of alpha-beta: (alpha, beta,
 # lam, spread, which of |beta|, |lam|, |alpha| is the spread, bound of the series, its 8 terms).
 _Part = tuple[float, ...]
@@ -159,6 +162,53 @@ def local_record(
     return record
 
 
+def local_second_record(
+    student: Tensor,
+    teacher: Tensor,
+    divergence: Divergence,
+    temperature: float,
+    dtype: torch.dtype,
+    scalars: Tensor,
+    value: bool,
+    slope: bool,
+) -> Tensor:
+    """As `eager.local_second_record`, of all rows at once.
+
+    Rows may lie any stride apart.
+
+    Raises:
+        ConfigError: for a divergence other than ToDi, arithmetic other than fp32, or columns that are not contiguous.
+        HostError: without Triton, or for logits that are not on a GPU.
+    """
+    _check(student, teacher, divergence, dtype)
+    assert isinstance(divergence, ToDi)  # alpha-beta separates
+    num_rows, num_columns = student.shape
+    record = torch.zeros(value + slope, num_rows, dtype=torch.float64, device=student.device)
+    if num_rows == 0 or num_columns == 0:
+        return record
+    with _on(student.device):
+        _second_record_kernel[(num_rows,)](
+            record[0] if value else None,
+            record[-1] if slope else None,
+            student,
+            teacher,
+            scalars,
+            student.stride(0),
+            teacher.stride(0),
+            scalars.stride(0),
+            scalars.stride(1),
+            num_columns,
+            1.0 / temperature,
+            VALUE=value,
+            SLOPE=slope,
+            AT_T=temperature != 1.0,
+            SCALE=coefficient(divergence.scale, dtype),
+            DETACH=divergence.detach,
+            enable_fp_fusion=_FUSION,
+        )
+    return record
+
+
 def local_gradient(
     out: Tensor,
     student: Tensor,
@@ -174,8 +224,8 @@ def local_gradient(
 ) -> None:
     """As `eager.local_gradient`, of all rows at once.
 
-    Rows may lie any stride apart, those of `out` too. `out` must share no memory with the logits: tuning writes it
-    several times.
+    Rows may lie any stride apart, those of `out` too, and `out` may be the student: it is tuned on a copy then, since
+    tuning writes it several times.
 
     Raises:
         ConfigError: for a divergence other than AlphaBeta and ToDi, arithmetic other than fp32, or columns that are
@@ -190,6 +240,23 @@ def local_gradient(
     assert out.stride(-1) == 1 or num_columns <= 1
     if num_rows == 0 or num_columns == 0:
         return
+    tuned = num_columns, out.dtype, teacher.dtype, labels is None, of_divergence is None, of_cross_entropy is None
+    if out.data_ptr() == student.data_ptr() and tuned not in _tuned_gradients:
+        few = slice(0, 64)
+        local_gradient(
+            torch.empty_like(out[few]),
+            student[few],
+            teacher[few],
+            labels[few] if labels is not None else None,
+            first_column,
+            divergence,
+            temperature,
+            dtype,
+            scalars[:, few],
+            of_divergence[few] if of_divergence is not None else None,
+            of_cross_entropy[few] if of_cross_entropy is not None else None,
+        )
+    _tuned_gradients.add(tuned)
     todi = isinstance(divergence, ToDi)
 
     def grid(choice: dict[str, int]) -> tuple[int]:
@@ -309,18 +376,19 @@ def _alpha_beta_sums(log_p, log_q, log_ratio, PART: tl.constexpr):
 
 
 @_jit
-def _todi_slope(log_p, log_q, log_ratio, SCALE: tl.constexpr, DETACH: tl.constexpr):
-    """As `ToDi.slope`."""
+def _todi(log_p, log_q, log_ratio, SCALE: tl.constexpr, DETACH: tl.constexpr):
+    """As `ToDi.value` and `ToDi.slope`."""
     w = tl.full(log_ratio.shape, 0.5, tl.float32)
     if SCALE != 0.0:
         w = tl.sigmoid(log_ratio * SCALE)
     p = tl.exp(log_p)
-    q = tl.exp(log_q)
-    reverse = (1.0 - w) * q
-    slope = (reverse - w * p) - _weigh(reverse, log_ratio)
+    reverse = (1.0 - w) * tl.exp(log_q)
+    rise = log_ratio * (1.0 + SCALE)
+    excess = tl.where(tl.abs(rise) < 1.0, _expm1(rise) * reverse, w * p - reverse)
+    slope = -excess - _weigh(reverse, log_ratio)
     if SCALE != 0.0 and not DETACH:
-        slope -= _weigh((p + q) * w * (1.0 - w), log_ratio) * SCALE
-    return slope
+        slope -= _weigh((p * (1.0 - w) + reverse) * w, log_ratio) * SCALE
+    return _weigh(excess, log_ratio), slope
 
 
 @_jit
@@ -513,6 +581,58 @@ def _record_kernel(
         tl.store(field + 2 * stride, negative_q)
 
 
+@_tuned(({"BLOCK": 1024}, 4), ({"BLOCK": 2048}, 8), ({"BLOCK": 1024}, 8))
+@_jit
+def _second_record_kernel(
+    values,
+    slopes,
+    student,
+    teacher,
+    scalars,
+    student_stride,
+    teacher_stride,
+    scalar_stride,
+    scalar_row_stride,
+    num_columns,
+    inverse_temperature,
+    VALUE: tl.constexpr,
+    SLOPE: tl.constexpr,
+    AT_T: tl.constexpr,
+    SCALE: tl.constexpr,
+    DETACH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row: the sums of ToDi's value and slope."""
+    row = tl.program_id(0).to(tl.int64)
+    student += row * student_stride
+    teacher += row * teacher_stride
+    scalars += row * scalar_row_stride
+    q_max = tl.load(scalars).to(tl.float32)
+    q_log_z = tl.load(scalars + scalar_stride)
+    p_max = tl.load(scalars + 2 * scalar_stride).to(tl.float32)
+    p_log_z = tl.load(scalars + 3 * scalar_stride)
+    log_shift = (p_log_z - q_log_z).to(tl.float32)
+    value_sum = tl.full((), 0.0, tl.float64)
+    slope_sum = tl.full((), 0.0, tl.float64)
+    columns = tl.arange(0, BLOCK)
+    for first in range(0, num_columns, BLOCK):
+        real = first + columns < num_columns
+        s = tl.load(student + first + columns, mask=real, other=-float("inf")).to(tl.float32)
+        t = tl.load(teacher + first + columns, mask=real, other=-float("inf")).to(tl.float32)
+        log_p, log_q, log_ratio, outside = _view(
+            s, t, q_max, q_log_z.to(tl.float32), p_max, p_log_z.to(tl.float32), log_shift, inverse_temperature, AT_T
+        )
+        value, slope = _todi(log_p, log_q, log_ratio, SCALE, DETACH)
+        if VALUE:
+            value_sum = _add(value_sum, value, outside)
+        if SLOPE:
+            slope_sum = _add(slope_sum, slope, outside)
+    if VALUE:
+        tl.store(values + row, value_sum)
+    if SLOPE:
+        tl.store(slopes + row, slope_sum)
+
+
 @_tuned(({"BLOCK": 2048}, 8), ({"BLOCK": 1024}, 4), ({"BLOCK": 1024}, 8), ({"BLOCK": 4096}, 8))
 @_jit
 def _gradient_kernel(
@@ -566,7 +686,7 @@ def _gradient_kernel(
             s, t, q_max, q_log_z.to(tl.float32), p_max, p_log_z.to(tl.float32), log_shift, inverse_temperature, AT_T
         )
         if TODI:
-            slope = _todi_slope(log_p, log_q, log_ratio, SCALE, DETACH)
+            _, slope = _todi(log_p, log_q, log_ratio, SCALE, DETACH)
         else:
             slope = _alpha_beta_slope(log_p, log_q, log_ratio, PART)
         q = tl.exp(log_q)

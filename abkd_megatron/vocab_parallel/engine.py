@@ -28,12 +28,18 @@ from torch.autograd.function import once_differentiable
 import abkd_megatron.kernels as kernels
 from abkd_megatron.divergences.base import Divergence
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.kernels.record import Layout, view
+from abkd_megatron.kernels.record import Layout
+from abkd_megatron.vocab_parallel import statistics
 from abkd_megatron.vocab_parallel.shard import VocabShard
-from abkd_megatron.vocab_parallel.statistics import merge
 
 # torch renamed the one to the other.
 _all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+# The largest group that gathers its records; the bytes of a gathering grow with the group, those of a reduction do
+# not.
+GATHER_UP_TO = 16
+
+_CONTIGUOUS = torch.contiguous_format
 
 METRICS = ("teacher lm loss", "kl to teacher", "teacher entropy", "student entropy", "top-1 agreement")
 
@@ -58,6 +64,7 @@ def vocab_parallel_divergence(
     group: dist.ProcessGroup | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
+    gradient_in_place: bool = False,
 ) -> Tensor:
     """D(teacher || student) of every token, over a vocabulary sharded across `group`.
 
@@ -75,6 +82,9 @@ def vocab_parallel_divergence(
         temperature: T > 0; divides the logits of both.
         vocab_size: number of real tokens; columns from there on, in Megatron's layout of equal shards, are
             padding. None if there is none; then the shards may differ in width.
+        gradient_in_place: backward overwrites the student's logits with their gradient, and so takes no memory. What
+            else needs them in a backward pass of its own has to have been there before, or raises autograd's
+            error about a tensor modified in place; what reads them outside of autograd must do so before.
 
     Returns:
         [...], fp32 (fp64 if either input is), complete over the vocabulary: the same bits on every rank of
@@ -83,14 +93,16 @@ def vocab_parallel_divergence(
 
     Raises:
         ConfigError: for shapes that differ, a dtype that is not floating, a temperature that is not finite
-            and > 0, a vocab_size that does not fit the shards, or a `divergence` that is none.
+            and > 0, a vocab_size that does not fit the shards, a `divergence` that is none, or logits that
+            cannot be overwritten in place (a leaf, a view that repeats elements or skips them, the teacher's own).
 
     Collectives: forward: 1 all-gather of fp64 records if the divergence separates (AlphaBeta: 7 floats a token,
     ToDi(detach=False): 10), else one more of 2 floats; ToDi(): 1 of 10, and 1 of 1 that backward awaits. Backward:
-    none. None at all on one rank.
+    none. None at all on one rank. In a group of more than `GATHER_UP_TO` ranks all-reduces in place of all-gathers:
+    of the maxima, then of the sums, and one in the second round. (fp64 logits are gathered in any group.)
 
     Memory: references to both logits and 6 fp64 numbers a token until backward; a few chunks of
-    the kernel's size while it runs; one gradient buffer in the student's dtype.
+    the kernel's size while it runs; one gradient buffer in the student's dtype unless it is written in place.
     """
     _check_logits(student_logits, teacher_logits, temperature)
     width = student_logits.shape[-1]
@@ -99,7 +111,7 @@ def vocab_parallel_divergence(
         shard = VocabShard(0, width, max(width, 1), group)
     else:
         shard = VocabShard.megatron(width, group, vocab_size)
-    return _apply(student_logits, teacher_logits, divergence, None, shard, temperature)[0]
+    return _apply(student_logits, teacher_logits, divergence, None, shard, temperature, gradient_in_place)[0]
 
 
 def vocab_parallel_distillation(
@@ -109,6 +121,7 @@ def vocab_parallel_distillation(
     labels: Tensor,
     shard: VocabShard,
     temperature: float = 1.0,
+    gradient_in_place: bool = False,
 ) -> DistillationTerms:
     """Divergence, the student's cross entropy and the metrics of every token, from one pass over both logits.
 
@@ -125,6 +138,7 @@ def vocab_parallel_distillation(
             are 0, without a gradient; an id beyond the vocabulary gives inf.
         shard: which columns these are.
         temperature: T > 0, for the divergence alone.
+        gradient_in_place: as in vocab_parallel_divergence.
 
     Returns:
         DistillationTerms of [...], fp32 (fp64 if either input is), the same bits on every rank of the
@@ -146,7 +160,7 @@ def vocab_parallel_distillation(
             f"{list(labels.shape)}, {labels.dtype}: give one token id for each row of logits, in their order"
         )
     divergence_per_token, cross_entropy, metrics = _apply(
-        student_logits, teacher_logits, divergence, labels, shard, temperature
+        student_logits, teacher_logits, divergence, labels, shard, temperature, gradient_in_place
     )
     return DistillationTerms(divergence_per_token, cross_entropy, dict(zip(METRICS, metrics.unbind(0), strict=True)))
 
@@ -174,6 +188,7 @@ def _apply(
     labels: Tensor | None,
     shard: VocabShard,
     temperature: float,
+    gradient_in_place: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not isinstance(divergence, Divergence):
         raise ConfigError(
@@ -186,10 +201,37 @@ def _apply(
             f"{shard.stop})), got {student_logits.shape[-1]}: build the shard from the local logits' width"
         )
     needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
+    if gradient_in_place and needs_gradient:
+        _check_in_place(student_logits, teacher_logits)
     result: tuple[Tensor, Tensor, Tensor] = _Distillation.apply(
-        student_logits, teacher_logits.detach(), labels, divergence, shard, float(temperature), needs_gradient
+        student_logits,
+        teacher_logits.detach(),
+        labels,
+        divergence,
+        shard,
+        float(temperature),
+        needs_gradient,
+        gradient_in_place,
     )
     return result
+
+
+def _check_in_place(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    if student_logits.is_leaf:
+        raise ConfigError(
+            "gradient_in_place: expected logits that a model computed, got a leaf, whose values are its owner's to "
+            "keep: leave gradient_in_place off"
+        )
+    if not student_logits.is_contiguous():
+        raise ConfigError(
+            f"gradient_in_place: expected contiguous student logits, got shape {list(student_logits.shape)} with "
+            f"strides {student_logits.stride()}: pass the output layer's own, or leave gradient_in_place off"
+        )
+    if student_logits.untyped_storage().data_ptr() == teacher_logits.untyped_storage().data_ptr():
+        raise ConfigError(
+            "gradient_in_place: expected student and teacher logits in memory of their own, got one storage for both: "
+            "copy one, or leave gradient_in_place off"
+        )
 
 
 class _Rows:
@@ -218,20 +260,53 @@ class _Rows:
         return rows if self.strided and rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _chunks(kernel: kernels.Kernel, student: _Rows, teacher: _Rows) -> list[slice]:
-    """The kernel's chunks; small ones where rows have to be copied together."""
+def _chunks(kernel: kernels.Kernel, student: _Rows, teacher: _Rows, in_place: bool = False) -> list[slice]:
+    """The kernel's chunks; small ones where rows have to be copied together, disjoint ones where they are written."""
     copied = student.flat is None or teacher.flat is None
-    return kernel.chunks(student.tokens.numel(), student.num_columns, small=copied)
+    return kernel.chunks(student.tokens.numel(), student.num_columns, small=copied, overlap=not in_place)
 
 
 def _all_gather(record: Tensor, shard: VocabShard, async_op: bool = False) -> tuple[Tensor, dist.Work | None]:
-    """Every rank's record, [R, ...], in rank order; if async, not before the work is waited for."""
+    """Every rank's record, [R, fields, N], in rank order; if async, not before the work is waited for."""
+    num_fields, num_tokens = record.shape
+    records = record.new_empty(shard.num_ranks * num_fields, num_tokens)
+    work = _all_gather_tensor(records, record, group=shard.group, async_op=async_op)
+    return records.view(shard.num_ranks, num_fields, num_tokens), work
+
+
+def _exchange(record: Tensor, shard: VocabShard, divergence: Divergence, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """The record of the whole vocabulary, the same bits on every rank."""
     if shard.num_ranks == 1 or record.numel() == 0:
-        return record.unsqueeze(0), None
-    num_fields = record.shape[:-1].numel()
-    records = record.new_empty(shard.num_ranks * num_fields, record.shape[-1])
-    work = _all_gather_tensor(records, record.view(num_fields, -1), group=shard.group, async_op=async_op)
-    return records.view(shard.num_ranks, *record.shape), work
+        return record
+    if shard.num_ranks <= GATHER_UP_TO or dtype == torch.float64:  # an id does not fit beside an fp64 maximum
+        return statistics.merge(_all_gather(record, shard)[0], divergence, layout)
+    packed = statistics.pack(record, layout)
+    dist.all_reduce(packed, dist.ReduceOp.MAX, group=shard.group)
+    whole = statistics.unpack(packed, layout)
+    sums = statistics.rebase(record, whole, divergence, layout)
+    dist.all_reduce(sums, group=shard.group)
+    whole[layout.additive] = sums
+    return whole
+
+
+class _Sum:
+    """Records [fields, N] on their way to being summed over the ranks, the same bits on each."""
+
+    def __init__(self, record: Tensor, shard: VocabShard, async_op: bool) -> None:
+        self.records, self.work = record.unsqueeze(0), None
+        if shard.num_ranks == 1 or record.numel() == 0:
+            return
+        if shard.num_ranks <= GATHER_UP_TO:
+            self.records, self.work = _all_gather(record, shard, async_op)
+        else:
+            self.work = dist.all_reduce(record, group=shard.group, async_op=async_op)
+
+    def result(self) -> Tensor:
+        """[fields, N], once it has arrived."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        return self.records.sum(dim=0)
 
 
 class _Distillation(torch.autograd.Function):
@@ -247,9 +322,10 @@ class _Distillation(torch.autograd.Function):
         shard: VocabShard,
         temperature: float,
         needs_gradient: bool,
+        gradient_in_place: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
-        kernel = kernels.current()
+        kernel = kernels.select(divergence, student_logits, teacher_logits)
         student, teacher = (
             _Rows(logits, shard.num_columns, kernel.strided) for logits in (student_logits, teacher_logits)
         )
@@ -265,28 +341,29 @@ class _Distillation(torch.autograd.Function):
             record[:, chunk] = kernel.local_record(
                 student[chunk], teacher[chunk], chunk_labels, shard.start, divergence, layout, dtype
             )
-        q, p, value, slope_sum, metrics = merge(_all_gather(record, shard)[0], divergence, layout)
+        whole = _exchange(record, shard, divergence, layout, dtype)
+        q, p, value, slope_sum, metrics = statistics.conclude(whole, divergence, layout)
 
         # Second round, of what did not separate. Nothing needs H before backward, so it alone may still be on its way.
         pending = None
-        if value is None or (slope_sum is None and needs_gradient):
-            only_slope = value is not None
-            record = student_logits.new_zeros(1 if only_slope else 2, num_tokens, dtype=torch.float64)
-            for chunk in kernel.chunks(num_tokens, shard.num_columns, small=True):
-                whole = view(
-                    student[chunk].to(dtype),
-                    teacher[chunk].to(dtype),
-                    (q.maximum[chunk], q.log_z[chunk]),
-                    (p.maximum[chunk], p.log_z[chunk]),
+        ask_value, ask_slope = value is None, slope_sum is None and needs_gradient
+        if ask_value or ask_slope:
+            record = student_logits.new_empty(ask_value + ask_slope, num_tokens, dtype=torch.float64)
+            scalars = torch.stack([q.maximum, q.log_z, p.maximum, p.log_z])
+            for chunk in _chunks(kernel, student, teacher):
+                record[:, chunk] = kernel.local_second_record(
+                    student[chunk],
+                    teacher[chunk],
+                    divergence,
                     temperature,
+                    dtype,
+                    scalars[:, chunk].contiguous(),
+                    ask_value,
+                    ask_slope,
                 )
-                if needs_gradient:
-                    record[-1, chunk] = whole.sum(divergence.slope(*whole[:3]))
-                if not only_slope:
-                    record[0, chunk] = whole.sum(divergence.value(*whole[:3]))
-            pending = _all_gather(record, shard, async_op=only_slope)
-            if not only_slope:
-                value = pending[0][:, 0].sum(dim=0)
+            pending = _Sum(record, shard, async_op=not ask_value)
+            if ask_value:
+                value = pending.result()[0]
         assert value is not None
 
         ctx.set_materialize_grads(False)
@@ -295,6 +372,7 @@ class _Distillation(torch.autograd.Function):
             scalars = torch.stack([q.maximum, q.log_z, q.log_z_at_1, p.maximum, p.log_z])
             ctx.save_for_backward(student_logits, teacher_logits, labels, scalars)
             ctx.slope_sum, ctx.pending = slope_sum, pending
+            ctx.kernel, ctx.in_place = kernel, gradient_in_place
 
         result = value.to(dtype).view(tokens)
         if not has_labels:
@@ -314,18 +392,15 @@ class _Distillation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         of_divergence, of_cross_entropy, _ = gradients
-        nothing = (None,) * 6
+        nothing = (None,) * 7
         if of_divergence is None and of_cross_entropy is None:
             return None, *nothing
         student_logits, teacher_logits, labels, scalars = ctx.saved_tensors
         slope_sum = ctx.slope_sum
         if slope_sum is None:
-            records, work = ctx.pending
-            if work is not None:
-                work.wait()
-            slope_sum = records[:, -1].sum(dim=0)
+            slope_sum = ctx.pending.result()[-1]
         shard, temperature, dtype = ctx.shard, ctx.temperature, ctx.dtype
-        kernel = kernels.current()
+        kernel: kernels.Kernel = ctx.kernel
         student, teacher = (
             _Rows(logits, shard.num_columns, kernel.strided) for logits in (student_logits, teacher_logits)
         )
@@ -335,10 +410,9 @@ class _Distillation(torch.autograd.Function):
         def of(gradient: Tensor | None, chunk: slice) -> Tensor | None:
             return None if gradient is None else gradient.reshape(num_tokens)[chunk]
 
-        out = torch.empty(student_logits.shape, dtype=student_logits.dtype, device=student_logits.device)
+        out = student_logits.detach() if ctx.in_place else torch.empty_like(student_logits, memory_format=_CONTIGUOUS)
         out_rows = out.view(num_tokens, student_logits.shape[-1])
-        out_rows[:, shard.num_columns :] = 0.0  # padding
-        for chunk in _chunks(kernel, student, teacher):
+        for chunk in _chunks(kernel, student, teacher, ctx.in_place):
             kernel.local_gradient(
                 out_rows[chunk, : shard.num_columns],
                 student[chunk],
@@ -352,4 +426,7 @@ class _Distillation(torch.autograd.Function):
                 of(of_divergence, chunk),
                 of(of_cross_entropy, chunk),
             )
+        out_rows[:, shard.num_columns :] = 0.0  # padding
+        if ctx.in_place:  # whoever saved the logits for a backward of its own, this one included, is told
+            torch.autograd.graph.increment_version(student_logits)
         return out, *nothing

@@ -273,7 +273,9 @@ def test_check_names_the_origin(load):
 
 def test_check_refuses_the_compiler_under_the_stand_in(load):
     load("distillation: {kernel: compiled}").check("pretrain")
-    with pytest.raises(ConfigError, match=r"distillation.kernel: expected eager on device: cpu.*got compiled"):
+    with pytest.raises(
+        ConfigError, match=r"distillation.kernel: expected auto, eager or cpp on device: cpu.*got compiled"
+    ):
         load("device: cpu\ndistillation: {kernel: compiled}").check("pretrain")
 
 

@@ -413,7 +413,7 @@ def test_layouts_and_chunks_do_not_matter(monkeypatch):
     student, teacher = random_logits(4, 6, 20)
     divergence = AlphaBeta(0.2, 0.7)
     value, gradient = fast(student, teacher, divergence)
-    monkeypatch.setattr(kernels.current(), "chunk_elements", 60)
+    monkeypatch.setattr(kernels.get("eager"), "chunk_elements", 60)  # of fp64
     layouts = {
         "chunked": lambda x: x,
         "transposed tokens": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
@@ -464,7 +464,8 @@ def test_memory_of_forward_is_a_chunk_and_of_backward_one_gradient(monkeypatch, 
         student, teacher = student.transpose(0, 1), teacher.transpose(0, 1)
     student.requires_grad_()
     labels = torch.zeros(8, 8, dtype=torch.int64)
-    monkeypatch.setattr(kernels.current(), "chunk_elements", 4 * 128)
+    monkeypatch.setattr(kernels, "_choice", "eager")
+    monkeypatch.setattr(kernels.get("eager"), "chunk_elements", 4 * 128)
     with NewStorage([student, teacher]) as forward:
         terms = vocab_parallel_distillation(student, teacher, ToDi(), labels, VocabShard.megatron(128), 2.0)
     # A chunk in fp64 (a sum's cast) or the record of 19 numbers a token; one model's logits are 16 KiB in bf16.

@@ -1,25 +1,27 @@
-"""The compiled kernel gives what the eager one does, whatever number of rows the last chunk has."""
+"""The compiled and the C++ kernel give what the eager one does."""
 
 import shutil
 
 import pytest
 import torch
+from kernel_cases import DIVERGENCES, SETTINGS, compare, special
 from torch._dynamo.utils import counters
 
 from abkd_megatron import AlphaBeta, ToDi, config, kernels, vocab_parallel_divergence
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.kernels import cpp
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation
 
-needs_compiler = pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("c++")), reason="torch.compile needs a C++ compiler on the CPU"
-)
+FP16 = torch.float16
+
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
 
 
 @pytest.fixture(autouse=True)
 def restored():
-    chosen = kernels.current().name
+    before = kernels.use("auto")
     yield
-    kernels.use(chosen)
+    kernels.use(before)
 
 
 def results(name, student, teacher, divergence, labels, shard, temperature):
@@ -44,8 +46,7 @@ def test_compiled_equals_eager(divergence, dtype, temperature, monkeypatch):
     labels = torch.randint(0, size, (43,), generator=generator)
     labels[7] = -1
     shard = VocabShard.megatron(width, vocab_size=size)
-    kernels.use("compiled")
-    monkeypatch.setattr(kernels.current(), "chunk_elements", 8 * size)
+    monkeypatch.setattr(kernels.get("compiled"), "chunk_elements", 8 * size)
 
     compiled_before = counters["stats"]["unique_graphs"]
     for rows in (43, 40, 25):  # 43 and 25 leave a rest of 3 and 1
@@ -54,13 +55,57 @@ def test_compiled_equals_eager(divergence, dtype, temperature, monkeypatch):
             scale = wanted.float().abs().amax().item()
             tolerance = 2**-8 if wanted.dtype == torch.bfloat16 else 1e-5
             assert (got.float() - wanted.float()).abs().amax().item() <= tolerance * scale
-    # One graph for the record, one for the gradient, and for ToDi's second round none.
-    assert counters["stats"]["unique_graphs"] - compiled_before == 2
+    # One graph for the record, one for the gradient, and one for ToDi's second round.
+    assert counters["stats"]["unique_graphs"] - compiled_before == (3 if isinstance(divergence, ToDi) else 2)
 
 
 @needs_compiler
-@pytest.mark.parametrize("divergence", [AlphaBeta(0.2, 0.7), AlphaBeta(1, 0)], ids=str)
-def test_compiled_keeps_its_digits_near_convergence(divergence):
+@pytest.mark.parametrize("setting", [name for name, (*dtypes, _, _, _, _) in SETTINGS.items() if FP16 not in dtypes])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_cpp_equals_eager(name, setting):
+    worst = compare(cpp, DIVERGENCES[name], setting)
+    assert set(worst) >= {"record", "gradient"}
+    assert all(number <= 1.0 for number in worst.values()), worst
+
+
+@needs_compiler
+def test_cpp_on_special_rows():
+    assert special(cpp) == {"nan and inf logits": True, "no columns": True, "equal models": True}
+
+
+@needs_compiler
+@pytest.mark.parametrize("spread", [1.0, 20.0, 60.0])
+def test_cpp_equals_eager_however_far_apart_logits_lie(spread):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = spread * torch.randn(2, 4, 3001, generator=generator)
+    labels = torch.randint(0, 3001, (4,), generator=generator)
+    for divergence in (AlphaBeta(0.2, 0.7), AlphaBeta(1.0, 0.0), ToDi(detach=False)):
+        inputs = (student, teacher, divergence, labels, VocabShard.megatron(3001, vocab_size=3001), 1.0)
+        for got, wanted in zip(results("cpp", *inputs), results("eager", *inputs), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=2e-5, atol=1e-6 * wanted.abs().amax().item())
+
+
+@needs_compiler
+def test_cpp_gives_the_same_bits_with_any_number_of_threads():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = 2 * torch.randn(2, 37, 501, generator=generator)
+    labels = torch.randint(0, 501, (37,), generator=generator)
+    inputs = (student, teacher, ToDi(), labels, VocabShard.megatron(501, vocab_size=501), 1.0)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = results("cpp", *inputs)
+        torch.set_num_threads(3)
+        together = results("cpp", *inputs)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+@needs_compiler
+@pytest.mark.parametrize("divergence", [AlphaBeta(0.2, 0.7), AlphaBeta(1, 0), ToDi(), ToDi(2.0, False)], ids=str)
+@pytest.mark.parametrize("kernel", ["eager", "compiled", "cpp"])
+def test_digits_are_kept_near_convergence(kernel, divergence):
     generator = torch.Generator().manual_seed(0)
     teacher = 2 * torch.randn(8, 4096, generator=generator)
     # Numbers of few bits, whose differences fp32 holds exactly: what is left is the arithmetic's own error.
@@ -68,10 +113,11 @@ def test_compiled_keeps_its_digits_near_convergence(divergence):
         (teacher + 1e-3 * torch.randn(8, 4096, generator=generator)).bfloat16().float(),
         teacher.bfloat16().float(),
     )
-    kernels.use("compiled")
+    kernels.use(kernel)
     fast = student.clone().requires_grad_()
     value = vocab_parallel_divergence(fast, teacher, divergence)
     value.sum().backward()
+    kernels.use("eager")
     exact = student.double().requires_grad_()
     expected = vocab_parallel_divergence(exact, teacher.double(), divergence)
     expected.sum().backward()
@@ -81,9 +127,10 @@ def test_compiled_keeps_its_digits_near_convergence(divergence):
 
 
 def test_chunks_cover_every_row_once_or_more():
-    kernel = kernels.Kernel("any", print, print, chunk_elements=40, fixed_shape=True)
+    kernel = kernels.Kernel("any", print, print, print, chunk_elements=40, fixed_shape=True)
     assert kernel.chunks(9, 10) == [slice(0, 4), slice(4, 8), slice(5, 9)]
     assert kernel.chunks(8, 10) == [slice(0, 4), slice(4, 8)]
+    assert kernel.chunks(9, 10, overlap=False) == [slice(0, 4), slice(4, 8), slice(8, 9)]
     assert kernel.chunks(3, 10) == [slice(0, 3)]
     assert kernel.chunks(0, 10) == []
     kernel.fixed_shape = False
@@ -92,9 +139,9 @@ def test_chunks_cover_every_row_once_or_more():
 
 
 def test_the_configuration_knows_the_same_kernels():
-    assert kernels.NAMES == config.KERNELS
+    assert kernels.CHOICES == config.KERNELS
 
 
 def test_an_unknown_kernel_is_refused():
-    with pytest.raises(ConfigError, match=r"eager, compiled, triton.*'fast'"):
+    with pytest.raises(ConfigError, match=r"auto, eager, compiled, cpp, triton.*'fast'"):
         kernels.use("fast")

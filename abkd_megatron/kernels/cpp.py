@@ -1,0 +1,271 @@
+"""The passes over logits as C++ for a CPU.
+
+`cpp.cpp` is built by the machine's own C++ compiler at the first use, in seconds, and kept in the user's cache.
+Arithmetic is in fp32 within a tile of columns and in fp64 across tiles; rows are shared among torch's threads and
+none depends on their number.
+
+Legend: n rows, C this rank's real columns.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abkd_megatron.divergences.alpha_beta import AlphaBeta
+from abkd_megatron.divergences.base import Divergence, coefficient
+from abkd_megatron.divergences.todi import ToDi
+from abkd_megatron.errors import ConfigError, HostError
+from abkd_megatron.kernels import eager
+from abkd_megatron.kernels.record import Layout
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+_SOURCE = Path(__file__).with_name("cpp.cpp")
+# No option for finite mathematics: infinities and NaN are kept. Contraction is safe here: of two equal logits the
+# difference is taken before any product.
+_OPTIONS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+_OPTIONS += ["-fopenmp", "-Wno-psabi", "-shared", "-fPIC"]
+
+
+class _Part(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_float) for name in ("alpha", "beta", "lam", "spread")] + [("widest", ctypes.c_int32)]
+
+
+class _Settings(ctypes.Structure):
+    _fields_ = [
+        ("inverse_temperature", ctypes.c_float),
+        ("num_parts", ctypes.c_int32),
+        ("parts", _Part * 2),
+        ("todi", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("detach", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    ]
+
+
+class _Logits(ctypes.Structure):
+    _fields_ = [("first", ctypes.c_void_p), ("row_stride", ctypes.c_int64), ("is_bf16", ctypes.c_int32)]
+
+    @classmethod
+    def of(cls, logits: Tensor) -> "_Logits":
+        return cls(logits.data_ptr(), logits.stride(0), logits.dtype == torch.bfloat16)
+
+
+@functools.cache
+def compiler() -> list[str]:
+    """The command of the C++ compiler: the environment's CXX, else c++, g++ or clang++; empty if there is none."""
+    if chosen := shlex.split(os.environ.get("CXX", "")):
+        return chosen
+    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), [])
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """Built for this machine's processor, unless that has been done before.
+
+    Raises:
+        HostError: without a C++ compiler, or if it fails.
+    """
+    command = [*compiler(), *_OPTIONS]
+    if command == _OPTIONS:
+        raise HostError(
+            "the cpp kernel needs a C++ compiler, and none of c++, g++ and clang++ is on PATH: install one, name one "
+            "in CXX, or choose the eager kernel"
+        )
+    processor = [platform.machine()]
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():  # a home directory may be shared by machines that differ
+        lines = cpuinfo.read_text().splitlines()
+        processor += sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    key = hashlib.sha256("\n".join([*command, *processor]).encode() + _SOURCE.read_bytes()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "abkd_megatron"
+    library = cache / f"kernel-{key}.so"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if library.exists():
+            return ctypes.CDLL(str(library))
+        folder = tempfile.TemporaryDirectory(dir=cache)
+    except OSError:  # a home that cannot be written to
+        folder = tempfile.TemporaryDirectory()
+        library = Path(folder.name) / "loaded.so"
+    with folder:
+        # Each process builds its own and puts it in place at one stroke: ranks that start together need no lock.
+        built = Path(folder.name) / "kernel.so"
+        done = subprocess.run([*command, "-o", built, _SOURCE], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise HostError(
+                f"the C++ compiler could not build the cpp kernel ({shlex.join(command)}):\n{done.stderr.strip()}\n"
+                "Name another compiler in CXX, or choose the eager kernel"
+            )
+        built.replace(library)
+        return ctypes.CDLL(str(library))
+
+
+def _check(student: Tensor, teacher: Tensor, divergence: Divergence) -> None:
+    if type(divergence) not in (AlphaBeta, ToDi) or not {student.dtype, teacher.dtype} <= set(DTYPES):
+        raise ConfigError(
+            "the cpp kernel knows AlphaBeta and ToDi alone, on logits of torch.float32 or torch.bfloat16, got "
+            f"{divergence!r} on {student.dtype} and {teacher.dtype}: choose the eager kernel"
+        )
+    if student.device.type != "cpu" or teacher.device.type != "cpu":
+        raise HostError(
+            f"the cpp kernel needs logits on a CPU, got {student.device} and {teacher.device}: choose the triton kernel"
+        )
+
+
+def _part(divergence: AlphaBeta) -> _Part:
+    alpha, beta = (coefficient(number, torch.float32) for number in (divergence.alpha, divergence.beta))
+    lam = coefficient(divergence.alpha + divergence.beta, torch.float32)
+    spread = max(abs(alpha), abs(beta), abs(lam))
+    return _Part(alpha, beta, lam, spread, [abs(beta), abs(lam), abs(alpha)].index(spread))
+
+
+def _settings(parts: list[AlphaBeta], temperature: float, **others: Any) -> _Settings:
+    return _Settings(
+        inverse_temperature=1.0 / temperature,
+        num_parts=len(parts),
+        parts=(_Part * 2)(*(_part(part) for part in parts)),
+        threads=torch.get_num_threads(),
+        **others,
+    )
+
+
+def _todi(divergence: ToDi) -> dict[str, Any]:
+    return {"todi": True, "scale": coefficient(divergence.scale, torch.float32), "detach": divergence.detach}
+
+
+def _pointer(numbers: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(numbers.data_ptr() if numbers is not None else None)
+
+
+def local_record(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    first_column: int,
+    divergence: Divergence,
+    layout: Layout,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `eager.local_record`, of all rows at once; they may lie any stride apart.
+
+    Raises:
+        ConfigError: for a divergence other than AlphaBeta and ToDi, or logits other than fp32 and bf16.
+        HostError: for logits that are not on a CPU, or where the kernel cannot be built.
+    """
+    _check(student, teacher, divergence)
+    num_rows, num_columns = student.shape
+    if num_rows == 0 or num_columns == 0:
+        return eager.local_record(student, teacher, labels, first_column, divergence, layout, dtype)
+    parts: list[AlphaBeta] = []
+    if isinstance(divergence, AlphaBeta):
+        parts = [divergence]
+    elif divergence.num_sums:
+        parts = [AlphaBeta(1.0, 0.0), AlphaBeta(0.0, 1.0)]
+    labels = labels.contiguous() if labels is not None else None
+    record = torch.empty(layout.size, num_rows, dtype=torch.float64)
+    settings = _settings(parts, layout.temperature)
+    _library().abkd_record(
+        _pointer(record),
+        _Logits.of(student),
+        _Logits.of(teacher),
+        _pointer(labels),
+        *(ctypes.c_int64(number) for number in (num_rows, num_columns, first_column)),
+        ctypes.byref(settings),
+    )
+    return record
+
+
+def local_second_record(
+    student: Tensor,
+    teacher: Tensor,
+    divergence: Divergence,
+    temperature: float,
+    dtype: torch.dtype,
+    scalars: Tensor,
+    value: bool,
+    slope: bool,
+) -> Tensor:
+    """As `eager.local_second_record`, of all rows at once; they may lie any stride apart.
+
+    Raises:
+        ConfigError: for a divergence other than ToDi, or logits other than fp32 and bf16.
+        HostError: for logits that are not on a CPU, or where the kernel cannot be built.
+    """
+    _check(student, teacher, divergence)
+    assert isinstance(divergence, ToDi)  # alpha-beta separates
+    num_rows, num_columns = student.shape
+    record = torch.zeros(value + slope, num_rows, dtype=torch.float64)
+    if num_rows == 0 or num_columns == 0:
+        return record
+    scalars = scalars.contiguous()
+    settings = _settings([], temperature, **_todi(divergence))
+    _library().abkd_second_record(
+        _pointer(record[0] if value else None),
+        _pointer(record[-1] if slope else None),
+        _Logits.of(student),
+        _Logits.of(teacher),
+        *(ctypes.c_int64(number) for number in (num_rows, num_columns)),
+        _pointer(scalars),
+        ctypes.byref(settings),
+    )
+    return record
+
+
+def local_gradient(
+    out: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    first_column: int,
+    divergence: Divergence,
+    temperature: float,
+    dtype: torch.dtype,
+    scalars: Tensor,
+    of_divergence: Tensor | None,
+    of_cross_entropy: Tensor | None,
+) -> None:
+    """As `eager.local_gradient`, of all rows at once; they may lie any stride apart, and `out` may be the student.
+
+    Raises:
+        ConfigError: for a divergence other than AlphaBeta and ToDi, or logits other than fp32 and bf16.
+        HostError: for logits that are not on a CPU, or where the kernel cannot be built.
+    """
+    _check(student, teacher, divergence)
+    num_rows, num_columns = student.shape
+    if num_rows == 0 or num_columns == 0:
+        return
+    if isinstance(divergence, ToDi):
+        settings = _settings([], temperature, **_todi(divergence))
+    else:
+        assert isinstance(divergence, AlphaBeta)
+        settings = _settings([divergence], temperature)
+    held = [
+        numbers.to(kind).contiguous() if numbers is not None else None
+        for numbers, kind in (
+            (labels, torch.int64),
+            (scalars, torch.float64),
+            (of_divergence, torch.float32),
+            (of_cross_entropy if labels is not None else None, torch.float32),
+        )
+    ]
+    _library().abkd_gradient(
+        _pointer(out),
+        ctypes.c_int64(out.stride(0)),
+        _Logits.of(student),
+        _Logits.of(teacher),
+        _pointer(held[0]),
+        *(ctypes.c_int64(number) for number in (num_rows, num_columns, first_column)),
+        *(_pointer(numbers) for numbers in held[1:]),
+        ctypes.byref(settings),
+    )

@@ -1,0 +1,230 @@
+"""Errors of the losses against fp64 on logits that are hard to get right: ``python benchmarks/accuracy.py``.
+
+Both models' logits are made once, as numbers that bf16 holds exactly, so that only arithmetic is left to differ; what
+is exact is the dense fp64 definition (divergences/reference.py) and autograd through it. In every case, the loss takes
+the logits twice, stored as bf16 and as the same numbers in fp32. What is measured, of each kernel:
+
+- loss: its largest |D - D64| / (1e-6 + 1e-5 D64) over the tokens, which is to be at most 1, on either dtype; beside
+  it the largest error as it is and relative to D64, on fp32. Of losses far below 1e-6 only the last tells anything,
+  and of the smallest not even that: the definition's terms cancel in fp64 too, and leave D64 few digits.
+- gradient: its largest error relative to the largest of the same row, which is to be at most 1e-5. On fp32 alone: into
+  bf16 it is rounded as it is written, by up to 2^-8 of itself.
+
+With equal models both are to be 0 to the bit. Beside ours stands plain autograd in fp32 from both log-softmaxes.
+
+Whatever is above its limit is marked and listed below the table. A student that is sure of one token has gradients
+h_j - q_j H that are far smaller than h and H. That is given as the reason where it is: where the error is at most a few
+times what a single fp32 rounding of H does to that token, all else exact.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from loss import machine
+from torch import Tensor
+
+from abkd_megatron import AlphaBeta, ToDi, kernels, vocab_parallel_divergence
+from abkd_megatron.divergences import Divergence, reference_divergence
+
+Row = dict[str, Any]
+Loss = Callable[[Tensor, Tensor, Divergence], Tensor]
+"""Of student logits, teacher logits [N, V]: one number a token, [N]."""
+
+LOSSES: dict[str, Divergence] = {
+    "alpha-beta 0.2, 0.7": AlphaBeta(0.2, 0.7),
+    "alpha-beta 0.01, 0.9": AlphaBeta(0.01, 0.9),
+    "alpha-beta 0.5, 0.5": AlphaBeta(0.5, 0.5),
+    "forward KL": AlphaBeta(1.0, 0.0),
+    "reverse KL": AlphaBeta(0.0, 1.0),
+    "ToDi": ToDi(),
+    "ToDi, not detached": ToDi(detach=False),
+}
+EQUAL = "equal"
+PEER = "autograd, log space"
+LIMITS = {"loss": 1.0, "loss, bf16": 1.0, "gradient": 1e-5}
+ROUNDING, FEW = 2.0**-24, 8
+
+
+def cases(tokens: int, vocab: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Student and teacher logits [N, V] of each case, bf16."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(deviation: float) -> Tensor:
+        return deviation * torch.randn(tokens, vocab, generator=generator)
+
+    def peak() -> Tensor:
+        one = torch.randint(vocab, (tokens, 1), generator=generator)
+        return torch.zeros(tokens, vocab).scatter_(-1, one, 30.0)
+
+    same, near = peak(), randn(2)
+    peaked = randn(2) + peak()
+    pairs = {
+        "randn*2": (randn(2), randn(2)),
+        "both peaked": (randn(2) + same, randn(2) + same),
+        "near": (near + randn(0.02), near),
+        "peaked and near": (peaked + randn(0.02), peaked),
+        "offset": (randn(2) + 200, randn(2) - 300),
+        "randn*20": (randn(20), randn(20)),
+        EQUAL: (near, near),
+    }
+    return {name: (student.bfloat16(), teacher.bfloat16()) for name, (student, teacher) in pairs.items()}
+
+
+def from_logs(log_q: Tensor, log_p: Tensor, divergence: Divergence) -> Tensor:
+    """The loss as one would write it from log-probabilities, in their dtype, for autograd."""
+    rho = log_p - log_q
+    if isinstance(divergence, ToDi):
+        w = torch.sigmoid(divergence.scale * rho)
+        w = w.detach() if divergence.detach else w
+        return (w * log_p.exp() * rho - (1 - w) * log_q.exp() * rho).sum(-1)
+    assert isinstance(divergence, AlphaBeta)
+    a, b = divergence.alpha, divergence.beta
+    if (a, b) == (1, 0):
+        return (log_p.exp() * rho).sum(-1)
+    if (a, b) == (0, 1):
+        return -(log_q.exp() * rho).sum(-1)
+    of_p, of_q = torch.exp((a + b) * log_p), torch.exp((a + b) * log_q)
+    return -(torch.exp(a * log_p + b * log_q) - a / (a + b) * of_p - b / (a + b) * of_q).sum(-1) / (a * b)
+
+
+def dense(student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
+    """The definition."""
+    return reference_divergence(divergence, student, teacher)
+
+
+def autograd_loss(student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
+    """The peer."""
+    return from_logs(student.float().log_softmax(-1), teacher.float().log_softmax(-1), divergence)
+
+
+def ours(kernel: str) -> Loss:
+    """This package's losses on one of its kernels."""
+
+    def loss(student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
+        kernels.use(kernel)
+        return vocab_parallel_divergence(student, teacher, divergence)
+
+    return loss
+
+
+def differentiated(loss: Loss, student: Tensor, teacher: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    """Loss [N] and gradient [N, V]."""
+    leaf = student.clone().requires_grad_()
+    value = loss(leaf, teacher, divergence)
+    return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+
+
+class Exact:
+    """Loss and gradient of a pair in fp64, and what others are away from them."""
+
+    def __init__(self, divergence: Divergence, student: Tensor, teacher: Tensor) -> None:
+        self.divergence, self.student, self.teacher = divergence, student.float(), teacher.float()
+        self.loss, self.gradient = differentiated(dense, student.double(), teacher.double(), divergence)
+        if torch.equal(student, teacher):  # the definition, written out, cancels to a little more or less than 0
+            self.loss, self.gradient = torch.zeros_like(self.loss), torch.zeros_like(self.gradient)
+        self.largest = self.gradient.abs().amax(-1)
+
+    def of_loss(self, loss: Tensor) -> Tensor:
+        """The error in units of what is allowed, [N]."""
+        return (loss - self.loss).abs() / (1e-6 + 1e-5 * self.loss)
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """The error relative to the row's largest, [N]; as it is where that is 0."""
+        return (gradient - self.gradient).abs().amax(-1) / self.largest.where(self.largest > 0, 1.0)
+
+    def result(self, loss: Loss, limits: dict[str, float]) -> Row:
+        """Errors of a loss, the largest of any token, and what is above its limit."""
+        value, gradient = differentiated(loss, self.student, self.teacher, self.divergence)
+        with torch.no_grad():
+            of_bf16 = self.of_loss(loss(self.student.bfloat16(), self.teacher.bfloat16(), self.divergence))
+        errors = {"loss": self.of_loss(value), "loss, bf16": of_bf16, "gradient": self.of_gradient(gradient)}
+        absolute = (value - self.loss).abs()
+        result: Row = {name: error.max().item() for name, error in errors.items()}  # NaN if any is
+        result["absolute"] = absolute.max().item()
+        result["relative"] = (absolute / self.loss.clamp_min(1e-300)).max().item()
+        above = [name for name, limit in limits.items() if not result[name] <= limit]
+        result["above"] = [self.finding(name, int(errors[name].argmax()), result[name]) for name in above]
+        return result
+
+    def finding(self, name: str, token: int, error: float) -> Row:
+        """An error above its limit: where, and why if the experiment tells."""
+        found: Row = {"what": name, "error": error, "token": token, "loss": self.loss[token].item()}
+        largest = found["largest gradient"] = self.largest[token].item()
+        if name == "gradient" and largest > 0:
+            alone = found["rounding H alone"] = self.of_rounded_sum(token) / largest
+            if error <= FEW * alone:
+                found["why"] = f"rounding H to fp32 alone gives {alone:.1e}"
+        return found
+
+    def of_rounded_sum(self, token: int) -> float:
+        """What an H that is off by one fp32 rounding does to the gradient h_j - q_j H, the largest of the row.
+
+        A multiple of q in h changes nothing but H; ours is the h that is 0 between equal models.
+        """
+        log_q, log_p = (x[token].double().log_softmax(-1) for x in (self.student, self.teacher))
+        h = differentiated(from_logs, log_q, log_p, self.divergence)[1]
+        h -= differentiated(from_logs, log_q, log_q, self.divergence)[1]
+        return (log_q.exp().max() * h.sum().abs()).item() * ROUNDING
+
+
+def measure(contestants: dict[str, Loss], tokens: int, vocab: int) -> list[Row]:
+    """A row for each case and loss, with the results of every contestant."""
+    rows: list[Row] = []
+    for case, (student, teacher) in cases(tokens, vocab).items():
+        limits = dict.fromkeys(LIMITS, 0.0) if case == EQUAL else LIMITS
+        for name, divergence in LOSSES.items():
+            exact = Exact(divergence, student, teacher)
+            row = {"case": case, "loss": name, "largest loss": exact.loss.max().item()}
+            row["largest gradient"] = exact.largest.max().item()
+            rows.append({**row, "results": {who: exact.result(loss, limits) for who, loss in contestants.items()}})
+    return rows
+
+
+def cells(result: Row, names: tuple[str, ...]) -> str:
+    """Numbers of a result, with a mark on each that is above its limit."""
+    above = {found["what"] for found in result["above"]}
+    return "".join(f"{result[name]:>13.1e}{'!' if name in above else ' '}" for name in names)
+
+
+def table(rows: list[Row], contestant: str) -> str:
+    """Rows as text, of one contestant beside the peer, and what is above its limit."""
+    names, of_peer = ("loss", "loss, bf16", "absolute", "relative", "gradient"), ("loss", "gradient")
+    heads = ["largest D64", *names, "largest g64", *(f"peer {name}" for name in of_peer)]
+    text = f"{contestant}; peer: {PEER}\n{'':38}" + "".join(f"{head:>13} " for head in heads)
+    listed = ""
+    for row in rows:
+        result, title = row["results"][contestant], f"{row['case']:16} {row['loss']:20}"
+        text += f"\n{title} {row['largest loss']:>13.1e} {cells(result, names)}{row['largest gradient']:>13.1e} "
+        text += cells(row["results"][PEER], of_peer)
+        for found in result["above"]:
+            listed += f"\n  {title} {found['what']} {found['error']:.1e} of token {found['token']}"
+            listed += f" (D64 {found['loss']:.1e}, largest g64 {found['largest gradient']:.1e})"
+            listed += f": {found.get('why', 'no reason found')}"
+    return f"{text}\nloss <= 1 and gradient <= 1e-5, equal models 0; above (!):{listed or ' none'}\n"
+
+
+def main() -> None:
+    """Makes the tables and the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = [name for name in kernels.NAMES if name != "triton"]
+    parser.add_argument("--kernels", nargs="+", choices=kernels.NAMES, default=default)
+    parser.add_argument("--tokens", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=131072)
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "accuracy.json")
+    given = parser.parse_args()
+
+    report: Row = {"machine": machine(), "tokens": given.tokens, "vocab": given.vocab, "limits": LIMITS}
+    contestants = {name: ours(name) for name in given.kernels} | {PEER: autograd_loss}
+    report["rows"] = measure(contestants, given.tokens, given.vocab)
+    for name in given.kernels:
+        print(table(report["rows"], name), flush=True)
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    given.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

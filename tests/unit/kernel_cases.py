@@ -1,0 +1,161 @@
+"""Logits that a kernel has to take as the eager one does, and how far apart the two are."""
+
+import math
+
+import torch
+
+from abkd_megatron import AlphaBeta, ToDi
+from abkd_megatron.kernels import eager
+from abkd_megatron.kernels.record import Layout
+from abkd_megatron.vocab_parallel.statistics import conclude
+
+DIVERGENCES = {
+    "ab(0.2,0.7)": AlphaBeta(0.2, 0.7),
+    "ab(1,0)": AlphaBeta(1.0, 0.0),
+    "ab(0,1)": AlphaBeta(0.0, 1.0),
+    "ab(0,0)": AlphaBeta(0.0, 0.0),
+    "ab(0.5,-0.5)": AlphaBeta(0.5, -0.5),
+    "ab(1.2,-0.3)": AlphaBeta(1.2, -0.3),
+    "ab(1e-9,0.5)": AlphaBeta(1e-9, 0.5),
+    "todi": ToDi(),
+    "todi whole": ToDi(detach=False),
+    "todi scale 2": ToDi(2.0, detach=False),
+    "todi scale 0": ToDi(0.0),
+}
+# (student's dtype, teacher's dtype, labels, temperature, columns, columns between the rows)
+SETTINGS = {
+    "plain": (torch.float32, torch.float32, True, 1.0, 1499, 1499),
+    "strided at T=2": (torch.float32, torch.float32, True, 2.0, 1281, 1500),
+    "unlabelled at T=2": (torch.float32, torch.float32, False, 2.0, 1024, 1024),
+    "bf16": (torch.bfloat16, torch.bfloat16, True, 1.0, 1025, 1100),
+    "bf16 of fp32": (torch.bfloat16, torch.float32, True, 1.0, 530, 530),
+    "mixed": (torch.float16, torch.float32, False, 1.0, 7, 9),
+}
+FIRST_COLUMN, ROWS = 300, 8
+TOLERANCE = 1e-5
+
+
+def logits(dtype, columns, stride, generator):
+    wide = torch.full((ROWS, stride), math.nan, dtype=dtype)
+    wide[:, :columns] = (3 * torch.randn(ROWS, columns, generator=generator)).to(dtype)
+    return wide[:, :columns]
+
+
+def inputs(setting, generator):
+    student_dtype, teacher_dtype, has_labels, temperature, columns, stride = SETTINGS[setting]
+    student = logits(student_dtype, columns, stride, generator)
+    teacher = logits(teacher_dtype, columns, stride, generator)
+    student[1, 2:5] = teacher[1, 2:5] = -math.inf  # excluded by both
+    student[2], teacher[2] = -100.0, -100.0  # one-hot, of the same token
+    student[2, 3], teacher[2, 3] = 30.0, 28.0
+    student[3] = -math.inf  # one-hot, of a token that the teacher likes too; KL(p || q) is infinite
+    student[3, 4] = 1.0
+    student[4] = teacher[4] = -math.inf  # a shard that neither model uses
+    student[5, -3:] = student[5].amax() + 1  # ties
+    student[6] = (teacher[6].float() + 0.02 * student[6].float()).to(student_dtype)
+    labels = FIRST_COLUMN + torch.randint(0, columns, (ROWS,), generator=generator) if has_labels else None
+    if labels is not None:
+        labels[0], labels[1], labels[5], labels[6] = -1, FIRST_COLUMN + columns, FIRST_COLUMN, FIRST_COLUMN - 1
+    return student, teacher, labels, temperature
+
+
+def error(got, wanted, scale):
+    """The largest difference over `scale`; inf if one is not finite where the other is."""
+    same = (got == wanted) | (got.isnan() & wanted.isnan())
+    difference = (got.double() - wanted.double()).abs() / scale
+    return difference.nan_to_num(nan=math.inf).masked_fill(same, 0.0).amax().item()
+
+
+def row_scale(wanted):
+    return wanted.double().abs().nan_to_num(0.0, 0.0, 0.0).amax(dim=-1, keepdim=True).clamp_min(1e-30)
+
+
+def compare(kernel, divergence, setting):
+    """Errors of record and gradient against eager's, in units of what is allowed."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher, labels, temperature = inputs(setting, generator)
+    layout = Layout(divergence, labels is not None, temperature)
+    arguments = (student, teacher, labels, FIRST_COLUMN, divergence, layout, torch.float32)
+    got, wanted = kernel.local_record(*arguments), eager.local_record(*arguments)
+    # A shard's masses are about 1, and slopes that cancel are known to the rounding of a mass.
+    worst = {"record": error(got, wanted, row_scale(wanted).clamp_min(1.0)) / TOLERANCE}
+    for model in (layout.student, layout.teacher):
+        exact = [model.start, *([model.start + 2, model.start + 3] if labels is not None else [])]
+        worst["record"] = max(worst["record"], error(got[exact], wanted[exact], 1e-30))
+
+    in_fp64 = (student.double(), teacher.double(), *arguments[2:-1], torch.float64)
+    exact = conclude(eager.local_record(*in_fp64), divergence, layout)
+    merged = [conclude(record, divergence, layout) for record in (got, wanted)]
+    if exact.value is not None:
+        finite = exact.value.isfinite()
+        scale = exact.value[finite].abs() + 0.1
+        for name, side in (("value", merged[0]), ("eager value", merged[1])):
+            worst[name] = error(side.value[finite], exact.value[finite], scale) / TOLERANCE
+
+    q, p = exact.q, exact.p
+    if isinstance(divergence, ToDi):
+        of_whole = torch.stack([q.maximum, q.log_z, p.maximum, p.log_z])
+        inputs_of_second = (student, teacher, divergence, temperature, torch.float32, of_whole)
+        for asked in ((True, True), (False, True), (True, False)):
+            got, wanted = (side.local_second_record(*inputs_of_second, *asked) for side in (kernel, eager))
+            assert got.shape == wanted.shape == (sum(asked), ROWS)
+            scale = wanted.abs().nan_to_num(0.0, 0.0, 0.0).clamp_min(1.0)
+            worst["second record"] = max(worst.get("second record", 0.0), error(got, wanted, scale) / TOLERANCE)
+    slope_sum = torch.linspace(-0.5, 0.5, ROWS, dtype=torch.float64)
+    scalars = torch.stack([q.maximum, q.log_z, q.log_z_at_1, p.maximum, p.log_z, slope_sum])
+    of_divergence = torch.linspace(0.5, 1.5, ROWS)
+    of_divergence[0] = 0.0
+    of_cross_entropy = torch.tensor(0.25).expand(ROWS)
+    student[7, 5], teacher[7, 6] = math.nan, math.inf  # of no weight
+    of_divergence[7] = 0.0
+    weights = [(of_divergence, None)]
+    if labels is not None:
+        labels[7] = -1
+        weights += [(of_divergence, of_cross_entropy), (None, of_cross_entropy)]
+    for pair in weights:
+        outs = [student.new_full((ROWS, student.stride(0) + 1), 7.0) for _ in range(2)]
+        for side, out in zip((kernel, eager), outs, strict=True):
+            side.local_gradient(
+                out[:, : student.shape[1]],
+                *(student, teacher, labels, FIRST_COLUMN, divergence, temperature, torch.float32, scalars, *pair),
+            )
+        in_place = student.clone(memory_format=torch.contiguous_format)
+        kernel.local_gradient(
+            in_place,
+            *(in_place, teacher, labels, FIRST_COLUMN, divergence, temperature, torch.float32, scalars, *pair),
+        )
+        torch.testing.assert_close(in_place, outs[0][:, : student.shape[1]], rtol=0, atol=0, equal_nan=True)
+        assert (outs[0][:, student.shape[1] :] == 7.0).all()
+        got, wanted = (out[:, : student.shape[1]] for out in outs)
+        assert (got[7] == 0).all() and (wanted[7] == 0).all()
+        # Half a unit in the last place of the dtype written, where the two are rounded apart.
+        allowed = TOLERANCE * row_scale(wanted) + torch.finfo(got.dtype).eps * wanted.double().abs().nan_to_num()
+        if got.dtype == torch.float16:
+            allowed = allowed + 6e-8  # its smallest step
+        worst["gradient"] = max(worst.get("gradient", 0.0), error(got, wanted, allowed))
+    return worst
+
+
+def special(kernel):
+    """What does not depend on a setting, by name: whether it holds."""
+    divergence = AlphaBeta(0.2, 0.7)
+    layout = Layout(divergence, True, 1.0)
+    student, teacher = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([1, 2, 3])
+    student[0, 1], teacher[1, 0] = math.nan, math.inf
+    got, wanted = (
+        side.local_record(student, teacher, labels, 0, divergence, layout, torch.float32) for side in (kernel, eager)
+    )
+    got[layout.student.start + 3, 0] = wanted[layout.student.start + 3, 0]  # the id of a NaN maximum means nothing
+    no_columns = [
+        side.local_record(student[:, :0], teacher[:, :0], labels, 0, divergence, layout, torch.float32)
+        for side in (kernel, eager)
+    ]
+    one = torch.randn(2, 700, generator=torch.Generator().manual_seed(0))
+    layout = Layout(divergence, False, 3.0)
+    same = kernel.local_record(one, one.clone(), None, 0, divergence, layout, torch.float32)
+    return {
+        "nan and inf logits": torch.allclose(got, wanted, rtol=1e-5, equal_nan=True),
+        "no columns": torch.equal(*no_columns),
+        "equal models": same[layout.sums][1:].eq(0.0).all().item(),
+    }
