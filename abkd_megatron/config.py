@@ -58,7 +58,7 @@ class DistillationConfig:
     lm_weight: float = 1.0
     """Weight of the cross-entropy with the data."""
     kernel: str = "auto"
-    """How the loss is computed: ``auto`` (by device), ``eager``, ``compiled`` by torch.compile, ``cpp`` or ``triton``."""
+    """How the loss is computed: ``auto`` (by device), ``eager``, ``compiled`` (torch.compile), ``cpp``, ``triton``."""
     gradient_in_place: bool = False
     """Whether backward overwrites the student's logits with their gradient."""
 

@@ -99,7 +99,7 @@ class ToDi(Divergence):
         return w, (1.0 - w).mul_(log_q.exp())
 
     def _excess(self, w: Tensor, p: Tensor, reverse: Tensor, log_ratio: Tensor) -> Tensor:
-        """The difference w p - (1 - w) q, of parts whose ratio is exp((1 + scale) rho): they cancel where models agree."""
+        """The difference w p - (1 - w) q of two numbers in the ratio exp((1 + scale) rho), which cancel near 0."""
         rise = log_ratio * (1.0 + coefficient(self.scale, log_ratio.dtype))
         near = expm1(rise).mul_(reverse)
         return torch.where(rise.abs_() < 1.0, near, (w * p).sub_(reverse))

@@ -547,3 +547,31 @@ def test_input_that_cannot_be_right_is_refused():
             VocabShard(start, stop, size)
     with pytest.raises(ConfigError, match="reference twin"):
         reference_divergence(FrozenWeights(ToDi(), student, teacher), student, teacher)
+
+
+def test_logits_that_cannot_be_overwritten_are_refused():
+    student, teacher = random_logits(3, 8)
+    divergence = AlphaBeta(0.2, 0.7)
+
+    def in_place(student, teacher=teacher):
+        return vocab_parallel_divergence(student, teacher, divergence, gradient_in_place=True)
+
+    leaf = student.requires_grad_()
+    with pytest.raises(ConfigError, match="got a leaf"):
+        in_place(leaf)
+    with pytest.raises(ConfigError, match=r"contiguous student logits, got shape \[3, 4\] with strides \(8, 2\)"):
+        in_place((leaf * 1)[:, ::2], teacher[:, ::2])
+    both = (leaf * 1).expand(2, 3, 8).contiguous()
+    with pytest.raises(ConfigError, match="one storage for both"):
+        in_place(both[0], both[1])
+    with torch.no_grad():  # nothing will be overwritten
+        assert torch.equal(in_place(leaf), vocab_parallel_divergence(leaf, teacher, divergence))
+
+
+def test_a_second_reader_of_overwritten_logits_is_told():
+    student, teacher = random_logits(3, 8)
+    logits = student.requires_grad_() * 1
+    other = logits.square().sum()  # saves the logits
+    vocab_parallel_divergence(logits, teacher, ToDi(), gradient_in_place=True).sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
