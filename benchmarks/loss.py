@@ -2,7 +2,8 @@
 
 The contestants, on logits of 1024 tokens x 32768 vocabulary columns (over all ranks) unless told otherwise:
 
-- ours, by each kernel: alpha-beta with cross entropy and metrics; alpha-beta, forward KL and ToDi alone;
+- ours, by each kernel: alpha-beta with cross entropy and metrics, into a buffer and in place; alpha-beta, forward KL
+  and ToDi alone;
 - Megatron's vocabulary-parallel cross entropy: of one tensor, where a divergence reads two;
 - ModelOpt's LogitsKLLoss: a forward KL;
 - alpha-beta by autograd, on one rank: in log space, and as the textbook writes it, by powers of a softmax;
@@ -53,7 +54,7 @@ from abkd_megatron import kernels
 from abkd_megatron.divergences import AlphaBeta, Divergence, ToDi, reference_cross_entropy, reference_divergence
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation, vocab_parallel_divergence
 
-BACKENDS = ("eager", "compiled")  # kernels of ours; each adds its rows
+BACKENDS = ("eager", "compiled", "cpp")  # kernels of ours; each adds its rows
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ERROR_ROWS = 16
 ENVIRONMENT = {
@@ -65,8 +66,9 @@ ENVIRONMENT = {
 MEGATRON = "Megatron cross entropy, one tensor"
 MODELOPT = "ModelOpt LogitsKLLoss (forward KL)"
 LIMIT = "limit: 4 reads, 1 write"
-RATIOS = {"x Megatron": MEGATRON, "x ModelOpt": MODELOPT, "x limit": LIMIT}
-WIDTHS = (26, 12, 12, 9, 13, 12, 10, 12, 10)  # of what follows a name in the table
+TEXTBOOK = "autograd, textbook: alpha-beta"
+RATIOS = {"x Megatron": MEGATRON, "x ModelOpt": MODELOPT, "x textbook": TEXTBOOK, "x limit": LIMIT}
+WIDTHS = (26, 12, 12, 12, 9, 13, 12, 10, 12, 10)  # of what follows a name in the table
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Of student logits, teacher logits [N, 1, columns] and labels [N, 1]: one number a token, of N elements."""
@@ -111,10 +113,14 @@ def ours(backend: str, group: dist.ProcessGroup | None) -> list[Contestant]:
     """This package's losses on one of its kernels."""
     alpha_beta = AlphaBeta(0.2, 0.7)
 
-    def several(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    def several(student: Tensor, teacher: Tensor, labels: Tensor, in_place: bool = False) -> Tensor:
         shard = VocabShard.megatron(student.shape[-1], group)
-        terms = vocab_parallel_distillation(student, teacher, alpha_beta, labels, shard)
+        logits = student.view_as(student)  # as a model's, no leaf
+        terms = vocab_parallel_distillation(logits, teacher, alpha_beta, labels, shard, gradient_in_place=in_place)
         return terms.divergence + terms.cross_entropy
+
+    def in_place(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return several(student, teacher, labels, in_place=True)
 
     def dense_several(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         return reference_divergence(alpha_beta, student, teacher) + reference_cross_entropy(student, labels)
@@ -132,6 +138,7 @@ def ours(backend: str, group: dist.ProcessGroup | None) -> list[Contestant]:
     divergences = {"alpha-beta": alpha_beta, "forward KL": AlphaBeta(1, 0), "ToDi": ToDi()}
     return [
         contestant("alpha-beta + CE + metrics", several, dense_several),
+        contestant("the same, in place", in_place, dense_several),
         *(contestant(name, alone(divergence), dense(divergence)) for name, divergence in divergences.items()),
     ]
 

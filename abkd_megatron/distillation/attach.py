@@ -33,6 +33,9 @@ class Objective:
     is not multiplied by temperature^2."""
     kd_weight: float = 1.0
     lm_weight: float = 1.0
+    gradient_in_place: bool = False
+    """Whether backward overwrites the student's logits with their gradient. Nothing of Megatron reads them again; a
+    hook of the user's on the output layer might."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
@@ -213,6 +216,7 @@ class Attachment:
                 labels.transpose(0, 1),
                 shard,
                 temperature=objective.temperature,
+                gradient_in_place=objective.gradient_in_place,
             )
         divergence = _batch_first(terms.divergence)
         if watch_only:

@@ -33,6 +33,7 @@ from abkd_megatron.distillation import Attachment, Objective, TeacherCheckpoint,
 from abkd_megatron.distillation.step import masked_loss
 from abkd_megatron.divergences import AlphaBeta, Divergence, ToDi
 from abkd_megatron.errors import ConfigError, on_every_rank
+from abkd_megatron.vocab_parallel import vocab_parallel_divergence
 
 _stimer = StragglerDetector()
 
@@ -102,6 +103,7 @@ def run(config: Config, job: str) -> None:
             teacher_args = _teacher_args({**megatron, **config.teacher.megatron}, options, args)
             checkpoint = TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step)
             checkpoint.check_arguments(teacher_args, vocab_size)
+            _try_kernel(objective, config.device, args.params_dtype)
 
         def attach_teacher(student: list[torch.nn.Module]) -> list[torch.nn.Module]:
             print_rank_0(f"distilling with {objective.divergence} from the teacher in {checkpoint.directory}")
@@ -140,7 +142,14 @@ def make_objective(config: DistillationConfig) -> Objective:
         temperature=config.temperature,
         kd_weight=config.kd_weight,
         lm_weight=config.lm_weight,
+        gradient_in_place=config.gradient_in_place,
     )
+
+
+def _try_kernel(objective: Objective, device: str, dtype: torch.dtype) -> None:
+    """Have the kernel built, and refused if it has to be, before the first step."""
+    logits = torch.zeros(1, 8, device=device, dtype=dtype)
+    vocab_parallel_divergence(logits.requires_grad_(), logits.detach(), objective.divergence).sum().backward()
 
 
 class _ForwardStep:

@@ -243,22 +243,35 @@ struct Todi {
     F value, slope;
 };
 
-// As ToDi.value and ToDi.slope, for any argument.
-INLINE Todi todi(const Settings& k, F r, F p, F q) {
-    F w = splat(0.5f), one_minus_w = w;
-    if (k.scale != 0.0f) {
-        const F z = exp_any(r * -k.scale);
-        w = 1.0f / (1.0f + z);
-        one_minus_w = z == INF ? splat(1.0f) : z * w;
+// ToDi.value and ToDi.slope.
+template <bool SAFELY>
+INLINE Todi todi(const Settings& k, F x, F y, F r) {
+    F q = SAFELY ? exp_safe(y) : exp_any(y), p, w, one_minus_w, excess;  // excess = w p - (1 - w) q
+    if (SAFELY && k.scale == 1.0f) {  // w = p / (p + q), and excess = p - q
+        excess = q * rise(1.0f, r).e;
+        p = q + excess;
+        const F inverse = 1.0f / (p + q);
+        w = p * inverse;
+        one_minus_w = q * inverse;
+    } else {
+        p = SAFELY ? exp_safe(x) : exp_any(x);
+        w = one_minus_w = splat(0.5f);
+        if (k.scale != 0.0f) {
+            const F z = exp_any(r * -k.scale);
+            w = 1.0f / (1.0f + z);
+            one_minus_w = z == INF ? splat(1.0f) : z * w;
+        }
+        const float gap = 1.0f + k.scale;  // w p = (1 - w) q exp(gap r)
+        const I near = (r * gap < 1.0f) & (r * gap > -1.0f);
+        excess = near ? one_minus_w * q * rise(gap, near ? r : splat(0.0f)).e : w * p - one_minus_w * q;
     }
-    F reverse = one_minus_w * q;
-    const float gap = 1.0f + k.scale;  // w p = reverse exp(gap r)
-    F x = r * gap;
-    I near = (x < 1.0f) & (x > -1.0f);
-    F excess = near ? reverse * rise(gap, near ? r : splat(0.0f)).e : w * p - reverse;
-    F slope = -excess - weigh(reverse, r);
-    if (k.scale != 0.0f && !k.detach) slope = slope - weigh((p * one_minus_w + reverse) * w, r) * k.scale;
-    return {weigh(excess, r), slope};
+    const F reverse = one_minus_w * q;
+    F slope = -excess - (SAFELY ? reverse * r : weigh(reverse, r));
+    if (k.scale != 0.0f && !k.detach) {
+        const F mass = (p * one_minus_w + reverse) * w;
+        slope -= (SAFELY ? mass * r : weigh(mass, r)) * k.scale;
+    }
+    return {SAFELY ? excess * r : weigh(excess, r), slope};
 }
 
 // ---------------------------------------------------------------- rows
@@ -439,17 +452,25 @@ INLINE void shift(F& y, F& x, F& r, const Scalars& row, const Settings& k) {
     r -= row.log_shift;
 }
 
+// Log-probabilities lie lower than logits below their maximum.
+INLINE float limit_below(const Scalars& row, const Settings& k) {
+    return limit_of(k) - std::max({row.q_log, row.p_log, row.q_log_at_1, 0.0f});
+}
+
 // The sums of ToDi's value and slope.
 template <class S, class T>
 void second_row(double (&sum)[2], const S* s, const T* t, int64_t columns, const Scalars& row, const Settings& k) {
+    const float limit = limit_below(row, k);
     double total[2][LANES] = {};
     for (int64_t c = 0; c < columns; c += TILE) {
+        const int64_t tile = std::min<int64_t>(columns - c, TILE);
+        const bool safe = is_safe(s + c, t + c, tile, row.s_base, row.t_base, limit);
         F sums[2] = {};
-        for (int64_t v = c; v < std::min<int64_t>(columns, c + TILE); v += LANES) {
+        for (int64_t v = c; v < c + tile; v += LANES) {
             const int64_t count = columns - v;
             F y = load(s + v, count, row.s_base) - row.s_base, x = load(t + v, count, row.t_base) - row.t_base, r;
             shift(y, x, r, row, k);
-            Todi of = todi(k, r, exp_any(x), exp_any(y));
+            Todi of = safe ? todi<true>(k, x, y, r) : todi<false>(k, x, y, r);
             I inside = lanes() < int32_t(std::min<int64_t>(count, LANES));
             inside &= (x != -INF) | (y != -INF);
             sums[0] += inside ? of.value : splat(0.0f);
@@ -475,7 +496,7 @@ INLINE void write_gradient(
         q = SAFELY ? exp_safe(y) : exp_any(y);
         F slope;
         if (k.todi)
-            slope = todi(k, r, SAFELY ? exp_safe(x) : exp_any(x), q).slope;
+            slope = todi<SAFELY>(k, x, y, r).slope;
         else
             slope = SAFELY ? slope_safe(k.parts[0], y, r, q) : slope_any(k.parts[0], x, y, r);
         if (!SAFELY) slope = (x != -INF) | (y != -INF) ? slope : splat(0.0f);
@@ -510,8 +531,7 @@ void gradient_row(
         std::memset(static_cast<void*>(out), 0, sizeof(S) * columns);
         return;
     }
-    // Log-probabilities lie lower than logits below their maximum.
-    const float limit = limit_of(k) - std::max({row.q_log, row.p_log, row.q_log_at_1, 0.0f});
+    const float limit = limit_below(row, k);
     for (int64_t c = 0; c < columns; c += TILE) {
         const int64_t count = std::min<int64_t>(columns - c, TILE);
         const int64_t label = label_column >= c && label_column - c < count ? label_column - c : -1;
