@@ -14,7 +14,7 @@ Arithmetic on logits runs over chunks of tokens, in fp32 (fp64 for fp64 logits);
 
 A token whose loss is weighted by 0 passes on a gradient of exactly 0, whatever its logits hold.
 
-Legend: N tokens, C this rank's real columns, W the width of its logits, R ranks.
+Legend: N tokens.
 """
 
 import math
@@ -25,19 +25,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import abkd_megatron.kernels as kernels
 from abkd_megatron.divergences.base import Divergence
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.kernels.record import Layout
-from abkd_megatron.vocab_parallel import statistics
+from abkd_megatron.vocab_parallel.passes import Known, Passes
 from abkd_megatron.vocab_parallel.shard import VocabShard
-
-# torch renamed the one to the other.
-_all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-# The largest group that gathers its records; the bytes of a gathering grow with the group, those of a reduction do
-# not.
-GATHER_UP_TO = 16
 
 _CONTIGUOUS = torch.contiguous_format
 
@@ -98,7 +89,7 @@ def vocab_parallel_divergence(
 
     Collectives: forward: 1 all-gather of fp64 records if the divergence separates (AlphaBeta: 7 floats a token,
     ToDi(detach=False): 10), else one more of 2 floats; ToDi(): 1 of 10, and 1 of 1 that backward awaits. Backward:
-    none. None at all on one rank. In a group of more than `GATHER_UP_TO` ranks all-reduces in place of all-gathers:
+    none. None at all on one rank. In a group of more than 16 ranks all-reduces in place of all-gathers:
     of the maxima, then of the sums, and one in the second round. (fp64 logits are gathered in any group.)
 
     Memory: references to both logits and 6 fp64 numbers a token until backward; a few chunks of
@@ -234,79 +225,13 @@ def _check_in_place(student_logits: Tensor, teacher_logits: Tensor) -> None:
         )
 
 
-class _Rows:
-    """The rows of [..., W] logits, flattened to [N, W] a chunk at a time, real columns only; never a copy of more.
-
-    Contiguous unless the kernel is strided, so that equal logits give equal sums whatever their layouts.
-    """
-
-    def __init__(self, logits: Tensor, num_columns: int, strided: bool) -> None:
-        self.strided = strided
-        self.tokens = logits.shape[:-1]
-        self.num_columns = num_columns
-        self.logits = logits
-        try:
-            self.flat: Tensor | None = logits.view(self.tokens.numel(), logits.shape[-1])
-        except RuntimeError:  # not one stride over the tokens, as after a transposition
-            self.flat = None
-
-    def __getitem__(self, chunk: slice) -> Tensor:
-        if self.flat is not None:
-            rows = self.flat[chunk]
-        else:
-            index = torch.arange(chunk.start, chunk.stop, device=self.logits.device)
-            rows = self.logits[torch.unravel_index(index, self.tokens)]
-        rows = rows[:, : self.num_columns]
-        return rows if self.strided and rows.stride(-1) == 1 else rows.contiguous()
-
-
-def _chunks(kernel: kernels.Kernel, student: _Rows, teacher: _Rows, in_place: bool = False) -> list[slice]:
-    """The kernel's chunks; small ones where rows have to be copied together, disjoint ones where they are written."""
-    copied = student.flat is None or teacher.flat is None
-    return kernel.chunks(student.tokens.numel(), student.num_columns, small=copied, overlap=not in_place)
-
-
-def _all_gather(record: Tensor, shard: VocabShard, async_op: bool = False) -> tuple[Tensor, dist.Work | None]:
-    """Every rank's record, [R, fields, N], in rank order; if async, not before the work is waited for."""
-    num_fields, num_tokens = record.shape
-    records = record.new_empty(shard.num_ranks * num_fields, num_tokens)
-    work = _all_gather_tensor(records, record, group=shard.group, async_op=async_op)
-    return records.view(shard.num_ranks, num_fields, num_tokens), work
-
-
-def _exchange(record: Tensor, shard: VocabShard, divergence: Divergence, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """The record of the whole vocabulary, the same bits on every rank."""
-    if shard.num_ranks == 1 or record.numel() == 0:
-        return record
-    if shard.num_ranks <= GATHER_UP_TO or dtype == torch.float64:  # an id does not fit beside an fp64 maximum
-        return statistics.merge(_all_gather(record, shard)[0], divergence, layout)
-    packed = statistics.pack(record, layout)
-    dist.all_reduce(packed, dist.ReduceOp.MAX, group=shard.group)
-    whole = statistics.unpack(packed, layout)
-    sums = statistics.rebase(record, whole, divergence, layout)
-    dist.all_reduce(sums, group=shard.group)
-    whole[layout.additive] = sums
-    return whole
-
-
-class _Sum:
-    """Records [fields, N] on their way to being summed over the ranks, the same bits on each."""
-
-    def __init__(self, record: Tensor, shard: VocabShard, async_op: bool) -> None:
-        self.records, self.work = record.unsqueeze(0), None
-        if shard.num_ranks == 1 or record.numel() == 0:
-            return
-        if shard.num_ranks <= GATHER_UP_TO:
-            self.records, self.work = _all_gather(record, shard, async_op)
-        else:
-            self.work = dist.all_reduce(record, group=shard.group, async_op=async_op)
-
-    def result(self) -> Tensor:
-        """[fields, N], once it has arrived."""
-        if self.work is not None:
-            self.work.wait()
-            self.work = None
-        return self.records.sum(dim=0)
+def token_terms(known: Known, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The student's cross entropy, [N], and the metrics, [5, N], of labels [N]; both in `dtype`."""
+    whole = known.whole
+    assert whole.p.top is not None and whole.q.top is not None
+    agreement = (whole.p.top == whole.q.top) & whole.p.top.isfinite()
+    of_teacher, of_student = (side.cross_entropy().masked_fill_(labels < 0, 0.0) for side in (whole.p, whole.q))
+    return of_student.to(dtype), torch.stack([of_teacher, *whole.metrics, agreement.double()]).to(dtype)
 
 
 class _Distillation(torch.autograd.Function):
@@ -324,69 +249,26 @@ class _Distillation(torch.autograd.Function):
         needs_gradient: bool,
         gradient_in_place: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
-        kernel = kernels.select(divergence, student_logits, teacher_logits)
-        student, teacher = (
-            _Rows(logits, shard.num_columns, kernel.strided) for logits in (student_logits, teacher_logits)
-        )
-        tokens = student_logits.shape[:-1]
-        num_tokens = tokens.numel()
-        has_labels = labels is not None
-        flat_labels = labels.reshape(num_tokens) if labels is not None else None
-
-        layout = Layout(divergence, has_labels, temperature)
-        record = student_logits.new_empty(layout.size, num_tokens, dtype=torch.float64)
-        for chunk in _chunks(kernel, student, teacher):
-            chunk_labels = flat_labels[chunk] if flat_labels is not None else None
-            record[:, chunk] = kernel.local_record(
-                student[chunk], teacher[chunk], chunk_labels, shard.start, divergence, layout, dtype
-            )
-        whole = _exchange(record, shard, divergence, layout, dtype)
-        q, p, value, slope_sum, metrics = statistics.conclude(whole, divergence, layout)
-
-        # Second round, of what did not separate. Nothing needs H before backward, so it alone may still be on its way.
-        pending = None
-        ask_value, ask_slope = value is None, slope_sum is None and needs_gradient
-        if ask_value or ask_slope:
-            record = student_logits.new_empty(ask_value + ask_slope, num_tokens, dtype=torch.float64)
-            scalars = torch.stack([q.maximum, q.log_z, p.maximum, p.log_z])
-            for chunk in _chunks(kernel, student, teacher):
-                record[:, chunk] = kernel.local_second_record(
-                    student[chunk],
-                    teacher[chunk],
-                    divergence,
-                    temperature,
-                    dtype,
-                    scalars[:, chunk].contiguous(),
-                    ask_value,
-                    ask_slope,
-                )
-            pending = _Sum(record, shard, async_op=not ask_value)
-            if ask_value:
-                value = pending.result()[0]
-        assert value is not None
+        passes = Passes.of(student_logits, teacher_logits, divergence, shard, temperature, labels is not None)
+        batch = passes.batch(student_logits, teacher_logits, labels)
+        known = passes.conclude(batch, passes.start(batch), needs_gradient)
 
         ctx.set_materialize_grads(False)
-        ctx.divergence, ctx.shard, ctx.temperature, ctx.dtype = divergence, shard, temperature, dtype
+        ctx.passes, ctx.in_place = passes, gradient_in_place
         if needs_gradient:
-            scalars = torch.stack([q.maximum, q.log_z, q.log_z_at_1, p.maximum, p.log_z])
-            ctx.save_for_backward(student_logits, teacher_logits, labels, scalars)
-            ctx.slope_sum, ctx.pending = slope_sum, pending
-            ctx.kernel, ctx.in_place = kernel, gradient_in_place
+            ctx.save_for_backward(student_logits, teacher_logits, labels)
+            ctx.known = known
 
-        result = value.to(dtype).view(tokens)
-        if not has_labels:
+        tokens = student_logits.shape[:-1]
+        result = known.value.to(passes.dtype).view(tokens)
+        if batch.labels is None:
             nothing, nothing_either = result.new_empty(0), result.new_empty(0)
             ctx.mark_non_differentiable(nothing, nothing_either)
             return result, nothing, nothing_either
-        assert flat_labels is not None and p.top is not None and q.top is not None
-        agreement = (p.top == q.top) & p.top.isfinite()
-        ignored = flat_labels < 0
-        cross_entropies = [side.cross_entropy().masked_fill_(ignored, 0.0) for side in (p, q)]
-        reported = torch.stack([cross_entropies[0], *metrics, agreement.double()])
-        reported = reported.to(dtype).view(len(METRICS), *tokens)
-        ctx.mark_non_differentiable(reported)
-        return result, cross_entropies[1].to(dtype).view(tokens), reported
+        cross_entropy, metrics = token_terms(known, batch.labels, passes.dtype)
+        metrics = metrics.view(len(METRICS), *tokens)
+        ctx.mark_non_differentiable(metrics)
+        return result, cross_entropy.view(tokens), metrics
 
     @staticmethod
     @once_differentiable
@@ -395,38 +277,10 @@ class _Distillation(torch.autograd.Function):
         nothing = (None,) * 7
         if of_divergence is None and of_cross_entropy is None:
             return None, *nothing
-        student_logits, teacher_logits, labels, scalars = ctx.saved_tensors
-        slope_sum = ctx.slope_sum
-        if slope_sum is None:
-            slope_sum = ctx.pending.result()[-1]
-        shard, temperature, dtype = ctx.shard, ctx.temperature, ctx.dtype
-        kernel: kernels.Kernel = ctx.kernel
-        student, teacher = (
-            _Rows(logits, shard.num_columns, kernel.strided) for logits in (student_logits, teacher_logits)
-        )
-        num_tokens = student.tokens.numel()
-        scalars = torch.cat([scalars, slope_sum.unsqueeze(0)])
-
-        def of(gradient: Tensor | None, chunk: slice) -> Tensor | None:
-            return None if gradient is None else gradient.reshape(num_tokens)[chunk]
-
+        student_logits, teacher_logits, labels = ctx.saved_tensors
+        batch = ctx.passes.batch(student_logits, teacher_logits, labels)
         out = student_logits.detach() if ctx.in_place else torch.empty_like(student_logits, memory_format=_CONTIGUOUS)
-        out_rows = out.view(num_tokens, student_logits.shape[-1])
-        for chunk in _chunks(kernel, student, teacher, ctx.in_place):
-            kernel.local_gradient(
-                out_rows[chunk, : shard.num_columns],
-                student[chunk],
-                teacher[chunk],
-                labels.reshape(num_tokens)[chunk] if labels is not None else None,
-                shard.start,
-                ctx.divergence,
-                temperature,
-                dtype,
-                scalars[:, chunk].contiguous(),  # a stride that depends on N would be compiled for
-                of(of_divergence, chunk),
-                of(of_cross_entropy, chunk),
-            )
-        out_rows[:, shard.num_columns :] = 0.0  # padding
+        ctx.passes.write_gradient(out, batch, ctx.known, of_divergence, of_cross_entropy)
         if ctx.in_place:  # whoever saved the logits for a backward of its own, this one included, is told
             torch.autograd.graph.increment_version(student_logits)
         return out, *nothing

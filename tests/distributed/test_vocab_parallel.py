@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from abkd_megatron import AlphaBeta, ToDi, kernels, vocab_parallel_divergence
 from abkd_megatron.divergences import Divergence, reference_cross_entropy, reference_divergence
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.vocab_parallel import VocabShard, engine, vocab_parallel_distillation
+from abkd_megatron.vocab_parallel import VocabShard, passes, vocab_parallel_distillation
 
 WORLDS = [1, 2, 4]
 TOKENS = (2, 3)
@@ -134,7 +134,7 @@ class CollectiveCounter(TorchDispatchMode):
 
 def run_case(case: Case, rank: int, world_size: int, group: dist.ProcessGroup | None) -> dict:
     kernels.use(case.kernel)
-    engine.GATHER_UP_TO = 1 if case.reduced else 16
+    passes.GATHER_UP_TO = 1 if case.reduced else 16
     student, teacher, labels, weights = dense_inputs(case, world_size)
     start, stop, width = bounds(case, world_size)[rank]
 

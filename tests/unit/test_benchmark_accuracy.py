@@ -70,7 +70,7 @@ def test_limits_hold_where_nothing_cancels(rows):
         result = row["results"]["eager"]
         assert result["loss"] <= 1 and result["loss, bf16"] <= 1, row
         assert result["relative"] < 1e-4, row
-        if row["case"] in ("randn*2", "offset") or (row["case"] == "near" and "ToDi" not in row["loss"]):
+        if row["case"] != "randn*20":  # where the student is sure of one token, h - q H cancels
             assert result["gradient"] <= 1e-5 and result["above"] == [], row
 
 

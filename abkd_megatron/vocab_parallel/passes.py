@@ -1,0 +1,260 @@
+"""The passes over a batch of sharded logits, and what the ranks tell each other between them.
+
+The first pass makes a record of this rank's columns; the ranks exchange records; the second pass writes the gradient.
+Where the divergence does not separate there is one more pass and one more exchange in between.
+
+Legend: N tokens, C this rank's real columns, W the width of its logits, R ranks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import abkd_megatron.kernels as kernels
+from abkd_megatron.divergences.base import Divergence
+from abkd_megatron.kernels.record import Layout
+from abkd_megatron.vocab_parallel import statistics
+from abkd_megatron.vocab_parallel.shard import VocabShard
+from abkd_megatron.vocab_parallel.statistics import Whole
+
+# torch renamed the one to the other.
+_all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+# The largest group that gathers its records; the bytes of a gathering grow with the group, those of a reduction do
+# not.
+GATHER_UP_TO = 16
+
+
+class Rows:
+    """The rows of [..., W] logits, flattened to [N, W] a chunk at a time, real columns only; never a copy of more.
+
+    Contiguous unless the kernel is strided, so that equal logits give equal sums whatever their layouts.
+    """
+
+    def __init__(self, logits: Tensor, num_columns: int, strided: bool) -> None:
+        self.strided = strided
+        self.tokens = logits.shape[:-1]
+        self.num_columns = num_columns
+        self.logits = logits
+        try:
+            self.flat: Tensor | None = logits.view(self.tokens.numel(), logits.shape[-1])
+        except RuntimeError:  # not one stride over the tokens, as after a transposition
+            self.flat = None
+
+    def __getitem__(self, chunk: slice) -> Tensor:
+        if self.flat is not None:
+            rows = self.flat[chunk]
+        else:
+            index = torch.arange(chunk.start, chunk.stop, device=self.logits.device)
+            rows = self.logits[torch.unravel_index(index, self.tokens)]
+        rows = rows[:, : self.num_columns]
+        return rows if self.strided and rows.stride(-1) == 1 else rows.contiguous()
+
+
+class Batch:
+    """Student and teacher logits [..., W] of the same tokens on this rank, and labels [N] of them or None."""
+
+    def __init__(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None, shard: VocabShard, kernel: kernels.Kernel
+    ) -> None:
+        self.student, self.teacher = (Rows(logits, shard.num_columns, kernel.strided) for logits in (student, teacher))
+        self.labels = labels
+        self.num_tokens = self.student.tokens.numel()
+
+    def chunks(self, kernel: kernels.Kernel, overlap: bool = True) -> list[slice]:
+        """The kernel's chunks; small ones where rows have to be copied together."""
+        copied = self.student.flat is None or self.teacher.flat is None
+        return kernel.chunks(self.num_tokens, self.student.num_columns, small=copied, overlap=overlap)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What is computed, of which columns, and how."""
+
+    divergence: Divergence
+    shard: VocabShard
+    temperature: float
+    dtype: torch.dtype
+    """Of the arithmetic on logits."""
+    kernel: kernels.Kernel
+    layout: Layout
+
+    @classmethod
+    def of(
+        cls,
+        student: Tensor,
+        teacher: Tensor,
+        divergence: Divergence,
+        shard: VocabShard,
+        temperature: float,
+        has_labels: bool,
+    ) -> "Passes":
+        """For logits of these dtypes, on these devices."""
+        dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+        kernel = kernels.select(divergence, student, teacher)
+        return cls(divergence, shard, temperature, dtype, kernel, Layout(divergence, has_labels, temperature))
+
+    def batch(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Batch:
+        """Of [..., W] logits and [...] labels."""
+        return Batch(student, teacher, labels.reshape(-1) if labels is not None else None, self.shard, self.kernel)
+
+    def start(self, batch: Batch, async_op: bool = False) -> "Exchange":
+        """The first pass; the records are then on their way to all ranks."""
+        record = batch.student.logits.new_empty(self.layout.size, batch.num_tokens, dtype=torch.float64)
+        for chunk in batch.chunks(self.kernel):
+            record[:, chunk] = self.kernel.local_record(
+                batch.student[chunk],
+                batch.teacher[chunk],
+                batch.labels[chunk] if batch.labels is not None else None,
+                self.shard.start,
+                self.divergence,
+                self.layout,
+                self.dtype,
+            )
+        return Exchange(self, record, async_op)
+
+    def conclude(self, batch: Batch, exchange: "Exchange", needs_gradient: bool) -> "Known":
+        """What is known once the records have arrived, after a second exchange if the divergence takes one."""
+        whole = statistics.conclude(exchange.result(), self.divergence, self.layout)
+        q, p, value, slope_sum, _ = whole
+        pending = None
+        ask_value, ask_slope = value is None, slope_sum is None and needs_gradient
+        if ask_value or ask_slope:
+            record = q.maximum.new_empty(ask_value + ask_slope, batch.num_tokens)
+            scalars = torch.stack([q.maximum, q.log_z, p.maximum, p.log_z])
+            for chunk in batch.chunks(self.kernel):
+                record[:, chunk] = self.kernel.local_second_record(
+                    batch.student[chunk],
+                    batch.teacher[chunk],
+                    self.divergence,
+                    self.temperature,
+                    self.dtype,
+                    scalars[:, chunk].contiguous(),  # a stride that depends on N would be compiled for
+                    ask_value,
+                    ask_slope,
+                )
+            # Nothing needs H before the gradient, so that it alone may still be on its way.
+            pending = Sum(record, self.shard, async_op=not ask_value)
+            if ask_value:
+                value = pending.result()[0]
+        assert value is not None
+        scalars = torch.stack([q.maximum, q.log_z, q.log_z_at_1, p.maximum, p.log_z])
+        return Known(whole, value, scalars, slope_sum, pending)
+
+    def write_gradient(
+        self,
+        out: Tensor,
+        batch: Batch,
+        known: "Known",
+        of_divergence: Tensor | None,
+        of_cross_entropy: Tensor | None,
+    ) -> None:
+        """The last pass: the gradient of the student's logits into `out`, contiguous [..., W], padding included.
+
+        `out` may be the student's logits. `of_divergence` and `of_cross_entropy` are [...], or None for 0.
+        """
+        slope_sum = known.slope_sum
+        if slope_sum is None:
+            assert known.pending is not None
+            slope_sum = known.pending.result()[-1]
+        scalars = torch.cat([known.scalars, slope_sum.unsqueeze(0)])
+        out_rows = out.view(batch.num_tokens, out.shape[-1])
+        in_place = out.data_ptr() == batch.student.logits.data_ptr()
+
+        def of(gradient: Tensor | None, chunk: slice) -> Tensor | None:
+            return None if gradient is None else gradient.reshape(batch.num_tokens)[chunk]
+
+        for chunk in batch.chunks(self.kernel, overlap=not in_place):
+            self.kernel.local_gradient(
+                out_rows[chunk, : self.shard.num_columns],
+                batch.student[chunk],
+                batch.teacher[chunk],
+                batch.labels[chunk] if batch.labels is not None else None,
+                self.shard.start,
+                self.divergence,
+                self.temperature,
+                self.dtype,
+                scalars[:, chunk].contiguous(),
+                of(of_divergence, chunk),
+                of(of_cross_entropy, chunk),
+            )
+        out_rows[:, self.shard.num_columns :] = 0.0  # padding
+
+
+@dataclass
+class Known:
+    """Of every token, [N] fp64."""
+
+    whole: Whole
+    value: Tensor
+    """D."""
+    scalars: Tensor
+    """[5, N]: the student's maximum, log_z and log_z at T = 1, the teacher's maximum and log_z."""
+    slope_sum: Tensor | None
+    """H, unless it is in `pending`."""
+    pending: "Sum | None"
+
+
+def _all_gather(record: Tensor, shard: VocabShard, async_op: bool) -> tuple[Tensor, dist.Work | None]:
+    """Every rank's record, [R, fields, N], in rank order; if async, not before the work is waited for."""
+    num_fields, num_tokens = record.shape
+    records = record.new_empty(shard.num_ranks * num_fields, num_tokens)
+    work = _all_gather_tensor(records, record, group=shard.group, async_op=async_op)
+    return records.view(shard.num_ranks, num_fields, num_tokens), work
+
+
+class Exchange:
+    """Every rank's record [fields, N] on its way to being that of the whole vocabulary, the same bits on each."""
+
+    def __init__(self, passes: Passes, record: Tensor, async_op: bool) -> None:
+        self.passes, self.record = passes, record
+        self.work: dist.Work | None = None
+        shard = passes.shard
+        self.alone = shard.num_ranks == 1 or record.numel() == 0
+        # The id of an fp64 maximum has no room beside it.
+        self.gathers = shard.num_ranks <= GATHER_UP_TO or passes.dtype == torch.float64
+        if self.alone:
+            return
+        if self.gathers:
+            self.records, self.work = _all_gather(record, shard, async_op)
+        else:
+            self.packed = statistics.pack(record, passes.layout)
+            self.work = dist.all_reduce(self.packed, dist.ReduceOp.MAX, group=shard.group, async_op=async_op)
+
+    def result(self) -> Tensor:
+        """[fields, N], once it has arrived."""
+        if self.work is not None:
+            self.work.wait()
+        if self.alone:
+            return self.record
+        divergence, layout = self.passes.divergence, self.passes.layout
+        if self.gathers:
+            return statistics.merge(self.records, divergence, layout)
+        whole = statistics.unpack(self.packed, layout)
+        sums = statistics.rebase(self.record, whole, divergence, layout)
+        dist.all_reduce(sums, group=self.passes.shard.group)
+        whole[layout.additive] = sums
+        return whole
+
+
+class Sum:
+    """Records [fields, N] on their way to being summed over the ranks, the same bits on each."""
+
+    def __init__(self, record: Tensor, shard: VocabShard, async_op: bool) -> None:
+        self.records = record.unsqueeze(0)
+        self.work: dist.Work | None = None
+        if shard.num_ranks == 1 or record.numel() == 0:
+            return
+        if shard.num_ranks <= GATHER_UP_TO:
+            self.records, self.work = _all_gather(record, shard, async_op)
+        else:
+            self.work = dist.all_reduce(record, group=shard.group, async_op=async_op)
+
+    def result(self) -> Tensor:
+        """[fields, N], once it has arrived."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        return self.records.sum(dim=0)
