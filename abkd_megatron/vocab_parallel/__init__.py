@@ -5,6 +5,13 @@ from abkd_megatron.vocab_parallel.engine import (
     vocab_parallel_distillation,
     vocab_parallel_divergence,
 )
+from abkd_megatron.vocab_parallel.head import vocab_parallel_distillation_head
 from abkd_megatron.vocab_parallel.shard import VocabShard
 
-__all__ = ["DistillationTerms", "VocabShard", "vocab_parallel_distillation", "vocab_parallel_divergence"]
+__all__ = [
+    "DistillationTerms",
+    "VocabShard",
+    "vocab_parallel_distillation",
+    "vocab_parallel_distillation_head",
+    "vocab_parallel_divergence",
+]

@@ -1,0 +1,294 @@
+"""Distillation from hidden states: both LM heads and the loss between them, a chunk of tokens at a time.
+
+No tensor of [tokens, V/TP] of either model ever exists: of each chunk come both models' logits, the losses, the
+student's gradient in place of its logits, and from it the gradients of hidden states and weight. While one chunk's
+records travel between the ranks the next one's products are formed.
+
+There are two ways to the gradients. If it is known how tokens are weighted they are formed in forward, up to the one
+factor that backward then brings; the products cost what they do with logits that exist. If not, backward forms the
+logits again: 1.6 times the products for a student as wide as its teacher.
+
+Legend: N tokens, h and H the students' and the teacher's hidden size, W the width of a rank's logits.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from abkd_megatron.divergences.base import Divergence
+from abkd_megatron.errors import ConfigError
+from abkd_megatron.vocab_parallel.engine import METRICS, DistillationTerms, token_terms
+from abkd_megatron.vocab_parallel.passes import Batch, Exchange, Known, Passes
+from abkd_megatron.vocab_parallel.shard import VocabShard
+
+
+def vocab_parallel_distillation_head(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    divergence: Divergence,
+    labels: Tensor,
+    shard: VocabShard,
+    *,
+    kd_weight: float = 1.0,
+    lm_weight: float = 1.0,
+    temperature: float = 1.0,
+    token_weights: Tensor | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    chunk_tokens: int = 1024,
+) -> tuple[Tensor, DistillationTerms]:
+    """kd_weight * D + lm_weight * CE of every token, with logits = scale * hidden @ weight^T that never exist.
+
+    Args:
+        student_hidden: [..., h], every rank's the same.
+        student_weight: [W, h], this rank's rows of the LM head, of the hidden states' dtype.
+        teacher_hidden: [..., H] of the same tokens; never receives a gradient.
+        teacher_weight: [W, H], rows of the same token ids; never receives a gradient.
+        divergence: as in vocab_parallel_distillation, as are `labels`, `shard` and `temperature`.
+        labels: [...].
+        shard: which columns these are.
+        kd_weight: of the divergence.
+        lm_weight: of the student's cross entropy.
+        temperature: T > 0, for the divergence alone.
+        token_weights: [...], what each token's loss will be multiplied by, up to one factor for all: a loss mask.
+            Gradients are then formed in forward. None forms the logits again in backward, for any weights.
+        student_scale: multiplies the student's logits.
+        teacher_scale: multiplies the teacher's.
+        chunk_tokens: tokens of a chunk.
+
+    Returns:
+        The loss, [...] fp32 (fp64 if the logits are), the same on every rank, once differentiable in
+        `student_hidden` and `student_weight`. The gradient of the hidden states is this rank's part: sum it over
+        `shard.group`. And the terms of vocab_parallel_distillation, detached.
+
+    Raises:
+        ConfigError: for shapes that do not fit or chunk_tokens < 1, and as vocab_parallel_distillation.
+        RuntimeError: in backward, if the tokens were not weighted as `token_weights` said (on a GPU an assertion of
+            the device), or at a second backward through gradients formed in forward.
+
+    Collectives: those of vocab_parallel_distillation, a chunk.
+
+    Memory: two [chunk_tokens, W] of logits, four in a group of more than one rank; with token_weights the gradients
+    of hidden states and weight from forward on, else from backward on; 30 fp64 numbers a token.
+    """
+    num_tokens, width = labels.numel(), student_weight.shape[0]
+    for name, hidden, weight in (
+        ("student", student_hidden, student_weight),
+        ("teacher", teacher_hidden, teacher_weight),
+    ):
+        fits = hidden.shape[:-1] == labels.shape and weight.shape == (width, hidden.shape[-1])
+        if not (fits and hidden.dtype == weight.dtype):
+            raise ConfigError(
+                f"expected {name} hidden states [{', '.join(map(str, labels.shape))}, h] and a weight [{width}, h] of "
+                f"one dtype, got {list(hidden.shape)} {hidden.dtype} and {list(weight.shape)} {weight.dtype}: pass the "
+                "decoder's output and the output layer's weight"
+            )
+    if shard.num_columns > width:
+        raise ConfigError(
+            f"expected weights of at least {shard.num_columns} rows (the shard's [{shard.start}, {shard.stop})), got "
+            f"{width}: build the shard from the local weight's rows"
+        )
+    if labels.dtype != torch.int64:
+        raise ConfigError(f"expected labels of dtype torch.int64, got {labels.dtype}: give one token id a token")
+    if token_weights is not None and token_weights.shape != labels.shape:
+        raise ConfigError(
+            f"expected token weights of the labels' shape {list(labels.shape)}, got {list(token_weights.shape)}: give "
+            "one number a token, or None"
+        )
+    if chunk_tokens < 1:
+        raise ConfigError(f"expected chunk_tokens >= 1, got {chunk_tokens}: 1024 suits a GPU")
+    head = _Head(
+        Passes.of(student_weight, teacher_weight, divergence, shard, temperature, has_labels=True),
+        kd_weight,
+        lm_weight,
+        student_scale,
+        teacher_scale,
+        chunk_tokens,
+    )
+    needs_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
+    loss, *terms = _DistillationHead.apply(
+        student_hidden.reshape(num_tokens, -1),
+        student_weight,
+        teacher_hidden.detach().reshape(num_tokens, -1),
+        teacher_weight.detach(),
+        labels.reshape(num_tokens),
+        token_weights.detach().reshape(num_tokens) if token_weights is not None else None,
+        head,
+        needs_gradient,
+    )
+    value, cross_entropy, metrics = terms
+    metrics = metrics.view(len(METRICS), *labels.shape)
+    named = dict(zip(METRICS, metrics.unbind(0), strict=True))
+    return loss.view(labels.shape), DistillationTerms(value.view(labels.shape), cross_entropy.view(labels.shape), named)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What stays the same from chunk to chunk."""
+
+    passes: Passes
+    kd_weight: float
+    lm_weight: float
+    student_scale: float
+    teacher_scale: float
+    chunk_tokens: int
+
+    def chunks(self, num_tokens: int) -> list[slice]:
+        """The tokens of each chunk."""
+        return [
+            slice(first, min(first + self.chunk_tokens, num_tokens))
+            for first in range(0, num_tokens, self.chunk_tokens)
+        ]
+
+    def batch(self, operands: "_Operands", chunk: slice) -> Batch:
+        """A chunk's logits."""
+        student = operands.student_hidden[chunk] @ operands.student_weight.t()
+        teacher = operands.teacher_hidden[chunk] @ operands.teacher_weight.t()
+        if self.student_scale != 1.0:
+            student.mul_(self.student_scale)
+        if self.teacher_scale != 1.0:
+            teacher.mul_(self.teacher_scale)
+        return self.passes.batch(student, teacher, operands.labels[chunk])
+
+    def gradient(self, batch: Batch, known: Known, token_weights: Tensor) -> Tensor:
+        """Of a loss weighted so, with respect to hidden @ weight^T; overwrites the student's logits."""
+        of_loss = token_weights.to(self.passes.dtype) * self.student_scale
+        logits = batch.student.logits
+        self.passes.write_gradient(logits, batch, known, of_loss * self.kd_weight, of_loss * self.lm_weight)
+        return logits
+
+
+@dataclass(frozen=True)
+class _Operands:
+    student_hidden: Tensor
+    student_weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    labels: Tensor
+
+
+class _Gradients:
+    """Of hidden states [N, h] and weight [W, h], as the chunks bring them; the weight's in fp32 at least."""
+
+    def __init__(self, operands: _Operands, of_hidden: bool, of_weight: bool) -> None:
+        self.operands = operands
+        hidden, weight = operands.student_hidden, operands.student_weight
+        self.of_hidden = torch.empty_like(hidden) if of_hidden else None
+        accumulated = torch.promote_types(weight.dtype, torch.float32)
+        self.of_weight = torch.zeros_like(weight, dtype=accumulated) if of_weight else None
+
+    def add(self, chunk: slice, of_logits: Tensor) -> None:
+        """Take in those of a chunk's logits."""
+        if self.of_hidden is not None:
+            torch.mm(of_logits, self.operands.student_weight, out=self.of_hidden[chunk])
+        if self.of_weight is not None:
+            hidden = self.operands.student_hidden[chunk]
+            if self.of_weight.dtype == hidden.dtype:
+                self.of_weight.addmm_(of_logits.t(), hidden)
+            else:
+                self.of_weight += of_logits.t() @ hidden
+
+
+class _DistillationHead(torch.autograd.Function):
+    """(loss, divergence, cross entropy, metrics [5, N]), of which only the loss is differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        labels: Tensor,
+        token_weights: Tensor | None,
+        head: _Head,
+        needs_gradient: bool,
+    ) -> tuple[Tensor, ...]:
+        operands = _Operands(student_hidden, student_weight, teacher_hidden, teacher_weight, labels)
+        passes = head.passes
+        in_forward = needs_gradient and token_weights is not None
+        gradients = _Gradients(operands, *ctx.needs_input_grad[:2]) if in_forward else None
+        result = student_hidden.new_empty(3 + len(METRICS), labels.numel(), dtype=passes.dtype)
+        known_of_chunks: list[Known] = []
+
+        def finish(chunk: slice, batch: Batch, exchange: Exchange) -> None:
+            known = passes.conclude(batch, exchange, needs_gradient)
+            value = known.value.to(passes.dtype)
+            cross_entropy, metrics = token_terms(known, labels[chunk], passes.dtype)
+            result[0, chunk] = head.kd_weight * value + head.lm_weight * cross_entropy
+            result[1, chunk], result[2, chunk], result[3:, chunk] = value, cross_entropy, metrics
+            if gradients is not None and token_weights is not None:
+                gradients.add(chunk, head.gradient(batch, known, token_weights[chunk]))
+            elif needs_gradient:
+                known_of_chunks.append(known)
+
+        before: tuple[slice, Batch, Exchange] | None = None
+        for chunk in head.chunks(labels.numel()):
+            batch = head.batch(operands, chunk)
+            started = chunk, batch, passes.start(batch, async_op=True)
+            if before is not None:
+                finish(*before)
+            before = started
+            if passes.shard.num_ranks == 1:  # nothing travels, so nothing has to be kept meanwhile
+                finish(*before)
+                before = None
+            del batch, started
+        if before is not None:
+            finish(*before)
+
+        ctx.head, ctx.gradients, ctx.known_of_chunks = head, gradients, known_of_chunks
+        if gradients is not None:
+            gradients.operands = None  # type: ignore[assignment]  # only the results are needed from here on
+            ctx.save_for_backward(student_weight, token_weights)
+        elif needs_gradient:
+            ctx.save_for_backward(*vars(operands).values())
+        loss, value, cross_entropy, metrics = result[0], result[1], result[2], result[3:]
+        ctx.mark_non_differentiable(value, cross_entropy, metrics)
+        return loss, value, cross_entropy, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 6
+        head: _Head = ctx.head
+        if ctx.gradients is None:
+            operands = _Operands(*ctx.saved_tensors)
+            gradients = _Gradients(operands, *ctx.needs_input_grad[:2])
+            for chunk, known in zip(head.chunks(of_loss.numel()), ctx.known_of_chunks, strict=True):
+                gradients.add(chunk, head.gradient(head.batch(operands, chunk), known, of_loss[chunk]))
+            of_hidden, of_weight = gradients.of_hidden, gradients.of_weight
+            dtype = operands.student_weight.dtype
+        else:
+            weight, token_weights = ctx.saved_tensors
+            of_hidden, of_weight, dtype = ctx.gradients.of_hidden, ctx.gradients.of_weight, weight.dtype
+            if of_hidden is None and of_weight is None:
+                raise RuntimeError("the gradients that forward had formed are used up: a second backward has none")
+            ctx.gradients.of_hidden = ctx.gradients.of_weight = None
+            factor = _factor(of_loss, token_weights)
+            for gradient in (of_hidden, of_weight):
+                if gradient is not None:
+                    gradient.mul_(factor)
+        return of_hidden, of_weight.to(dtype) if of_weight is not None else None, *nothing
+
+
+def _factor(of_loss: Tensor, token_weights: Tensor) -> Tensor:
+    """The c in of_loss = c * token_weights."""
+    weights = token_weights.to(of_loss.dtype)
+    largest = weights.abs().amax() if weights.numel() else weights.sum()
+    at = weights.abs().argmax() if weights.numel() else None
+    if at is None:
+        return largest
+    factor = torch.where(largest > 0, of_loss[at] / weights[at], 0.0)
+    off = (of_loss - factor * weights).abs().amax()
+    torch._assert_async(
+        ~(off > 1e-5 * of_loss.abs().amax()),
+        "vocab_parallel_distillation_head: the loss of each token was not multiplied by its token weight times one "
+        "factor for all, so the gradients formed in forward are not its: pass the weights that are used (a loss mask), "
+        "or None",
+    )
+    return factor

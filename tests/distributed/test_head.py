@@ -1,0 +1,194 @@
+"""The fused head gives what logits that exist give, on 1, 2 and 4 gloo ranks: losses, terms and all gradients.
+
+One launch a world size runs all cases; the tests then read its results.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_distributed
+from torch import Tensor
+
+from abkd_megatron import AlphaBeta, ToDi
+from abkd_megatron.divergences import Divergence
+from abkd_megatron.errors import ConfigError
+from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation, vocab_parallel_distillation_head
+
+WORLDS = [1, 2, 4]
+TOKENS = (5, 3)
+VOCAB, PADDED, HIDDEN, TEACHER_HIDDEN = 123, 128, 8, 12
+
+
+@dataclass(frozen=True)
+class Case:
+    divergence: Divergence
+    dtype: torch.dtype = torch.float64
+    in_forward: bool = True
+    chunk_tokens: int = 4
+    temperature: float = 1.0
+    scales: tuple[float, float] = (1.0, 1.0)
+
+    def __str__(self) -> str:
+        how = "in forward" if self.in_forward else "in backward"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.divergence}-{dtype}-{how}-{self.chunk_tokens}-T{self.temperature}-{self.scales}"
+
+
+CASES = [
+    Case(divergence, dtype, in_forward)
+    for divergence in (AlphaBeta(0.2, 0.7), AlphaBeta(1, 0), ToDi(), ToDi(2.0, detach=False))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    for in_forward in (True, False)
+]
+CASES += [
+    Case(AlphaBeta(0.2, 0.7), torch.float64, in_forward, chunk_tokens, temperature, scales)
+    for in_forward in (True, False)
+    for chunk_tokens, temperature, scales in [
+        (1, 1.0, (1.0, 1.0)),
+        (15, 2.0, (1.0, 1.0)),
+        (7, 2.0, (0.5, 0.25)),
+        (100, 1.0, (0.5, 1.0)),
+    ]
+]
+
+
+def run_case(case: Case, rank: int, world_size: int, group: dist.ProcessGroup | None) -> dict:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    width = PADDED // world_size
+    mine = slice(rank * width, (rank + 1) * width)
+    student_hidden, teacher_hidden = random(*TOKENS, HIDDEN), random(*TOKENS, TEACHER_HIDDEN)
+    student_weight, teacher_weight = random(PADDED, HIDDEN)[mine], random(PADDED, TEACHER_HIDDEN)[mine]
+    hidden, weight, teacher_hidden, teacher_weight = (
+        x.to(case.dtype) for x in (student_hidden, student_weight, teacher_hidden, teacher_weight)
+    )
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    labels = torch.randint(VOCAB, TOKENS, generator=generator)
+    labels[1, 1] = -1
+    mask = torch.randint(2, TOKENS, generator=generator).double()
+    mask[0] = 0.0
+    factor = 0.37
+    shard = VocabShard.megatron(width, group, VOCAB)
+
+    student = (hidden @ weight.t()) * case.scales[0]
+    teacher = (teacher_hidden @ teacher_weight.t()) * case.scales[1]
+    wanted = vocab_parallel_distillation(student, teacher, case.divergence, labels, shard, case.temperature)
+    wanted_loss = 0.8 * wanted.divergence + 0.3 * wanted.cross_entropy
+    wanted_gradients = torch.autograd.grad((factor * mask * wanted_loss).sum(), (hidden, weight))
+
+    loss, terms = vocab_parallel_distillation_head(
+        hidden,
+        weight,
+        teacher_hidden,
+        teacher_weight,
+        case.divergence,
+        labels,
+        shard,
+        kd_weight=0.8,
+        lm_weight=0.3,
+        temperature=case.temperature,
+        token_weights=mask if case.in_forward else None,
+        student_scale=case.scales[0],
+        teacher_scale=case.scales[1],
+        chunk_tokens=case.chunk_tokens,
+    )
+    gradients = torch.autograd.grad((factor * mask * loss).sum(), (hidden, weight))
+    got = {"loss": loss, "divergence": terms.divergence, "cross entropy": terms.cross_entropy, **terms.metrics}
+    expected = {
+        "loss": wanted_loss,
+        "divergence": wanted.divergence,
+        "cross entropy": wanted.cross_entropy,
+        **wanted.metrics,
+    }
+    for name in ("divergence", "cross entropy", *terms.metrics):
+        assert not got[name].requires_grad
+    got |= {"of hidden": gradients[0], "of weight": gradients[1]}
+    expected |= {"of hidden": wanted_gradients[0], "of weight": wanted_gradients[1]}
+    # Sums over tokens or the vocabulary in another order, in the arithmetic of the dtype.
+    relative = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}[case.dtype]
+
+    def error(name: str) -> float:
+        of, scale = expected[name].detach().double(), expected[name].detach().abs().amax().item() or 1.0
+        return (got[name].detach().double() - of).abs().amax().item() / scale / relative
+
+    return {name: error(name) for name in expected}
+
+
+def run_cases(rank: int, world_size: int) -> list[dict]:
+    group = dist.group.WORLD if world_size > 1 else None
+    return [run_case(case, rank, world_size, group) for case in CASES]
+
+
+@pytest.fixture(scope="module", params=WORLDS, ids=lambda world_size: f"ranks{world_size}")
+def ranks(request) -> list[list[dict]]:
+    return [run_cases(0, 1)] if request.param == 1 else run_distributed(run_cases, request.param)
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[str(case) for case in CASES])
+def test_equals_logits_that_exist(ranks, index):
+    for results in ranks:
+        assert all(error <= 1.0 for error in results[index].values()), results[index]
+
+
+def head(**changes):
+    arguments = {
+        "student_hidden": torch.ones(6, 4, requires_grad=True),
+        "student_weight": torch.ones(10, 4),
+        "teacher_hidden": torch.ones(6, 5),
+        "teacher_weight": torch.ones(10, 5),
+        "divergence": AlphaBeta(0.2, 0.7),
+        "labels": torch.zeros(6, dtype=torch.int64),
+        "shard": VocabShard.megatron(10),
+        **changes,
+    }
+    return vocab_parallel_distillation_head(**arguments)[0]
+
+
+def test_other_weights_than_were_said_raise_in_backward():
+    with pytest.raises(RuntimeError, match="not multiplied by its token weight times one factor"):
+        head(token_weights=torch.ones(6)).mul(torch.arange(6)).sum().backward()
+    with pytest.raises(RuntimeError, match="not multiplied by its token weight times one factor"):
+        head(token_weights=torch.zeros(6)).sum().backward()
+    head(token_weights=torch.zeros(6)).mul(0.0).sum().backward()
+    head().mul(torch.arange(6)).sum().backward()
+
+
+def test_gradients_of_forward_are_given_once():
+    loss = head(token_weights=torch.ones(6)).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second backward has none"):
+        loss.backward()
+    loss = head().sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def test_without_gradients_none_are_formed():
+    with torch.no_grad():
+        assert not head(token_weights=torch.ones(6)).requires_grad
+    assert not head(student_hidden=torch.ones(6, 4), token_weights=torch.ones(6)).requires_grad
+    frozen = head(token_weights=torch.ones(6)).sum()
+    frozen.backward()  # the weight wants no gradient
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student_weight": torch.ones(10, 3)}, r"student hidden states \[6, h\] and a weight \[10, h\]"),
+        ({"teacher_weight": torch.ones(9, 5)}, r"teacher hidden states .* and \[9, 5\]"),
+        ({"teacher_hidden": torch.ones(6, 5).bfloat16()}, "of one dtype, got"),
+        ({"shard": VocabShard(0, 11, 11)}, "at least 11 rows"),
+        ({"labels": torch.zeros(6)}, "labels of dtype torch.int64"),
+        ({"token_weights": torch.ones(5)}, r"token weights of the labels' shape \[6\], got \[5\]"),
+        ({"chunk_tokens": 0}, "chunk_tokens >= 1, got 0"),
+    ],
+)
+def test_bad_input_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        head(**changes)
