@@ -26,6 +26,7 @@ type Options = Mapping[str, argparse.Action]
 
 DEVICES = ("cuda", "cpu")
 DIVERGENCES = ("alpha_beta", "todi")
+HEADS = ("auto", "fused", "materialised")
 KERNELS = ("auto", "eager", "compiled", "cpp", "triton")
 SECTIONS = ("device", "megatron", "teacher", "distillation", "data")
 
@@ -59,6 +60,10 @@ class DistillationConfig:
     """Weight of the cross-entropy with the data."""
     kernel: str = "auto"
     """How the loss is computed: ``auto`` (by device), ``eager``, ``compiled`` (torch.compile), ``cpp``, ``triton``."""
+    head: str = "auto"
+    """How logits are made: ``materialised``, ``fused`` with the loss a chunk of tokens at a time, or ``auto``."""
+    chunk_tokens: int | None = None
+    """Tokens of a chunk of the fused head; None sizes it to the device."""
     gradient_in_place: bool = False
     """Whether backward overwrites the student's logits with their gradient."""
 
@@ -132,6 +137,16 @@ class Config:
         _check_name(kd.divergence, DIVERGENCES, origin, "distillation.divergence")
         origin = self.origins.get("distillation.kernel", "default")
         _check_name(kd.kernel, KERNELS, origin, "distillation.kernel")
+        _check_name(kd.head, HEADS, self.origins.get("distillation.head", "default"), "distillation.head")
+        require(
+            kd.chunk_tokens is None or kd.chunk_tokens >= 1, "distillation.chunk_tokens", "1 or more", kd.chunk_tokens
+        )
+        require(
+            kd.head != "fused" or kd.kd_weight != 0,
+            "distillation.head",
+            "auto or materialised with kd_weight 0, which trains on Megatron's own cross entropy",
+            kd.head,
+        )
         require(
             self.device != "cpu" or kd.kernel in ("auto", "eager", "cpp"),
             "distillation.kernel",

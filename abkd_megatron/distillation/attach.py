@@ -1,9 +1,7 @@
 """Attaching a teacher to a student that Megatron trains: one hook before its forward, one head in place of its loss."""
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -13,39 +11,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
+from abkd_megatron.distillation.head import OutputLayer, compute_loss, obstacle
 from abkd_megatron.distillation.lane import Lane
-from abkd_megatron.divergences import Divergence
+from abkd_megatron.distillation.objective import Objective
 from abkd_megatron.errors import ConfigError, HostError, on_every_rank
-from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What the student is trained on, per token: lm_weight * CE + kd_weight * D(teacher || student).
-
-    A `kd_weight` of 0 only watches: the student trains on Megatron's own cross entropy, bit for bit as without a
-    teacher, and the divergence is reported.
-    """
-
-    divergence: Divergence
-    temperature: float = 1.0
-    """Divides both models' logits inside the divergence. The cross entropy and the metrics stay at 1; the divergence
-    is not multiplied by temperature^2."""
-    kd_weight: float = 1.0
-    lm_weight: float = 1.0
-    gradient_in_place: bool = False
-    """Whether backward overwrites the student's logits with their gradient. Nothing of Megatron reads them again; a
-    hook of the user's on the output layer might."""
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ConfigError(f"temperature must be a positive number, got {self.temperature}")
-        for name in ("kd_weight", "lm_weight"):
-            weight = getattr(self, name)
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ConfigError(f"{name} must be a number of at least 0, got {weight}")
-        if self.kd_weight == 0 and self.lm_weight == 0:
-            raise ConfigError("kd_weight and lm_weight are both 0, so there is nothing to train on; raise one of them")
+from abkd_megatron.vocab_parallel import VocabShard
 
 
 def attach(
@@ -83,14 +53,16 @@ def attach(
     """
     # Some of it shows on the last pipeline stage alone, and the others would go on into the lane's collectives.
     with on_every_rank():
-        model = _checked_student(student, teacher)
+        model = _checked_student(student, teacher, objective)
     lane = None
     if pg_collection.pp.size() > 1:
         lane = Lane(dist.get_process_group_ranks(pg_collection.pp), timeout)
     return Attachment(model, teacher, objective, vocab_size, pg_collection.tp, lane)
 
 
-def _checked_student(student: torch.nn.Module | Sequence[torch.nn.Module], teacher: GPTModel) -> GPTModel:
+def _checked_student(
+    student: torch.nn.Module | Sequence[torch.nn.Module], teacher: GPTModel, objective: Objective
+) -> GPTModel:
     chunks = list(student) if isinstance(student, Sequence) else [student]
     if len(chunks) != 1:
         raise ConfigError(
@@ -117,6 +89,9 @@ def _checked_student(student: torch.nn.Module | Sequence[torch.nn.Module], teach
                 f"student and teacher must pad the vocabulary alike: {ours} columns a rank against {theirs}; "
                 "give both the same make-vocab-size-divisible-by"
             )
+        for name, layer in (("student", model.output_layer), ("teacher", teacher.output_layer)):
+            if objective.head == "fused" and (why := obstacle(layer)):
+                raise ConfigError(f"head: fused is not possible ({name}: {why}); give head: materialised, or auto")
     return model
 
 
@@ -167,7 +142,7 @@ class Attachment:
 
     @torch.no_grad()
     def _run_teacher(self, student: GPTModel, batch: dict[str, Any]) -> Any:
-        """Run this stage of the teacher on the student's micro-batch; on the last one, return its deferred logits."""
+        """Run this stage of the teacher on the student's micro-batch; on the last one, return its output layer."""
         teacher = self.teacher
         if not teacher.pre_process:
             assert self._lane is not None
@@ -181,7 +156,7 @@ class Attachment:
             batch.get("attention_mask"),
             packed_seq_params=batch.get("packed_seq_params"),
             padding_mask=batch.get("padding_mask"),
-            output_processor=_deferred_logits,
+            output_processor=_output_layer,
         )
         if not teacher.post_process:
             assert self._lane is not None
@@ -195,57 +170,42 @@ class Attachment:
         output_layer: torch.nn.Module,
         output_weight: torch.Tensor | None,
         labels: torch.Tensor,
-        context: Callable[[], torch.Tensor],
-        compute_language_model_loss: Any,
-        scale_logits: Any,
+        loss_mask: torch.Tensor | None,
+        context: OutputLayer,
+        compute_language_model_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        scale_logits: Callable[[torch.Tensor], torch.Tensor],
         **_: Any,
     ) -> torch.Tensor:
-        """The student's logits, the teacher's, and the per-token loss [b, s] of both; called by GPTModel."""
-        objective = self.objective
-        student_logits = scale_logits(output_layer(hidden_states, weight=output_weight)[0])
-        with torch.no_grad():
-            teacher_logits = context()
-
-        shard = VocabShard.megatron(student_logits.shape[-1], self._tp_group, self._vocab_size)
-        watch_only = objective.kd_weight == 0
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not watch_only):
-            terms = vocab_parallel_distillation(
-                student_logits,
-                teacher_logits,
-                objective.divergence,
-                labels.transpose(0, 1),
-                shard,
-                temperature=objective.temperature,
-                gradient_in_place=objective.gradient_in_place,
-            )
-        divergence = _batch_first(terms.divergence)
-        if watch_only:
-            # After our reading: Megatron's cross entropy overwrites fp32 logits in place.
-            cross_entropy = compute_language_model_loss(labels, student_logits)
-            loss = objective.lm_weight * cross_entropy
-        else:
-            cross_entropy = _batch_first(terms.cross_entropy)
-            loss = objective.kd_weight * divergence
-            if objective.lm_weight != 0:
-                loss = loss + objective.lm_weight * cross_entropy
+        """The per-token loss [b, s] from both models' hidden states; called by GPTModel."""
+        student = OutputLayer(hidden_states, output_layer, output_weight, scale_logits)
+        loss = compute_loss(
+            student,
+            context,
+            self.objective,
+            labels.transpose(0, 1),
+            loss_mask.transpose(0, 1) if loss_mask is not None else None,
+            VocabShard.megatron(student.weight.shape[0], self._tp_group, self._vocab_size),
+            self._tp_group,
+            lambda logits: compute_language_model_loss(labels, logits).transpose(0, 1),
+        )
         self.report = {
-            "lm loss": cross_entropy.detach(),
-            "kd loss": divergence.detach(),
-            **{name: _batch_first(value) for name, value in terms.metrics.items()},
+            "lm loss": _batch_first(loss.terms.cross_entropy.detach()),
+            "kd loss": _batch_first(loss.terms.divergence.detach()),
+            **{name: _batch_first(value) for name, value in loss.terms.metrics.items()},
         }
-        return loss
+        return _batch_first(loss.total)
 
 
-def _deferred_logits(
+def _output_layer(
     *,
     hidden_states: torch.Tensor,
     output_layer: torch.nn.Module,
     output_weight: torch.Tensor | None,
-    scale_logits: Any,
+    scale_logits: Callable[[torch.Tensor], torch.Tensor],
     **_: Any,
-) -> Callable[[], torch.Tensor]:
-    """The teacher's output: its logits [s, b, V/TP], not computed before the student's head asks for them."""
-    return lambda: scale_logits(output_layer(hidden_states, weight=output_weight)[0])
+) -> OutputLayer:
+    """The teacher's output: not its logits, before the student's head asks for them."""
+    return OutputLayer(hidden_states, output_layer, output_weight, scale_logits)
 
 
 def _batch_first(per_token: torch.Tensor) -> torch.Tensor:

@@ -142,6 +142,8 @@ def make_objective(config: DistillationConfig) -> Objective:
         temperature=config.temperature,
         kd_weight=config.kd_weight,
         lm_weight=config.lm_weight,
+        head=config.head,
+        chunk_tokens=config.chunk_tokens,
         gradient_in_place=config.gradient_in_place,
     )
 

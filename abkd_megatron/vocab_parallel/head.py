@@ -41,6 +41,7 @@ def vocab_parallel_distillation_head(
     student_scale: float = 1.0,
     teacher_scale: float = 1.0,
     chunk_tokens: int = 1024,
+    into_main_grad: bool = False,
 ) -> tuple[Tensor, DistillationTerms]:
     """kd_weight * D + lm_weight * CE of every token, with logits = scale * hidden @ weight^T that never exist.
 
@@ -60,6 +61,9 @@ def vocab_parallel_distillation_head(
         student_scale: multiplies the student's logits.
         teacher_scale: multiplies the teacher's.
         chunk_tokens: tokens of a chunk.
+        into_main_grad: add the weight's gradient to its `main_grad`, unrounded, as Megatron's layers do with
+            gradient accumulation fusion, if it has one; its `grad_added_to_main_grad` is set and what autograd gets
+            for it means nothing.
 
     Returns:
         The loss, [...] fp32 (fp64 if the logits are), the same on every rank, once differentiable in
@@ -109,6 +113,7 @@ def vocab_parallel_distillation_head(
         student_scale,
         teacher_scale,
         chunk_tokens,
+        student_weight if into_main_grad and hasattr(student_weight, "main_grad") else None,
     )
     needs_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
     loss, *terms = _DistillationHead.apply(
@@ -137,6 +142,8 @@ class _Head:
     student_scale: float
     teacher_scale: float
     chunk_tokens: int
+    parameter: Any
+    """The weight if it has a `main_grad` to take its gradient, else None."""
 
     def chunks(self, num_tokens: int) -> list[slice]:
         """The tokens of each chunk."""
@@ -273,7 +280,16 @@ class _DistillationHead(torch.autograd.Function):
             for gradient in (of_hidden, of_weight):
                 if gradient is not None:
                     gradient.mul_(factor)
-        return of_hidden, of_weight.to(dtype) if of_weight is not None else None, *nothing
+        if of_weight is None:
+            return of_hidden, None, *nothing
+        parameter = head.parameter
+        if parameter is None:
+            return of_hidden, of_weight.to(dtype), *nothing
+        parameter.main_grad.add_(of_weight)
+        parameter.grad_added_to_main_grad = True
+        # Something has to arrive, or Megatron's hooks do not run; it looks at it only if told to.
+        like = torch.zeros_like if getattr(parameter, "zero_out_wgrad", False) else torch.empty_like
+        return of_hidden, like(of_weight, dtype=dtype), *nothing
 
 
 def _factor(of_loss: Tensor, token_weights: Tensor) -> Tensor:

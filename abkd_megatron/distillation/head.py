@@ -1,0 +1,208 @@
+"""The loss in place of Megatron's own, from both models' last hidden states: with logits, or without them.
+
+Legend: s sequence, b micro-batch, h hidden size, V/TP vocabulary columns of a rank.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from abkd_megatron.distillation.objective import Objective
+from abkd_megatron.errors import ConfigError
+from abkd_megatron.vocab_parallel import (
+    DistillationTerms,
+    VocabShard,
+    vocab_parallel_distillation,
+    vocab_parallel_distillation_head,
+)
+
+logger = logging.getLogger(__name__)
+
+# Products this many tokens long keep a GPU's matrix units busy; a CPU's are busy with fewer, whose logits its caches
+# hold in part.
+_CHUNK_TOKENS = {"cuda": 2048, "cpu": 256}
+# What chunks may take of the memory that is free.
+_SHARE_OF_FREE = 1 / 8
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """A model's last hidden states and what Megatron makes logits of them with."""
+
+    hidden_states: Tensor
+    """[s, b, h]; [s/TP, b, h] with sequence parallelism."""
+    layer: torch.nn.Module
+    tied_weight: Tensor | None
+    """[V/TP, h] if the embedding's weight is the output layer's too."""
+    scale_logits: Callable[[Tensor], Tensor]
+
+    @property
+    def weight(self) -> Tensor:
+        """[V/TP, h]."""
+        if self.tied_weight is not None:
+            return self.tied_weight
+        assert isinstance(self.layer.weight, Tensor)
+        return self.layer.weight
+
+    def logits(self) -> Tensor:
+        """[s, b, V/TP], as Megatron's own."""
+        return self.scale_logits(self.layer(self.hidden_states, weight=self.tied_weight)[0])
+
+    def whole_hidden_states(self, tp_group: dist.ProcessGroup) -> Tensor:
+        """[s, b, h]; their gradient, of which each rank has a part, is summed over the ranks (and scattered)."""
+        if getattr(self.layer, "sequence_parallel", False):
+            gathered: Tensor = gather_from_sequence_parallel_region(self.hidden_states, group=tp_group)
+            return gathered
+        copied: Tensor = copy_to_tensor_model_parallel_region(self.hidden_states, group=tp_group)
+        return copied
+
+    def scale(self) -> float:
+        """What the logits are multiplied by, MuP's factor."""
+        return float(self.scale_logits(torch.ones((), dtype=torch.float64)))
+
+
+def obstacle(layer: torch.nn.Module) -> str | None:
+    """Why this output layer cannot be done without, if it cannot."""
+    if type(layer) is not ColumnParallelLinear:
+        return f"the output layer is a {type(layer).__name__}, not Megatron's ColumnParallelLinear"
+    config: Any = layer.config
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    found = {
+        "has a bias": layer.bias is not None,
+        "gathers its output": layer.gather_output,
+        "defers its weight gradient (defer-embedding-wgrad-compute)": config.defer_embedding_wgrad_compute,
+        "offloads activations": config._cpu_offloading_context is not None,
+        "shares its weight over another group": layer.gtp_remat_size != 1,
+        "has hooks": any(map(bool, hooks)),
+    }
+    return next((f"the output layer {what}" for what, holds in found.items() if holds), None)
+
+
+class Loss(NamedTuple):
+    """Per token, [s, b]."""
+
+    total: Tensor
+    """What is trained: kd_weight * divergence + lm_weight * cross entropy."""
+    terms: DistillationTerms
+
+
+def compute_loss(
+    student: OutputLayer,
+    teacher: OutputLayer,
+    objective: Objective,
+    labels: Tensor,
+    loss_mask: Tensor | None,
+    shard: VocabShard,
+    tp_group: dist.ProcessGroup,
+    megatron_cross_entropy: Callable[[Tensor], Tensor],
+) -> Loss:
+    """The objective's loss, through logits or without them as `objective.head` says.
+
+    Args:
+        student: gets gradients.
+        teacher: gets none.
+        objective: divergence, weights, and how.
+        labels: [s, b].
+        loss_mask: [s, b], what the caller multiplies the loss by before it sums; None if it is not known.
+        shard: of the vocabulary.
+        tp_group: the tensor-parallel group.
+        megatron_cross_entropy: Megatron's own [s, b] from logits; it may overwrite them.
+
+    Raises:
+        ConfigError: for head: fused where an output layer cannot be done without.
+    """
+    chunk_tokens = _fused_chunk(student, teacher, objective, labels.numel())
+    if chunk_tokens:
+        total, terms = vocab_parallel_distillation_head(
+            student.whole_hidden_states(tp_group),
+            student.weight,
+            teacher.whole_hidden_states(tp_group),
+            teacher.weight,
+            objective.divergence,
+            labels,
+            shard,
+            kd_weight=objective.kd_weight,
+            lm_weight=objective.lm_weight,
+            temperature=objective.temperature,
+            token_weights=loss_mask,
+            student_scale=student.scale(),
+            teacher_scale=teacher.scale(),
+            chunk_tokens=chunk_tokens,
+            into_main_grad=bool(getattr(student.layer, "gradient_accumulation_fusion", False)),
+        )
+        return Loss(total, terms)
+
+    student_logits = student.logits()
+    with torch.no_grad():
+        teacher_logits = teacher.logits()
+    watch_only = objective.kd_weight == 0
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not watch_only):
+        terms = vocab_parallel_distillation(
+            student_logits,
+            teacher_logits,
+            objective.divergence,
+            labels,
+            shard,
+            temperature=objective.temperature,
+            gradient_in_place=objective.gradient_in_place,
+        )
+    if watch_only:
+        # After our reading: Megatron's cross entropy overwrites fp32 logits in place.
+        terms = terms._replace(cross_entropy=megatron_cross_entropy(student_logits))
+        return Loss(objective.lm_weight * terms.cross_entropy, terms)
+    total = objective.kd_weight * terms.divergence
+    if objective.lm_weight != 0:
+        total = total + objective.lm_weight * terms.cross_entropy
+    return Loss(total, terms)
+
+
+def _fused_chunk(student: OutputLayer, teacher: OutputLayer, objective: Objective, num_tokens: int) -> int | None:
+    """Tokens of a chunk, or None for logits that exist."""
+    if objective.head == "materialised":
+        return None
+    reasons = [
+        f"{name}: {why}" for name, of in (("student", student), ("teacher", teacher)) if (why := obstacle(of.layer))
+    ]
+    if objective.kd_weight == 0:
+        reasons.append("kd_weight 0 trains on Megatron's own cross entropy, of logits")
+    if objective.head == "fused" and reasons:
+        raise ConfigError(f"head: fused is not possible ({reasons[0]}); give head: materialised, or auto")
+    width, itemsize = student.weight.shape[0], student.weight.dtype.itemsize
+    of_token = 2 * width * itemsize  # both models' logits
+    chunk_tokens = _chunk_tokens(student.weight.device.type, of_token, objective.chunk_tokens)
+    fused = not reasons and (objective.head == "fused" or num_tokens > chunk_tokens)
+    logits = f"{num_tokens} x {width} logits of both models, {num_tokens * of_token / 2**20:.0f} MiB"
+    if fused:
+        chunk = f"{chunk_tokens} tokens, {chunk_tokens * of_token / 2**20:.0f} MiB"
+        _log(f"LM head fused with the loss: chunks of {chunk}, in place of {logits}")
+        return chunk_tokens
+    _log(f"LM head materialised: {logits}" + (f" ({reasons[0]})" if reasons else ""))
+    return None
+
+
+@functools.cache
+def _chunk_tokens(device: str, of_token: int, given: int | None) -> int:
+    if given is not None:
+        return given
+    chunk_tokens = _CHUNK_TOKENS.get(device, 1024)
+    if device == "cuda":
+        room = torch.cuda.mem_get_info()[0] * _SHARE_OF_FREE
+        while chunk_tokens > 128 and 2 * chunk_tokens * of_token > room:  # two chunks are under way at a time
+            chunk_tokens //= 2
+    return chunk_tokens
+
+
+@functools.cache
+def _log(message: str) -> None:
+    logger.info(message)

@@ -1,0 +1,155 @@
+"""Megatron's own output layer against the fused head, on this rank of a tensor-parallel group: a line of JSON.
+
+Four micro-batches accumulate. Of every case: the largest error of losses, terms and gradients over what is allowed.
+"""
+
+import dataclasses
+import itertools
+import json
+from datetime import timedelta
+
+SEQUENCE, BATCH, VOCAB, PADDED, HIDDEN, TEACHER_HIDDEN = 8, 3, 250, 256, 16, 24
+
+
+def main() -> None:
+    from abkd_megatron import cpu
+
+    cpu.install()
+    cpu.init_process_group(timedelta(minutes=3))
+
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
+    model_parallel_cuda_manual_seed(1)
+    allowed = {torch.float32: 1e-5, torch.float64: 1e-10}
+    cases = itertools.product((False, True), (False, True), (False, True), allowed)
+    found = {}
+    for sequence_parallel, tied, mup, dtype in cases:
+        if sequence_parallel and dist.get_world_size() == 1:
+            continue
+        case = Case(sequence_parallel, tied, mup, dtype)
+        wanted, got, in_main_grad, unmasked = (
+            case.run(head, **how)
+            for head, how in (
+                ("materialised", {}),
+                ("fused", {}),
+                ("fused", {"main_grad": True}),
+                ("fused", {"mask_known": False}),
+            )
+        )
+        for name, other in (("fused", got), ("main grad", in_main_grad), ("mask unknown", unmasked)):
+            worst = max(error(other[key], wanted[key]) for key in wanted) / allowed[dtype]
+            found[f"{name}: sp {sequence_parallel}, tied {tied}, mup {mup}, {dtype}"] = worst
+    print("FOUND " + json.dumps(found), flush=True)
+    dist.barrier()
+
+
+def error(got, wanted) -> float:
+    assert got.shape == wanted.shape and got.dtype == wanted.dtype
+    return ((got - wanted).abs().amax() / wanted.abs().amax().clamp_min(1e-30)).item()
+
+
+@dataclasses.dataclass
+class Case:
+    sequence_parallel: bool
+    tied: bool
+    mup: bool
+    dtype: object
+
+    def layer(self, hidden_size):
+        import torch
+        from megatron.core.tensor_parallel import ColumnParallelLinear
+        from megatron.core.transformer import TransformerConfig
+
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=hidden_size,
+            num_attention_heads=4,
+            tensor_model_parallel_size=torch.distributed.get_world_size(),
+            sequence_parallel=self.sequence_parallel,
+            params_dtype=self.dtype,
+            use_cpu_initialization=True,
+        )
+        made = ColumnParallelLinear(
+            hidden_size,
+            PADDED,
+            config=config,
+            init_method=torch.nn.init.normal_,
+            bias=False,
+            gather_output=False,
+            skip_weight_param_allocation=self.tied,
+        )
+        weight = None
+        if self.tied:
+            rows = PADDED // torch.distributed.get_world_size()
+            generator = torch.Generator().manual_seed(hidden_size + torch.distributed.get_rank())
+            weight = torch.nn.Parameter(torch.randn(rows, hidden_size, generator=generator, dtype=self.dtype))
+        else:
+            with torch.no_grad():
+                made.weight.mul_(0.5)
+        return made, weight
+
+    def run(self, head, main_grad=False, mask_known=True):
+        import torch
+        from megatron.core import parallel_state
+
+        from abkd_megatron import AlphaBeta
+        from abkd_megatron.distillation import Objective
+        from abkd_megatron.distillation.head import OutputLayer, compute_loss
+        from abkd_megatron.vocab_parallel import VocabShard
+
+        group = parallel_state.get_tensor_model_parallel_group()
+        torch.manual_seed(0)
+        (layer, tied), (teacher_layer, teacher_tied) = self.layer(HIDDEN), self.layer(TEACHER_HIDDEN)
+        weight = tied if tied is not None else layer.weight
+        if main_grad:
+            layer.gradient_accumulation_fusion = True
+            weight.main_grad = torch.zeros_like(weight)
+            weight.grad_added_to_main_grad = False
+        objective = Objective(AlphaBeta(0.2, 0.7), 2.0, 0.7, 0.4, head=head, chunk_tokens=7)
+        shard = VocabShard.megatron(weight.shape[0], group, VOCAB)
+        scale = (lambda logits: logits * 0.25) if self.mup else (lambda logits: logits)
+        generator = torch.Generator().manual_seed(1)
+        found = {}
+        for micro_batch in range(4):
+            hidden, teacher_hidden = (
+                torch.randn(SEQUENCE, BATCH, size, generator=generator, dtype=torch.float64).to(self.dtype)
+                for size in (HIDDEN, TEACHER_HIDDEN)
+            )
+            labels = torch.randint(VOCAB, (SEQUENCE, BATCH), generator=generator)
+            mask = torch.randint(2, (SEQUENCE, BATCH), generator=generator).to(self.dtype)
+            if self.sequence_parallel:
+                hidden, teacher_hidden = (
+                    whole.chunk(group.size())[group.rank()].contiguous() for whole in (hidden, teacher_hidden)
+                )
+            hidden.requires_grad_()
+            loss = compute_loss(
+                OutputLayer(hidden * 1, layer, tied, scale),
+                OutputLayer(teacher_hidden, teacher_layer, teacher_tied, scale),
+                objective,
+                labels,
+                mask if mask_known else None,
+                shard,
+                group,
+                lambda logits: self.fail(),
+            )
+            ((loss.total * mask).sum() / 3).backward()
+            found[f"hidden {micro_batch}"] = hidden.grad
+            found[f"loss {micro_batch}"] = loss.total.detach()
+            found[f"divergence {micro_batch}"] = loss.terms.divergence.detach()
+            found[f"cross entropy {micro_batch}"] = loss.terms.cross_entropy.detach()
+            if main_grad:
+                assert weight.grad_added_to_main_grad
+                weight.grad = None  # as Megatron's hook does
+        found["weight"] = weight.main_grad if main_grad else weight.grad
+        return found
+
+    def fail(self):
+        raise AssertionError("Megatron's cross entropy was asked for")
+
+
+if __name__ == "__main__":
+    main()
