@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import logging
 import os
 import sys
 import warnings
@@ -82,7 +83,19 @@ def _run(job: str, path: Path | None, overrides: Sequence[str]) -> None:
         cpu.init_process_group(timedelta(minutes=float(str(minutes))))
     else:
         _require_gpu()
+    _show_log()
     megatron_lm.run(config, job)
+
+
+def _show_log() -> None:
+    """What this package logs once goes to stdout, from the rank that prints Megatron's own log: the last."""
+    if int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("abkd_megatron: %(message)s"))
+        logger = logging.getLogger("abkd_megatron")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
 
 
 def _require_gpu() -> None:

@@ -127,4 +127,4 @@ def _automatic(divergence: Divergence, student: Tensor, teacher: Tensor) -> str:
 
 @functools.cache
 def _announce(name: str, choice: str) -> None:
-    logger.info("abkd_megatron: %s kernel%s", name, " (chosen by device)" if choice == "auto" else "")
+    logger.info("%s kernel%s", name, " (chosen by device)" if choice == "auto" else "")

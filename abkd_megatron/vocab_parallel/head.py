@@ -78,7 +78,8 @@ def vocab_parallel_distillation_head(
     Collectives: those of vocab_parallel_distillation, a chunk.
 
     Memory: two [chunk_tokens, W] of logits, four in a group of more than one rank; with token_weights the gradients
-    of hidden states and weight from forward on, else from backward on; 30 fp64 numbers a token.
+    of hidden states and weight from forward on, else from backward on, the weight's in fp32 at least (a bf16 weight's
+    also, a chunk at a time, in bf16); 30 fp64 numbers a token.
     """
     num_tokens, width = labels.numel(), student_weight.shape[0]
     for name, hidden, weight in (

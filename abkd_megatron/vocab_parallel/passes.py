@@ -209,16 +209,18 @@ class Exchange:
     """Every rank's record [fields, N] on its way to being that of the whole vocabulary, the same bits on each."""
 
     def __init__(self, passes: Passes, record: Tensor, async_op: bool) -> None:
-        self.passes, self.record = passes, record
+        self.passes = passes
         self.work: dist.Work | None = None
+        self.record: Tensor | None = record
+        self.gathered: Tensor | None = None
         shard = passes.shard
-        self.alone = shard.num_ranks == 1 or record.numel() == 0
-        # The id of an fp64 maximum has no room beside it.
-        self.gathers = shard.num_ranks <= GATHER_UP_TO or passes.dtype == torch.float64
-        if self.alone:
+        if shard.num_ranks == 1 or record.numel() == 0:
             return
-        if self.gathers:
-            self.records, self.work = _all_gather(record, shard, async_op)
+        # The id of an fp64 maximum has no room beside it.
+        if shard.num_ranks <= GATHER_UP_TO or passes.dtype == torch.float64:
+            self.gathered, self.work = _all_gather(record, shard, async_op)
+            if not async_op:
+                self.record = None
         else:
             self.packed = statistics.pack(record, passes.layout)
             self.work = dist.all_reduce(self.packed, dist.ReduceOp.MAX, group=shard.group, async_op=async_op)
@@ -227,14 +229,15 @@ class Exchange:
         """[fields, N], once it has arrived."""
         if self.work is not None:
             self.work.wait()
-        if self.alone:
+        shard, divergence, layout = self.passes.shard, self.passes.divergence, self.passes.layout
+        if self.gathered is not None:
+            return statistics.merge(self.gathered, divergence, layout)
+        assert self.record is not None
+        if shard.num_ranks == 1 or self.record.numel() == 0:
             return self.record
-        divergence, layout = self.passes.divergence, self.passes.layout
-        if self.gathers:
-            return statistics.merge(self.records, divergence, layout)
         whole = statistics.unpack(self.packed, layout)
         sums = statistics.rebase(self.record, whole, divergence, layout)
-        dist.all_reduce(sums, group=self.passes.shard.group)
+        dist.all_reduce(sums, group=shard.group)
         whole[layout.additive] = sums
         return whole
 

@@ -60,8 +60,11 @@ def merge(records: Tensor, divergence: Divergence, layout: Layout) -> Tensor:
         # The smallest id among the ranks that hold the maximum, whatever their order.
         beaten = records[:, layout.maxima] != whole[layout.maxima]
         whole[layout.tops] = records[:, layout.tops].masked_fill(beaten, math.inf).amin(dim=0)
-    rebased = [rebase(record, whole, divergence, layout) for record in records.unbind(0)]
-    whole[layout.additive] = torch.stack(rebased).sum(dim=0)
+    first, *others = records.unbind(0)
+    sums = rebase(first, whole, divergence, layout)
+    for record in others:
+        sums += rebase(record, whole, divergence, layout)
+    whole[layout.additive] = sums
     return whole
 
 

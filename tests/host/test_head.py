@@ -41,7 +41,11 @@ def run(workspace: Path, config: Path, teacher: Path):
         if name not in found:
             tensorboard = workspace / "head" / name.replace(" ", "_")
             common = {"megatron.tensorboard-dir": tensorboard, "teacher.load": teacher, "megatron.seed": 5}
-            run_job("distill", config, {**common, **overrides}, num_ranks=num_ranks)
+            ranks = run_job("distill", config, {**common, **overrides}, num_ranks=num_ranks)
+            how = "materialised" if "wanted" in name else "fused with the loss: chunks of 24 tokens"
+            said = [rank.output.count(f"abkd_megatron: LM head {how}") for rank in ranks]
+            assert said == [0] * (num_ranks - 1) + [1]
+            assert ranks[-1].output.count(" kernel (chosen by device)") == 1
             found[name] = scalars(tensorboard)
         return found[name]
 

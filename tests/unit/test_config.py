@@ -271,6 +271,19 @@ def test_check_names_the_origin(load):
         load("distillation:\n  temperature: 0").check("pretrain")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{head: fast}", r"distillation.head: .*auto, fused, materialised.*fast"),
+        ("{chunk_tokens: 0}", r"distillation.chunk_tokens: expected 1 or more, got 0"),
+        ("{head: fused, kd_weight: 0}", r"distillation.head: expected auto or materialised with kd_weight 0"),
+    ],
+)
+def test_check_refuses_heads_that_cannot_be(load, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        load(f"distillation: {settings}").check("pretrain")
+
+
 def test_check_refuses_the_compiler_under_the_stand_in(load):
     load("distillation: {kernel: compiled}").check("pretrain")
     with pytest.raises(
