@@ -26,14 +26,9 @@ from abkd_megatron.vocab_parallel import (
     vocab_parallel_distillation,
     vocab_parallel_distillation_head,
 )
+from abkd_megatron.vocab_parallel.head import automatic_chunk_tokens, bytes_of_a_token
 
 logger = logging.getLogger(__name__)
-
-# Products this many tokens long keep a GPU's matrix units busy; a CPU's are busy with fewer, whose logits its caches
-# hold in part.
-_CHUNK_TOKENS = {"cuda": 2048, "cpu": 256}
-# What chunks may take of the memory that is free.
-_SHARE_OF_FREE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -122,7 +117,7 @@ def compute_loss(
     Raises:
         ConfigError: for head: fused where an output layer cannot be done without.
     """
-    chunk_tokens = _fused_chunk(student, teacher, objective, labels.numel())
+    chunk_tokens = _fused_chunk(student, teacher, objective, labels.numel(), shard)
     if chunk_tokens:
         total, terms = vocab_parallel_distillation_head(
             student.whole_hidden_states(tp_group),
@@ -167,7 +162,9 @@ def compute_loss(
     return Loss(total, terms)
 
 
-def _fused_chunk(student: OutputLayer, teacher: OutputLayer, objective: Objective, num_tokens: int) -> int | None:
+def _fused_chunk(
+    student: OutputLayer, teacher: OutputLayer, objective: Objective, num_tokens: int, shard: VocabShard
+) -> int | None:
     """Tokens of a chunk, or None for logits that exist."""
     if objective.head == "materialised":
         return None
@@ -178,29 +175,20 @@ def _fused_chunk(student: OutputLayer, teacher: OutputLayer, objective: Objectiv
         reasons.append("kd_weight 0 trains on Megatron's own cross entropy, of logits")
     if objective.head == "fused" and reasons:
         raise ConfigError(f"head: fused is not possible ({reasons[0]}); give head: materialised, or auto")
-    width, itemsize = student.weight.shape[0], student.weight.dtype.itemsize
-    of_token = 2 * width * itemsize  # both models' logits
-    chunk_tokens = _chunk_tokens(student.weight.device.type, of_token, objective.chunk_tokens)
-    fused = not reasons and (objective.head == "fused" or num_tokens > chunk_tokens)
-    logits = f"{num_tokens} x {width} logits of both models, {num_tokens * of_token / 2**20:.0f} MiB"
-    if fused:
-        chunk = f"{chunk_tokens} tokens, {chunk_tokens * of_token / 2**20:.0f} MiB"
-        _log(f"LM head fused with the loss: chunks of {chunk}, in place of {logits}")
+    weight = student.weight
+    of_token = bytes_of_a_token(weight, shard)
+    chunk_tokens = objective.chunk_tokens or automatic_chunk_tokens(weight.device, of_token)
+    whole = f"{num_tokens} x {weight.shape[0]} logits of both models, {_mib(2 * num_tokens * weight[:, 0].nbytes)}"
+    if not reasons and (objective.head == "fused" or num_tokens > chunk_tokens):
+        chunk = f"{chunk_tokens} tokens, {_mib(chunk_tokens * of_token)}"
+        _log(f"LM head fused with the loss: chunks of {chunk}, in place of {whole}")
         return chunk_tokens
-    _log(f"LM head materialised: {logits}" + (f" ({reasons[0]})" if reasons else ""))
+    _log(f"LM head materialised: {whole}" + (f" ({reasons[0]})" if reasons else ""))
     return None
 
 
-@functools.cache
-def _chunk_tokens(device: str, of_token: int, given: int | None) -> int:
-    if given is not None:
-        return given
-    chunk_tokens = _CHUNK_TOKENS.get(device, 1024)
-    if device == "cuda":
-        room = torch.cuda.mem_get_info()[0] * _SHARE_OF_FREE
-        while chunk_tokens > 128 and 2 * chunk_tokens * of_token > room:  # two chunks are under way at a time
-            chunk_tokens //= 2
-    return chunk_tokens
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.0f} MiB"
 
 
 @functools.cache

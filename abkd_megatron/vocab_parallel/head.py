@@ -11,6 +11,7 @@ logits again: 1.6 times the products for a student as wide as its teacher.
 Legend: N tokens, h and H the students' and the teacher's hidden size, W the width of a rank's logits.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ def vocab_parallel_distillation_head(
     token_weights: Tensor | None = None,
     student_scale: float = 1.0,
     teacher_scale: float = 1.0,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int | None = None,
     into_main_grad: bool = False,
 ) -> tuple[Tensor, DistillationTerms]:
     """kd_weight * D + lm_weight * CE of every token, with logits = scale * hidden @ weight^T that never exist.
@@ -60,7 +61,7 @@ def vocab_parallel_distillation_head(
             Gradients are then formed in forward. None forms the logits again in backward, for any weights.
         student_scale: multiplies the student's logits.
         teacher_scale: multiplies the teacher's.
-        chunk_tokens: tokens of a chunk.
+        chunk_tokens: tokens of a chunk; None for `automatic_chunk_tokens`.
         into_main_grad: add the weight's gradient to its `main_grad`, unrounded, as Megatron's layers do with
             gradient accumulation fusion, if it has one; its `grad_added_to_main_grad` is set and what autograd gets
             for it means nothing.
@@ -105,8 +106,10 @@ def vocab_parallel_distillation_head(
             f"expected token weights of the labels' shape {list(labels.shape)}, got {list(token_weights.shape)}: give "
             "one number a token, or None"
         )
+    if chunk_tokens is None:
+        chunk_tokens = automatic_chunk_tokens(student_weight.device, bytes_of_a_token(student_weight, shard))
     if chunk_tokens < 1:
-        raise ConfigError(f"expected chunk_tokens >= 1, got {chunk_tokens}: 1024 suits a GPU")
+        raise ConfigError(f"expected chunk_tokens >= 1, got {chunk_tokens}: leave it out to have it sized")
     head = _Head(
         Passes.of(student_weight, teacher_weight, divergence, shard, temperature, has_labels=True),
         kd_weight,
@@ -131,6 +134,28 @@ def vocab_parallel_distillation_head(
     metrics = metrics.view(len(METRICS), *labels.shape)
     named = dict(zip(METRICS, metrics.unbind(0), strict=True))
     return loss.view(labels.shape), DistillationTerms(value.view(labels.shape), cross_entropy.view(labels.shape), named)
+
+
+def bytes_of_a_token(weight: Tensor, shard: VocabShard) -> int:
+    """What a token of a chunk takes with an LM head's weight [W, h]: both models' logits.
+
+    In a group of several ranks two chunks are under way at a time.
+    """
+    return 2 * weight.shape[0] * weight.dtype.itemsize * (2 if shard.num_ranks > 1 else 1)
+
+
+@functools.cache  # as memory fills up the chunks keep their size, and so do the sums their order
+def automatic_chunk_tokens(device: torch.device, of_token: int) -> int:
+    """Tokens of a chunk, a power of 2 whose logits, `of_token` bytes a token, fit a share of the device's memory.
+
+    On a GPU up to 2048 tokens, whose products keep its matrix units busy, and at most an eighth of the memory that is
+    free; on a CPU up to 512 tokens and 64 MiB, of which the caches hold a good part.
+    """
+    most, least, room = 512, 16, 2**26
+    if device.type == "cuda":
+        most, least, room = 2048, 128, torch.cuda.mem_get_info(device)[0] // 8
+    fitting = room // max(of_token, 1)
+    return max(least, min(most, 2 ** (fitting.bit_length() - 1) if fitting else least))
 
 
 @dataclass(frozen=True)

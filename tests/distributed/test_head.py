@@ -15,6 +15,7 @@ from abkd_megatron import AlphaBeta, ToDi
 from abkd_megatron.divergences import Divergence
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation, vocab_parallel_distillation_head
+from abkd_megatron.vocab_parallel.head import automatic_chunk_tokens, bytes_of_a_token
 
 WORLDS = [1, 2, 4]
 TOKENS = (5, 3)
@@ -167,6 +168,17 @@ def test_gradients_of_forward_are_given_once():
     loss = head().sum()
     loss.backward(retain_graph=True)
     loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("of_token", "chunk_tokens"), [(0, 512), (2**10, 512), (2**18, 256), (2**18 + 1, 128), (2**22, 16), (2**40, 16)]
+)
+def test_chunks_are_sized_to_memory(of_token, chunk_tokens):
+    assert automatic_chunk_tokens(torch.device("cpu"), of_token) == chunk_tokens
+
+
+def test_a_token_takes_the_logits_of_both_models():
+    assert bytes_of_a_token(torch.ones(10, 4, dtype=torch.bfloat16), VocabShard.megatron(10)) == 40
 
 
 def test_without_gradients_none_are_formed():
