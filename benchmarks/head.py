@@ -255,10 +255,13 @@ def run(settings: Settings) -> Row:
 def finish(settings: Settings, rows_of_ranks: list[list[Row]]) -> list[Row]:
     """The worst rank's numbers, what was predicted, and the ratios of the times to "materialised"."""
     rows = [dict(row) for row in rows_of_ranks[0]]
+    sizes = settings.hidden, settings.teacher_hidden, settings.vocab, settings.tensor_parallel, settings.tokens
+    predictions = paper(*sizes, settings.chunk_tokens, bytes_per_element=4)
     for row, *of_ranks in zip(rows, *rows_of_ranks, strict=True):
         for key in row.keys() & {"peak", "error"}:
             row[key] = max(other[key] for other in of_ranks)
-        if "peak" in row and (predicted := predicted_peak(settings, row["name"])):
+        if "peak" in row and row["name"] in predictions:
+            predicted = predictions[row["name"]]["peak"]
             row |= {"predicted": predicted, "peak / predicted": row["peak"] / predicted}
         if "seconds" in row:
             taken = [max(times) for times in zip(*(other["seconds"] for other in of_ranks), strict=True)]
@@ -332,7 +335,14 @@ def picture(panels: dict[str, list[Row]], path: Path) -> None:
 
 
 def paper(
-    h: int, H: int, vocab: int, tensor_parallel: int, tokens: int, chunk: int, bytes_per_element: int = 2
+    h: int,
+    H: int,
+    vocab: int,
+    tensor_parallel: int,
+    tokens: int,
+    chunk: int,
+    bytes_per_element: int = 2,
+    accumulating: bool = False,
 ) -> dict[str, dict[str, float]]:
     """What each way to the gradients takes on a rank.
 
@@ -348,67 +358,77 @@ def paper(
         tokens: N.
         chunk: tokens of a chunk of the fused head.
         bytes_per_element: of hidden states, weights and logits.
+        accumulating: as if the fused head's products added to the weight's gradient in fp32 themselves. As it is, if
+            elements have less than 4 bytes, a chunk's part is written as such elements and read once more.
 
     Returns:
-        By contestant: "flops" a token, bytes of "logits" and their gradient at the peak, those of them that exist
-        "beside gradients" of hidden states or weight, "traffic" in bytes and its "intensity" in FLOP a byte.
+        By contestant: "flops" a token, the most bytes of "logits" and their gradient, the "peak" of these and of the
+        gradients of hidden states and weight, "traffic" in bytes and its "intensity" in FLOP a byte.
     """
-    width, chunk = vocab // tensor_parallel, min(chunk, tokens)
-    size, of_chunks = bytes_per_element, 4 if tensor_parallel > 1 and chunk < tokens else 2
+    width, chunk, size = vocab // tensor_parallel, min(chunk, tokens), bytes_per_element
+    of_chunks = 4 if tensor_parallel > 1 and chunk < tokens else 2  # one chunk is kept while its records travel
+    of_hidden, of_weight, of_weight_fp32 = size * h * tokens, size * h * width, 4 * h * width
+    rounded = of_weight if size < 4 else 0  # the fp32 gradient, or a chunk's part of it, in the weight's dtype
+    part = 0 if accumulating else rounded
 
-    def way(rows: int, logits: int, beside_gradients: int, recomputed: bool = False) -> dict[str, float]:
-        times = 1 + recomputed  # both models' logits are formed
+    def way(rows: int, logits: int, in_backward: int, is_fused: bool, recomputes: bool = False) -> dict[str, float]:
+        times = 1 + recomputes  # both models' logits are formed
         flops = times * 2 * (h + H) * width + 4 * h * width
-        of_weights = (times * (h + H) + h) * width * size + 8 * h * width
-        of_tokens = rows * (times * (2 * width + h + H) + 2 * width + 2 * h) * size
-        traffic = of_weights + of_tokens
-        held = {"logits": logits * width * size, "beside gradients": beside_gradients * width * size}
-        return {"flops": flops, **held, "traffic": traffic, "intensity": rows * flops / traffic}
+        traffic = (times * (h + H) + h) * width * size + 2 * of_weight_fp32
+        traffic += rows * (times * (2 * width + h + H) + 2 * width + 2 * h) * size
+        gradients = of_hidden + (of_weight_fp32 if is_fused else of_weight)
+        peaks = [logits * width * size, in_backward * width * size + gradients]
+        if is_fused:
+            traffic += 2 * part
+            peaks = [peaks[0], peaks[1] + part, gradients + rounded]
+        named = {"flops": flops, "logits": peaks[0], "peak": max(peaks), "traffic": traffic}
+        return {**named, "intensity": rows * flops / traffic}
 
     return {
-        MATERIALISED: way(tokens, 3 * tokens, tokens),
-        IN_PLACE: way(tokens, 2 * tokens, tokens),
-        IN_FORWARD: way(chunk, of_chunks * chunk, of_chunks * chunk),
-        RECOMPUTED: way(chunk, of_chunks * chunk, 2 * chunk, recomputed=True),
+        MATERIALISED: way(tokens, 3 * tokens, tokens, is_fused=False),
+        IN_PLACE: way(tokens, 2 * tokens, tokens, is_fused=False),
+        IN_FORWARD: way(chunk, of_chunks * chunk, of_chunks * chunk, is_fused=True),
+        RECOMPUTED: way(chunk, of_chunks * chunk, 2 * chunk, is_fused=True, recomputes=True),
     }
 
 
-def smallest_chunk(h: int, H: int, vocab: int, tensor_parallel: int, ridge: float = RIDGE) -> int | None:
-    """The least multiple of 128 tokens that gives the fused head's products `ridge` FLOP a byte, bf16; or None."""
+def smallest_chunk(
+    h: int, H: int, vocab: int, tensor_parallel: int, ridge: float = RIDGE, accumulating: bool = False
+) -> int | None:
+    """The least multiple of 128 that gives the fused head's products, gradient in forward, `ridge` FLOP a byte in bf16.
+
+    None if there is none: the intensity grows with the chunk, but not without limit.
+    """
 
     def intensity(chunk: int) -> float:
-        return paper(h, H, vocab, tensor_parallel, chunk, chunk)[IN_FORWARD]["intensity"]
+        return paper(h, H, vocab, tensor_parallel, chunk, chunk, accumulating=accumulating)[IN_FORWARD]["intensity"]
 
-    # The traffic is a * chunk + b, so that the intensity grows towards flops / a.
     return next((chunk for chunk in range(128, 2**17, 128) if intensity(chunk) >= ridge), None)
-
-
-def predicted_peak(settings: Settings, name: str) -> float | None:
-    """Bytes: logits at their peak, or with the gradients of hidden states and weight, whatever is more."""
-    ranks, h = settings.tensor_parallel, settings.hidden
-    sizes = h, settings.teacher_hidden, settings.vocab, ranks, settings.tokens, settings.chunk_tokens
-    if (way := paper(*sizes, bytes_per_element=4).get(name)) is None:
-        return None
-    gradients = 4 * h * (settings.tokens + settings.vocab // ranks)
-    return max(way["logits"], way["beside gradients"] + gradients)
 
 
 def on_paper(name: str, h: int, H: int, vocab: int, tensor_parallel: int, tokens: int, chunk: int) -> tuple[Row, str]:
     """The model on paper as a record and as text."""
     vocab = math.ceil(vocab / (128 * tensor_parallel)) * 128 * tensor_parallel  # as Megatron pads it
-    ways = paper(h, H, vocab, tensor_parallel, tokens, chunk)
-    smallest = smallest_chunk(h, H, vocab, tensor_parallel)
+    sizes = h, H, vocab, tensor_parallel
+    ways = paper(*sizes, tokens, chunk)
     text = f"on paper, {name}: h {h}, H {H}, vocabulary {vocab}, tensor parallel {tensor_parallel}, {tokens} tokens, "
-    text += f"chunks of {chunk}, bf16; a rank\n{'':30}{'GFLOP/token':>12}{'logits MiB':>12}{'kB/token':>12}"
-    text += f"{'FLOP/byte':>11}"
+    text += f"chunks of {chunk}, bf16; of a rank\n{'':30}"
+    text += "".join(f"{head:>13}" for head in ("GFLOP/token", "logits MiB", "peak MiB", "kB/token", "FLOP/byte"))
     for way, of in ways.items():
-        text += f"\n{way:30}{of['flops'] / 1e9:>12.3f}{of['logits'] / MIB:>12.1f}"
-        text += f"{of['flops'] / of['intensity'] / 1e3:>12.1f}{of['intensity']:>11.0f}"
-    chunks = {c: paper(h, H, vocab, tensor_parallel, tokens, c)[IN_FORWARD]["intensity"] for c in (128, 256, 512, 1024)}
-    text += "\nFLOP/byte of gradient in forward by chunk: " + ", ".join(f"{c}: {x:.0f}" for c, x in chunks.items())
-    text += f"; an H100's {RIDGE:.0f} from {smallest} on\n"
-    sizes = {"h": h, "H": H, "vocab": vocab, "tensor_parallel": tensor_parallel, "tokens": tokens, "chunk": chunk}
-    return {"name": name, **sizes, "ways": ways, "intensity": chunks, "smallest chunk": smallest}, text
+        text += f"\n{way:30}{of['flops'] / 1e9:>13.3f}{of['logits'] / MIB:>13.1f}{of['peak'] / MIB:>13.1f}"
+        text += f"{of['flops'] / of['intensity'] / 1e3:>13.1f}{of['intensity']:>13.0f}"
+    record: Row = {"name": name, "h": h, "H": H, "vocab": vocab, "tensor_parallel": tensor_parallel}
+    record |= {"tokens": tokens, "chunk": chunk, "ways": ways}
+    for accumulating, key in ((False, "as it is"), (True, "accumulating")):
+        of_chunk = {
+            some: paper(*sizes, tokens, some, accumulating=accumulating)[IN_FORWARD]["intensity"]
+            for some in (128, 256, 512, 1024, 2048)
+        }
+        smallest = smallest_chunk(*sizes, accumulating=accumulating)
+        record[key] = {"intensity": {str(some): value for some, value in of_chunk.items()}, "smallest chunk": smallest}
+        text += f"\n{IN_FORWARD}, {key}: FLOP/byte " + ", ".join(f"{some}: {x:.0f}" for some, x in of_chunk.items())
+        text += f"; an H100's {RIDGE:.0f} from {smallest} on"
+    return record, text + "\n"
 
 
 def main() -> None:

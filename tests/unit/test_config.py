@@ -274,7 +274,7 @@ def test_check_names_the_origin(load):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("{head: fast}", r"distillation.head: .*auto, fused, materialised.*fast"),
+        ("{head: fast}", r"unknown distillation.head 'fast'; known: auto, fused, materialised"),
         ("{chunk_tokens: 0}", r"distillation.chunk_tokens: expected 1 or more, got 0"),
         ("{head: fused, kd_weight: 0}", r"distillation.head: expected auto or materialised with kd_weight 0"),
     ],
