@@ -78,7 +78,7 @@ def test_trains_as_through_logits(run, student: Path, tied_student: Path, layout
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_equals_megatrons_output_layer(num_ranks: int) -> None:
-    ranks = launch([Path(__file__).with_name("layer.py")], num_ranks)
+    ranks = launch([Path(__file__).with_name("output_layer.py")], num_ranks)
     for rank in ranks:
         assert rank.code == 0, rank.output[-6000:]
         (line,) = [line for line in rank.output.splitlines() if line.startswith("FOUND ")]
