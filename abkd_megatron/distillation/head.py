@@ -179,12 +179,30 @@ def _fused_chunk(
     of_token = bytes_of_a_token(weight, shard)
     chunk_tokens = objective.chunk_tokens or automatic_chunk_tokens(weight.device, of_token)
     whole = f"{num_tokens} x {weight.shape[0]} logits of both models, {_mib(2 * num_tokens * weight[:, 0].nbytes)}"
-    if not reasons and (objective.head == "fused" or num_tokens > chunk_tokens):
+    if objective.head == "auto" and not reasons:
+        reasons = _nothing_to_gain(
+            weight, num_tokens, chunk_tokens, chunk_tokens * of_token, objective.gradient_in_place
+        )
+    if not reasons:
         chunk = f"{chunk_tokens} tokens, {_mib(chunk_tokens * of_token)}"
         _log(f"LM head fused with the loss: chunks of {chunk}, in place of {whole}")
         return chunk_tokens
     _log(f"LM head materialised: {whole}" + (f" ({reasons[0]})" if reasons else ""))
     return None
+
+
+def _nothing_to_gain(
+    weight: Tensor, num_tokens: int, chunk_tokens: int, of_chunks: int, gradient_in_place: bool
+) -> list[str]:
+    """Why a fused head would take no less memory, if it would not: it holds the weight's gradient in fp32 meanwhile."""
+    size = weight.dtype.itemsize
+    logits = (2 if gradient_in_place else 3) * num_tokens * weight.shape[0] * size
+    gradient = weight.numel() * (4 + size * (size < 4))  # and a chunk's part of it, rounded
+    if num_tokens <= chunk_tokens:
+        return [f"a chunk would be {chunk_tokens} tokens"]
+    if of_chunks + gradient >= logits:
+        return [f"fused would take {_mib(of_chunks)} and {_mib(gradient)} for the weight's gradient"]
+    return []
 
 
 def _mib(num_bytes: int) -> str:

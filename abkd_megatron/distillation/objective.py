@@ -25,7 +25,7 @@ class Objective:
     lm_weight: float = 1.0
     head: str = "auto"
     """How logits are made: ``materialised``, by Megatron's output layers; ``fused``, a chunk of tokens at a time and
-    never all of them; ``auto``, fused where the output layers allow it and there are more tokens than a chunk."""
+    never all of them; ``auto``, fused where the output layers allow it and memory is saved."""
     chunk_tokens: int | None = None
     """Tokens of a chunk of the fused head; None chooses by device and free memory."""
     gradient_in_place: bool = False

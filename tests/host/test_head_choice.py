@@ -1,0 +1,27 @@
+"""When `head: auto` does without logits: where it takes less memory."""
+
+import pytest
+import torch
+
+from abkd_megatron.distillation.head import _nothing_to_gain
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_tokens", "in_place", "reason"),
+    [
+        # 64 MiB of chunks and a weight of 64 MiB in fp32 against 768 MiB of logits
+        (torch.float32, 2048, False, None),
+        (torch.float32, 256, False, "a chunk would be 256 tokens"),
+        (torch.float32, 300, False, "fused would take 64 MiB and 64 MiB"),
+        # in bf16 32 MiB of chunks, 96 MiB with a chunk's part of the gradient, against 64 KiB a token a tensor
+        (torch.bfloat16, 684, False, None),
+        (torch.bfloat16, 682, False, "fused would take 32 MiB and 96 MiB"),
+        (torch.bfloat16, 684, True, "fused would take 32 MiB and 96 MiB"),
+        (torch.bfloat16, 1026, True, None),
+    ],
+)
+def test_auto_saves_memory_or_leaves_it(dtype, num_tokens, in_place, reason):
+    weight = torch.empty(32768, 512, dtype=dtype, device="meta")
+    of_chunks = 2 * 256 * 32768 * dtype.itemsize
+    found = _nothing_to_gain(weight, num_tokens, 256, of_chunks, in_place)
+    assert [reason in why for why in found] == ([True] if reason else [])
