@@ -166,9 +166,8 @@ def _fused_chunk(
     student: OutputLayer, teacher: OutputLayer, objective: Objective, num_tokens: int, shard: VocabShard
 ) -> int | None:
     """Tokens of a chunk, or None for logits that exist."""
-    if objective.head == "materialised":
-        return None
-    reasons = [
+    reasons = ["as chosen"] if objective.head == "materialised" else []
+    reasons += [
         f"{name}: {why}" for name, of in (("student", student), ("teacher", teacher)) if (why := obstacle(of.layer))
     ]
     if objective.kd_weight == 0:

@@ -456,7 +456,7 @@ def _store_model(
 # 2 or 4 columns a thread in the second pass; 8 take up to 170 registers. The first pass keeps less, and wide tiles
 # save it reductions.
 @_tuned(
-    ({"WIDE": 2048, "BLOCK": 1024}, 8),
+    ({"WIDE": 1024, "BLOCK": 1024}, 8),
     ({"WIDE": 1024, "BLOCK": 512}, 4),
     ({"WIDE": 2048, "BLOCK": 512}, 8),
     ({"WIDE": 4096, "BLOCK": 2048}, 16),
