@@ -92,7 +92,7 @@ def vocab_parallel_divergence(
     none. None at all on one rank. In a group of more than 16 ranks all-reduces in place of all-gathers:
     of the maxima, then of the sums, and one in the second round. (fp64 logits are gathered in any group.)
 
-    Memory: references to both logits and 6 fp64 numbers a token until backward; a few chunks of
+    Memory: references to both logits and 39 fp64 numbers a token (23 without labels) until backward; a few chunks of
     the kernel's size while it runs; one gradient buffer in the student's dtype unless it is written in place.
     """
     _check_logits(student_logits, teacher_logits, temperature)

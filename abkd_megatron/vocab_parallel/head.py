@@ -62,7 +62,7 @@ def vocab_parallel_distillation_head(
         student_scale: multiplies the student's logits.
         teacher_scale: multiplies the teacher's.
         chunk_tokens: tokens of a chunk; None for `automatic_chunk_tokens`.
-        into_main_grad: add the weight's gradient to its `main_grad`, unrounded, as Megatron's layers do with
+        into_main_grad: add the weight's gradient to its `main_grad`, in its dtype, as Megatron's layers do with
             gradient accumulation fusion, if it has one; its `grad_added_to_main_grad` is set and what autograd gets
             for it means nothing.
 
@@ -80,7 +80,7 @@ def vocab_parallel_distillation_head(
 
     Memory: two [chunk_tokens, W] of logits, four in a group of more than one rank; with token_weights the gradients
     of hidden states and weight from forward on, else from backward on, the weight's in fp32 at least (a bf16 weight's
-    also, a chunk at a time, in bf16); 30 fp64 numbers a token.
+    also, a chunk at a time, in bf16); 39 fp64 numbers a token.
     """
     num_tokens, width = labels.numel(), student_weight.shape[0]
     for name, hidden, weight in (
