@@ -21,7 +21,7 @@ from megatron.core.utils import (
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
-from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
+from megatron.training import get_args, get_tensorboard_writer, get_timers, get_tokenizer, pretrain, print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args, parse_args, validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
@@ -120,12 +120,17 @@ def run(config: Config, job: str) -> None:
 
         model_config.post_wrap_hooks.append(attach_teacher)
 
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        train_valid_test_datasets_provider,
-        ModelType.encoder_or_decoder,
-        step,
-    )
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            train_valid_test_datasets_provider,
+            ModelType.encoder_or_decoder,
+            step,
+        )
+    finally:
+        # TensorBoard's writer thread ends with the process, whatever is still in its queue: the last validation's numbers.
+        if (writer := get_tensorboard_writer()) is not None:
+            writer.flush()
     if step.attachment is not None:
         step.attachment.detach()
 

@@ -21,7 +21,7 @@ def main() -> None:
     cpu.init_process_group(timedelta(minutes=3))
 
     from megatron.core.enums import ModelType
-    from megatron.training import pretrain
+    from megatron.training import get_tensorboard_writer, pretrain
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
@@ -43,6 +43,8 @@ def main() -> None:
         ModelType.encoder_or_decoder,
         forward_step,
     )
+    if writer := get_tensorboard_writer():
+        writer.flush()
     if probe:
         print("FACTS " + json.dumps(probe.facts()), flush=True)
 
