@@ -6,6 +6,7 @@ generator is the CPU's. It changes torch for the whole process, so it is opt-in 
 refuses to start beside a GPU.
 """
 
+import copy
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -199,6 +200,7 @@ def install() -> None:
     megatron_random._lazy_call = torch.cuda._lazy_call
     megatron_random._lazy_init = torch.cuda._lazy_init
     _fix_resumed_adam()
+    _let_torch_norms_be_sequence_parallel()
 
 
 def init_process_group(timeout: timedelta) -> None:
@@ -211,6 +213,27 @@ def init_process_group(timeout: timedelta) -> None:
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         timeout=timeout,
     )
+
+
+def _let_torch_norms_be_sequence_parallel() -> None:
+    """Let torch's norms, which step in here for TransformerEngine's and apex's, work on a part of the sequence.
+
+    Megatron refuses that, since torch would not tell it to sum their gradients over the tensor-parallel ranks: the mark
+    on their parameters, which the other norms set by themselves, does.
+    """
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    make = WrappedTorchNorm.__new__
+
+    def make_marked(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        as_if_whole = copy.copy(config)
+        as_if_whole.sequence_parallel = False
+        norm: torch.nn.Module = make(cls, as_if_whole, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
+
+    WrappedTorchNorm.__new__ = make_marked
 
 
 def _fix_resumed_adam() -> None:

@@ -2,6 +2,6 @@
 
 from abkd_megatron.distillation.attach import Attachment, attach
 from abkd_megatron.distillation.objective import Objective
-from abkd_megatron.distillation.teacher import TeacherCheckpoint, build_teacher
+from abkd_megatron.distillation.teacher import Teacher, TeacherCheckpoint, build_teacher
 
-__all__ = ["Attachment", "Objective", "TeacherCheckpoint", "attach", "build_teacher"]
+__all__ = ["Attachment", "Objective", "Teacher", "TeacherCheckpoint", "attach", "build_teacher"]

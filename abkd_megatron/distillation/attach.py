@@ -1,6 +1,7 @@
 """Attaching a teacher to a student that Megatron trains: one hook before its forward, one head in place of its loss."""
 
 import inspect
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -12,15 +13,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
 from abkd_megatron.distillation.head import OutputLayer, compute_loss, obstacle
-from abkd_megatron.distillation.lane import Lane
 from abkd_megatron.distillation.objective import Objective
+from abkd_megatron.distillation.runner import TeacherRunner
+from abkd_megatron.distillation.teacher import Teacher
 from abkd_megatron.errors import ConfigError, HostError, on_every_rank
 from abkd_megatron.vocab_parallel import VocabShard
 
 
 def attach(
     student: torch.nn.Module | Sequence[torch.nn.Module],
-    teacher: GPTModel,
+    teacher: Teacher,
     objective: Objective,
     *,
     vocab_size: int,
@@ -33,135 +35,171 @@ def attach(
     class, state dict, parameters and gradients are left alone.
 
     Args:
-        student: this rank's model as Megatron built it: one chunk, or a list of one.
-        teacher: this rank's stage, as `build_teacher` returns it: same pipeline and tensor parallelism as the student.
+        student: this rank's model as Megatron built it: one chunk, or the list of its virtual pipeline stages.
+        teacher: this rank's share, as `build_teacher` returns it.
         objective: divergence, temperature and weights.
         vocab_size: true vocabulary size; the padded columns beyond it take part in nothing.
-        pg_collection: the student's process groups; `tp` and `pp` are used.
-        timeout: for the teacher's lane between pipeline stages.
+        pg_collection: the student's process groups; `tp` is used.
+        timeout: for the teacher's messages between ranks.
 
     Returns:
         The handle: `report` holds the last micro-batch's numbers, `detach()` restores the student exactly.
 
     Raises:
-        ConfigError: on every rank: a student that has a teacher already, several model chunks (interleaved schedule),
-            MTP heads, or stages that do not match.
+        ConfigError: on every rank: a student that has a teacher already, a feature that goes around the hooks, or
+            vocabularies that are padded differently.
         HostError: a student without `output_processor`: not a GPTModel of megatron-core >= 0.19.
 
-    Collectives: one all_gather_object; at PP > 1, making the lane's groups. Per micro-batch: the teacher's own, one
-    message a stage, and those of `vocab_parallel_distillation`.
+    Collectives: one all_gather_object, and those of making the groups for messages. Per micro-batch: the teacher's own,
+    its messages, and those of `vocab_parallel_distillation`.
     """
-    # Some of it shows on the last pipeline stage alone, and the others would go on into the lane's collectives.
+    # Some of it shows on the last pipeline stage alone, and the others would go on into making groups.
     with on_every_rank():
-        model = _checked_student(student, teacher, objective)
-    lane = None
-    if pg_collection.pp.size() > 1:
-        lane = Lane(dist.get_process_group_ranks(pg_collection.pp), timeout)
-    return Attachment(model, teacher, objective, vocab_size, pg_collection.tp, lane)
+        chunks = _checked_student(student, teacher, objective)
+    return Attachment(chunks, teacher, objective, vocab_size, pg_collection.tp, timeout)
 
 
 def _checked_student(
-    student: torch.nn.Module | Sequence[torch.nn.Module], teacher: GPTModel, objective: Objective
-) -> GPTModel:
-    chunks = list(student) if isinstance(student, Sequence) else [student]
-    if len(chunks) != 1:
+    student: torch.nn.Module | Sequence[torch.nn.Module], teacher: Teacher, objective: Objective
+) -> list[GPTModel]:
+    chunks = unwrap_model(list(student) if isinstance(student, Sequence) else [student])
+    for model in chunks:
+        if not isinstance(model, GPTModel) or "output_processor" not in inspect.signature(model.forward).parameters:
+            raise HostError(
+                f"expected a GPTModel whose forward takes `output_processor` (megatron-core >= 0.19), got "
+                f"{type(model).__name__}; build the student with a GPTModelConfig"
+            )
+        if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in model._forward_pre_hooks.values()):
+            raise ConfigError("this student has a teacher attached already; call `detach()` on that attachment first")
+    for who, config in (("student", chunks[0].config), ("teacher", teacher.model.config)):
+        check_config(config, who)
+    if teacher.layout.neighbours > 1 and chunks[0].config.variable_seq_lengths:
         raise ConfigError(
-            f"the interleaved pipeline schedule is not supported yet: expected 1 model chunk a rank, got "
-            f"{len(chunks)}; remove num-layers-per-virtual-pipeline-stage and its kin"
+            "a teacher that spans data-parallel neighbours runs all their micro-batches, which must have one length: "
+            "turn variable_seq_lengths off, or give the teacher the student's tensor parallelism"
         )
-    (model,) = unwrap_model(chunks)
-    if not isinstance(model, GPTModel) or "output_processor" not in inspect.signature(model.forward).parameters:
-        raise HostError(
-            f"expected a GPTModel whose forward takes `output_processor` (megatron-core >= 0.19), got "
-            f"{type(model).__name__}"
-        )
-    if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in model._forward_pre_hooks.values()):
-        raise ConfigError("this student has a teacher attached already; call `detach()` on that attachment first")
-    for name, config in (("student", model.config), ("teacher", teacher.config)):
-        if config.mtp_num_layers:
-            raise ConfigError(f"the {name} has multi-token-prediction layers, which are not supported yet; remove them")
-    if (model.pre_process, model.post_process) != (teacher.pre_process, teacher.post_process):
-        raise ConfigError("student and teacher must share one pipeline layout, stage by stage")
-    if model.post_process:
-        ours, theirs = model.output_layer.output_size_per_partition, teacher.output_layer.output_size_per_partition
+    last = chunks[-1]
+    if last.post_process:
+        assert teacher.head is not None
+        ours, theirs = last.output_layer.output_size_per_partition, teacher.head.output_size_per_partition
         if ours != theirs:
             raise ConfigError(
                 f"student and teacher must pad the vocabulary alike: {ours} columns a rank against {theirs}; "
-                "give both the same make-vocab-size-divisible-by"
+                "give both configs the same vocab_size, or make_vocab_size_divisible_by"
             )
-        for name, layer in (("student", model.output_layer), ("teacher", teacher.output_layer)):
+        for name, layer in (("student", last.output_layer), ("teacher", teacher.head)):
             if objective.head == "fused" and (why := obstacle(layer)):
                 raise ConfigError(f"head: fused is not possible ({name}: {why}); give head: materialised, or auto")
-    return model
+    return chunks
+
+
+def check_config(config: Any, who: str) -> None:
+    """Refuse what goes around the teacher, by name.
+
+    Args:
+        config: Megatron's arguments or its TransformerConfig.
+        who: "student" or "teacher".
+
+    Raises:
+        ConfigError: naming the feature, the reason and what to change.
+    """
+    for name, (what, reason) in _UNSUPPORTED.items():
+        value = getattr(config, name, None)
+        if value and value != "none":
+            raise ConfigError(f"{who}: {what} cannot be distilled with: {reason}; remove {name.replace('_', '-')}")
+    if who == "teacher" and config.mtp_num_layers:
+        raise ConfigError(
+            "teacher: multi-token-prediction layers predict what no loss here compares; remove mtp-num-layers from "
+            "`teacher:` (the checkpoint may have them)"
+        )
+
+
+_UNSUPPORTED = {
+    "overlap_moe_expert_parallel_comm": (
+        "combined 1F1B (overlapped expert communication)",
+        "it runs a schedule plan in place of the model's forward, past the teacher",
+    ),
+    "delay_wgrad_compute": (
+        "delayed weight gradients",
+        "they belong to combined 1F1B, which runs a schedule plan in place of the model's forward",
+    ),
+    "cuda_graph_impl": (
+        "a CUDA graph",
+        "the teacher's messages and its queue are outside of what a graph would replay, and this was never run",
+    ),
+    "hybrid_layer_pattern": ("HybridModel", "its forward takes no output_processor"),
+}
 
 
 class Attachment:
     """A teacher attached to a student.
 
     Attributes:
-        teacher: the frozen GPTModel stage of this rank.
+        teacher: the frozen teacher's share of this rank.
         objective: what the student is trained on.
         report: per-token numbers [b, s] of the last micro-batch, by the name they are logged under; None before the
             first, and on every pipeline stage but the last.
+        most_waiting: the most micro-batches whose teacher hidden states have waited here for the student at one time. 1
+            without virtual pipeline stages; with them, as many micro-batches as Megatron runs through one chunk before
+            the next (microbatch_group_size_per_vp_stage, by default the pipeline size): the last chunk takes a group's
+            before the first chunk begins another group. Each is s * b * H / (TP if sequence parallel) numbers.
     """
 
     def __init__(
         self,
-        student: GPTModel,
-        teacher: GPTModel,
+        chunks: Sequence[GPTModel],
+        teacher: Teacher,
         objective: Objective,
         vocab_size: int,
         tp_group: dist.ProcessGroup,
-        lane: Lane | None,
+        timeout: timedelta,
     ) -> None:
         self.teacher = teacher
         self.objective = objective
         self.report: dict[str, torch.Tensor] | None = None
+        self.most_waiting = 0
         self._vocab_size = vocab_size
         self._tp_group = tp_group
-        self._lane = lane
-        self._signature = inspect.signature(student.forward)
-        self._hook = student.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._waiting: deque[torch.Tensor] = deque()
+        self._runner = TeacherRunner(chunks[0], teacher, timeout)
+        self._alone = chunks[0].pre_process and chunks[0].post_process
+        self._signature = inspect.signature(chunks[0].forward)
+        # The first chunk's micro-batches come in order, and so do the last one's; in between there may be others.
+        self._hooks = [chunks[0].register_forward_pre_hook(self._run_teacher, with_kwargs=True)]
+        if chunks[-1].post_process:
+            self._hooks.append(chunks[-1].register_forward_pre_hook(self._give_head, with_kwargs=True))
 
     def detach(self) -> None:
         """Take the teacher off; the student is what it was before. A second call does nothing."""
-        self._hook.remove()
-        if self._lane is not None:
-            self._lane.drain()
+        for hook in self._hooks:
+            hook.remove()
+        self._runner.drain()
+        self._waiting.clear()
 
-    def _before_forward(
-        self, student: GPTModel, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]] | None:
+    @property
+    def num_in_flight(self) -> int:
+        """Messages of the teacher that were started here and are not known to have arrived."""
+        return self._runner.num_in_flight
+
+    def _run_teacher(self, student: GPTModel, args: tuple, kwargs: dict[str, Any]) -> None:
         batch = self._signature.bind_partial(*args, **kwargs).arguments
-        if student.post_process and batch.get("labels") is None and self._lane is None:
-            return None  # not a training step: somebody wants the student's logits
-        teacher_head = self._run_teacher(student, batch)
-        if not student.post_process:
-            return None
-        return args, {**kwargs, "output_processor": self._head, "output_processor_context": teacher_head}
+        if self._logits_are_wanted(batch):
+            return
+        with torch.no_grad():
+            hidden_states = self._runner.run(batch)
+        if hidden_states is not None:
+            self._waiting.append(hidden_states)
+            self.most_waiting = max(self.most_waiting, len(self._waiting))
 
-    @torch.no_grad()
-    def _run_teacher(self, student: GPTModel, batch: dict[str, Any]) -> Any:
-        """Run this stage of the teacher on the student's micro-batch; on the last one, return its output layer."""
-        teacher = self.teacher
-        if not teacher.pre_process:
-            assert self._lane is not None
-            # The student's own input tells how long and how wide this micro-batch is; only the width H differs.
-            like = student.decoder.input_tensor
-            shape = (*like.shape[:-1], teacher.config.hidden_size)
-            teacher.set_input_tensor(self._lane.receive(shape, teacher.config.params_dtype, like.device))
-        output = teacher(
-            batch.get("input_ids"),
-            batch.get("position_ids"),
-            batch.get("attention_mask"),
-            packed_seq_params=batch.get("packed_seq_params"),
-            padding_mask=batch.get("padding_mask"),
-            output_processor=_output_layer,
-        )
-        if not teacher.post_process:
-            assert self._lane is not None
-            self._lane.send(output)
-        return output
+    def _give_head(self, student: GPTModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if self._logits_are_wanted(self._signature.bind_partial(*args, **kwargs).arguments):
+            return None
+        context = self.teacher.output_layer(self._waiting.popleft())
+        return args, {**kwargs, "output_processor": self._head, "output_processor_context": context}
+
+    def _logits_are_wanted(self, batch: dict[str, Any]) -> bool:
+        """Whether this is no training step: a pipeline of one stage without labels."""
+        return self._alone and batch.get("labels") is None
 
     def _head(
         self,
@@ -194,18 +232,6 @@ class Attachment:
             **{name: _batch_first(value) for name, value in loss.terms.metrics.items()},
         }
         return _batch_first(loss.total)
-
-
-def _output_layer(
-    *,
-    hidden_states: torch.Tensor,
-    output_layer: torch.nn.Module,
-    output_weight: torch.Tensor | None,
-    scale_logits: Callable[[torch.Tensor], torch.Tensor],
-    **_: Any,
-) -> OutputLayer:
-    """The teacher's output: not its logits, before the student's head asks for them."""
-    return OutputLayer(hidden_states, output_layer, output_weight, scale_logits)
 
 
 def _batch_first(per_token: torch.Tensor) -> torch.Tensor:

@@ -1,26 +1,32 @@
-"""The teacher: built like the student, loaded from its own checkpoint, then frozen."""
+"""The teacher: built in its own layout, loaded from its own checkpoint, then frozen."""
 
+import copy
 import random
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel import ColumnParallelLinear, get_cuda_rng_tracker
 from megatron.training.models import GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from abkd_megatron.errors import CheckpointError, on_every_rank
+from abkd_megatron.distillation.head import OutputLayer
+from abkd_megatron.distillation.lane import new_group
+from abkd_megatron.distillation.layout import Place, TeacherLayout
+from abkd_megatron.errors import CheckpointError, ConfigError, on_every_rank
 
 # Megatron arguments that decide what the weights mean. Some of them (heads, rotary base, activation) leave every shape
 # as it is, so a wrong one would load without a complaint.
@@ -154,25 +160,25 @@ class TeacherCheckpoint:
                 f"tokens would have given {expected}; {remedy}"
             )
 
-    def check_tensors(self, model: GPTModel) -> None:
-        """Refuse a checkpoint that lacks a tensor of `model`, or holds it in another shape.
+    def check_tensors(self, wanted: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint that lacks a tensor of a sharded state dict, or holds it in another shape.
 
         Raises:
             CheckpointError: naming the first few tensors, with both shapes.
         """
         found = dist_checkpointing.load_tensors_metadata(str(self.directory))
         wrong = []
-        for wanted in nested_values(model.sharded_state_dict(metadata=self._content_metadata)):
-            if not isinstance(wanted, ShardedTensor):
+        for tensor in nested_values(wanted):
+            if not isinstance(tensor, ShardedTensor):
                 continue
-            if wanted.key not in found:
-                wrong.append(f"{wanted.key}: missing")
+            if tensor.key not in found:
+                wrong.append(f"{tensor.key}: missing")
                 continue
             # The padded vocabulary follows the tensor-parallel size, so dimension 0 of an embedding may differ.
-            first = 1 if wanted.allow_shape_mismatch else 0
-            shape, saved = tuple(wanted.global_shape), tuple(found[wanted.key].global_shape)
+            first = 1 if tensor.allow_shape_mismatch else 0
+            shape, saved = tuple(tensor.global_shape), tuple(found[tensor.key].global_shape)
             if shape[first:] != saved[first:]:
-                wrong.append(f"{wanted.key}: configured {shape}, saved {saved}")
+                wrong.append(f"{tensor.key}: configured {shape}, saved {saved}")
         if wrong:
             raise CheckpointError(
                 f"the teacher in {self.directory} does not fit the configured one; correct `teacher:`\n  "
@@ -180,56 +186,215 @@ class TeacherCheckpoint:
                 + (f"\n  ... and {len(wrong) - 5} more" if len(wrong) > 5 else "")
             )
 
-    def load_into(self, model: GPTModel) -> None:
-        """Read this rank's share of the weights, resharded from the layout they were saved in.
+    def load(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Read this rank's share of the weights that a sharded state dict asks for, from whatever layout they lie in.
 
-        Collectives: those of Megatron's distributed load, over the whole job.
+        Raises:
+            CheckpointError: on every rank, when something is missing or does not fit on any.
+
+        Collectives: those of Megatron's distributed load, over the whole job; two all_gather_object.
         """
-        wanted = {"model": model.sharded_state_dict(metadata=self._content_metadata)}
-        try:
-            loaded = dist_checkpointing.load(wanted, str(self.directory))
-        except Exception as error:
-            raise CheckpointError(f"the teacher in {self.directory} cannot be loaded: {error}") from error
-        model.load_state_dict(loaded["model"])
+        with on_every_rank():
+            self.check_tensors(wanted)
+        with on_every_rank():
+            try:
+                loaded: dict[str, Any] = dist_checkpointing.load({"wanted": wanted}, str(self.directory))["wanted"]
+            except Exception as error:
+                raise CheckpointError(f"the teacher in {self.directory} cannot be loaded: {error}") from error
+        return loaded
 
-    @property
-    def _content_metadata(self) -> dict[str, Any] | None:
-        return dist_checkpointing.load_content_metadata(preloaded_state_dict=self.common)
+    def has(self, key: str) -> bool:
+        """Whether there is a tensor of this name."""
+        return key in dist_checkpointing.load_tensors_metadata(str(self.directory))
+
+    def metadata(self, dp_cp_group: dist.ProcessGroup) -> dict[str, Any]:
+        """What `sharded_state_dict` has to know: how the checkpoint was saved, and who else holds the same share."""
+        saved = dist_checkpointing.load_content_metadata(preloaded_state_dict=self.common)
+        return {**(saved or {}), "dp_cp_group": dp_cp_group}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """This rank's share of a frozen teacher."""
+
+    model: GPTModel
+    """Its stage, in eval mode, without gradients. Its forward ends with hidden states where the head is apart."""
+    layout: TeacherLayout
+    pg_collection: ProcessGroupCollection
+    """The teacher's own process groups."""
+    head: Any
+    """The output layer, sharded as the student's: a module on the student's last stage, elsewhere None."""
+
+    def output_layer(self, hidden_states: torch.Tensor) -> OutputLayer:
+        """What the loss makes of the teacher's last hidden states."""
+        assert self.head is not None
+        tied = None
+        if self.model.share_embeddings_and_output_weights:
+            tied = self.model.shared_embedding_or_output_weight()
+        return OutputLayer(hidden_states, self.head, tied, self.model._scale_logits)
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """All parameters on this rank."""
+        yield from self.model.parameters()
+        if self.head is not None and self.head is not getattr(self.model, "output_layer", None):
+            yield from self.head.parameters()
 
 
 def build_teacher(
-    config: GPTModelConfig, checkpoint: TeacherCheckpoint, pg_collection: ProcessGroupCollection
-) -> GPTModel:
-    """Build this rank's stage of the teacher, load it and freeze it.
+    config: GPTModelConfig,
+    checkpoint: TeacherCheckpoint,
+    pg_collection: ProcessGroupCollection,
+    *,
+    sequence_parallel: bool | None = None,
+    timeout: timedelta = timedelta(minutes=10),
+) -> Teacher:
+    """Build this rank's share of the teacher, load it and freeze it.
 
     The teacher is never a submodule of the student: it stays out of the student's state dict, optimizer, gradient
     buffers and parameter count. Random states are left as they were found, so a run with a teacher draws the same
     numbers as one without.
 
-    Args:
-        config: Megatron's model config, from the teacher's arguments.
-        checkpoint: opened and checked against those arguments.
-        pg_collection: the process groups of the student, which the teacher shares.
+    Its tensor, pipeline and expert parallelism are the config's. Where they are the student's, so are its process
+    groups. Where not, it gets groups of its own over the same ranks (see `TeacherLayout`), its body ends with the last
+    norm, and its output layer is made apart, sharded as the student's, on the ranks that take the loss.
 
-    Returns:
-        A GPTModel in eval mode, in the config's parameter dtype, without gradients.
+    Args:
+        config: Megatron's model config, from the teacher's arguments; without virtual pipeline stages.
+        checkpoint: opened and checked against those arguments.
+        pg_collection: the process groups of the student: `tp`, `pp`, `cp`, `dp` and `dp_cp` are used, with experts
+            `ep`, too.
+        sequence_parallel: whether the student is; None for as the teacher is.
+        timeout: of groups made here.
 
     Raises:
         CheckpointError: on every rank, when the checkpoint does not fit on any.
+        ConfigError: on every rank, for a layout that cannot be had on these ranks, see `TeacherLayout`.
 
-    Collectives: those of building a Megatron model and of a distributed load; two all_gather_object.
+    Collectives: those of building a Megatron model and of a distributed load; a few all_gather_object.
     """
+    places: list[Place] = [Place(0, 0, 0, 0)] * dist.get_world_size()
+    dist.all_gather_object(places, Place(*(_index(getattr(pg_collection, name)) for name in ("pp", "dp", "cp", "tp"))))
+    transformer = config.transformer
+    layout = TeacherLayout(
+        places, dist.get_rank(), transformer.tensor_model_parallel_size, transformer.pipeline_model_parallel_size
+    )
+    students_scatter = transformer.sequence_parallel if sequence_parallel is None else sequence_parallel
+    apart = not layout.is_students or students_scatter != transformer.sequence_parallel
+    groups = _process_groups(config, layout, places, pg_collection, timeout)
+    if apart:
+        config = copy.copy(config)
+        config.share_embeddings_and_output_weights = False  # the body needs no second copy of the embedding
     with _random_states_kept():
         (model,) = config.get_builder_cls()(config).build_distributed_models(
-            pg_collection, wrap_with_ddp=False, mixed_precision_wrapper=None
+            groups, wrap_with_ddp=False, mixed_precision_wrapper=None
         )
-    with on_every_rank():
-        checkpoint.check_tensors(model)
-    with on_every_rank():
-        checkpoint.load_into(model)
-    model.to(config.transformer.params_dtype)
-    model.requires_grad_(False)
-    return model.eval()
+        head = getattr(model, "output_layer", None)
+        if apart:
+            head = _head_apart(config, students_scatter, pg_collection)
+    if apart and model.post_process:
+        model.post_process = False  # of the model, not of its decoder: the last norm stays
+        del model.output_layer
+    model.load_state_dict(checkpoint.load(model.sharded_state_dict(metadata=checkpoint.metadata(groups.dp_cp))))
+    if apart:
+        _load_head(head, checkpoint, pg_collection)
+    for module in (model, head):
+        if module is not None:
+            module.to(transformer.params_dtype)
+            module.requires_grad_(False)
+            module.eval()
+    return Teacher(model, layout, groups, head)
+
+
+def _process_groups(
+    config: GPTModelConfig,
+    layout: TeacherLayout,
+    places: Sequence[Place],
+    students: ProcessGroupCollection,
+    timeout: timedelta,
+) -> ProcessGroupCollection:
+    """The teacher's process groups; the student's where they serve."""
+    transformer = config.transformer
+    groups = copy.copy(students)
+    if not layout.is_students:
+        if transformer.num_moe_experts:
+            raise ConfigError(
+                "a teacher with experts must have the student's tensor and pipeline parallelism: remove "
+                "tensor-model-parallel-size and pipeline-model-parallel-size from `teacher:`"
+            )
+        shares: list[tuple[int, int]] = [(0, 0)] * len(places)
+        dist.all_gather_object(shares, (layout.stage, layout.index))
+        same = [rank for rank, share in enumerate(shares) if share == (layout.stage, layout.index)]
+        groups = ProcessGroupCollection(
+            tp=new_group(layout.host, timeout),
+            pp=new_group(layout.pipeline, timeout),
+            cp=students.cp,
+            dp_cp=new_group(same, timeout),
+            embd=None,
+            pos_embd=None,
+        )
+    experts = transformer.expert_model_parallel_size
+    tensor = transformer.expert_tensor_parallel_size or transformer.tensor_model_parallel_size
+    if transformer.num_moe_experts and (experts, tensor) != (students.ep.size(), students.expt_tp.size()):
+        # As Megatron lays them out: expert-tensor ranks side by side, then experts, within a pipeline stage.
+        stage = sorted((p.dp, p.cp, p.tp, rank) for rank, p in enumerate(places) if p.pp == layout.place.pp)
+        ranks = [rank for *_, rank in stage]
+        if len(ranks) % (tensor * experts):
+            raise ConfigError(
+                f"teacher.expert-model-parallel-size {experts} x expert-tensor-parallel-size {tensor} does not divide "
+                f"the {len(ranks)} ranks of a pipeline stage; make one of them smaller"
+            )
+        me = ranks.index(dist.get_rank())
+        block = me - me % (tensor * experts)
+        both = ranks[block : block + tensor * experts]
+        first = me - me % tensor
+        groups.expt_tp = new_group(ranks[first : first + tensor], timeout)
+        groups.ep = new_group(both[me % tensor :: tensor], timeout)
+        groups.tp_ep = new_group(both, timeout)
+        groups.expt_dp = groups.expt_dp_gtp_remat = new_group(
+            ranks[me % (tensor * experts) :: tensor * experts], timeout
+        )
+    return groups
+
+
+def _head_apart(
+    config: GPTModelConfig, sequence_parallel: bool, students: ProcessGroupCollection
+) -> ColumnParallelLinear | None:
+    """The teacher's output layer in the student's layout, on the student's last stage."""
+    if students.pp.rank() + 1 < students.pp.size():
+        return None
+    transformer = copy.copy(config.transformer)
+    transformer.tensor_model_parallel_size = students.tp.size()
+    transformer.sequence_parallel = sequence_parallel
+    return ColumnParallelLinear(
+        transformer.hidden_size,
+        config.vocab_size,
+        config=transformer,
+        init_method=transformer.init_method,
+        bias=False,
+        gather_output=False,
+        tp_group=students.tp,
+    )
+
+
+def _load_head(
+    head: ColumnParallelLinear | None, checkpoint: TeacherCheckpoint, students: ProcessGroupCollection
+) -> None:
+    """Read the output layer's weight; that of a tied teacher is saved as its embedding's."""
+    wanted = {}
+    if head is not None:
+        metadata = checkpoint.metadata(students.dp_cp)
+        weight = head.sharded_state_dict("output_layer.", metadata=metadata)["output_layer.weight"]
+        weight.allow_shape_mismatch = True  # as GPTModel marks it: the padding depends on the layout
+        if not checkpoint.has("output_layer.weight"):
+            weight.key = "embedding.word_embeddings.weight"
+        wanted["weight"] = weight
+    loaded = checkpoint.load(wanted)
+    if head is not None:
+        head.load_state_dict(loaded, strict=False)
+
+
+def _index(group: dist.ProcessGroup | None) -> int:
+    return 0 if group is None else group.rank()
 
 
 def _architecture(args: Namespace) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import (
     StragglerDetector,
     get_attr_wrapped_model,
@@ -30,6 +31,7 @@ import abkd_megatron.kernels as kernels
 from abkd_megatron.config import Config, DistillationConfig, to_argv
 from abkd_megatron.data import PreparedData
 from abkd_megatron.distillation import Attachment, Objective, TeacherCheckpoint, attach, build_teacher
+from abkd_megatron.distillation.attach import check_config
 from abkd_megatron.distillation.step import masked_loss
 from abkd_megatron.divergences import AlphaBeta, Divergence, ToDi
 from abkd_megatron.errors import ConfigError, on_every_rank
@@ -37,30 +39,32 @@ from abkd_megatron.vocab_parallel import vocab_parallel_divergence
 
 _stimer = StragglerDetector()
 
-# What teacher and student share as long as they run side by side on the same ranks, stage by stage.
-_SHARED = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "sequence_parallel",
-    "seq_length",
-    "micro_batch_size",
-    "params_dtype",
-    "tokenizer_type",
-    "tokenizer_model",
+# What teacher and student share: they see the same tokens, each on the rank that holds them.
+_SHARED = ("context_parallel_size", "seq_length", "micro_batch_size", "tokenizer_type", "tokenizer_model")
+
+# What a teacher does not take over from the student: how its layers are spread, and what only training knows.
+_STUDENT_ONLY = (
+    "num-layers-per-virtual-pipeline-stage",
+    "num-virtual-stages-per-pipeline-rank",
+    "microbatch-group-size-per-virtual-pipeline-stage",
+    "pipeline-model-parallel-layout",
+    "decoder-first-pipeline-num-layers",
+    "decoder-last-pipeline-num-layers",
+    "account-for-embedding-in-pipeline-split",
+    "account-for-loss-in-pipeline-split",
+    "mtp-num-layers",
+    "recompute-granularity",
+    "recompute-activations",
 )
 
-# Megatron features this integration does not carry a teacher through; each is off by default.
+# What this integration's own forward step and data do not do; each is off by default.
 _UNSUPPORTED = {
-    "mtp_num_layers": "multi-token prediction",
-    "sft": "packed fine-tuning batches",
-    "dataloader_inter_document_masking": "packed sequences",
+    "sft": "packed fine-tuning batches; a forward step of your own may pass packed_seq_params, see attach()",
+    "dataloader_inter_document_masking": (
+        "packed sequences; a forward step of your own may pass packed_seq_params, see attach()"
+    ),
     "hybrid_context_parallel": "hybrid context parallelism",
-    "hybrid_layer_pattern": "HybridModel",
     "fim_data": "fill-in-the-middle data",
-    "overlap_moe_expert_parallel_comm": "combined 1F1B schedule plans",
     "yaml_cfg": "Megatron's own --yaml-cfg",
 }
 
@@ -95,12 +99,13 @@ def run(config: Config, job: str) -> None:
     vocab_size = args.vocab_size = get_tokenizer().vocab_size
     model_config = gpt_config_from_args(args)
     step = _ForwardStep()
+    timeout = timedelta(minutes=args.distributed_timeout_minutes)
 
     if job == "distill":
         kernels.use(config.distillation.kernel)
         objective = make_objective(config.distillation)
         with on_every_rank():
-            teacher_args = _teacher_args({**megatron, **config.teacher.megatron}, options, args)
+            teacher_args = _teacher_args(megatron, config.teacher.megatron, options, args)
             checkpoint = TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step)
             checkpoint.check_arguments(teacher_args, vocab_size)
             _try_kernel(objective, config.device, args.params_dtype)
@@ -110,11 +115,17 @@ def run(config: Config, job: str) -> None:
             pg_collection = get_attr_wrapped_model(student[0], "pg_collection")
             step.attachment = attach(
                 student,
-                build_teacher(gpt_config_from_args(teacher_args), checkpoint, pg_collection),
+                build_teacher(
+                    gpt_config_from_args(teacher_args),
+                    checkpoint,
+                    pg_collection,
+                    sequence_parallel=args.sequence_parallel,
+                    timeout=timeout,
+                ),
                 objective,
                 vocab_size=vocab_size,
                 pg_collection=pg_collection,
-                timeout=timedelta(minutes=args.distributed_timeout_minutes),
+                timeout=timeout,
             )
             return student
 
@@ -128,7 +139,7 @@ def run(config: Config, job: str) -> None:
             step,
         )
     finally:
-        # TensorBoard's writer thread ends with the process, whatever is still in its queue: the last validation's numbers.
+        # TensorBoard's writer thread ends with the process and what is still in its queue: the last validation.
         if (writer := get_tensorboard_writer()) is not None:
             writer.flush()
     if step.attachment is not None:
@@ -200,7 +211,8 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str,
     args = get_args()
     keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens")
     batch: dict[str, Any] = dict.fromkeys(keys)
-    if not is_first_or_last_pipeline_stage(vp_stage):
+    predicts_ahead = mtp_on_this_rank(None, args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage)
+    if not is_first_or_last_pipeline_stage(vp_stage) and not predicts_ahead:
         return batch
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None
@@ -217,7 +229,7 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=predicts_ahead,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
@@ -264,9 +276,14 @@ def train_valid_test_datasets_provider(num_samples: Sequence[int], vp_stage: int
 train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
-def _teacher_args(megatron: Mapping[str, Any], options: Mapping[str, argparse.Action], student: Namespace) -> Namespace:
+def _teacher_args(
+    megatron: Mapping[str, Any], own: Mapping[str, Any], options: Mapping[str, argparse.Action], student: Namespace
+) -> Namespace:
     """Megatron's arguments for the teacher: the student's, with the `teacher:` section on top, derived anew."""
-    with _megatron_assertions_named(), _command_line(to_argv(megatron, options)):
+    merged = {**{name: value for name, value in megatron.items() if name not in _STUDENT_ONLY}, **own}
+    if not merged.get("num-experts"):  # a dense teacher: Megatron refuses to spread experts that are not there
+        merged |= {"expert-model-parallel-size": None, "expert-tensor-parallel-size": None}
+    with _megatron_assertions_named(), _command_line(to_argv(merged, options)):
         args = parse_args()
         _check_layout(args, "teacher")
         validate_args(args)
@@ -277,8 +294,14 @@ def _teacher_args(megatron: Mapping[str, Any], options: Mapping[str, argparse.Ac
                 f"teacher.{name.replace('_', '-')} is {theirs}, the student's is {ours}; they must be the same: "
                 "remove it from `teacher:`"
             )
-    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-    args.padded_vocab_size = -(-student.vocab_size // multiple) * multiple
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    if student.create_attention_mask_in_dataloader and any(getattr(args, s) != getattr(student, s) for s in sizes):
+        raise ConfigError(
+            "a teacher in a layout of its own is sent tokens, not attention masks; give "
+            "megatron.no-create-attention-mask-in-dataloader=true, or the teacher the student's layout"
+        )
+    # Both models' shards must hold the same columns; Megatron loads an embedding of any padding.
+    args.padded_vocab_size = student.padded_vocab_size
     return args
 
 
@@ -286,20 +309,28 @@ def _check_layout(args: Namespace, who: str) -> None:
     """Refuse what cannot be run, by name, before Megatron builds anything."""
     for name, what in _UNSUPPORTED.items():
         if getattr(args, name, None):
-            raise ConfigError(f"{who}: {what} is not supported yet; remove {name.replace('_', '-')}")
-    interleaved = {
-        "num_layers_per_virtual_pipeline_stage": args.num_layers_per_virtual_pipeline_stage,
-        "num_virtual_stages_per_pipeline_rank": args.num_virtual_stages_per_pipeline_rank,
-        "pipeline_model_parallel_layout": args.pipeline_model_parallel_layout,
-    }
-    for name, value in interleaved.items():
-        if value is not None:
-            raise ConfigError(
-                f"{who}: the interleaved pipeline schedule is not supported yet; remove {name.replace('_', '-')}"
-            )
+            raise ConfigError(f"{who}: no {what}; remove {name.replace('_', '-')}")
+    check_config(args, who)
+    if args.mtp_num_layers and args.pipeline_model_parallel_layout:
+        raise ConfigError(
+            f"{who}: multi-token prediction is only fed on the last pipeline stage; remove "
+            "pipeline-model-parallel-layout or mtp-num-layers"
+        )
+    virtual = (args.num_layers_per_virtual_pipeline_stage, args.num_virtual_stages_per_pipeline_rank)
+    if who == "teacher" and virtual != (None, None):
+        raise ConfigError(
+            "teacher: virtual pipeline stages shorten the wait for a backward pass, and a teacher has none; remove "
+            "num-layers-per-virtual-pipeline-stage and num-virtual-stages-per-pipeline-rank from `teacher:`"
+        )
     stages = args.pipeline_model_parallel_size
-    uneven = (args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers)
-    if args.num_layers is not None and uneven == (None, None) and args.num_layers % stages:
+    uneven = (
+        args.decoder_first_pipeline_num_layers,
+        args.decoder_last_pipeline_num_layers,
+        args.pipeline_model_parallel_layout,
+        args.account_for_embedding_in_pipeline_split or None,
+        args.account_for_loss_in_pipeline_split or None,
+    )
+    if args.num_layers is not None and not any(uneven) and args.num_layers % stages:
         raise ConfigError(
             f"{who}: {args.num_layers} layers do not divide over {stages} pipeline stages; change num-layers or "
             "pipeline-model-parallel-size, or say decoder-first-pipeline-num-layers"

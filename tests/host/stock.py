@@ -89,11 +89,11 @@ class Probe:
         teacher = build_teacher(teacher_config(self.args), checkpoint, pg_collection)
         arguments = {"vocab_size": 400, "pg_collection": pg_collection}
         self.handle = attach(chunks, teacher, Objective(AlphaBeta(0.2, 0.7)), **arguments)
-        self.teacher_at_start = digest(teacher)
+        self.teacher_at_start = digest(teacher.model)
         self.refusals = []
         for attempt in (
             lambda: attach(chunks, teacher, Objective(AlphaBeta(0.2, 0.7)), **arguments),
-            lambda: checkpoint.check_tensors(self.student),
+            lambda: checkpoint.check_tensors(self.student.sharded_state_dict()),
         ):
             try:
                 attempt()
@@ -128,11 +128,11 @@ class Probe:
         self.handle.detach()
         plain = self.loss()
         return {
-            "teacher unchanged": digest(self.handle.teacher) == self.teacher_at_start,
+            "teacher unchanged": digest(self.handle.teacher.model) == self.teacher_at_start,
             "teacher has gradients": any(
                 p.requires_grad or p.grad is not None for p in self.handle.teacher.parameters()
             ),
-            "teacher in training mode": any(module.training for module in self.handle.teacher.modules()),
+            "teacher in training mode": any(module.training for module in self.handle.teacher.model.modules()),
             "optimizers": len(optimizers),
             "teacher parameters optimized": len(teacher & optimized),
             "student parameters optimized": len(optimized),
@@ -143,7 +143,7 @@ class Probe:
             ],
             "hooks while attached": attached["hooks"],
             "as before once detached": self.surface() == self.before,
-            "messages in flight": self.handle._lane.num_in_flight if self.handle._lane else 0,
+            "messages in flight": self.handle.num_in_flight,
             "loss changes with the teacher": watched is None or watched != plain,
             "refusals": self.refusals,
         }

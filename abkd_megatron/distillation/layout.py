@@ -1,0 +1,135 @@
+"""Where the teacher's stages lie on the student's ranks, whatever parallelism either has."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from abkd_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """A rank's place in the student's layout: its index in each of these groups."""
+
+    pp: int
+    dp: int
+    cp: int
+    tp: int
+
+
+class TeacherLayout:
+    """The teacher's layout over the ranks of the student, seen from one rank.
+
+    A *host* is the tensor-parallel group of one teacher stage: the ranks of one student stage, of as many data-parallel
+    neighbours as it takes to be `tensor_parallel`. Hosts are numbered along the student's stages, and within a stage
+    along the neighbours; each `pipeline_parallel` hosts in a row are one *replica* of the teacher. The fewest
+    neighbours for which that comes out even form a *cell*, and share its replicas: micro-batch i of the cell's
+    neighbour n is the work of replica (i * neighbours + n) % replicas. So every rank holds one stage of the teacher,
+    all have as much to do, and hidden states only ever move forward: to a later stage of the student, or along its
+    neighbours within the same one, which is why nobody can wait for somebody who waits for him.
+
+    The student's own layout is the case of one neighbour and one replica: then only hidden states travel.
+
+    Args:
+        places: of all ranks of the job, by global rank.
+        rank: this one.
+        tensor_parallel: of the teacher, a multiple of the student's.
+        pipeline_parallel: of the teacher.
+
+    Attributes:
+        neighbours: of a cell.
+        replicas: of a cell.
+        host: global ranks of this rank's tensor-parallel group of the teacher, in order.
+        replica: of this rank, in its cell.
+        stage: of the teacher, on this rank.
+        pipeline: global ranks that hold the same share of the other stages of this replica, in stage order.
+
+    Raises:
+        ConfigError: a tensor parallelism that is no multiple of the student's, or too few data-parallel ranks.
+    """
+
+    def __init__(self, places: Sequence[Place], rank: int, tensor_parallel: int, pipeline_parallel: int) -> None:
+        self._places = list(places)
+        self._rank_at = {place: number for number, place in enumerate(places)}
+        self.place = places[rank]
+        self.student_stages, data_parallel, _, self.student_tensor_parallel = (
+            1 + max(values) for values in zip(*((p.pp, p.dp, p.cp, p.tp) for p in places), strict=True)
+        )
+        if tensor_parallel % self.student_tensor_parallel:
+            raise ConfigError(
+                f"teacher.tensor-model-parallel-size is {tensor_parallel}, which is no multiple of the student's "
+                f"{self.student_tensor_parallel}; give it a multiple, or leave it out to have the student's"
+            )
+        self.tensor_parallel, self.pipeline_parallel = tensor_parallel, pipeline_parallel
+        self._joined = tensor_parallel // self.student_tensor_parallel
+        blocks = pipeline_parallel // math.gcd(pipeline_parallel, self.student_stages)
+        self.neighbours = self._joined * blocks
+        if data_parallel % self.neighbours:
+            raise ConfigError(
+                f"a teacher of tensor parallelism {tensor_parallel} and pipeline parallelism {pipeline_parallel} spans "
+                f"{self.neighbours} data-parallel ranks of the student, whose {data_parallel} it does not divide; give "
+                "it fewer ranks (teacher.tensor-model-parallel-size, teacher.pipeline-model-parallel-size), or the "
+                "student more data parallelism"
+            )
+        self._first_neighbour = self.place.dp - self.place.dp % self.neighbours
+        hosts = [self._host(stage, block) for stage in range(self.student_stages) for block in range(blocks)]
+        self.replicas = len(hosts) // pipeline_parallel
+        (number,) = (n for n, host in enumerate(hosts) if rank in host)
+        self.host = hosts[number]
+        self.index = self.host.index(rank)
+        """Of this rank in its host."""
+        self.replica, self.stage = divmod(number, pipeline_parallel)
+        self._stages = [hosts[r * pipeline_parallel : (r + 1) * pipeline_parallel] for r in range(self.replicas)]
+        self.pipeline = [host[self.index] for host in self._stages[self.replica]]
+
+    @property
+    def is_students(self) -> bool:
+        """Whether the teacher lies as the student does, stage by stage."""
+        return self.neighbours == self.replicas == 1
+
+    @property
+    def neighbour(self) -> int:
+        """This rank's number in its cell."""
+        return self.place.dp - self._first_neighbour
+
+    def replica_for(self, micro_batch: int, neighbour: int) -> int:
+        """Whose work this neighbour's micro-batch is; micro-batches are numbered as they come, over all steps."""
+        return (micro_batch * self.neighbours + neighbour) % self.replicas
+
+    def first_host(self, replica: int) -> list[int]:
+        """Ranks that hold the replica's first stage, and take tokens."""
+        return self._stages[replica][0]
+
+    def student_stage_of(self, rank: int) -> int:
+        """The student's stage on a rank."""
+        return self._places[rank].pp
+
+    def source_of_tokens(self, neighbour: int, index: int) -> int:
+        """The rank that has this neighbour's tokens and gives them to rank `index` of a replica's first host."""
+        return self._rank(0, neighbour, index % self.student_tensor_parallel)
+
+    def source_of_result(self, replica: int, neighbour: int, tp: int) -> int:
+        """The rank that gives the replica's last hidden states to rank `tp` of this neighbour's last stage."""
+        host, wanted = self._stages[replica][-1], self.destination(neighbour, tp)
+        if wanted in host:
+            return wanted
+        return host[(neighbour % self._joined) * self.student_tensor_parallel + tp]
+
+    def destination(self, neighbour: int, tp: int) -> int:
+        """Rank `tp` of this neighbour's last stage, where the loss is."""
+        return self._rank(self.student_stages - 1, neighbour, tp)
+
+    @property
+    def cell(self) -> list[int]:
+        """All ranks that share this rank's replicas."""
+        return sorted(rank for replica in self._stages for host in replica for rank in host)
+
+    def _host(self, stage: int, block: int) -> list[int]:
+        return [
+            self._rank(stage, block * self._joined + n, tp)
+            for n in range(self._joined)
+            for tp in range(self.student_tensor_parallel)
+        ]
+
+    def _rank(self, stage: int, neighbour: int, tp: int) -> int:
+        return self._rank_at[replace(self.place, pp=stage, dp=self._first_neighbour + neighbour, tp=tp)]
