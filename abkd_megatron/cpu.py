@@ -55,6 +55,11 @@ class _CudaMeansCpu(TorchFunctionMode):
             return None
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(args[0]).replace("torch.", "torch.cuda.", 1)
+        if func is torch.distributed.all_to_all_single:
+            # Megatron turns split sizes into numbers where they are on a GPU; here they never were.
+            for name in ("output_split_sizes", "input_split_sizes"):
+                if isinstance(kwargs.get(name), torch.Tensor):
+                    kwargs[name] = kwargs[name].tolist()
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = torch.device("cpu")
         if kwargs.get("pin_memory"):

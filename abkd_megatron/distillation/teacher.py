@@ -198,10 +198,10 @@ class TeacherCheckpoint:
             self.check_tensors(wanted)
         with on_every_rank():
             try:
-                loaded: dict[str, Any] = dist_checkpointing.load({"wanted": wanted}, str(self.directory))["wanted"]
+                loaded: dict[str, Any] = dist_checkpointing.load({"wanted": wanted}, str(self.directory))
             except Exception as error:
                 raise CheckpointError(f"the teacher in {self.directory} cannot be loaded: {error}") from error
-        return loaded
+        return loaded.get("wanted") or {}  # a rank may want nothing
 
     def has(self, key: str) -> bool:
         """Whether there is a tensor of this name."""
@@ -324,11 +324,13 @@ def _process_groups(
         shares: list[tuple[int, int]] = [(0, 0)] * len(places)
         dist.all_gather_object(shares, (layout.stage, layout.index))
         same = [rank for rank, share in enumerate(shares) if share == (layout.stage, layout.index)]
+        copies = new_group(same, timeout)
         groups = ProcessGroupCollection(
             tp=new_group(layout.host, timeout),
             pp=new_group(layout.pipeline, timeout),
             cp=students.cp,
-            dp_cp=new_group(same, timeout),
+            dp=copies,
+            dp_cp=copies,
             embd=None,
             pos_embd=None,
         )
