@@ -140,9 +140,9 @@ class Attachment:
         report: per-token numbers [b, s] of the last micro-batch, by the name they are logged under; None before the
             first, and on every pipeline stage but the last.
         most_waiting: the most micro-batches whose teacher hidden states have waited here for the student at one time. 1
-            without virtual pipeline stages; with them, as many micro-batches as Megatron runs through one chunk before
-            the next (microbatch_group_size_per_vp_stage, by default the pipeline size): the last chunk takes a group's
-            before the first chunk begins another group. Each is s * b * H / (TP if sequence parallel) numbers.
+            without virtual pipeline stages; with them at most 2 G, where G is the number of micro-batches that Megatron
+            runs through one chunk before the next (microbatch_group_size_per_vp_stage, by default the pipeline size).
+        most_waiting_bytes: the same in bytes; a micro-batch is s * b * H / (TP if sequence parallel) numbers.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class Attachment:
         self.teacher = teacher
         self.objective = objective
         self.report: dict[str, torch.Tensor] | None = None
-        self.most_waiting = 0
+        self.most_waiting = self.most_waiting_bytes = 0
         self._vocab_size = vocab_size
         self._tp_group = tp_group
         self._waiting: deque[torch.Tensor] = deque()
@@ -190,6 +190,7 @@ class Attachment:
         if hidden_states is not None:
             self._waiting.append(hidden_states)
             self.most_waiting = max(self.most_waiting, len(self._waiting))
+            self.most_waiting_bytes = max(self.most_waiting_bytes, sum(hidden.nbytes for hidden in self._waiting))
 
     def _give_head(self, student: GPTModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if self._logits_are_wanted(self._signature.bind_partial(*args, **kwargs).arguments):

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, get_cuda_rng_tracker
+from megatron.core.transformer import TransformerConfig
 from megatron.training.models import GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -225,6 +226,24 @@ class Teacher:
     head: Any
     """The output layer, sharded as the student's: a module on the student's last stage, elsewhere None."""
 
+    @classmethod
+    def of(cls, model: GPTModel, pg_collection: ProcessGroupCollection) -> "Teacher":
+        """A teacher that lies as the student does, from a model that is built and loaded; it is frozen here.
+
+        Args:
+            model: this rank's stage.
+            pg_collection: its process groups and the student's: `tp`, `pp`, `cp` and `dp` are used.
+
+        Collectives: one all_gather_object.
+        """
+        layout = _layout(model.config, _places(pg_collection))
+        if not layout.is_students:
+            raise ConfigError(
+                "the teacher has another tensor or pipeline parallelism than the student: build_teacher()"
+            )
+        _freeze(model)
+        return cls(model, layout, pg_collection, model.output_layer if model.post_process else None)
+
     def output_layer(self, hidden_states: torch.Tensor) -> OutputLayer:
         """What the loss makes of the teacher's last hidden states."""
         assert self.head is not None
@@ -272,12 +291,8 @@ def build_teacher(
 
     Collectives: those of building a Megatron model and of a distributed load; a few all_gather_object.
     """
-    places: list[Place] = [Place(0, 0, 0, 0)] * dist.get_world_size()
-    dist.all_gather_object(places, Place(*(_index(getattr(pg_collection, name)) for name in ("pp", "dp", "cp", "tp"))))
-    transformer = config.transformer
-    layout = TeacherLayout(
-        places, dist.get_rank(), transformer.tensor_model_parallel_size, transformer.pipeline_model_parallel_size
-    )
+    transformer, places = config.transformer, _places(pg_collection)
+    layout = _layout(transformer, places)
     students_scatter = transformer.sequence_parallel if sequence_parallel is None else sequence_parallel
     apart = not layout.is_students or students_scatter != transformer.sequence_parallel
     groups = _process_groups(config, layout, places, pg_collection, timeout)
@@ -299,9 +314,7 @@ def build_teacher(
         _load_head(head, checkpoint, pg_collection)
     for module in (model, head):
         if module is not None:
-            module.to(transformer.params_dtype)
-            module.requires_grad_(False)
-            module.eval()
+            _freeze(module.to(transformer.params_dtype))
     return Teacher(model, layout, groups, head)
 
 
@@ -395,8 +408,22 @@ def _load_head(
         head.load_state_dict(loaded, strict=False)
 
 
-def _index(group: dist.ProcessGroup | None) -> int:
-    return 0 if group is None else group.rank()
+def _places(pg_collection: ProcessGroupCollection) -> list[Place]:
+    """Where every rank of the job is in the student's layout."""
+    groups = (getattr(pg_collection, name) for name in ("pp", "dp", "cp", "tp"))
+    places: list[Place] = [Place(0, 0, 0, 0)] * dist.get_world_size()
+    dist.all_gather_object(places, Place(*(0 if group is None else group.rank() for group in groups)))
+    return places
+
+
+def _layout(config: TransformerConfig, places: Sequence[Place]) -> TeacherLayout:
+    sizes = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    return TeacherLayout(places, dist.get_rank(), *sizes)
+
+
+def _freeze(module: torch.nn.Module) -> None:
+    module.requires_grad_(False)
+    module.eval()
 
 
 def _architecture(args: Namespace) -> dict[str, Any]:

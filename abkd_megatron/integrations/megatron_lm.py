@@ -1,6 +1,7 @@
 """Megatron-LM's own training loop (`megatron.training.pretrain`), fed with our config, our data and our head."""
 
 import argparse
+import logging
 import sys
 import traceback
 from argparse import Namespace
@@ -37,6 +38,7 @@ from abkd_megatron.divergences import AlphaBeta, Divergence, ToDi
 from abkd_megatron.errors import ConfigError, on_every_rank
 from abkd_megatron.vocab_parallel import vocab_parallel_divergence
 
+logger = logging.getLogger(__name__)
 _stimer = StragglerDetector()
 
 # What teacher and student share: they see the same tokens, each on the rank that holds them.
@@ -144,6 +146,10 @@ def run(config: Config, job: str) -> None:
             writer.flush()
     if step.attachment is not None:
         step.attachment.detach()
+        logger.info(
+            f"teacher hidden states: at most {step.attachment.most_waiting} micro-batches at a time waited here, "
+            f"{step.attachment.most_waiting_bytes} bytes"
+        )
 
 
 def make_objective(config: DistillationConfig) -> Objective:

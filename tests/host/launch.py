@@ -1,13 +1,21 @@
-"""Running the command line on several CPU ranks, as torchrun would, with every rank's output and exit code kept."""
+"""Running Python programs on several CPU ranks, as torchrun would, with every rank's output and exit code kept.
 
+Ranks are forked from a server that has Megatron imported: importing it takes a rank longer than most of the jobs here.
+"""
+
+import multiprocessing
 import os
+import runpy
 import socket
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import connection, forkserver
 from pathlib import Path
+from unittest import mock
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -33,38 +41,69 @@ def launch(arguments: Sequence[object], num_ranks: int, *, timeout_seconds: floa
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            cwd=ROOT,
-        )
-        for rank in range(num_ranks)
-    ]
-    return [Rank(code, output) for code, output in _wait(ranks, time.monotonic() + timeout_seconds)]
-
-
-def _wait(ranks: Sequence[subprocess.Popen], deadline: float) -> list[tuple[int, str]]:
-    outputs: dict[int, str] = {}
-    while len(outputs) < len(ranks):
-        for index, process in enumerate(ranks):
-            if index in outputs:
-                continue
-            try:
-                outputs[index] = process.communicate(timeout=0.2)[0]
-            except subprocess.TimeoutExpired:
-                continue
-            if process.returncode != 0:
-                deadline = min(deadline, time.monotonic() + 20)
-        if time.monotonic() > deadline:
+    words = [str(word) for word in arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / str(rank) for rank in range(num_ranks)]
+        ranks = [
+            _fork_server().Process(
+                target=_be_rank, args=(words, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, output)
+            )
+            for rank, output in enumerate(outputs)
+        ]
+        try:
             for process in ranks:
-                process.kill()
-            deadline = float("inf")
-    return [(process.returncode, outputs[index]) for index, process in enumerate(ranks)]
+                process.start()
+            _wait(ranks, time.monotonic() + timeout_seconds)
+        finally:
+            for process in ranks:
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+        return [
+            Rank(process.exitcode, output.read_text(errors="replace"))
+            for process, output in zip(ranks, outputs, strict=True)
+        ]
+
+
+@cache
+def _fork_server() -> multiprocessing.context.BaseContext:
+    """It ends with this process."""
+    context = multiprocessing.get_context("forkserver")
+    # What a rank imports, apart from the command line itself, which runpy wants to import; none of it starts a thread.
+    context.set_forkserver_preload(
+        [__name__, "abkd_megatron.integrations.megatron_lm", "abkd_megatron.data", "torch.utils.tensorboard"]
+    )
+    # torch reads the number of threads when it is imported.
+    places = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": places}):
+        forkserver.ensure_running()
+    return context
+
+
+def _be_rank(words: Sequence[str], environment: Mapping[str, str], output: Path) -> None:
+    """Become `python WORDS`, with file descriptors, environment and command line of its own."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    # What the program starts itself, it starts as if nobody had forked it.
+    multiprocessing.set_start_method(None, force=True)
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(words)
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def _wait(ranks: Sequence[multiprocessing.Process], deadline: float) -> None:
+    running = {process.sentinel: process for process in ranks}
+    while running and time.monotonic() < deadline:
+        for sentinel in connection.wait(running, timeout=deadline - time.monotonic()):
+            if running.pop(sentinel).exitcode != 0:
+                deadline = min(deadline, time.monotonic() + 20)
 
 
 def run_job(job: str, config: Path, overrides: Mapping[str, object] | None = None, *, num_ranks: int = 1) -> list[Rank]:

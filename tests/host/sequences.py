@@ -1,0 +1,428 @@
+"""Packed sequences, sequences of any length, loss masks and context parallelism in Megatron's models and schedules.
+
+    python sequences.py REFERENCES
+
+One rank trains the same weights on the plain form of the same data, with Megatron's own attention and logits that
+exist, and saves losses and gradients to the file REFERENCES; it and jobs of more ranks compare their cases with those.
+The worst errors of all ranks go to rank 0's stdout as one line of JSON.
+
+Megatron's CPU attention refuses packed sequences and context parallelism, so in those cases the layer spec names ours.
+"""
+
+import functools
+import json
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+VOCAB, PADDED, LONGEST = 250, 256, 24
+SPLIT = 2  # context-parallel ranks of the cases that average over micro-batches
+LAYERS, HIDDEN, TEACHER_LAYERS, TEACHER_HIDDEN = 4, 16, 8, 24
+# What may stand where no token counts: Megatron's and torch's marks, padded columns, ids that no vocabulary has.
+GARBAGE = torch.tensor([-100, -1, VOCAB, PADDED - 1, 2**40])
+
+
+@dataclass(frozen=True)
+class Case:
+    data: str
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    head: str = "materialised"
+    todi: bool = False
+    """ToDi, and the models swap their kinds of positions."""
+    per_token: bool = True
+    """Megatron's calculate_per_token_loss."""
+    mask_known: bool = True
+    """Whether the model is told the loss mask."""
+
+    @property
+    def reference(self) -> tuple[str, bool, bool]:
+        return self.data, self.todi, self.per_token
+
+
+CASES: dict[int, dict[str, Case]] = {
+    1: {
+        "packed": Case("packed"),
+        "packed, fused": Case("packed", head="fused"),
+        "packed, ToDi": Case("packed", todi=True),
+        "variable": Case("variable"),
+        "variable, fused": Case("variable", head="fused"),
+        "masked": Case("masked"),
+        "masked, fused": Case("masked", head="fused"),
+        "masked, fused, mask unknown": Case("masked", head="fused", mask_known=False),
+        "masked, by micro-batch": Case("masked", per_token=False),
+        "masked, by micro-batch, fused": Case("masked", head="fused", per_token=False),
+    },
+    2: {
+        "packed, TP 2": Case("packed", tp=2),
+        "packed, TP 2, fused": Case("packed", tp=2, head="fused"),
+        "packed, PP 2": Case("packed", pp=2),
+        "packed, PP 2, fused": Case("packed", pp=2, head="fused"),
+        "packed, PP 2, ToDi": Case("packed", pp=2, todi=True),
+        "variable, PP 2": Case("variable", pp=2),
+        "variable, TP 2, fused": Case("variable", tp=2, head="fused"),
+        "masked, TP 2": Case("masked", tp=2),
+        "masked, TP 2, fused": Case("masked", tp=2, head="fused"),
+        "masked, PP 2, by micro-batch": Case("masked", pp=2, per_token=False),
+        "masked, DP 2": Case("masked"),
+        "masked, DP 2, by micro-batch, fused": Case("masked", head="fused", per_token=False),
+        "context, CP 2": Case("context", cp=2),
+        "context, CP 2, fused": Case("context", cp=2, head="fused"),
+        "context, CP 2, ToDi": Case("context", cp=2, todi=True),
+        "context, CP 2, by micro-batch": Case("context", cp=SPLIT, per_token=False),
+        "packed context, CP 2": Case("packed context", cp=2),
+        "packed context, CP 2, fused": Case("packed context", cp=2, head="fused"),
+    },
+    4: {
+        "packed, TP 2 x PP 2": Case("packed", tp=2, pp=2),
+        "variable, TP 2 x PP 2": Case("variable", tp=2, pp=2),
+        "variable, PP 4, fused": Case("variable", pp=4, head="fused"),
+        "context, CP 2 x TP 2": Case("context", cp=2, tp=2),
+        "context, CP 2 x TP 2, fused": Case("context", cp=2, tp=2, head="fused"),
+        "context, CP 2 x PP 2": Case("context", cp=2, pp=2),
+        "context, CP 2 x DP 2": Case("context", cp=2),
+        "context, CP 4": Case("context", cp=4),
+        "packed context, CP 2 x PP 2, fused": Case("packed context", cp=2, pp=2, head="fused"),
+    },
+}
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    tokens: Tensor
+    """[b, s], as are the next three."""
+    labels: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+    lengths: tuple[int, ...] = ()
+    """Of the sequences packed into one row."""
+
+    @classmethod
+    def random(cls, rows: int, length: int, generator: torch.Generator) -> "MicroBatch":
+        tokens, labels = torch.randint(VOCAB, (2, rows, length), generator=generator)
+        mask = (torch.rand(rows, length, generator=generator) < 0.7).float()
+        mask[:, 0] = 1.0
+        return cls(tokens, labels, mask, torch.arange(length).repeat(rows, 1))
+
+    def masked(self, mask: Tensor) -> "MicroBatch":
+        return replace(self, loss_mask=self.loss_mask * mask)
+
+    def with_garbage(self) -> "MicroBatch":
+        garbage = GARBAGE[torch.arange(self.labels.numel()).view_as(self.labels) % len(GARBAGE)]
+        return replace(self, labels=torch.where(self.loss_mask == 0, garbage, self.labels))
+
+
+def packed(sequences: Sequence[MicroBatch]) -> MicroBatch:
+    """One row of several."""
+    parts = [(part.tokens, part.labels, part.loss_mask, part.position_ids) for part in sequences]
+    lengths = tuple(part.tokens.shape[1] for part in sequences)
+    return MicroBatch(*(torch.cat(of_parts, dim=1) for of_parts in zip(*parts, strict=True)), lengths)
+
+
+def padded(batch: MicroBatch) -> MicroBatch:
+    """Every row LONGEST tokens, of which the last ones do not count."""
+    rows, length = batch.tokens.shape
+    return MicroBatch(
+        *(
+            torch.cat((of_batch, torch.zeros(rows, LONGEST - length, dtype=of_batch.dtype)), dim=1)
+            for of_batch in (batch.tokens, batch.labels, batch.loss_mask)
+        ),
+        torch.arange(LONGEST).repeat(rows, 1),
+    )
+
+
+def micro_batches(data: str, per_token: bool) -> tuple[list[MicroBatch], list[MicroBatch], float]:
+    """What a case trains on, the same in its plain form, and how many times the plain one's gradient is wanted."""
+    generator = torch.Generator().manual_seed(zlib.crc32(data.encode()))
+    random = partial(MicroBatch.random, generator=generator)
+    if "packed" in data:  # rows of one length, as Megatron's pipeline expects them
+        any_lengths, even_lengths = ((5, 11, 1, 7), (8, 3, 13), (LONGEST,)), ((4, 8, 12), (16, 8), (LONGEST,))
+        lengths = even_lengths if "context" in data else any_lengths
+        rows = [[random(1, length) for length in of_row] for of_row in lengths]
+        return [packed(row).with_garbage() for row in rows], [sequence for row in rows for sequence in row], 1.0
+    if data == "variable":
+        given = [random(2, length) for length in (8, LONGEST, 16, 1, 11)]
+        return [batch.with_garbage() for batch in given], [padded(batch) for batch in given], 1.0
+    if data == "masked":  # a row of nothing, micro-batches of nothing; at DP 2 one rank has nothing else
+        first, second, nothing = random(2, 12), random(2, 12), random(2, 12).masked(torch.zeros(2, 12))
+        second = second.masked(torch.tensor([[1.0], [0.0]]))
+        given = [batch.with_garbage() for batch in (first, nothing, second, nothing)]
+        only = MicroBatch(*(of[:1] for of in (second.tokens, second.labels, second.loss_mask, second.position_ids)))
+        return given, [first, only], 1.0 if per_token else 2 / 4
+    given = [random(2, 16) for _ in range(4)]
+    if per_token:
+        return [batch.with_garbage() for batch in given], given, 1.0
+    # Megatron then averages each rank's share by itself, so each is a micro-batch of its own on one rank.
+    held = [torch.isin(torch.arange(16), cp_positions([16], rank, SPLIT)).float() for rank in range(SPLIT)]
+    return [batch.with_garbage() for batch in given], [batch.masked(share) for batch in given for share in held], 1.0
+
+
+def cp_positions(lengths: Sequence[int], rank: int, size: int) -> Tensor:
+    """Where a rank's tokens stand in the whole row: of a sequence's 2 * size chunks it has one and its mirror."""
+    if size == 1:
+        return torch.arange(sum(lengths))
+    chunks = [sequence.chunk(2 * size) for sequence in torch.arange(sum(lengths)).split(list(lengths))]
+    return torch.cat([of_sequence[at] for of_sequence in chunks for at in (rank, 2 * size - 1 - rank)])
+
+
+class CoreAttention(torch.nn.Module):
+    """Causal attention [s, b, n, d] -> [s, b, n * d], also for packed sequences [t, n, d] and context parallelism."""
+
+    def __init__(self, *, pg_collection: Any, **_: Any) -> None:
+        super().__init__()
+        self.cp_group = pg_collection.cp
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Any = None, **__: Any
+    ) -> Tensor:
+        rank, size = self.cp_group.rank(), self.cp_group.size()
+        lengths = [query.shape[0] * size]
+        if packed_seq_params is not None:
+            query, key, value = (of[:, None] for of in (query, key, value))
+            lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        key, value = _Gather.apply(torch.stack((key, value), dim=1), self.cp_group).unbind(1)
+        at = cp_positions(lengths, rank, size)[:, None]
+        keys_at = torch.cat([cp_positions(lengths, other, size) for other in range(size)])
+        sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        seen = (at >= keys_at) & (sequence[at] == sequence[keys_at])
+        query, key, value = (of.permute(1, 2, 0, 3) for of in (query, key, value))
+        context = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+
+class _Gather(torch.autograd.Function):
+    """Every rank's part along dimension 0, in the order of the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(part) for _ in range(group.size())]
+        dist.all_gather(parts, part.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient.chunk(ctx.group.size())[ctx.group.rank()], None
+
+
+def main() -> None:
+    from abkd_megatron import cpu
+
+    cpu.install()
+    cpu.init_process_group(timedelta(minutes=3))
+    path, num_ranks = sys.argv[1], dist.get_world_size()
+    if num_ranks == 1:
+        wanted = {case.reference: case for cases in CASES.values() for case in cases.values()}
+        torch.save({key: train(Case(*key[:1], todi=key[1], per_token=key[2]), plain=True) for key in wanted}, path)
+    references = torch.load(path)
+    found = {}
+    for name, case in sorted(CASES[num_ranks].items(), key=lambda item: (item[1].tp, item[1].pp, item[1].cp)):
+        errors: list[Any] = [None] * num_ranks
+        dist.all_gather_object(errors, compare(case, train(case), references[case.reference]))
+        found[name] = {what: max(of.get(what, 0.0) for of in errors) for what in set().union(*errors)}
+    if dist.get_rank() == 0:
+        print("FOUND " + json.dumps(found), flush=True)
+    dist.barrier()
+
+
+def compare(case: Case, got: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
+    """The largest relative error of every loss on the last stage, and of every parameter's gradient on its stage."""
+    from megatron.core import parallel_state
+
+    factor = micro_batches(case.data, case.per_token)[2]
+    errors = {}
+    for name, (of_tokens, tokens) in got["losses"].items():
+        in_wanted, wanted_tokens = wanted["losses"][name]
+        assert tokens == wanted_tokens, f"{tokens} tokens in place of {wanted_tokens}"
+        errors[name] = error(of_tokens, in_wanted)
+    for name, gradient in got["gradients"].items():
+        whole = factor * wanted["gradients"][name]
+        (split,) = [dim for dim in range(whole.ndim) if gradient.shape[dim] != whole.shape[dim]] or [None]
+        if split is not None:
+            whole = whole.chunk(case.tp, dim=split)[parallel_state.get_tensor_model_parallel_rank()]
+        errors[f"gradient of {name}"] = error(gradient, whole)
+    return errors
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    assert got.shape == wanted.shape
+    if not torch.isfinite(got).all():
+        return float("inf")  # NaN would be lost in a maximum
+    return ((got - wanted).abs().amax() / wanted.abs().amax().clamp_min(1e-30)).item()
+
+
+@functools.lru_cache(maxsize=1)  # Megatron knows one layout at a time; a change leaves the old one's threads behind
+def process_groups(tp: int, pp: int, cp: int) -> Any:
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
+        create_gloo_process_groups=False,
+    )
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def train(case: Case, plain: bool = False) -> dict[str, Any]:
+    """One step: the sums of losses and tokens over all ranks, if this is the last stage, and this stage's gradients."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from abkd_megatron import AlphaBeta, ToDi
+    from abkd_megatron.distillation import Objective, Teacher, attach
+
+    groups = process_groups(case.tp, case.pp, case.cp)
+    model_parallel_cuda_manual_seed(1)
+    kinds = ("learned_absolute", "rope") if case.todi else ("rope", "learned_absolute")
+    own_attention = not plain and ("packed" in case.data or case.cp > 1)
+    student = build(case, "student", LAYERS, HIDDEN, kinds[0], groups, own_attention)
+    teacher = build(case, "teacher", TEACHER_LAYERS, TEACHER_HIDDEN, kinds[1], groups, own_attention)
+    model = DistributedDataParallel(student.config, DistributedDataParallelConfig(), student)
+    divergence = ToDi() if case.todi else AlphaBeta(0.2, 0.7)
+    objective = Objective(divergence, head=case.head, chunk_tokens=7 if case.head == "fused" else None)
+    attachment = attach(model, Teacher.of(teacher, groups), objective, vocab_size=VOCAB, pg_collection=groups)
+
+    batches = micro_batches(case.data, case.per_token)[plain]
+    batches = batches[groups.dp.rank() :: groups.dp.size()]
+    model.zero_grad_buffer()
+    reports = get_forward_backward_func()(
+        forward_step_func=partial(forward_step, case, attachment),
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens.shape[1],
+        micro_batch_size=batches[0].tokens.shape[0],
+    )
+    attachment.detach()
+    losses = {}
+    for name in reports[0] if reports else ():
+        losses[name] = torch.stack([report[name] for report in reports]).double().sum(0)
+        dist.all_reduce(losses[name], group=groups.dp_cp)
+    if plain:  # the models by themselves, so that no case can agree with a teacher that was run wrongly everywhere
+        for name, alone in (("lm loss", student), ("teacher lm loss", teacher)):
+            losses[name][0] = sum(cross_entropy(alone, batch) for batch in batches)
+    return {"losses": losses, "gradients": {name: weight.main_grad.clone() for name, weight in named(student)}}
+
+
+@torch.no_grad()
+def cross_entropy(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
+    logits = model(batch.tokens, batch.position_ids, None)[..., :VOCAB].transpose(1, 2)
+    return (torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none") * batch.loss_mask).sum()
+
+
+def build(
+    case: Case, who: str, layers: int, hidden: int, positions: str, groups: Any, own_attention: bool
+) -> torch.nn.Module:
+    """This rank's part of a model whose weights depend on its name alone."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=4,
+        tensor_model_parallel_size=case.tp,
+        pipeline_model_parallel_size=case.pp,
+        context_parallel_size=case.cp,
+        pipeline_dtype=torch.float32,
+        variable_seq_lengths=case.data == "variable",
+        moe_token_dispatcher_type="alltoall",  # Megatron asks for it beside variable lengths, without any experts
+        calculate_per_token_loss=case.per_token,
+        normalization="RMSNorm",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    if own_attention:
+        spec.submodules.self_attention.submodules.core_attention = CoreAttention
+    model = GPTModel(
+        config,
+        spec,
+        vocab_size=PADDED,
+        max_sequence_length=LONGEST,
+        pre_process=groups.pp.rank() == 0,
+        post_process=groups.pp.rank() == case.pp - 1,
+        position_embedding_type=positions,
+        pg_collection=groups,
+    )
+    with torch.no_grad():
+        for name, weight in named(model):
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{who} {name}".encode()))
+            shape, split = list(weight.shape), getattr(weight, "partition_dim", -1)
+            if split >= 0 and weight.tensor_model_parallel:
+                shape[split] *= case.tp
+            whole = torch.randn(shape, generator=generator)
+            # Wide enough that attention attends to something, and both models are sure of something.
+            whole = 1 + 0.1 * whole if "norm" in name else whole * (1.5 / shape[-1] ** 0.5 if len(shape) > 1 else 0.1)
+            weight.copy_(whole.chunk(case.tp, dim=split)[groups.tp.rank()] if shape != list(weight.shape) else whole)
+    return model
+
+
+def named(model: Any) -> Iterator[tuple[str, Any]]:
+    """The parameters by their names in a model of one stage."""
+    for name, weight in model.named_parameters():
+        if name.startswith("decoder.layers."):
+            index, rest = name.removeprefix("decoder.layers.").split(".", 1)
+            name = f"decoder.layers.{model.decoder.layers[int(index)].layer_number - 1}.{rest}"
+        yield name, weight
+
+
+def forward_step(
+    case: Case, attachment: Any, batches: Iterator[MicroBatch], model: torch.nn.Module
+) -> tuple[Tensor, partial]:
+    from megatron.core import parallel_state
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    from abkd_megatron.distillation.step import masked_loss
+
+    batch = next(batches)
+    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    here = {
+        "tokens": batch.tokens if first else None,
+        "position_ids": batch.position_ids if first else None,
+        "labels": batch.labels if last else None,
+        "loss_mask": batch.loss_mask if last else None,
+    }
+    packed_seq_params, cp_group = None, parallel_state.get_context_parallel_group()
+    if batch.lengths:
+        ends = torch.tensor((0, *batch.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        longest = max(batch.lengths)
+        packed_seq_params = PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
+        # Megatron asks TransformerEngine for these.
+        held = cp_positions(batch.lengths, cp_group.rank(), cp_group.size())
+        here = {name: whole[:, held] if whole is not None else None for name, whole in here.items()}
+    else:
+        here = get_batch_on_this_cp_rank(here, is_hybrid_cp=False, cp_group=cp_group)
+    output = model(
+        here["tokens"],
+        here["position_ids"],
+        None,
+        labels=here["labels"],
+        packed_seq_params=packed_seq_params,
+        loss_mask=here["loss_mask"] if case.mask_known else None,
+    )
+    return output, lambda output: masked_loss(here["loss_mask"], output, report=attachment.report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Where a teacher in a layout of its own lies: everybody agrees on who does what, and messages only move forward."""
+
+import itertools
+from collections import defaultdict
+
+import pytest
+
+from abkd_megatron.distillation.layout import Place, TeacherLayout
+from abkd_megatron.errors import ConfigError
+
+# Of the student: (pipeline, data, context, tensor parallelism).
+STUDENTS = [
+    (1, 1, 1, 1),
+    (1, 4, 1, 2),
+    (2, 2, 1, 1),
+    (2, 2, 2, 2),
+    (2, 6, 1, 1),
+    (3, 4, 1, 1),
+    (4, 1, 1, 2),
+    (4, 4, 1, 1),
+]
+TEACHERS = list(itertools.product((1, 2, 4), (1, 2, 3, 4, 8)))
+
+
+def places(student: tuple[int, int, int, int]) -> list[Place]:
+    """In Megatron's order of ranks: tensor, context, data, pipeline."""
+    return [Place(*place) for place in itertools.product(*map(range, student))]
+
+
+def layouts(student: tuple[int, int, int, int], teacher: tuple[int, int]) -> list[TeacherLayout] | None:
+    ranks = places(student)
+    try:
+        return [TeacherLayout(ranks, rank, *teacher) for rank in range(len(ranks))]
+    except ConfigError:
+        return None
+
+
+POSSIBLE = [(s, t) for s, t in itertools.product(STUDENTS, TEACHERS) if layouts(s, t) is not None]
+
+
+def test_enough_cases() -> None:
+    assert len(POSSIBLE) > 45
+    assert {t for _, t in POSSIBLE} >= {(1, 1), (2, 1), (4, 1), (1, 2), (1, 3), (2, 2), (1, 4), (4, 2)}
+
+
+@pytest.mark.parametrize(("student", "teacher"), POSSIBLE, ids=str)
+def test_every_rank_holds_one_share(student: tuple, teacher: tuple) -> None:
+    found = layouts(student, teacher)
+    assert found is not None
+    tensor, pipeline = teacher
+    for rank, layout in enumerate(found):
+        assert layout.host[layout.index] == rank and len(layout.host) == tensor
+        assert layout.pipeline[layout.stage] == rank and len(layout.pipeline) == pipeline
+        assert len(layout.cell) == layout.replicas * tensor * pipeline
+        for other in layout.host:
+            assert found[other].host == layout.host
+            assert found[other].place.pp == layout.place.pp  # they run at one time
+        for stage, other in enumerate(layout.pipeline):
+            assert (found[other].stage, found[other].replica) == (stage, layout.replica)
+            assert found[other].pipeline == layout.pipeline
+    assert found[0].is_students == (tensor == student[3] and pipeline == student[0])
+
+
+@pytest.mark.parametrize(("student", "teacher"), POSSIBLE, ids=str)
+def test_messages_are_awaited_by_whom_they_are_sent_to_and_move_forward(student: tuple, teacher: tuple) -> None:
+    found = layouts(student, teacher)
+    assert found is not None
+    last = student[0] - 1
+    tensor_parallel = student[3]
+    directions: dict[str, set[tuple[int, int]]] = defaultdict(set)
+    for micro_batch in range(2 * found[0].replicas):
+        sent: dict[str, list] = defaultdict(list)
+        awaited: dict[str, list] = defaultdict(list)
+        for rank, layout in enumerate(found):
+            for n in range(layout.neighbours):
+                replica = layout.replica_for(micro_batch, n)
+                if layout.place.pp == 0 and n == layout.neighbour:
+                    for index, to in enumerate(layout.first_host(replica)):
+                        if layout.source_of_tokens(n, index) == rank != to:
+                            kind = "tokens now" if layout.student_stage_of(to) == 0 else "tokens"
+                            sent[kind].append((rank, to, n))
+                if replica == layout.replica:
+                    if layout.stage == 0 and (source := layout.source_of_tokens(n, layout.index)) != rank:
+                        awaited["tokens now" if layout.place.pp == 0 else "tokens"].append((source, rank, n))
+                    if layout.stage + 1 < len(layout.pipeline):
+                        sent["states"].append((rank, layout.pipeline[layout.stage + 1], n))
+                    else:
+                        sent["results"] += [
+                            (rank, layout.destination(n, tp), n)
+                            for tp in range(tensor_parallel)
+                            if layout.source_of_result(replica, n, tp) == rank != layout.destination(n, tp)
+                        ]
+                    if layout.stage > 0:
+                        awaited["states"].append((layout.pipeline[layout.stage - 1], rank, n))
+            if layout.place.pp == last:
+                n, tp = layout.neighbour, layout.place.tp
+                source = layout.source_of_result(layout.replica_for(micro_batch, n), n, tp)
+                assert layout.destination(n, tp) == rank
+                if source != rank:
+                    awaited["results"].append((source, rank, n))
+        for kind in {*sent, *awaited}:
+            assert sorted(sent[kind]) == sorted(awaited[kind]), kind
+            directions[kind] |= {(source, to) for source, to, _ in sent[kind]}
+    for kind, pairs in directions.items():
+        for source, to in pairs:
+            ahead, behind = found[source].place, found[to].place
+            if kind == "tokens now":
+                assert ahead.pp == behind.pp == 0
+            else:
+                assert (to, source) not in pairs  # a lane of two ranks has one direction
+                assert ahead.pp < behind.pp or (kind != "tokens" and ahead.pp == behind.pp)
+
+
+def test_a_round_gives_every_replica_as_much_to_do() -> None:
+    for student, teacher in POSSIBLE:
+        found = layouts(student, teacher)
+        assert found is not None
+        one = found[0]
+        work = [one.replica_for(i, n) for i in range(one.replicas) for n in range(one.neighbours)]
+        assert {work.count(replica) for replica in range(one.replicas)} == {one.neighbours}
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        ((1, 2, 1, 2), (1, 1), "is 1, which is no multiple of the student's 2"),
+        ((1, 2, 1, 2), (3, 1), "no multiple"),
+        ((1, 1, 1, 2), (4, 1), "spans 2 data-parallel ranks of the student, whose 1"),
+        ((2, 3, 1, 1), (1, 4), "spans 2 data-parallel ranks of the student, whose 3"),
+    ],
+)
+def test_what_cannot_be_laid_out(student: tuple, teacher: tuple, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TeacherLayout(places(student), 0, *teacher)
