@@ -66,6 +66,8 @@ class DistillationConfig:
     """Tokens of a chunk of the fused head; None sizes it to the device."""
     gradient_in_place: bool = False
     """Whether backward overwrites the student's logits with their gradient."""
+    shared_vocab: int | None = None
+    """Number of first token ids that mean the same to both models, whose vocabularies differ; None: they are one."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -140,6 +142,9 @@ class Config:
         _check_name(kd.head, HEADS, self.origins.get("distillation.head", "default"), "distillation.head")
         require(
             kd.chunk_tokens is None or kd.chunk_tokens >= 1, "distillation.chunk_tokens", "1 or more", kd.chunk_tokens
+        )
+        require(
+            kd.shared_vocab is None or kd.shared_vocab >= 1, "distillation.shared_vocab", "1 or more", kd.shared_vocab
         )
         require(
             kd.head != "fused" or kd.kd_weight != 0,

@@ -1,6 +1,7 @@
 """Attaching a teacher to a student that Megatron trains: one hook before its forward, one head in place of its loss."""
 
 import inspect
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -12,12 +13,14 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
-from abkd_megatron.distillation.head import OutputLayer, compute_loss, obstacle
+from abkd_megatron.distillation.head import OutputLayer, compute_loss, obstacles
 from abkd_megatron.distillation.objective import Objective
 from abkd_megatron.distillation.runner import TeacherRunner
 from abkd_megatron.distillation.teacher import Teacher
 from abkd_megatron.errors import ConfigError, HostError, on_every_rank
 from abkd_megatron.vocab_parallel import VocabShard
+
+logger = logging.getLogger(__name__)
 
 
 def attach(
@@ -38,16 +41,18 @@ def attach(
         student: this rank's model as Megatron built it: one chunk, or the list of its virtual pipeline stages.
         teacher: this rank's share, as `build_teacher` returns it.
         objective: divergence, temperature and weights.
-        vocab_size: true vocabulary size; the padded columns beyond it take part in nothing.
-        pg_collection: the student's process groups; `tp` is used.
+        vocab_size: the student's true vocabulary size; the padded columns beyond it take part in nothing.
+        pg_collection: the student's process groups; `tp` is used, and `cp` where the student has tokens beyond
+            `objective.shared_vocab`. There the last pipeline stage has to be given the input ids too.
         timeout: for the teacher's messages between ranks.
 
     Returns:
         The handle: `report` holds the last micro-batch's numbers, `detach()` restores the student exactly.
 
     Raises:
-        ConfigError: on every rank: a student that has a teacher already, a feature that goes around the hooks, or
-            vocabularies that are padded differently.
+        ConfigError: on every rank: a student that has a teacher already, a feature that goes around the hooks,
+            vocabularies that are padded differently, or a `shared_vocab` beyond the vocabulary or of a part of it with
+            context parallelism.
         HostError: a student without `output_processor`: not a GPTModel of megatron-core >= 0.19.
 
     Collectives: one all_gather_object, and those of making the groups for messages. Per micro-batch: the teacher's own,
@@ -55,12 +60,32 @@ def attach(
     """
     # Some of it shows on the last pipeline stage alone, and the others would go on into making groups.
     with on_every_rank():
-        chunks = _checked_student(student, teacher, objective)
+        _check_shared_vocab(objective, vocab_size, pg_collection)
+        chunks = _checked_student(student, teacher, objective, vocab_size)
     return Attachment(chunks, teacher, objective, vocab_size, pg_collection.tp, timeout)
 
 
+def _check_shared_vocab(objective: Objective, vocab_size: int, pg_collection: ProcessGroupCollection) -> None:
+    """A part of the vocabulary takes every input token of a sequence to see which of them the teacher can read."""
+    shared = objective.shared_vocab
+    if shared is not None and shared > vocab_size:
+        raise ConfigError(f"shared_vocab is {shared}, the student has {vocab_size} tokens; give at most these")
+    if not objective.shares_part_of(vocab_size):
+        return
+    if pg_collection.cp.size() > 1:
+        raise ConfigError(
+            f"shared_vocab {shared} of the student's {vocab_size} tokens is not supported with context parallelism, "
+            "which spreads a sequence over ranks; set context-parallel-size to 1"
+        )
+    logger.info(
+        "of a sequence with one of the student's tokens %d .. %d, the divergence is 0 from there on",
+        shared,
+        vocab_size - 1,
+    )
+
+
 def _checked_student(
-    student: torch.nn.Module | Sequence[torch.nn.Module], teacher: Teacher, objective: Objective
+    student: torch.nn.Module | Sequence[torch.nn.Module], teacher: Teacher, objective: Objective, vocab_size: int
 ) -> list[GPTModel]:
     chunks = unwrap_model(list(student) if isinstance(student, Sequence) else [student])
     for model in chunks:
@@ -87,9 +112,9 @@ def _checked_student(
                 f"student and teacher must pad the vocabulary alike: {ours} columns a rank against {theirs}; "
                 "give both configs the same vocab_size, or make_vocab_size_divisible_by"
             )
-        for name, layer in (("student", last.output_layer), ("teacher", teacher.head)):
-            if objective.head == "fused" and (why := obstacle(layer)):
-                raise ConfigError(f"head: fused is not possible ({name}: {why}); give head: materialised, or auto")
+        reasons = obstacles(last.output_layer, teacher.head, objective, vocab_size)
+        if objective.head == "fused" and reasons:
+            raise ConfigError(f"head: fused is not possible ({reasons[0]}); give head: materialised, or auto")
     return chunks
 
 
@@ -137,6 +162,7 @@ class Attachment:
     Attributes:
         teacher: the frozen teacher's share of this rank.
         objective: what the student is trained on.
+        needs_input_ids: whether the last pipeline stage has to be given the input ids, too.
         report: per-token numbers [b, s] of the last micro-batch, by the name they are logged under; None before the
             first, and on every pipeline stage but the last.
         most_waiting: the most micro-batches whose teacher hidden states have waited here for the student at one time. 1
@@ -156,6 +182,7 @@ class Attachment:
     ) -> None:
         self.teacher = teacher
         self.objective = objective
+        self.needs_input_ids = objective.shares_part_of(vocab_size)
         self.report: dict[str, torch.Tensor] | None = None
         self.most_waiting = self.most_waiting_bytes = 0
         self._vocab_size = vocab_size
@@ -210,6 +237,7 @@ class Attachment:
         output_weight: torch.Tensor | None,
         labels: torch.Tensor,
         loss_mask: torch.Tensor | None,
+        input_ids: torch.Tensor | None,
         context: OutputLayer,
         compute_language_model_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         scale_logits: Callable[[torch.Tensor], torch.Tensor],
@@ -226,6 +254,7 @@ class Attachment:
             VocabShard.megatron(student.weight.shape[0], self._tp_group, self._vocab_size),
             self._tp_group,
             lambda logits: compute_language_model_loss(labels, logits).transpose(0, 1),
+            input_ids.transpose(0, 1) if input_ids is not None else None,
         )
         self.report = {
             "lm loss": _batch_first(loss.terms.cross_entropy.detach()),

@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from abkd_megatron.distillation.objective import Objective
+from abkd_megatron.divergences import AlphaBeta
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.vocab_parallel import (
     DistillationTerms,
@@ -84,6 +85,20 @@ def obstacle(layer: torch.nn.Module) -> str | None:
     return next((f"the output layer {what}" for what, holds in found.items() if holds), None)
 
 
+def obstacles(student: torch.nn.Module, teacher: torch.nn.Module, objective: Objective, vocab_size: int) -> list[str]:
+    """Why the head of these output layers cannot be fused with this loss, if it cannot."""
+    layers = (("student", student), ("teacher", teacher))
+    found = [f"{name}: {why}" for name, layer in layers if (why := obstacle(layer))]
+    if objective.kd_weight == 0:
+        found.append("kd_weight 0 trains on Megatron's own cross entropy, of logits")
+    if objective.shares_part_of(vocab_size):
+        found.append(
+            f"shared_vocab {objective.shared_vocab} of the student's {vocab_size} tokens: divergence and cross entropy "
+            "are of different columns"
+        )
+    return found
+
+
 class Loss(NamedTuple):
     """Per token, [s, b]."""
 
@@ -101,6 +116,7 @@ def compute_loss(
     shard: VocabShard,
     tp_group: dist.ProcessGroup,
     megatron_cross_entropy: Callable[[Tensor], Tensor],
+    input_ids: Tensor | None = None,
 ) -> Loss:
     """The objective's loss, through logits or without them as `objective.head` says.
 
@@ -110,12 +126,15 @@ def compute_loss(
         objective: divergence, weights, and how.
         labels: [s, b].
         loss_mask: [s, b], what the caller multiplies the loss by before it sums; None if it is not known.
-        shard: of the vocabulary.
+        shard: of the student's vocabulary.
         tp_group: the tensor-parallel group.
         megatron_cross_entropy: Megatron's own [s, b] from logits; it may overwrite them.
+        input_ids: [s, b]; looked at where the student has tokens beyond `objective.shared_vocab`.
 
     Raises:
-        ConfigError: for head: fused where an output layer cannot be done without.
+        ConfigError: for head: fused where there is an obstacle, or without input ids where they are needed.
+
+    Collectives: those of `vocab_parallel_distillation`, twice if the student has tokens beyond the shared ones.
     """
     chunk_tokens = _fused_chunk(student, teacher, objective, labels.numel(), shard)
     if chunk_tokens:
@@ -143,15 +162,11 @@ def compute_loss(
         teacher_logits = teacher.logits()
     watch_only = objective.kd_weight == 0
     with torch.set_grad_enabled(torch.is_grad_enabled() and not watch_only):
-        terms = vocab_parallel_distillation(
-            student_logits,
-            teacher_logits,
-            objective.divergence,
-            labels,
-            shard,
-            temperature=objective.temperature,
-            gradient_in_place=objective.gradient_in_place,
-        )
+        if objective.shares_part_of(shard.size):
+            shared = VocabShard.megatron(student.weight.shape[0], tp_group, objective.shared_vocab)
+            terms = _terms_of_part(student_logits, teacher_logits, objective, labels, input_ids, shard, shared)
+        else:
+            terms = _terms(student_logits, teacher_logits, objective, labels, shard)
     if watch_only:
         # After our reading: Megatron's cross entropy overwrites fp32 logits in place.
         terms = terms._replace(cross_entropy=megatron_cross_entropy(student_logits))
@@ -162,16 +177,54 @@ def compute_loss(
     return Loss(total, terms)
 
 
+def _terms(
+    student_logits: Tensor, teacher_logits: Tensor, objective: Objective, labels: Tensor, shard: VocabShard
+) -> DistillationTerms:
+    return vocab_parallel_distillation(
+        student_logits,
+        teacher_logits,
+        objective.divergence,
+        labels,
+        shard,
+        temperature=objective.temperature,
+        gradient_in_place=objective.gradient_in_place,
+    )
+
+
+def _terms_of_part(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    objective: Objective,
+    labels: Tensor,
+    input_ids: Tensor | None,
+    shard: VocabShard,
+    shared: VocabShard,
+) -> DistillationTerms:
+    """The cross entropy over the student's whole vocabulary, everything else over the part that is shared."""
+    if input_ids is None:
+        raise ConfigError(
+            f"shared_vocab {shared.size} of the student's {shard.size} tokens needs the input ids on the last pipeline "
+            "stage too, to see where the teacher could not read them; pass input_ids= to the model there"
+        )
+    terms = _terms(student_logits, teacher_logits, objective, labels.masked_fill(labels >= shared.size, -1), shared)
+    # From its first unknown token on, the teacher has read another text than the student.
+    unread = (input_ids >= shared.size).cumsum(0) > 0
+    # A pass for the cross entropy alone, so of the student with itself. It comes second, and its backward thus first:
+    # the divergence's may overwrite the logits.
+    whole = vocab_parallel_distillation(student_logits, student_logits, AlphaBeta(1.0, 0.0), labels, shard)
+    return DistillationTerms(
+        terms.divergence.masked_fill(unread, 0.0),
+        whole.cross_entropy,
+        {name: value.masked_fill(unread, 0.0) for name, value in terms.metrics.items()},
+    )
+
+
 def _fused_chunk(
     student: OutputLayer, teacher: OutputLayer, objective: Objective, num_tokens: int, shard: VocabShard
 ) -> int | None:
     """Tokens of a chunk, or None for logits that exist."""
     reasons = ["as chosen"] if objective.head == "materialised" else []
-    reasons += [
-        f"{name}: {why}" for name, of in (("student", student), ("teacher", teacher)) if (why := obstacle(of.layer))
-    ]
-    if objective.kd_weight == 0:
-        reasons.append("kd_weight 0 trains on Megatron's own cross entropy, of logits")
+    reasons += obstacles(student.layer, teacher.layer, objective, shard.size)
     if objective.head == "fused" and reasons:
         raise ConfigError(f"head: fused is not possible ({reasons[0]}); give head: materialised, or auto")
     weight = student.weight

@@ -1,6 +1,7 @@
 """The teacher: built in its own layout, loaded from its own checkpoint, then frozen."""
 
 import copy
+import logging
 import random
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from abkd_megatron.distillation.head import OutputLayer
 from abkd_megatron.distillation.lane import new_group
 from abkd_megatron.distillation.layout import Place, TeacherLayout
 from abkd_megatron.errors import CheckpointError, ConfigError, on_every_rank
+
+logger = logging.getLogger(__name__)
 
 # Megatron arguments that decide what the weights mean. Some of them (heads, rotary base, activation) leave every shape
 # as it is, so a wrong one would load without a complaint.
@@ -112,15 +115,17 @@ class TeacherCheckpoint:
             ) from error
         return cls(directory, common)
 
-    def check_arguments(self, args: Namespace, vocab_size: int) -> None:
+    def check_arguments(self, args: Namespace, vocab_size: int, shared_vocab: int | None = None) -> None:
         """Refuse a teacher whose saved arguments contradict the configured ones.
 
         Args:
             args: Megatron's arguments for the teacher, as configured.
             vocab_size: true size of the student's vocabulary, in tokens.
+            shared_vocab: how many first ids are the same tokens to both, `Objective.shared_vocab`; None for all. It
+                cannot be told from a checkpoint whether they are.
 
         Raises:
-            CheckpointError: another architecture or another vocabulary.
+            CheckpointError: another architecture or another vocabulary, or one smaller than what is shared.
         """
         saved = self.common.get("args")
         if saved is None:
@@ -136,11 +141,28 @@ class TeacherCheckpoint:
                 f"the teacher in {self.directory} is not the one configured; set under `teacher:` what differs from "
                 "the student:\n  " + "\n  ".join(wrong)
             )
-        self._check_vocabulary(saved, vocab_size)
+        self._check_vocabulary(saved, vocab_size, shared_vocab)
 
-    def _check_vocabulary(self, saved: Namespace, vocab_size: int) -> None:
-        remedy = "teacher and student must share one tokenizer: train the student with the teacher's"
+    def _check_vocabulary(self, saved: Namespace, vocab_size: int, shared_vocab: int | None) -> None:
+        remedy = (
+            "teacher and student must share one tokenizer: train the student with the teacher's; if only the first N "
+            "tokens are the same in both, give distillation.shared_vocab=N"
+        )
         true_size = getattr(saved, "vocab_size", None)
+        if shared_vocab is not None:
+            theirs = true_size or getattr(saved, "padded_vocab_size", None)
+            if theirs is not None and shared_vocab > min(theirs, vocab_size):
+                raise CheckpointError(
+                    f"shared_vocab is {shared_vocab}; the teacher in {self.directory} has a vocabulary of {theirs} "
+                    f"tokens, the student one of {vocab_size}; give at most the smaller"
+                )
+            logger.info(
+                "vocabularies: student %d tokens, teacher %s; the divergence is over the first %d",
+                vocab_size,
+                true_size or f"{theirs} with its padding",
+                shared_vocab,
+            )
+            return
         if true_size is not None:
             if true_size != vocab_size:
                 raise CheckpointError(

@@ -109,7 +109,7 @@ def run(config: Config, job: str) -> None:
         with on_every_rank():
             teacher_args = _teacher_args(megatron, config.teacher.megatron, options, args)
             checkpoint = TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step)
-            checkpoint.check_arguments(teacher_args, vocab_size)
+            checkpoint.check_arguments(teacher_args, vocab_size, objective.shared_vocab)
             _try_kernel(objective, config.device, args.params_dtype)
 
         def attach_teacher(student: list[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -167,6 +167,7 @@ def make_objective(config: DistillationConfig) -> Objective:
         head=config.head,
         chunk_tokens=config.chunk_tokens,
         gradient_in_place=config.gradient_in_place,
+        shared_vocab=config.shared_vocab,
     )
 
 
@@ -187,8 +188,9 @@ class _ForwardStep:
     ) -> tuple[torch.Tensor, partial]:
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
+        tokens_on_last = self.attachment is not None and self.attachment.needs_input_ids
         with _stimer(bdata=True):
-            batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+            batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), tokens_on_last)
         timers("batch-generator").stop()
         with _stimer:
             output = model(
@@ -212,8 +214,13 @@ class _ForwardStep:
         )
 
 
-def get_batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
-    """This rank's share of the next micro-batch; nothing on the pipeline stages that need none."""
+def get_batch(
+    data_iterator: Iterator | None, vp_stage: int | None, tokens_on_last: bool = False
+) -> dict[str, torch.Tensor | None]:
+    """This rank's share of the next micro-batch; nothing on the pipeline stages that need none.
+
+    With `tokens_on_last` the last stage gets the input tokens too, as it does with multi-token prediction.
+    """
     args = get_args()
     keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens")
     batch: dict[str, Any] = dict.fromkeys(keys)
@@ -235,7 +242,7 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=predicts_ahead,
+        mtp_on_this_rank=predicts_ahead or tokens_on_last,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
@@ -306,7 +313,7 @@ def _teacher_args(
             "a teacher in a layout of its own is sent tokens, not attention masks; give "
             "megatron.no-create-attention-mask-in-dataloader=true, or the teacher the student's layout"
         )
-    # Both models' shards must hold the same columns; Megatron loads an embedding of any padding.
+    # A rank holds the same ids of both models, however the teacher was padded: loading drops or zeroes what differs.
     args.padded_vocab_size = student.padded_vocab_size
     return args
 

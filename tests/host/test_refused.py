@@ -25,7 +25,12 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "teacher without its index": ("distill", ["teacher.load={workspace}/headless"], r"index.*cannot be read"),
     "wrong-size teacher": ("distill", ["teacher.hidden-size=64"], r"hidden-size: the checkpoint has 48.* 64"),
     "teacher with other heads": ("distill", ["teacher.num-attention-heads=2"], r"num-attention-heads.* 4.* 2"),
-    "teacher of another vocabulary": ("distill", ["data.dir={other}"], r"400 tokens.*420.*tokenizer"),
+    "teacher of another vocabulary": ("distill", ["data.dir={other}"], r"400 tokens.*420.*tokenizer.*shared_vocab=N"),
+    "more shared than the teacher has": (
+        "distill",
+        ["data.dir={other}", "distillation.shared_vocab=401"],
+        r"shared_vocab is 401; the teacher.* 400 tokens, the student one of 420; give at most the smaller",
+    ),
     "teacher in a layout of its own": (
         "distill",
         ["teacher.tensor-model-parallel-size=2"],
@@ -42,10 +47,10 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "data not prepared": ("distill", ["data.dir={workspace}/unprepared"], r"unprepared.*prepare"),
     "Megatron's own refusal": ("pretrain", ["megatron.num-attention-heads=5"], r"Megatron refuses"),
     # The last one, since it is found when Megatron has built the models, and on the last pipeline stage alone.
-    "teacher padded otherwise": (
+    "fused head over a part of the vocabulary": (
         "distill",
-        [PIPELINE, "teacher.make-vocab-size-divisible-by=1024"],
-        r"pad the vocabulary alike: 512 columns a rank against 1024",
+        [PIPELINE, "distillation.shared_vocab=399", "distillation.head=fused"],
+        r"head: fused is not possible \(shared_vocab 399 of the student's 400 tokens",
     ),
 }
 

@@ -19,15 +19,19 @@ SAVED = {
 }
 
 
-def check(vocab_size: int = 500, saved: dict | None = None, **configured: object) -> None:
+def check(
+    vocab_size: int = 500, saved: dict | None = None, shared_vocab: int | None = None, **configured: object
+) -> None:
     checkpoint = TeacherCheckpoint(Path("teacher"), {"args": Namespace(**{**SAVED, **(saved or {})})})
-    checkpoint.check_arguments(Namespace(**{**SAVED, **configured}), vocab_size)
+    checkpoint.check_arguments(Namespace(**{**SAVED, **configured}), vocab_size, shared_vocab)
 
 
 def test_a_teacher_as_configured_is_taken() -> None:
     check()
     check(num_query_groups=1)  # without grouped queries it means nothing
     check(saved={"vocab_size": 500})
+    check(vocab_size=600, shared_vocab=500)
+    check(vocab_size=600, saved={"vocab_size": 500}, shared_vocab=500)
     TeacherCheckpoint(Path("teacher"), {}).check_arguments(Namespace(), 500)  # saved without arguments
 
 
@@ -41,6 +45,9 @@ def test_a_teacher_as_configured_is_taken() -> None:
         ),
         ({"vocab_size": 600}, r"512 padded vocabulary columns.*600 tokens would have given 768"),
         ({"vocab_size": 500, "saved": {"vocab_size": 499}}, r"vocabulary of 499 tokens.*500.*one tokenizer"),
+        ({"saved": {"vocab_size": 499}, "shared_vocab": 500}, r"shared_vocab is 500; .* vocabulary of 499 tokens"),
+        ({"saved": {"vocab_size": 499}, "vocab_size": 300, "shared_vocab": 301}, r"301; .*499 tokens, .* one of 300"),
+        ({"vocab_size": 600, "shared_vocab": 513}, r"513; .* vocabulary of 512 tokens"),
     ],
 )
 def test_another_teacher_is_refused(problem: dict, message: str) -> None:

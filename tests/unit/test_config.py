@@ -88,12 +88,14 @@ def test_order_and_origins(load):
         "device=cpu",
         "megatron.num-layers=4",
         "distillation.kd-weight=2",
+        "distillation.shared-vocab=400",
         "teacher.ckpt_step=10",
         device_defaults=lambda device: {"num-layers": 1, "swiglu": True, "lr": 1.0} if device == "cpu" else {},
     )
     assert config.megatron == {"num-layers": 4, "swiglu": True, "lr": 1e-4, "seq-length": 64}
     assert config.teacher == TeacherConfig(load="/t", ckpt_step=10, megatron={"num-layers": 8})
     assert (config.distillation.alpha, config.distillation.kd_weight) == (0.1, 2.0)
+    assert config.distillation.shared_vocab == 400
     origins = config.origins
     assert origins["device"] == "command line"
     assert origins["megatron.num-layers"] == "command line"
@@ -252,6 +254,7 @@ def test_unreadable_files(tmp_path):
         ("distillation", {"divergence": "alpha-beta"}, "did you mean 'alpha_beta'?"),
         ("distillation", {"beta": math.nan}, "distillation.beta: expected a finite number, got nan"),
         ("distillation", {"temperature": math.inf}, "expected a finite number"),
+        ("distillation", {"shared_vocab": 0}, "distillation.shared_vocab: expected 1 or more, got 0"),
         ("data", {"vocab_size": 299}, "data.vocab_size: expected 300 or more"),
         ("data", {"held_out": 0.0}, "data.held_out: expected a share between 0 and 0.5"),
         ("data", {"held_out": 0.5}, "data.held_out"),
