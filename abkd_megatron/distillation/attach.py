@@ -166,7 +166,7 @@ class Attachment:
         report: per-token numbers [b, s] of the last micro-batch, by the name they are logged under; None before the
             first, and on every pipeline stage but the last.
         most_waiting: the most micro-batches whose teacher hidden states have waited here for the student at one time. 1
-            without virtual pipeline stages; with them at most 2 G, where G is the number of micro-batches that Megatron
+            without virtual pipeline stages; with them at most as many micro-batches as Megatron
             runs through one chunk before the next (microbatch_group_size_per_vp_stage, by default the pipeline size).
         most_waiting_bytes: the same in bytes; a micro-batch is s * b * H / (TP if sequence parallel) numbers.
     """

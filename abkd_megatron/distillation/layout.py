@@ -17,6 +17,42 @@ class Place:
     tp: int
 
 
+def neighbours_of(
+    student: tuple[int, int], data_parallel: int, teacher: tuple[int, int], *, has_experts: bool = False
+) -> tuple[int, int]:
+    """Of the teacher: how many data-parallel neighbours are one tensor-parallel group, and how many such a cell has.
+
+    Args:
+        student: its tensor and pipeline parallelism.
+        data_parallel: of the student.
+        teacher: its tensor and pipeline parallelism.
+        has_experts: whether the teacher is a mixture of experts.
+
+    Raises:
+        ConfigError: for a teacher that cannot be laid out so.
+    """
+    (tensor, stages), (tensor_parallel, pipeline_parallel) = student, teacher
+    if has_experts and student != teacher:
+        raise ConfigError(
+            "a teacher with experts must have the student's tensor and pipeline parallelism, for its expert groups are "
+            "made of these; remove tensor-model-parallel-size and pipeline-model-parallel-size from `teacher:`"
+        )
+    if tensor_parallel % tensor:
+        raise ConfigError(
+            f"teacher.tensor-model-parallel-size is {tensor_parallel}, which is no multiple of the student's {tensor}; "
+            "give it a multiple, or leave it out to have the student's"
+        )
+    joined, blocks = tensor_parallel // tensor, pipeline_parallel // math.gcd(pipeline_parallel, stages)
+    if data_parallel % (joined * blocks):
+        raise ConfigError(
+            f"a teacher of tensor parallelism {tensor_parallel} and pipeline parallelism {pipeline_parallel} spans "
+            f"{joined * blocks} data-parallel ranks of the student, whose {data_parallel} it does not divide; give it "
+            "fewer ranks (teacher.tensor-model-parallel-size, teacher.pipeline-model-parallel-size), or the student "
+            "more data parallelism"
+        )
+    return joined, blocks
+
+
 class TeacherLayout:
     """The teacher's layout over the ranks of the student, seen from one rank.
 
@@ -35,6 +71,7 @@ class TeacherLayout:
         rank: this one.
         tensor_parallel: of the teacher, a multiple of the student's.
         pipeline_parallel: of the teacher.
+        has_experts: whether the teacher is a mixture of experts, which must lie as the student does.
 
     Attributes:
         neighbours: of a cell.
@@ -45,32 +82,32 @@ class TeacherLayout:
         pipeline: global ranks that hold the same share of the other stages of this replica, in stage order.
 
     Raises:
-        ConfigError: a tensor parallelism that is no multiple of the student's, or too few data-parallel ranks.
+        ConfigError: see `neighbours_of`.
     """
 
-    def __init__(self, places: Sequence[Place], rank: int, tensor_parallel: int, pipeline_parallel: int) -> None:
+    def __init__(
+        self,
+        places: Sequence[Place],
+        rank: int,
+        tensor_parallel: int,
+        pipeline_parallel: int,
+        *,
+        has_experts: bool = False,
+    ) -> None:
         self._places = list(places)
         self._rank_at = {place: number for number, place in enumerate(places)}
         self.place = places[rank]
         self.student_stages, data_parallel, _, self.student_tensor_parallel = (
             1 + max(values) for values in zip(*((p.pp, p.dp, p.cp, p.tp) for p in places), strict=True)
         )
-        if tensor_parallel % self.student_tensor_parallel:
-            raise ConfigError(
-                f"teacher.tensor-model-parallel-size is {tensor_parallel}, which is no multiple of the student's "
-                f"{self.student_tensor_parallel}; give it a multiple, or leave it out to have the student's"
-            )
+        self._joined, blocks = neighbours_of(
+            (self.student_tensor_parallel, self.student_stages),
+            data_parallel,
+            (tensor_parallel, pipeline_parallel),
+            has_experts=has_experts,
+        )
         self.tensor_parallel, self.pipeline_parallel = tensor_parallel, pipeline_parallel
-        self._joined = tensor_parallel // self.student_tensor_parallel
-        blocks = pipeline_parallel // math.gcd(pipeline_parallel, self.student_stages)
         self.neighbours = self._joined * blocks
-        if data_parallel % self.neighbours:
-            raise ConfigError(
-                f"a teacher of tensor parallelism {tensor_parallel} and pipeline parallelism {pipeline_parallel} spans "
-                f"{self.neighbours} data-parallel ranks of the student, whose {data_parallel} it does not divide; give "
-                "it fewer ranks (teacher.tensor-model-parallel-size, teacher.pipeline-model-parallel-size), or the "
-                "student more data parallelism"
-            )
         self._first_neighbour = self.place.dp - self.place.dp % self.neighbours
         hosts = [self._host(stage, block) for stage in range(self.student_stages) for block in range(blocks)]
         self.replicas = len(hosts) // pipeline_parallel

@@ -351,11 +351,6 @@ def _process_groups(
     transformer = config.transformer
     groups = copy.copy(students)
     if not layout.is_students:
-        if transformer.num_moe_experts:
-            raise ConfigError(
-                "a teacher with experts must have the student's tensor and pipeline parallelism: remove "
-                "tensor-model-parallel-size and pipeline-model-parallel-size from `teacher:`"
-            )
         shares: list[tuple[int, int]] = [(0, 0)] * len(places)
         dist.all_gather_object(shares, (layout.stage, layout.index))
         same = [rank for rank, share in enumerate(shares) if share == (layout.stage, layout.index)]
@@ -440,7 +435,7 @@ def _places(pg_collection: ProcessGroupCollection) -> list[Place]:
 
 def _layout(config: TransformerConfig, places: Sequence[Place]) -> TeacherLayout:
     sizes = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    return TeacherLayout(places, dist.get_rank(), *sizes)
+    return TeacherLayout(places, dist.get_rank(), *sizes, has_experts=bool(config.num_moe_experts))
 
 
 def _freeze(module: torch.nn.Module) -> None:

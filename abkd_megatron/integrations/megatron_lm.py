@@ -33,6 +33,7 @@ from abkd_megatron.config import Config, DistillationConfig, to_argv
 from abkd_megatron.data import PreparedData
 from abkd_megatron.distillation import Attachment, Objective, TeacherCheckpoint, attach, build_teacher
 from abkd_megatron.distillation.attach import check_config
+from abkd_megatron.distillation.layout import neighbours_of
 from abkd_megatron.distillation.step import masked_loss
 from abkd_megatron.divergences import AlphaBeta, Divergence, ToDi
 from abkd_megatron.errors import ConfigError, on_every_rank
@@ -307,8 +308,9 @@ def _teacher_args(
                 f"teacher.{name.replace('_', '-')} is {theirs}, the student's is {ours}; they must be the same: "
                 "remove it from `teacher:`"
             )
-    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-    if student.create_attention_mask_in_dataloader and any(getattr(args, s) != getattr(student, s) for s in sizes):
+    students, teachers = ((of.tensor_model_parallel_size, of.pipeline_model_parallel_size) for of in (student, args))
+    neighbours_of(students, student.data_parallel_size, teachers, has_experts=args.num_experts is not None)
+    if student.create_attention_mask_in_dataloader and students != teachers:
         raise ConfigError(
             "a teacher in a layout of its own is sent tokens, not attention masks; give "
             "megatron.no-create-attention-mask-in-dataloader=true, or the teacher the student's layout"

@@ -1,0 +1,313 @@
+"""What was trained beside a teacher in which layout, and what came of it: the rows of the README's table.
+
+Every row trains one student for three steps from one checkpoint and is compared with the same training on one rank, or
+ends with a message. The table is rendered from what the tests have found, so that it cannot claim more than they saw.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launch import ROOT, Rank, launch
+
+README = ROOT / "README.md"
+LOSSES = ("lm loss", "kd loss", "total loss", "teacher lm loss", "teacher entropy", "student entropy")
+# Differences and counts, in which bf16 leaves no digits.
+EXACT_ONLY = ("kl to teacher", "top-1 agreement")
+
+# Settings without a section are Megatron's.
+Settings = Mapping[str, object]
+
+TP = {"tensor-model-parallel-size": 2}
+PP = {"pipeline-model-parallel-size": 2}
+DP = {"use-distributed-optimizer": "true", "overlap-grad-reduce": "true"}
+FUSED = {"distillation.head": "fused", "distillation.chunk_tokens": 24}  # 24 does not divide a micro-batch
+FULL_RECOMPUTATION = {
+    "recompute-granularity": "full",
+    "recompute-method": "uniform",
+    "recompute-num-layers": 1,
+}
+SELECTIVE_RECOMPUTATION = {"recompute-granularity": "selective"}
+BF16 = {"bf16": "true", "accumulate-allreduce-grads-in-fp32": "true"}
+LAYOUT = {
+    "TP": "tensor-model-parallel-size",
+    "PP": "pipeline-model-parallel-size",
+    "EP": "expert-model-parallel-size",
+}
+
+VPP = {**PP, "num-layers-per-virtual-pipeline-stage": 1}
+SP = TP | {"sequence-parallel": "true"}
+EP = {"expert-model-parallel-size": 2}
+MOE = {
+    "num-experts": 4,
+    "moe-router-topk": 2,
+    "moe-token-dispatcher-type": "alltoall",
+    "moe-router-load-balancing-type": "none",
+}
+UNTIED, TIED = ({"untie-embeddings-and-output-weights": how} for how in ("true", "false"))
+
+
+def group_of(micro_batches: int) -> Settings:
+    """How many micro-batches go through one virtual stage before the next."""
+    return {"microbatch-group-size-per-virtual-pipeline-stage": micro_batches}
+
+
+def of_teacher(settings: Settings) -> Settings:
+    return {f"teacher.{name}": value for name, value in settings.items()}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A training on one rank that rows are compared with."""
+
+    student: Settings = field(default_factory=dict)
+    """What its student is made with, too; without it is the one that most share. The same for the teacher."""
+    teacher: Settings = field(default_factory=dict)
+    beside: Settings = field(default_factory=dict)
+    """What it is only trained with."""
+
+
+REFERENCES: dict[str, Reference] = {
+    "default": Reference(),
+    "tied": Reference(student=TIED, beside=of_teacher(UNTIED)),
+    # Ends of documents do not count, so micro-batches differ in how many tokens do.
+    "uneven": Reference(beside={"eod-mask-loss": "true"}),
+    "uneven, per token": Reference(beside={"eod-mask-loss": "true", "calculate-per-token-loss": "true"}),
+    **{
+        f"{batches} micro-batches": Reference(student={"num-layers": 4}, beside={"global-batch-size": 2 * batches})
+        for batches in (6, 7, 8)
+    },
+    "6 layers": Reference(student={"num-layers": 6}, beside={"teacher.num-layers": 4}),
+    "MTP": Reference(student={"mtp-num-layers": 1}),
+    "MoE": Reference(student=MOE, beside={"teacher.num-experts": "null"}),
+    "dense of MoE": Reference(teacher=MOE),
+    "MoE of MoE": Reference(student=MOE, teacher=MOE),
+    "MuP": Reference(
+        student={"use-mup": "true", "mup-base-hidden-size": 16, "mup-embedding-mult": 1.5},
+        beside={"teacher.use-mup": "false"},
+    ),
+    "other kind": Reference(
+        teacher={
+            "num-attention-heads": 8,
+            "position-embedding-type": "learned_absolute",
+            "normalization": "LayerNorm",
+            "swiglu": "false",
+            "disable-bias-linear": "false",
+            **TIED,
+        }
+    ),
+    "bf16 teacher": Reference(beside={"teacher.bf16": "true"}),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    feature: str
+    num_ranks: int
+    settings: Settings
+    reference: str = "default"
+    refused: str | None = None
+    """What the message must say, as a regular expression; None for what must train."""
+
+    @property
+    def where(self) -> str:
+        sizes = {name: int(str(self.settings.get(key, 1))) for name, key in LAYOUT.items()}
+        sizes["DP"] = self.num_ranks // (sizes["TP"] * sizes["PP"])
+        if "num-layers-per-virtual-pipeline-stage" in self.settings:
+            sizes["VPP"] = int(str(REFERENCES[self.reference].student["num-layers"])) // sizes["PP"]
+        here = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "1 rank"
+        here += " with SP" * ("sequence-parallel" in self.settings)
+        own = [f"{name} {self.settings[k]}" for name, key in LAYOUT.items() if (k := f"teacher.{key}") in self.settings]
+        return f"{here} (teacher: {' x '.join(own)})" if own else here
+
+    @property
+    def tolerance(self) -> str:
+        return "2e-2" if "bf16" in self.settings else "1e-4"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is compared: the training steps, and both validations at their end."""
+        reported = LOSSES if "bf16" in self.settings else (*LOSSES, *EXACT_ONLY)
+        return ("grad-norm", *reported, *(f"{name} validation" for name in reported))
+
+    def __str__(self) -> str:
+        return f"{self.feature} ({self.where}, {self.reference})"
+
+
+def teacher(*, tensor: int | None = None, pipeline: int | None = None) -> Settings:
+    """Its own layout."""
+    sizes = {"tensor-model-parallel-size": tensor, "pipeline-model-parallel-size": pipeline}
+    return of_teacher({name: size for name, size in sizes.items() if size is not None})
+
+
+OWN = "teacher in a layout of its own"
+DIFFERS = "teacher of another kind: heads, positions, norm, activation, biases, tied embeddings"
+ACCUMULATION = "gradient accumulation: micro-batches of 1 and 4 in place of 2"
+
+# Rows of one feature and one result make one line of the table.
+ROWS = [
+    Row("tensor parallel", 2, TP),
+    Row("tensor and sequence parallel", 2, SP),
+    Row("tensor and sequence parallel", 4, SP | PP | FUSED),
+    Row("pipeline parallel, 1F1B", 2, PP),
+    Row("pipeline parallel, 1F1B", 4, TP | PP),
+    Row("interleaved pipeline, 8 micro-batches", 2, VPP, "8 micro-batches"),
+    Row("interleaved pipeline, 8 micro-batches", 4, VPP | SP | FUSED, "8 micro-batches"),
+    Row("interleaved pipeline, 6 micro-batches, also in groups of 3", 2, VPP, "6 micro-batches"),
+    Row("interleaved pipeline, 6 micro-batches, also in groups of 3", 2, VPP | group_of(3), "6 micro-batches"),
+    Row("interleaved pipeline, 7 micro-batches in groups of 4", 2, VPP | group_of(4), "7 micro-batches"),
+    Row("interleaved pipeline, three virtual stages", 2, VPP, "6 layers"),
+    Row(
+        "uneven pipeline stages, given by number or layout",
+        2,
+        PP | {"decoder-first-pipeline-num-layers": 2},
+        "6 layers",
+    ),
+    Row(
+        "uneven pipeline stages, given by number or layout",
+        2,
+        PP | {"pipeline-model-parallel-layout": "Et|tt|tt|tL"},
+        "6 layers",
+    ),
+    Row("data parallel, distributed optimizer, overlapped gradient reduction", 2, DP),
+    Row("data parallel, distributed optimizer, overlapped gradient reduction", 4, TP | DP),
+    Row("expert parallel, dense teacher", 2, EP, "MoE"),
+    Row("expert parallel, dense teacher", 2, SP, "MoE"),
+    Row("expert parallel, dense teacher", 2, PP, "MoE"),
+    Row("expert parallel, MoE teacher, dense student", 2, of_teacher(EP), "dense of MoE"),
+    Row(
+        "expert parallel, MoE teacher, dense student",
+        4,
+        SP | of_teacher(EP | {"expert-tensor-parallel-size": 1}),
+        "dense of MoE",
+    ),
+    Row("expert parallel, both MoE", 2, EP | DP, "MoE of MoE"),
+    Row("expert parallel, both MoE", 2, EP | of_teacher({"expert-model-parallel-size": 1}), "MoE of MoE"),
+    Row(OWN, 2, teacher(tensor=2)),
+    Row(OWN, 2, DP | teacher(pipeline=2)),
+    Row(OWN, 2, PP | teacher(pipeline=1)),
+    Row(OWN, 2, VPP | teacher(pipeline=1) | FUSED, "8 micro-batches"),
+    Row(OWN, 4, SP | teacher(tensor=4) | FUSED),
+    Row(OWN, 4, TP | teacher(tensor=4), "other kind"),
+    Row(OWN, 4, PP | teacher(tensor=2, pipeline=1)),
+    Row(OWN, 4, PP | teacher(pipeline=4)),
+    Row(DIFFERS, 2, TP, "other kind"),
+    Row(DIFFERS, 2, PP, "other kind"),
+    Row("teacher in bf16, student in fp32", 2, PP, "bf16 teacher"),
+    Row("teacher padded for more columns", 2, TP | of_teacher({"make-vocab-size-divisible-by": 1024})),
+    Row("multi-token prediction (student)", 2, TP, "MTP"),
+    Row("multi-token prediction (student)", 2, PP | FUSED, "MTP"),
+    Row("MuP's scale on logits", 2, TP, "MuP"),
+    Row("MuP's scale on logits", 2, PP | FUSED, "MuP"),
+    Row("tied embeddings", 2, PP, "tied"),
+    Row("tied embeddings", 4, TP | PP | FUSED, "tied"),
+    Row(ACCUMULATION, 1, {"micro-batch-size": 1}),
+    Row(ACCUMULATION, 1, {"micro-batch-size": 4}),
+    Row("uneven micro-batches, each a mean of its own", 2, DP, "uneven"),
+    Row("uneven micro-batches, `calculate-per-token-loss`", 1, {"micro-batch-size": 4}, "uneven, per token"),
+    Row("uneven micro-batches, `calculate-per-token-loss`", 2, DP, "uneven, per token"),
+    Row("full recomputation", 4, TP | PP | FULL_RECOMPUTATION),
+    Row("selective recomputation", 1, SELECTIVE_RECOMPUTATION),
+    Row("bf16, gradients accumulated in fp32, beside fp32", 4, TP | PP | BF16),
+    Row("fused LM head", 1, FUSED),
+    Row("fused LM head", 2, TP | FUSED),
+    Row("fused LM head", 2, PP | FUSED),
+    Row("fused LM head", 2, DP | FUSED),
+    Row(
+        "teacher's tensor parallelism no multiple of the student's",
+        2,
+        TP | teacher(tensor=1),
+        refused="teacher.tensor-model-parallel-size is 1, which is no multiple of the student's 2",
+    ),
+    Row(
+        "teacher with experts in a layout of its own",
+        2,
+        teacher(tensor=2),
+        "dense of MoE",
+        refused="teacher with experts must have the student's tensor and pipeline parallelism",
+    ),
+    Row("virtual stages of the teacher", 2, {"teacher.num-virtual-stages-per-pipeline-rank": 2}, refused="has none"),
+    Row(
+        "multi-token prediction (teacher)",
+        2,
+        {"teacher.mtp-num-layers": 1},
+        refused="predict what no loss here compares",
+    ),
+    Row("HybridModel", 2, {"hybrid-layer-pattern": "M*-"}, refused="HybridModel.*no output_processor"),
+    Row(
+        "combined 1F1B, `overlap-moe-expert-parallel-comm`",
+        2,
+        {"overlap-moe-expert-parallel-comm": "true"},
+        refused="combined 1F1B.*schedule plan",
+    ),
+    Row("CUDA graphs", 2, {"cuda-graph-impl": "local"}, refused="CUDA graph.*replay"),
+    Row("packed sequences from the command line's own data", 2, {"sft": "true"}, refused="forward step of your own"),
+    Row("hybrid context parallelism", 2, {"hybrid-context-parallel": "true"}, refused="no hybrid context parallelism"),
+]
+
+
+def overrides(settings: Settings) -> dict[str, object]:
+    """`settings` for the command line."""
+    return {key if "." in key else f"megatron.{key}": value for key, value in settings.items()}
+
+
+def run_refused(cases: Mapping[str, Sequence[str]], num_ranks: int, folder: Path) -> list[dict[str, tuple[int, str]]]:
+    """How each of these command lines ended on each rank of one job: its exit code and what it said on stderr."""
+    path = folder / f"refused-{num_ranks}.json"
+    path.write_text(json.dumps(cases))
+    ranks = launch([Path(__file__).with_name("refused.py"), path], num_ranks)
+    for rank in ranks:
+        assert rank.code == 0, rank.output[-6000:]
+    return [json.loads(rank.output.splitlines()[-1]) for rank in ranks]
+
+
+def check_refused(ended: Sequence[Mapping[str, tuple[int, str]]], name: str, job: str, wanted: str) -> str:
+    """The error of this command line, after a look at how it ended on every rank."""
+    for number, rank in enumerate(ended):
+        code, message = rank[name]
+        assert code == 2
+        _, error, after = message.partition(f"[rank {number}] abkd-megatron {job}: error: ")
+        assert error, message
+        assert re.search(wanted, message, re.DOTALL), message
+        assert "Traceback" not in message
+    return after.strip()
+
+
+def check_log(ranks: Sequence[Rank], settings: Settings) -> None:
+    """The last rank, which prints Megatron's log, and no other says how the head works; it also names the kernel."""
+    said = f"abkd_megatron: LM head {settings['distillation.head']}"
+    assert [rank.output.count(said) for rank in ranks] == [0] * (len(ranks) - 1) + [1], ranks[-1].output[-6000:]
+    assert ranks[-1].output.count(" kernel (chosen by device)") == 1
+
+
+# What the tests of this session have found, in the order of the table: {(feature, where): result}.
+RESULTS: dict[tuple[str, str], str] = {}
+
+
+@contextmanager
+def recorded(feature: str, where: str, result: str) -> Iterator[None]:
+    """Record `result` if the block ends well, and has done so in every other case of this feature and place."""
+    before = RESULTS.get((feature, where), result)
+    RESULTS[feature, where] = "failed"
+    yield
+    RESULTS[feature, where] = before
+
+
+def render(results: Mapping[tuple[str, str], str]) -> str:
+    """The README's table of what was found."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for (feature, where), found in results.items():
+        places.setdefault((feature, found), []).append("" if found.startswith("refused") else where)
+    lines = [f"| {feature} | {', '.join(where)} | {found} |" for (feature, found), where in places.items()]
+    return "\n".join(["| | where | seen |", "|---|---|---|", *lines])
+
+
+def replace_table(readme: str, table: str) -> str:
+    """The README's text with `table` between its two marks."""
+    before, opening, rest = readme.partition("<!-- matrix -->\n")
+    _, closing, after = rest.partition("\n<!-- /matrix -->")
+    assert opening and closing, "README.md has lost its marks"
+    return before + opening + table + closing + after

@@ -1,0 +1,166 @@
+"""Every row of the matrix trains as on one rank or is refused, and the README's table says just that."""
+
+import email
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+from launch import run_job, scalars
+from matrix import (
+    REFERENCES,
+    ROWS,
+    Row,
+    check_log,
+    check_refused,
+    of_teacher,
+    overrides,
+    recorded,
+    run_refused,
+)
+
+LOGS: dict[tuple[str, str], str] = {}
+"""What the last rank of a row's job printed, by its reference and name."""
+# As conftest.py makes the teacher that most share.
+TEACHER = {"num-layers": 4, "hidden-size": 48, "ffn-hidden-size": 96, "seed": 7}
+TRAINED = [row for row in ROWS if row.refused is None]
+REFUSED = [row for row in ROWS if row.refused is not None]
+
+
+@pytest.fixture(scope="module")
+def short_documents(workspace: Path, config: Path) -> Path:
+    """The text of `config`, every line a document: their ends are all over the micro-batches."""
+    source, prepared = workspace / "lines.jsonl", workspace / "short-documents"
+    text = "".join(file.read_text() for file in Path(email.__file__).parent.glob("*.py"))
+    source.write_text("\n".join(json.dumps({"text": line}) for line in text.splitlines()))
+    run_job("prepare", config, {"data.source": f"[{source}]", "data.dir": prepared})
+    return prepared
+
+
+@pytest.fixture(scope="module")
+def made(workspace: Path, config: Path):
+    """Trains and saves a model for a reference that needs one of its own."""
+
+    @cache
+    def made(kind: str, name: str) -> Path:
+        path = workspace / "matrix" / f"{kind} {name}"
+        if kind == "student":
+            settings = {**REFERENCES[name].student, "train-iters": 1, "save-interval": 1}
+        else:
+            settings = {**TEACHER, **REFERENCES[name].teacher, "train-iters": 8, "save-interval": 8}
+        run_job("pretrain", config, overrides({**settings, "save": path}))
+        return path
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def teacher_of(made, teacher: Path):
+    return lambda name: made("teacher", name) if REFERENCES[name].teacher else teacher
+
+
+@pytest.fixture(scope="module")
+def train(workspace: Path, config: Path, teacher_of, made, student: Path, short_documents: Path):
+    """Trains with some settings beside those of a reference; what TensorBoard then shows."""
+
+    def train(reference: str, name: str, num_ranks: int, settings: dict) -> dict[str, list[float]]:
+        by = REFERENCES[reference]
+        tensorboard = workspace / "matrix" / name
+        settings = {
+            "data.dir": short_documents,
+            "distillation.head": "materialised",
+            "train-iters": 3,
+            "load": made("student", reference) if by.student else student,
+            "finetune": "true",
+            "teacher.load": teacher_of(reference),
+            "tensorboard-dir": tensorboard,
+            **by.student,
+            **of_teacher(by.teacher),
+            **by.beside,
+            **settings,
+        }
+        ranks = run_job("distill", config, overrides(settings), num_ranks=num_ranks)
+        check_log(ranks, settings)
+        LOGS[reference, name] = ranks[-1].output
+        return scalars(tensorboard)
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(train):
+    return cache(lambda reference: train(reference, f"one rank, {reference}", 1, {}))
+
+
+@pytest.fixture(scope="module")
+def ended(workspace: Path, config: Path, teacher_of) -> list[dict[str, tuple[int, str]]]:
+    """How every refused row ended, on the ranks of one job."""
+    cases = {}
+    (num_ranks,) = {row.num_ranks for row in REFUSED}
+    for row in REFUSED:
+        of = of_teacher(REFERENCES[row.reference].teacher)
+        settings = overrides({"teacher.load": teacher_of(row.reference), **of, **row.settings})
+        words = [f"{key}={value}" for key, value in settings.items()]
+        cases[str(row)] = ["distill", "--config", str(config), *words]
+    return run_refused(cases, num_ranks, workspace)
+
+
+@pytest.mark.parametrize("row", TRAINED, ids=str)
+def test_trains_as_on_one_rank(train, on_one_rank, row: Row) -> None:
+    with recorded(row.feature, row.where, f"equal to one rank within {row.tolerance}"):
+        wanted = on_one_rank(row.reference)
+        got = train(row.reference, f"{ROWS.index(row)}", row.num_ranks, dict(row.settings))
+        for name in row.names:
+            assert len(got[name]) == len(wanted[name]) == (2 if "validation" in name else 3), name
+            assert got[name] == pytest.approx(wanted[name], rel=float(row.tolerance)), name
+        if "bf16" in row.settings:
+            assert got["lm loss"] != wanted["lm loss"], "this was fp32"
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=str)
+def test_is_refused(ended, row: Row) -> None:
+    assert row.refused is not None
+    error = check_refused(ended, str(row), "distill", row.refused)
+    _, _, remedy = error.partition("; ")
+    assert remedy and "\n" not in error, error
+    with recorded(row.feature, "", f"refused: {remedy}"):
+        pass
+
+
+def test_the_report_is_what_is_trained(on_one_rank) -> None:
+    one = on_one_rank("default")
+    assert one["total loss"] == pytest.approx(
+        [lm + kd for lm, kd in zip(one["lm loss"], one["kd loss"], strict=True)], rel=1e-6
+    )
+    assert one["kd loss"][-1] < one["kd loss"][0]
+    assert all(0 <= share <= 1 for share in one["top-1 agreement"])
+    # Cross entropy to the teacher is entropy + KL, and so is never below the teacher's entropy.
+    assert all(kl > 0 for kl in one["kl to teacher"])
+
+
+def test_how_losses_are_averaged_matters(on_one_rank) -> None:
+    """Else the rows on uneven micro-batches would show nothing."""
+    plain, uneven, per_token = map(on_one_rank, ("default", "uneven", "uneven, per token"))
+    assert uneven["grad-norm"][0] != pytest.approx(per_token["grad-norm"][0], rel=1e-3)
+    # What is logged is one mean over all tokens in both.
+    assert uneven["total loss"][0] == pytest.approx(per_token["total loss"][0], rel=1e-6)
+    assert uneven["lm loss"][0] != pytest.approx(plain["lm loss"][0], rel=1e-4)
+
+
+def test_waiting_hidden_states_are_bounded(train, on_one_rank) -> None:
+    """One micro-batch's; in an interleaved schedule, those of the micro-batches that go through one stage in a row."""
+    seen = set()
+    for row in (row for row in TRAINED if "pipeline-model-parallel-size" in row.settings and row.tolerance == "1e-4"):
+        log = LOGS.get((row.reference, str(ROWS.index(row))))
+        if log is None:
+            pytest.skip("needs every row: run the whole file")
+        (found,) = re.findall(r"at most (\d+) micro-batches at a time waited here, (\d+) bytes", log)
+        in_a_row = 1
+        if "VPP" in row.where or "layout" in "".join(row.settings):
+            in_a_row = int(str(row.settings.get("microbatch-group-size-per-virtual-pipeline-stage", 2)))
+        # [s, b, H] in the teacher's precision, of which sequence parallelism leaves a rank its part.
+        each = 32 * 2 * 48 * (2 if row.reference == "bf16 teacher" else 4) // (2 if " SP" in row.where else 1)
+        assert tuple(map(int, found)) == (in_a_row, in_a_row * each), str(row)
+        seen.add(in_a_row)
+    assert seen == {1, 2, 3, 4}
