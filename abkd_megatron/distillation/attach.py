@@ -3,7 +3,7 @@
 import inspect
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -118,42 +118,44 @@ def _checked_student(
     return chunks
 
 
-def check_config(config: Any, who: str) -> None:
-    """Refuse what goes around the teacher, by name.
+# What goes around the hooks, whoever builds the models: (feature, reason), by the name of Megatron's setting.
+_UNSUPPORTED = {
+    "overlap_moe_expert_parallel_comm": (
+        "combined 1F1B, which overlaps expert communication,",
+        "it runs a schedule plan in place of the model's forward, past the teacher",
+    ),
+    "delay_wgrad_compute": (
+        "delaying weight gradients",
+        "it belongs to combined 1F1B, which runs a schedule plan in place of the model's forward",
+    ),
+    "cuda_graph_impl": (
+        "a CUDA graph",
+        "it would not replay the teacher's messages and its queue, and it was never run",
+    ),
+    "hybrid_layer_pattern": ("HybridModel", "its forward takes no output_processor"),
+}
+
+
+def check_config(config: Any, who: str, unsupported: Mapping[str, tuple[str, str]] = _UNSUPPORTED) -> None:
+    """Refuse what is set of some features, by name.
 
     Args:
         config: Megatron's arguments or its TransformerConfig.
         who: "student" or "teacher".
+        unsupported: {setting: (feature, reason)}; by default what goes around the teacher.
 
     Raises:
         ConfigError: naming the feature, the reason and what to change.
     """
-    for name, (what, reason) in _UNSUPPORTED.items():
+    for name, (feature, reason) in unsupported.items():
         value = getattr(config, name, None)
         if value and value != "none":
-            raise ConfigError(f"{who}: {what} cannot be distilled with: {reason}; remove {name.replace('_', '-')}")
+            raise ConfigError(f"{who}: {feature} is not supported: {reason}; remove {name.replace('_', '-')}")
     if who == "teacher" and config.mtp_num_layers:
         raise ConfigError(
             "teacher: multi-token-prediction layers predict what no loss here compares; remove mtp-num-layers from "
             "`teacher:` (the checkpoint may have them)"
         )
-
-
-_UNSUPPORTED = {
-    "overlap_moe_expert_parallel_comm": (
-        "combined 1F1B (overlapped expert communication)",
-        "it runs a schedule plan in place of the model's forward, past the teacher",
-    ),
-    "delay_wgrad_compute": (
-        "delayed weight gradients",
-        "they belong to combined 1F1B, which runs a schedule plan in place of the model's forward",
-    ),
-    "cuda_graph_impl": (
-        "a CUDA graph",
-        "the teacher's messages and its queue are outside of what a graph would replay, and this was never run",
-    ),
-    "hybrid_layer_pattern": ("HybridModel", "its forward takes no output_processor"),
-}
 
 
 class Attachment:
@@ -166,8 +168,8 @@ class Attachment:
         report: per-token numbers [b, s] of the last micro-batch, by the name they are logged under; None before the
             first, and on every pipeline stage but the last.
         most_waiting: the most micro-batches whose teacher hidden states have waited here for the student at one time. 1
-            without virtual pipeline stages; with them at most as many micro-batches as Megatron
-            runs through one chunk before the next (microbatch_group_size_per_vp_stage, by default the pipeline size).
+            without virtual pipeline stages; with them as many as Megatron runs through one chunk before the next
+            (microbatch_group_size_per_vp_stage, by default the pipeline size).
         most_waiting_bytes: the same in bytes; a micro-batch is s * b * H / (TP if sequence parallel) numbers.
     """
 

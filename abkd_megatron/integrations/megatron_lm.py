@@ -60,15 +60,14 @@ _STUDENT_ONLY = (
     "recompute-activations",
 )
 
-# What this integration's own forward step and data do not do; each is off by default.
+# What this integration's own forward step and data do not do: (feature, reason); each is off by default.
+_OWN_STEP = "this job's forward step does not make packed_seq_params (attach() takes a forward step that does)"
 _UNSUPPORTED = {
-    "sft": "packed fine-tuning batches; a forward step of your own may pass packed_seq_params, see attach()",
-    "dataloader_inter_document_masking": (
-        "packed sequences; a forward step of your own may pass packed_seq_params, see attach()"
-    ),
-    "hybrid_context_parallel": "hybrid context parallelism",
-    "fim_data": "fill-in-the-middle data",
-    "yaml_cfg": "Megatron's own --yaml-cfg",
+    "sft": ("packed fine-tuning data", _OWN_STEP),
+    "dataloader_inter_document_masking": ("packed pretraining data", _OWN_STEP),
+    "hybrid_context_parallel": ("hybrid context parallelism", "this job's forward step does not split batches so"),
+    "fim_data": ("fill-in-the-middle data", "this job builds Megatron's plain GPT datasets"),
+    "yaml_cfg": ("Megatron's own --yaml-cfg", "the configuration file is this job's"),
 }
 
 
@@ -322,9 +321,7 @@ def _teacher_args(
 
 def _check_layout(args: Namespace, who: str) -> None:
     """Refuse what cannot be run, by name, before Megatron builds anything."""
-    for name, what in _UNSUPPORTED.items():
-        if getattr(args, name, None):
-            raise ConfigError(f"{who}: no {what}; remove {name.replace('_', '-')}")
+    check_config(args, who, _UNSUPPORTED)
     check_config(args, who)
     if args.mtp_num_layers and args.pipeline_model_parallel_layout:
         raise ConfigError(

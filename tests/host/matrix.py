@@ -244,8 +244,18 @@ ROWS = [
         refused="combined 1F1B.*schedule plan",
     ),
     Row("CUDA graphs", 2, {"cuda-graph-impl": "local"}, refused="CUDA graph.*replay"),
-    Row("packed sequences from the command line's own data", 2, {"sft": "true"}, refused="forward step of your own"),
-    Row("hybrid context parallelism", 2, {"hybrid-context-parallel": "true"}, refused="no hybrid context parallelism"),
+    Row(
+        "packed sequences from the command line's own data",
+        2,
+        {"sft": "true"},
+        refused="packed fine-tuning data.*packed_seq_params",
+    ),
+    Row(
+        "hybrid context parallelism",
+        2,
+        {"hybrid-context-parallel": "true"},
+        refused="hybrid context parallelism is not supported",
+    ),
 ]
 
 

@@ -1,7 +1,7 @@
 """The fused head equals Megatron's own output layer, which makes logits.
 
 Four micro-batches; chunks that do not divide them; tied and untied output layers, tensor and sequence parallel. Whole
-training runs through it are rows of the matrix; sequence parallelism is here, since its norms need a GPU's kernels.
+training runs through it are rows of the matrix.
 """
 
 import json
