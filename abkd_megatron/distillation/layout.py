@@ -77,6 +77,7 @@ class TeacherLayout:
         neighbours: of a cell.
         replicas: of a cell.
         host: global ranks of this rank's tensor-parallel group of the teacher, in order.
+        index: of this rank in its host.
         replica: of this rank, in its cell.
         stage: of the teacher, on this rank.
         pipeline: global ranks that hold the same share of the other stages of this replica, in stage order.
@@ -114,7 +115,6 @@ class TeacherLayout:
         (number,) = (n for n, host in enumerate(hosts) if rank in host)
         self.host = hosts[number]
         self.index = self.host.index(rank)
-        """Of this rank in its host."""
         self.replica, self.stage = divmod(number, pipeline_parallel)
         self._stages = [hosts[r * pipeline_parallel : (r + 1) * pipeline_parallel] for r in range(self.replicas)]
         self.pipeline = [host[self.index] for host in self._stages[self.replica]]

@@ -5,6 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
@@ -32,15 +33,19 @@ class TeacherRunner:
     def __init__(self, student: GPTModel, teacher: Teacher, timeout: timedelta) -> None:
         self._student, self._teacher, self._layout = student, teacher, teacher.layout
         layout = self._layout
-        own = layout.is_students
         self._micro_batch = 0
+        # Each kind of message in a group of its own, or two of them could be taken for each other.
+        cell = () if layout.is_students else layout.cell
         stages = new_group(layout.pipeline if layout.pipeline_parallel > 1 else (), timeout)
-        self._stages = Lane(stages) if stages is not None else None
-        # Ranks of the first stage exchange tokens at one time; otherwise they are sent forward. Each in its own group.
-        self._now = None if own else new_group(layout.cell, timeout)
-        tokens, results = (None, None) if own else (new_group(layout.cell, timeout), new_group(layout.cell, timeout))
-        self._tokens = Lane(tokens) if tokens is not None else None
-        self._results = Lane(results) if results is not None else None
+        tokens, results = new_group(cell, timeout), new_group(cell, timeout)
+        self._stages, self._tokens, self._results = (
+            Lane(group) if group is not None else None for group in (stages, tokens, results)
+        )
+        # Ranks of the first stage exchange tokens at one time.
+        first = [rank for rank in cell if layout.student_stage_of(rank) == 0]
+        self._now = new_group(first if layout.place.pp == 0 else (), timeout)
+        if self._now is not None:
+            dist.barrier(group=self._now)  # NCCL wants all of a group in its first call; exchanges are of some
 
     def run(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
         """Run what is this rank's work of the cell's next micro-batches.
@@ -117,7 +122,7 @@ class TeacherRunner:
         layout = self._layout
         if layout.is_students:
             return {}
-        assert self._now is not None and self._tokens is not None
+        assert self._tokens is not None
         rank, here = layout.host[layout.index], layout.place.pp
         found: dict[int, torch.Tensor] = {}
         at_once: list[tuple[torch.Tensor, int]] = []
@@ -150,7 +155,8 @@ class TeacherRunner:
                     awaited.append((found[n], source))
                 else:
                     found[n] = self._tokens.receive((2, *shape), torch.int64, device, source)
-        exchange(at_once, awaited, self._now)
+        if self._now is not None:
+            exchange(at_once, awaited, self._now)
         # A stage without tokens must not take the neighbour's for its own.
         return {n: dict(zip(("input_ids", "position_ids"), found[n], strict=True)) if n in found else {} for n in work}
 
@@ -164,7 +170,8 @@ class TeacherRunner:
             whole = hidden
             if scattered:
                 whole = gather_from_sequence_parallel_region(hidden, group=self._teacher.pg_collection.tp)
-            parts = list(whole.chunk(parallel)) if wanted else [whole] * parallel
+            # Cloned, since a part that waits would keep the whole.
+            parts = [part.clone() for part in whole.chunk(parallel)] if wanted else [whole] * parallel
         kept, rank = None, layout.host[layout.index]
         for tp, part in enumerate(parts):
             if layout.source_of_result(layout.replica, neighbour, tp) != rank:

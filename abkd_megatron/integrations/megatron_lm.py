@@ -316,6 +316,17 @@ def _teacher_args(
         )
     # A rank holds the same ids of both models, however the teacher was padded: loading drops or zeroes what differs.
     args.padded_vocab_size = student.padded_vocab_size
+    tensor = args.tensor_model_parallel_size
+    if args.padded_vocab_size % tensor:
+        raise ConfigError(
+            f"the student's vocabulary is padded to {args.padded_vocab_size} columns, which {tensor} tensor-parallel "
+            f"ranks of the teacher do not divide; give megatron.make-vocab-size-divisible-by a multiple of {tensor}"
+        )
+    if args.sequence_parallel and args.seq_length // args.context_parallel_size % tensor:
+        raise ConfigError(
+            f"sequences of {args.seq_length} tokens do not divide over {tensor} tensor-parallel ranks of the teacher; "
+            "change seq-length, or give teacher.sequence-parallel=false"
+        )
     return args
 
 

@@ -32,6 +32,26 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     ),
     "student layers do not divide": ("distill", [PIPELINE, "megatron.num-layers=3"], r"student: 3 layers.*2 pipeline"),
     "teacher layers do not divide": ("distill", [PIPELINE, "teacher.num-layers=5"], r"teacher: 5 layers.*2 pipeline"),
+    "teacher that cannot split the vocabulary": (
+        "distill",
+        ["megatron.make-vocab-size-divisible-by=401", "teacher.tensor-model-parallel-size=2"],
+        r"padded to 401 columns, which 2 tensor-parallel ranks.*make-vocab-size-divisible-by a multiple of 2",
+    ),
+    "teacher that cannot split the sequence": (
+        "distill",
+        ["megatron.seq-length=31", "teacher.tensor-model-parallel-size=2", "teacher.sequence-parallel=true"],
+        r"sequences of 31 tokens.*2 tensor-parallel ranks.*sequence-parallel=false",
+    ),
+    "teacher with attention masks in a layout of its own": (
+        "distill",
+        ["megatron.no-create-attention-mask-in-dataloader=false", "teacher.tensor-model-parallel-size=2"],
+        r"sent tokens, not attention masks; give megatron.no-create-attention-mask-in-dataloader=true",
+    ),
+    "teacher over more ranks than there are": (
+        "distill",
+        [PIPELINE, "teacher.tensor-model-parallel-size=2", "teacher.pipeline-model-parallel-size=1"],
+        r"spans 2 data-parallel ranks of the student, whose 1 it does not divide",
+    ),
     "data not prepared": ("distill", ["data.dir={workspace}/unprepared"], r"unprepared.*prepare"),
     "Megatron's own refusal": ("pretrain", ["megatron.num-attention-heads=5"], r"Megatron refuses"),
     # The last one, since it is found when Megatron has built the models, and on the last pipeline stage alone.
