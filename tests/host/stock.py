@@ -78,7 +78,7 @@ class Probe:
         from megatron.core.utils import get_attr_wrapped_model, unwrap_model
 
         from abkd_megatron import AlphaBeta
-        from abkd_megatron.distillation import Objective, TeacherCheckpoint, attach, build_teacher
+        from abkd_megatron.distillation import Objective, Teacher, TeacherCheckpoint, attach, build_teacher
         from abkd_megatron.errors import AbkdError
 
         (self.ddp,) = chunks
@@ -88,17 +88,30 @@ class Probe:
         checkpoint = TeacherCheckpoint.open(self.checkpoint)
         teacher = build_teacher(teacher_config(self.args), checkpoint, pg_collection)
         arguments = {"vocab_size": 400, "pg_collection": pg_collection}
-        self.handle = attach(chunks, teacher, Objective(AlphaBeta(0.2, 0.7)), **arguments)
-        self.teacher_at_start = digest(teacher.model)
+        objective = Objective(AlphaBeta(0.2, 0.7))
+
+        def other_teacher(**settings):
+            config = teacher_config(self.args)
+            for name, value in settings.items():
+                setattr(config, name, value)
+            (model,) = config.get_builder_cls()(config).build_distributed_models(
+                pg_collection, wrap_with_ddp=False, mixed_precision_wrapper=None
+            )
+            return Teacher.of(model, pg_collection)
+
         self.refusals = []
         for attempt in (
-            lambda: attach(chunks, teacher, Objective(AlphaBeta(0.2, 0.7)), **arguments),
+            lambda: attach(chunks, other_teacher(vocab_size=1024), objective, **arguments),
+            lambda: attach(chunks, other_teacher(overlap_moe_expert_parallel_comm=True), objective, **arguments),
+            lambda: attach(chunks, teacher, objective, **arguments),
+            lambda: attach(chunks, teacher, objective, **arguments),
             lambda: checkpoint.check_tensors(self.student.sharded_state_dict()),
         ):
             try:
-                attempt()
+                self.handle = attempt() or self.handle
             except AbkdError as error:
                 self.refusals.append(str(error))
+        self.teacher_at_start = digest(teacher.model)
         return chunks
 
     def surface(self):

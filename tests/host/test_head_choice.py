@@ -1,9 +1,15 @@
-"""When `head: auto` does without logits: where it takes less memory."""
+"""Which heads there are, and when `head: auto` does without logits: where it takes less memory."""
 
 import pytest
 import torch
 
+from abkd_megatron import config
+from abkd_megatron.distillation import objective
 from abkd_megatron.distillation.head import _nothing_to_gain
+
+
+def test_the_configuration_knows_every_head():
+    assert config.HEADS == objective.HEADS
 
 
 @pytest.mark.parametrize(

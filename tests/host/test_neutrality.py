@@ -76,7 +76,7 @@ def test_attaching_leaves_nothing_behind(config: Path, teacher: Path, pipeline: 
     layout = {"pipeline_model_parallel_size": pipeline, "use_distributed_optimizer": "true"}
     facts = run_stock(config, "--kd-teacher", teacher, num_ranks=pipeline, **layout)
     assert len(facts) == pipeline
-    for found in facts:
+    for stage, found in enumerate(facts):
         assert found["teacher unchanged"]
         assert not found["teacher has gradients"]
         assert not found["teacher in training mode"]
@@ -84,11 +84,14 @@ def test_attaching_leaves_nothing_behind(config: Path, teacher: Path, pipeline: 
         assert found["teacher parameters optimized"] == 0 < found["student parameters optimized"]
         assert found["teacher parameters in DDP"] == 0 < found["student parameters in DDP"]
         assert found["modules and state as before"] == [True, True, True]
-        assert found["hooks while attached"][0] == 1
+        # One runs the teacher; on the last stage one gives the head.
+        assert found["hooks while attached"] == [2 if stage + 1 == pipeline else 1, 0]
         assert found["as before once detached"]
         assert found["messages in flight"] == 0
         assert found["loss changes with the teacher"]
-        twice, sizes = found["refusals"]
+        padding, schedule_plan, twice, sizes = found["refusals"]
+        assert "pad the vocabulary alike: 512 columns a rank against 1024" in padding
+        assert "teacher: combined 1F1B" in schedule_plan and "remove overlap-moe-expert-parallel-comm" in schedule_plan
         assert "attached already" in twice
         assert "does not fit" in sizes and "configured" in sizes and "saved" in sizes
 
