@@ -1,9 +1,9 @@
 """What a teacher adds to a whole training step, through the real Megatron on CPU ranks: python benchmarks/step.py.
 
-For each layout (tensor-parallel 2, pipeline-parallel 2) three jobs of the command line run in turn, round after round:
-the student alone, the teacher's forward pass alone (Megatron's own evaluation of it), and the student distilled. The
-plugin's own cost is what the distilled step takes beyond the other two together: the second set of logits, the loss
-between them, the lane, the report.
+For each layout (tensor-, pipeline- and data-parallel 2) jobs of the command line run in turn, round after round: the
+student alone, the teacher's forward pass alone (Megatron's own evaluation of it), the student distilled, and distilled
+beside a teacher in a layout of its own. The plugin's own cost is what the distilled step takes beyond the other two
+together: the second set of logits, the loss between them, the lane, the report.
 
 Times are Megatron's own, the median over iterations after the first few, then over rounds. Writes OUT/step.json and
 prints a table. Sizes are small; the ratios, not the seconds, are what it is for.
@@ -22,7 +22,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYOUTS = {"TP 2": "tensor-model-parallel-size", "PP 2": "pipeline-model-parallel-size"}
+TP, PP = "tensor-model-parallel-size", "pipeline-model-parallel-size"
+# The student's, and those that its teacher is given beside it.
+LAYOUTS: dict[str, tuple[dict[str, int], dict[str, dict[str, int]]]] = {
+    "TP 2": ({TP: 2}, {}),
+    "PP 2": ({PP: 2}, {"teacher PP 1": {PP: 1}}),
+    "DP 2": ({}, {"teacher TP 2": {TP: 2}, "teacher PP 2": {PP: 2}}),
+}
 WARM_UP = 3
 
 STUDENT = {"num-layers": 4, "hidden-size": 256, "ffn-hidden-size": 512, "num-attention-heads": 8}
@@ -60,7 +66,10 @@ def main() -> None:
         teacher = Path(scratch) / "teacher"
         settings = {**common, **TEACHER, "train-iters": 1, "save": teacher, "save-interval": 1, "eval-iters": 0}
         run("pretrain", settings, {}, num_ranks=1)
-        results = {layout: measure(option, common, teacher, arguments) for layout, option in LAYOUTS.items()}
+        results = {
+            name: measure(name, {**common, **layout}, own, teacher, arguments)
+            for name, (layout, own) in LAYOUTS.items()
+        }
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     report = {
@@ -76,20 +85,26 @@ def main() -> None:
 
 
 def measure(
-    option: str, common: dict[str, Any], teacher: Path, arguments: argparse.Namespace
+    name: str,
+    layout: dict[str, Any],
+    own: dict[str, dict[str, int]],
+    teacher: Path,
+    arguments: argparse.Namespace,
 ) -> dict[str, list[float]]:
-    """Seconds a step of the three jobs in one layout, one number a round."""
+    """Seconds a step of the jobs in one layout, one number a round."""
     steps = WARM_UP + arguments.iterations
-    layout = {**common, option: 2}
     training = {**layout, **STUDENT, "train-iters": steps, "eval-iters": 0}
     evaluation = {**layout, **TEACHER, "load": teacher, "skip-train": "true", "train-iters": 1, "eval-iters": steps}
     overrides = {"teacher.load": teacher, **{f"teacher.{key}": value for key, value in TEACHER.items()}}
-    found: dict[str, list[float]] = {"student alone": [], "teacher forward": [], "distilled": []}
+    distilled = {"distilled": {}, **{f"distilled, {where}": sizes for where, sizes in own.items()}}
+    found: dict[str, list[float]] = {job: [] for job in ("student alone", "teacher forward", *distilled)}
     for number in range(arguments.rounds):
-        print(f"{option}: round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
+        print(f"{name}: round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
         found["student alone"].append(step_seconds(run("pretrain", training, {})))
         found["teacher forward"].append(evaluation_seconds(run("pretrain", evaluation, {}), steps))
-        found["distilled"].append(step_seconds(run("distill", training, overrides)))
+        for job, sizes in distilled.items():
+            beside = {**overrides, **{f"teacher.{size}": value for size, value in sizes.items()}}
+            found[job].append(step_seconds(run("distill", training, beside)))
     return found
 
 
@@ -127,12 +142,12 @@ def evaluation_seconds(output: str, steps: int) -> float:
 
 def print_table(results: dict[str, dict[str, list[float]]]) -> None:
     """The medians with their range, and the plugin's share."""
-    print(f"{'':8}{'job':18}{'ms a step':>10}{'min':>9}{'max':>9}")
+    print(f"{'':8}{'job':26}{'ms a step':>10}{'min':>9}{'max':>9}")
     for layout, jobs in results.items():
         for job, times in jobs.items():
             numbers = (statistics.median(times), min(times), max(times))
-            print(f"{layout:8}{job:18}{numbers[0] * 1e3:10.0f}{numbers[1] * 1e3:9.0f}{numbers[2] * 1e3:9.0f}")
-        alone, forward, distilled = (statistics.median(jobs[job]) for job in jobs)
+            print(f"{layout:8}{job:26}{numbers[0] * 1e3:10.0f}{numbers[1] * 1e3:9.0f}{numbers[2] * 1e3:9.0f}")
+        alone, forward, distilled, *_ = (statistics.median(jobs[job]) for job in jobs)
         own = distilled - alone - forward
         print(f"{layout:8}the plugin's own: {own * 1e3:.0f} ms, {own / distilled:.0%} of the distilled step")
 
