@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from abkd_megatron.divergences import Divergence, Sum, registry
 from abkd_megatron.errors import ConfigError
 
 type Scalar = str | int | float | bool | None
@@ -25,10 +26,12 @@ type Value = Scalar | list[Any]
 type Options = Mapping[str, argparse.Action]
 
 DEVICES = ("cuda", "cpu")
-DIVERGENCES = ("alpha_beta", "todi")
 HEADS = ("auto", "fused", "materialised")
 KERNELS = ("auto", "eager", "compiled", "cpp", "triton")
 SECTIONS = ("device", "megatron", "teacher", "distillation", "data")
+
+# The keys of `distillation` that say which divergence and not how it is used.
+_OF_DIVERGENCE = ("divergence", "alpha", "beta", "scale", "detach", "skew", "mixture", "losses")
 
 # What `data.dir` supplies; beside it each of these would be a second answer to the same question.
 _DATA_ARGUMENTS = (
@@ -43,7 +46,7 @@ class DistillationConfig:
     """The loss: ``kd_weight * divergence(teacher, student) + lm_weight * cross-entropy``."""
 
     divergence: str = "alpha_beta"
-    """``alpha_beta`` or ``todi``."""
+    """A name of ``abkd_megatron.divergences.registry``, or the dotted path of a subclass of Divergence."""
     alpha: float = 0.2
     """Alpha of the alpha-beta divergence."""
     beta: float = 0.7
@@ -52,6 +55,12 @@ class DistillationConfig:
     """Steepness of ToDi's weight between forward and reverse KL."""
     detach: bool = True
     """Take ToDi's weight as a constant in the gradient."""
+    skew: float = 0.1
+    """Share of the other model in the mixture that skew forward and reverse KL compare with."""
+    mixture: float = 0.5
+    """Share of the teacher in Jensen-Shannon's mixture."""
+    losses: list[dict[str, Scalar]] = field(default_factory=list)
+    """In place of `divergence`, terms to add up: each a `name`, a `weight` (1 if left out) and its parameters."""
     temperature: float = 1.0
     """Divides both models' logits in the divergence; the cross-entropy stays at 1."""
     kd_weight: float = 1.0
@@ -68,6 +77,22 @@ class DistillationConfig:
     """Whether backward overwrites the student's logits with their gradient."""
     shared_vocab: int | None = None
     """Number of first token ids that mean the same to both models, whose vocabularies differ; None: they are one."""
+
+    def make_divergence(self) -> Divergence:
+        """The divergence that these settings describe.
+
+        Raises:
+            ConfigError: as `registry.build` and `Sum`.
+        """
+        if not self.losses:
+            taken = registry.parameters(self.divergence)
+            return registry.build(self.divergence, {name: getattr(self, name) for name in taken})
+        terms: list[tuple[Any, Divergence]] = []
+        for term in self.losses:
+            settings = {"weight": 1.0, **term}
+            name, weight = settings.pop("name", ""), settings.pop("weight")
+            terms.append((weight, registry.build(str(name), settings)))
+        return Sum(terms)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -135,8 +160,6 @@ class Config:
                 value = getattr(values, item.name)
                 finite = not isinstance(value, float) or math.isfinite(value)
                 require(finite, f"{section}.{item.name}", "a finite number", value)
-        origin = self.origins.get("distillation.divergence", "default")
-        _check_name(kd.divergence, DIVERGENCES, origin, "distillation.divergence")
         origin = self.origins.get("distillation.kernel", "default")
         _check_name(kd.kernel, KERNELS, origin, "distillation.kernel")
         _check_name(kd.head, HEADS, self.origins.get("distillation.head", "default"), "distillation.head")
@@ -162,6 +185,21 @@ class Config:
         for name in ("scale", "kd_weight", "lm_weight"):
             value = getattr(kd, name)
             require(value >= 0, f"distillation.{name}", "a number not below 0", value)
+        for name in ("skew", "mixture"):
+            value = getattr(kd, name)
+            require(0 < value < 1, f"distillation.{name}", "a share between 0 and 1, both excluded", value)
+        chosen = "losses" if kd.losses else "divergence"
+        names = [term.get("name") for term in kd.losses] or [kd.divergence]
+        if job == "distill" or not any("." in str(name) for name in names):  # no other job imports someone's own
+            try:
+                kd.make_divergence()
+            except ConfigError as error:
+                origin = self.origins.get(f"distillation.{chosen}", "default")
+                raise ConfigError(f"{origin}: distillation.{chosen}: {error}") from error
+        for name in self._without_effect():
+            taken = ", ".join(registry.parameters(kd.divergence)) or "no parameters"
+            beside = "distillation.losses" if kd.losses else f"divergence: {kd.divergence}, which takes {taken} here"
+            require(not self._given(name), f"distillation.{name}", f"no value beside {beside}", getattr(kd, name))
         nothing = kd.kd_weight == kd.lm_weight == 0
         require(not nothing, "distillation.kd_weight", "kd_weight or lm_weight above 0", "0 for both")
         require(data.vocab_size >= 300, "data.vocab_size", "300 or more (256 of them bytes)", data.vocab_size)
@@ -183,6 +221,21 @@ class Config:
                     f"data.dir ({self.origins.get('data.dir', '?')}) supplies the data and the tokenizer, "
                     f"and so does {named}; remove data.dir or remove {', '.join(twice)}"
                 )
+
+    def _without_effect(self) -> list[str]:
+        """The keys of `distillation` that the chosen divergence does not take."""
+        kd = self.distillation
+        taken = {"losses"} if kd.losses else {"divergence", "losses", *registry.parameters(kd.divergence)}
+        return [name for name in _OF_DIVERGENCE if name not in taken]
+
+    def _given(self, name: str) -> bool:
+        value, default = getattr(self.distillation, name), getattr(DistillationConfig(), name)
+        return value != default or self.origins.get(f"distillation.{name}", "default") != "default"
+
+    def _forget_divergence(self) -> None:
+        for name in _OF_DIVERGENCE:
+            setattr(self.distillation, name, getattr(DistillationConfig(), name))
+            self.origins[f"distillation.{name}"] = "default"
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -331,6 +384,10 @@ def load_config(
     options = _Options(megatron_options)
     for layer in (implied, from_file, from_command_line):
         spelt: dict[tuple[str, str], _Given] = {}
+        # Another divergence than a file's comes with its own parameters; the file's cannot be taken out of it.
+        kd, given = config.distillation, {item.key: item.value for item in layer if item.section == "distillation"}
+        if given.get("losses") or ("divergence" in given and (kd.losses or given["divergence"] != kd.divergence)):
+            config._forget_divergence()
         for item in layer:
             if item.section == "device":
                 continue
@@ -445,9 +502,26 @@ def _field_value(item: _Given, kind: Any) -> Value:
         return _integer(item, value)
     if kind is float:
         return _number(item, value, finite=True)
+    if kind == list[dict[str, Scalar]]:
+        return [_term(item, entry) for entry in (value if isinstance(value, list) else [value])]
     if kind == list[str]:
         return [_text(item, entry) for entry in (value if isinstance(value, list) else [value])]
     return _text(item, value)
+
+
+def _term(item: _Given, entry: object) -> dict[str, Scalar]:
+    """One of `losses`: what reads as a number is one, for only the divergence knows what its parameters are."""
+    if not isinstance(entry, dict):
+        raise _wrong(item, "a list of {name: ..., weight: ..., parameters}", entry)
+    term: dict[str, Scalar] = {}
+    for key, value in ((key.replace("-", "_"), one.value) for key, one in entry.items()):
+        if isinstance(value, dict | list):
+            raise _wrong(item, f"a plain value of {key}", value)
+        try:
+            term[key] = value if isinstance(value, bool | None) or key == "name" else _number(item, value, finite=True)
+        except ConfigError:
+            term[key] = value
+    return term
 
 
 class _Options:
@@ -566,6 +640,9 @@ def render(config: Config) -> str:
     sections: dict[str, dict[str, Value]] = {"megatron": config.megatron, "teacher": teacher}
     for section, values in (("distillation", config.distillation), ("data", config.data)):
         sections[section] = {item.name: getattr(values, item.name) for item in fields(values)}
+    for name in config._without_effect():
+        if not config._given(name):  # what was given and has none is shown, and refused by `check`
+            del sections["distillation"][name]
     rows = [(f"device: {_yaml(config.device)}", config.origins.get("device", ""))]
     for section, items in sections.items():
         rows.append((f"{section}:" if items else f"{section}: {{}}", ""))

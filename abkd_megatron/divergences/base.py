@@ -78,6 +78,12 @@ def expm1(x: Tensor) -> Tensor:
     return result
 
 
+def difference(log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+    """The difference p - q, with all its digits where the two are near each other."""
+    q = log_q.exp()
+    return torch.where(log_ratio.abs() < 1.0, expm1(log_ratio).mul_(q), log_p.exp().sub_(q))
+
+
 def coefficient(number: float, dtype: torch.dtype) -> float:
     """`number`, or 0.0 where it is too small for `dtype`'s arithmetic to tell its effect from its limit's.
 

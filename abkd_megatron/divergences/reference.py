@@ -7,6 +7,7 @@ nothing. The teacher is constant. These forms cancel badly when alpha, beta or t
 0: there, compare with the limit.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,10 @@ from torch import Tensor
 
 from abkd_megatron.divergences.alpha_beta import AlphaBeta
 from abkd_megatron.divergences.base import Divergence
+from abkd_megatron.divergences.combination import Sum
+from abkd_megatron.divergences.mixture import JensenShannon, SkewForwardKL, SkewReverseKL
 from abkd_megatron.divergences.todi import ToDi
+from abkd_megatron.divergences.total_variation import TotalVariation
 from abkd_megatron.errors import ConfigError
 
 
@@ -81,6 +85,66 @@ def reference_todi(
     return terms.masked_fill(outside, 0.0).sum(dim=-1)
 
 
+def _mixed_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    of_teacher: float,
+    of_student: float,
+    share: float,
+    temperature: float,
+    vocab_size: int | None,
+) -> Tensor:
+    """of_teacher KL(p || M) + of_student KL(q || M), M = share p + (1 - share) q."""
+    log_p, log_q, outside = _log_probabilities(student_logits, teacher_logits, temperature, vocab_size)
+    log_mixture = torch.logaddexp(log_p + math.log(share), log_q + math.log(1.0 - share))
+    terms = torch.zeros_like(log_q)
+    for weight, log_x in ((of_teacher, log_p), (of_student, log_q)):
+        finite = log_x.masked_fill(log_x.isneginf(), 0.0)  # 0 log 0 = 0
+        terms = terms + weight * log_x.exp() * (finite - log_mixture)
+    return terms.masked_fill(outside, 0.0).sum(dim=-1)
+
+
+def reference_jensen_shannon(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mixture: float = 0.5,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """The sum b KL(p || M) + (1 - b) KL(q || M), M = b p + (1 - b) q, b = mixture; GKD Section 2."""
+    return _mixed_kl(student_logits, teacher_logits, mixture, 1.0 - mixture, mixture, temperature, vocab_size)
+
+
+def reference_skew_forward_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    skew: float = 0.1,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """KL(p || skew p + (1 - skew) q), DistiLLM Section 3.1."""
+    return _mixed_kl(student_logits, teacher_logits, 1.0, 0.0, skew, temperature, vocab_size)
+
+
+def reference_skew_reverse_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    skew: float = 0.1,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """KL(q || (1 - skew) p + skew q), DistiLLM Section 3.1."""
+    return _mixed_kl(student_logits, teacher_logits, 0.0, 1.0, 1.0 - skew, temperature, vocab_size)
+
+
+def reference_total_variation(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, vocab_size: int | None = None
+) -> Tensor:
+    """1/2 sum |p - q|; the derivative of |x| at 0 is 0."""
+    log_p, log_q, _ = _log_probabilities(student_logits, teacher_logits, temperature, vocab_size)
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(dim=-1)
+
+
 def reference_cross_entropy(student_logits: Tensor, labels: Tensor, vocab_size: int | None = None) -> Tensor:
     """-log q(label) at temperature 1."""
     log_q = student_logits.double()[..., :vocab_size].log_softmax(dim=-1)
@@ -107,7 +171,21 @@ def reference_divergence(
         return reference_todi(
             student_logits, teacher_logits, divergence.scale, divergence.detach, temperature, vocab_size
         )
+    logits = (student_logits, teacher_logits)
+    if isinstance(divergence, JensenShannon):
+        return reference_jensen_shannon(*logits, divergence.mixture, temperature, vocab_size)
+    if isinstance(divergence, SkewForwardKL):
+        return reference_skew_forward_kl(*logits, divergence.skew, temperature, vocab_size)
+    if isinstance(divergence, SkewReverseKL):
+        return reference_skew_reverse_kl(*logits, divergence.skew, temperature, vocab_size)
+    if isinstance(divergence, TotalVariation):
+        return reference_total_variation(*logits, temperature, vocab_size)
+    if isinstance(divergence, Sum):
+        terms = [
+            weight * reference_divergence(term, *logits, temperature, vocab_size) for weight, term in divergence.terms
+        ]
+        return torch.stack(terms).sum(dim=0)
     raise ConfigError(
-        f"expected a divergence with a reference twin (AlphaBeta, ToDi), got {type(divergence).__name__}: "
-        "write its dense form beside theirs"
+        "expected a divergence with a reference twin (one of abkd_megatron.divergences), got "
+        f"{type(divergence).__name__}: write its dense form beside theirs"
     )

@@ -35,7 +35,6 @@ from abkd_megatron.distillation import Attachment, Objective, TeacherCheckpoint,
 from abkd_megatron.distillation.attach import check_config
 from abkd_megatron.distillation.layout import neighbours_of
 from abkd_megatron.distillation.step import masked_loss
-from abkd_megatron.divergences import AlphaBeta, Divergence, ToDi
 from abkd_megatron.errors import ConfigError, on_every_rank
 from abkd_megatron.vocab_parallel import vocab_parallel_divergence
 
@@ -154,13 +153,8 @@ def run(config: Config, job: str) -> None:
 
 def make_objective(config: DistillationConfig) -> Objective:
     """The objective that the `distillation:` section describes."""
-    divergence: Divergence
-    if config.divergence == "todi":
-        divergence = ToDi(scale=config.scale, detach=config.detach)
-    else:
-        divergence = AlphaBeta(alpha=config.alpha, beta=config.beta)
     return Objective(
-        divergence,
+        config.make_divergence(),
         temperature=config.temperature,
         kd_weight=config.kd_weight,
         lm_weight=config.lm_weight,

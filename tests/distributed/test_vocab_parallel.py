@@ -1,10 +1,10 @@
 """The engine on a sharded vocabulary is the dense fp64 twin, on 1, 2 and 4 gloo ranks.
 
-Proves, for alpha-beta at its interior and every limit and for ToDi: value, gradient of each shard, cross
-entropy and metrics, in fp64, fp32 and bf16; shards of unequal width, padded, wholly padding, wholly excluded,
-in another order than the ranks'; temperature; results equal to the bit on all ranks; 2 collectives forward, 0
-backward, 0 on one rank. Also that the harness reports the rank that failed and ends a hang. One launch a
-world size runs all cases; the tests then read its results.
+Proves, for alpha-beta at its interior and every limit, ToDi, mixtures, total variation and weighted sums: value,
+gradient of each shard, cross entropy and metrics, in fp64, fp32 and bf16; shards of unequal width, padded, wholly
+padding, wholly excluded, in another order than the ranks'; temperature; results equal to the bit on all ranks; 2
+collectives forward, 0 backward, 0 on one rank. Also that the harness reports the rank that failed and ends a hang. One
+launch a world size runs all cases; the tests then read its results.
 """
 
 import time
@@ -18,10 +18,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from abkd_megatron import AlphaBeta, ToDi, kernels, vocab_parallel_divergence
-from abkd_megatron.divergences import Divergence, reference_cross_entropy, reference_divergence
+from abkd_megatron.divergences import (
+    Divergence,
+    JensenShannon,
+    SkewForwardKL,
+    SkewReverseKL,
+    Sum,
+    TotalVariation,
+    reference_cross_entropy,
+    reference_divergence,
+)
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.vocab_parallel import VocabShard, passes, vocab_parallel_distillation
 
+WEIGHTED_JEFFREYS = Sum([(0.5, AlphaBeta(1, 0)), (2.0, AlphaBeta(0, 1))])
 WORLDS = [1, 2, 4]
 TOKENS = (2, 3)
 DIVERGENCES = [
@@ -40,6 +50,13 @@ DIVERGENCES = [
     ToDi(1.0, detach=False),
     ToDi(2.0),
     ToDi(0.0, detach=False),
+    JensenShannon(0.3),
+    SkewForwardKL(),
+    SkewReverseKL(),
+    TotalVariation(),
+    WEIGHTED_JEFFREYS,
+    Sum([(1.0, ToDi()), (0.5, AlphaBeta(2, -1))]),
+    Sum([(1.0, JensenShannon()), (0.5, AlphaBeta(0.2, 0.7))]),
 ]
 
 
@@ -64,7 +81,7 @@ LAYOUTS = ["even", "uneven", "padded", "last shard all padding", "shard excluded
 CASES = [Case(d, dtype) for d in DIVERGENCES for dtype in (torch.float64, torch.float32, torch.bfloat16)]
 CASES += [
     Case(d, layout=layout, temperature=temperature)
-    for d in (AlphaBeta(0.2, 0.7), ToDi())
+    for d in (AlphaBeta(0.2, 0.7), ToDi(), JensenShannon(0.3))
     for layout in LAYOUTS
     for temperature in (1.0, 2.0)
     if (layout, temperature) != ("padded", 1.0)
@@ -308,7 +325,8 @@ def test_collectives(ranks):
     for result in ranks:
         for case, found in zip(CASES, result["cases"], strict=True):
             # The value of ToDi at scale 1 separates too; its slope with detached weights follows on its own.
-            separates = isinstance(case.divergence, AlphaBeta) or case.divergence == ToDi(1.0, detach=False)
+            separates = isinstance(case.divergence, AlphaBeta)
+            separates |= case.divergence in (ToDi(1.0, detach=False), WEIGHTED_JEFFREYS)
             first, second = ["c10d::_allgather_base_"], ["c10d::_allgather_base_"]
             if case.reduced:  # the maxima, then the sums
                 first, second = ["c10d::allreduce_"] * 2, ["c10d::allreduce_"]

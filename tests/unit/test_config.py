@@ -269,6 +269,78 @@ def test_check_of_one_section(section, values, message):
         config.check("distill")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{divergence: jensenshannon}", r"run.yaml:1: distillation.divergence: .*did you mean 'jensen_shannon'\?"),
+        ("{divergence: jensen-shannon, mixture: 0.2}", "did you mean 'jensen_shannon'"),
+        (
+            "{divergence: todi, alpha: 0.2}",
+            "run.yaml:1: distillation.alpha: expected no value beside divergence: todi, which takes scale, detach here",
+        ),
+        ("{skew: 0.1}", "distillation.skew: expected no value beside divergence: alpha_beta, which takes alpha, beta"),
+        (
+            "{divergence: jeffreys, mixture: 0.3}",
+            "beside divergence: jeffreys, which takes no parameters here, got 0.3",
+        ),
+        ("{divergence: jensen_shannon, mixture: 1}", "distillation.mixture: expected a share between 0 and 1"),
+        ("{divergence: skew_reverse_kl, skew: 0}", "distillation.skew: expected a share between 0 and 1"),
+        ("{divergence: nowhere.to_be.Found}", "distillation.divergence: nowhere.to_be.Found: .*check PYTHONPATH"),
+        ("{divergence: todi, losses: [{name: todi}]}", "distillation.divergence: expected no value beside .*losses"),
+        ("{alpha: 0.3, losses: [{name: todi}]}", "distillation.alpha: expected no value beside distillation.losses"),
+        ("{losses: [{name: alpha_beta}]}", "distillation.losses: alpha_beta: missing a required argument: 'alpha'"),
+        ("{losses: [{name: todi, skew: 0.1}]}", "distillation.losses: todi: got an unexpected .*'skew'"),
+        ("{losses: [{weight: 1}]}", "distillation.losses: unknown divergence ''"),
+        ("{losses: [{name: todi, weight: 0}]}", "distillation.losses: Sum: expected a weight above 0, got 0.0"),
+        ("{losses: [{name: todi, weight: .nan}]}", "expected weight to be a finite number, got '.nan'"),
+        ("{losses: [{name: todi, scale: [1]}]}", "distillation.losses: expected a plain value of scale, got"),
+        ("{losses: [todi]}", r"distillation.losses: expected a list of \{name: .*got 'todi'"),
+    ],
+)
+def test_check_refuses_divergences_that_cannot_be(load, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        load(f"distillation: {settings}").check("pretrain" if "nowhere" not in settings else "distill")
+
+
+def test_only_distilling_imports_a_divergence_of_ones_own():
+    config = Config(distillation=DistillationConfig(divergence="nowhere.to_be.Found"))
+    config.check("pretrain")
+
+
+def test_a_divergence_on_the_command_line_leaves_the_parameters_of_the_files_behind(load):
+    text = "distillation: {divergence: alpha_beta, alpha: 0.3, kd_weight: 2}"
+    same = load(text, "distillation.divergence=alpha_beta")
+    assert same.distillation.alpha == 0.3
+    other = load(text, "distillation.divergence=skew_forward_kl", "distillation.skew=0.2")
+    assert other.distillation == DistillationConfig(divergence="skew_forward_kl", skew=0.2, kd_weight=2.0)
+    other.check("pretrain")
+    losses = load(text, "distillation.losses=[{name: forward_kl}, {name: todi, weight: 0.5, detach: false}]")
+    assert losses.distillation.losses == [{"name": "forward_kl"}, {"name": "todi", "weight": 0.5, "detach": False}]
+    losses.check("pretrain")
+    back = load("distillation: {losses: [{name: todi}]}", "distillation.divergence=alpha_beta")
+    assert back.distillation == DistillationConfig()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "{divergence: jensen_shannon, mixture: 0.3}",
+        "{divergence: todi}",
+        "{losses: [{name: reverse_kl, weight: 1e-7}, {name: my.Own, mode: a b, on: true}]}",
+        "{divergence: todi, alpha: 0.3}",
+    ],
+)
+def test_render_leaves_out_what_the_divergence_does_not_take(load, settings):
+    config = load(f"distillation: {settings}")
+    text = render(config)
+    assert ("\n  alpha:" in text) == ("alpha" in settings) and "\n  skew:" not in text
+    again = load(text)
+    again.origins = config.origins
+    assert again == config
+    if "alpha" not in settings:
+        load(text).check("pretrain")
+
+
 def test_check_names_the_origin(load):
     with pytest.raises(ConfigError, match=r"^run.yaml:2: distillation.temperature"):
         load("distillation:\n  temperature: 0").check("pretrain")

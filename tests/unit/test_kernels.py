@@ -1,5 +1,6 @@
 """The compiled and the C++ kernel give what the eager one does."""
 
+import itertools
 import shutil
 
 import pytest
@@ -8,11 +9,14 @@ from kernel_cases import DIVERGENCES, SETTINGS, compare, special
 from torch._dynamo.utils import counters
 
 from abkd_megatron import AlphaBeta, ToDi, config, kernels, vocab_parallel_divergence
+from abkd_megatron.divergences import JensenShannon, SkewForwardKL, SkewReverseKL, Sum, TotalVariation
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.kernels import cpp
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation
 
 FP16 = torch.float16
+
+MIXED = Sum([(1.0, JensenShannon(0.3)), (0.7, SkewForwardKL()), (0.4, SkewReverseKL())])
 
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
 
@@ -35,7 +39,11 @@ def results(name, student, teacher, divergence, labels, shard, temperature):
 @needs_compiler
 @pytest.mark.parametrize(
     ("divergence", "dtype", "temperature"),
-    [(AlphaBeta(0.2, 0.7), torch.float32, 1.0), (ToDi(), torch.bfloat16, 2.0)],
+    [
+        (AlphaBeta(0.2, 0.7), torch.float32, 1.0),
+        (ToDi(), torch.bfloat16, 2.0),
+        (Sum([(1.0, TotalVariation()), (1.0, MIXED)]), torch.float32, 1.0),
+    ],
     ids=str,
 )
 def test_compiled_equals_eager(divergence, dtype, temperature, monkeypatch):
@@ -55,8 +63,8 @@ def test_compiled_equals_eager(divergence, dtype, temperature, monkeypatch):
             scale = wanted.float().abs().amax().item()
             tolerance = 2**-8 if wanted.dtype == torch.bfloat16 else 1e-5
             assert (got.float() - wanted.float()).abs().amax().item() <= tolerance * scale
-    # One graph for the record, one for the gradient, and one for ToDi's second round.
-    assert counters["stats"]["unique_graphs"] - compiled_before == (3 if isinstance(divergence, ToDi) else 2)
+    # One graph for the record, one for the gradient, and one for a second round.
+    assert counters["stats"]["unique_graphs"] - compiled_before == (2 if isinstance(divergence, AlphaBeta) else 3)
 
 
 @needs_compiler
@@ -103,8 +111,17 @@ def test_cpp_gives_the_same_bits_with_any_number_of_threads():
 
 
 @needs_compiler
-@pytest.mark.parametrize("divergence", [AlphaBeta(0.2, 0.7), AlphaBeta(1, 0), ToDi(), ToDi(2.0, False)], ids=str)
-@pytest.mark.parametrize("kernel", ["eager", "compiled", "cpp"])
+@pytest.mark.parametrize(
+    ("kernel", "divergence"),
+    [
+        *itertools.product(
+            ["eager", "compiled", "cpp"], [AlphaBeta(0.2, 0.7), AlphaBeta(1, 0), ToDi(), ToDi(2.0, False)]
+        ),
+        *itertools.product(["eager"], [JensenShannon(), SkewForwardKL(), SkewReverseKL(), SkewReverseKL(0.9)]),
+        *itertools.product(["eager", "compiled"], [MIXED]),
+    ],
+    ids=str,
+)
 def test_digits_are_kept_near_convergence(kernel, divergence):
     generator = torch.Generator().manual_seed(0)
     teacher = 2 * torch.randn(8, 4096, generator=generator)
@@ -140,6 +157,17 @@ def test_chunks_cover_every_row_once_or_more():
 
 def test_the_configuration_knows_the_same_kernels():
     assert kernels.CHOICES == config.KERNELS
+
+
+@needs_compiler
+@pytest.mark.parametrize("divergence", [JensenShannon(), TotalVariation(), Sum([(2.0, AlphaBeta(1, 1))])], ids=str)
+def test_a_divergence_that_cpp_does_not_know(divergence):
+    student, teacher = torch.randn(2, 3, 8)
+    assert kernels.select(AlphaBeta(1, 1), student, teacher).name == "cpp"
+    assert kernels.select(divergence, student, teacher).name == "eager"
+    kernels.use("cpp")
+    with pytest.raises(ConfigError, match=r"knows AlphaBeta and ToDi alone.*choose the eager kernel"):
+        vocab_parallel_divergence(student, teacher, divergence)
 
 
 def test_an_unknown_kernel_is_refused():

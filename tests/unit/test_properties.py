@@ -1,16 +1,27 @@
-"""Identities that hold for every (alpha, beta), whatever the distributions; searched by hypothesis, in fp64.
+"""Identities that hold for every parameter, whatever the distributions; searched by hypothesis, in fp64.
 
-Proves: duality and scaling of the alpha-beta family, non-negativity, zero at equality alone, gradient rows
-that sum to 0, invariance under a shift of either model's logits, agreement with the reference twin, forward +
-reverse KL as the value of ToDi at scale 1, and a cross entropy that no divergence influences.
+Proves: duality and scaling of the alpha-beta family, symmetries, non-negativity, zero at equality alone, upper
+bounds, gradient rows that sum to 0, invariance under a shift of either model's logits, agreement with the reference
+twin, forward + reverse KL as the value of ToDi at scale 1, and a cross entropy that no divergence influences.
 """
+
+import math
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abkd_megatron import AlphaBeta, ToDi, vocab_parallel_divergence
-from abkd_megatron.divergences import reference_alpha_beta
+from abkd_megatron.divergences import (
+    JensenShannon,
+    SkewForwardKL,
+    SkewReverseKL,
+    Sum,
+    TotalVariation,
+    jeffreys,
+    reference_alpha_beta,
+    squared_hellinger,
+)
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
@@ -21,7 +32,13 @@ parameters = st.one_of(
 seeds = st.integers(0, 2**31)
 scales = st.sampled_from([0.01, 0.3, 1.0, 2.0])
 todis = st.builds(ToDi, st.sampled_from([0.0, 0.5, 1.0, 4.0]), st.booleans())
-divergences = st.one_of(st.builds(AlphaBeta, parameters, parameters), todis)
+alpha_betas = st.builds(AlphaBeta, parameters, parameters)
+shares = st.floats(1e-3, 1 - 1e-3)
+mixtures = st.one_of(
+    *(st.builds(kind, shares) for kind in (JensenShannon, SkewForwardKL, SkewReverseKL)), st.just(TotalVariation())
+)
+sums = st.builds(lambda *terms: Sum(terms), *[st.tuples(st.floats(0.1, 2.0), st.one_of(alpha_betas, mixtures))] * 2)
+divergences = st.one_of(alpha_betas, todis, mixtures, sums)
 
 
 def logits(seed, scale, shape=(4, 9)):
@@ -40,6 +57,34 @@ def test_duality(alpha, beta, seed, scale):
     forward = vocab_parallel_divergence(student, teacher, AlphaBeta(alpha, beta))
     swapped = vocab_parallel_divergence(teacher, student, AlphaBeta(beta, alpha))
     close(forward, swapped, 1e-10)
+
+
+@few
+@given(shares, seeds, scales)
+def test_symmetry(share, seed, scale):
+    student, teacher = logits(seed, scale)
+    pairs = [(d, d) for d in (JensenShannon(), jeffreys(), TotalVariation(), squared_hellinger())]
+    pairs += [(JensenShannon(share), JensenShannon(1 - share)), (SkewForwardKL(share), SkewReverseKL(share))]
+    for one, other in pairs:
+        close(
+            vocab_parallel_divergence(student, teacher, one), vocab_parallel_divergence(teacher, student, other), 1e-10
+        )
+
+
+@few
+@given(shares, seeds, st.sampled_from([0.3, 3.0, 100.0]))
+def test_upper_bounds(share, seed, scale):
+    student, teacher = logits(seed, scale)
+    entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
+    bounds = {
+        JensenShannon(share): entropy,
+        SkewForwardKL(share): -math.log(share),
+        SkewReverseKL(share): -math.log(share),
+        TotalVariation(): 1.0,
+        squared_hellinger(): 1.0,
+    }
+    for divergence, bound in bounds.items():
+        assert (vocab_parallel_divergence(student, teacher, divergence) <= bound * (1 + 1e-12)).all()
 
 
 @few
@@ -68,10 +113,9 @@ def test_reference_twin(alpha, beta, seed):
 
 
 @few
-@given(parameters, parameters, seeds, scales)
-def test_not_negative_and_zero_at_equality_alone(alpha, beta, seed, scale):
+@given(st.one_of(alpha_betas, mixtures, sums), seeds, scales)
+def test_not_negative_and_zero_at_equality_alone(divergence, seed, scale):
     student, teacher = logits(seed, scale)
-    divergence = AlphaBeta(alpha, beta)
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
     assert (divergence.value(log_p, log_q, log_p - log_q) >= 0).all()  # every term, not only the sum
     assert (vocab_parallel_divergence(student, teacher, divergence) > 0).all()
