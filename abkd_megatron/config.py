@@ -20,10 +20,12 @@ import yaml
 
 from abkd_megatron.divergences import Divergence, Sum, registry
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.schedule import COUNTS, KINDS, Progress, Schedule, both_zero
 
 type Scalar = str | int | float | bool | None
 type Value = Scalar | list[Any]
 type Options = Mapping[str, argparse.Action]
+Number = float | Schedule
 
 DEVICES = ("cuda", "cpu")
 HEADS = ("auto", "fused", "materialised")
@@ -32,6 +34,15 @@ SECTIONS = ("device", "megatron", "teacher", "distillation", "data")
 
 # The keys of `distillation` that say which divergence and not how it is used.
 _OF_DIVERGENCE = ("divergence", "alpha", "beta", "scale", "detach", "skew", "mixture", "losses")
+
+# What of `distillation` may be a schedule, and what a kernel has compiled in.
+SCHEDULED = ("alpha", "beta", "scale", "skew", "mixture", "temperature", "kd_weight", "lm_weight")
+_COMPILED_IN = {"triton": ("alpha", "beta", "scale"), "compiled": SCHEDULED[:6]}
+
+# The keys of each kind of schedule, and those that may be left out.
+_RAMP = ("from", "to", "start", "end", "by")
+_SCHEDULE_KEYS = {"constant": ("value",), "linear": _RAMP, "cosine": _RAMP, "piecewise": ("points", "by")}
+_OPTIONAL = ("start", "by")
 
 # What `data.dir` supplies; beside it each of these would be a second answer to the same question.
 _DATA_ARGUMENTS = (
@@ -43,29 +54,32 @@ _DATA_ARGUMENTS = (
 
 @dataclass(kw_only=True, slots=True)
 class DistillationConfig:
-    """The loss: ``kd_weight * divergence(teacher, student) + lm_weight * cross-entropy``."""
+    """The loss: ``kd_weight * divergence(teacher, student) + lm_weight * cross-entropy``.
+
+    Each of `SCHEDULED` is a number or a schedule of one.
+    """
 
     divergence: str = "alpha_beta"
     """A name of ``abkd_megatron.divergences.registry``, or the dotted path of a subclass of Divergence."""
-    alpha: float = 0.2
+    alpha: Number = 0.2
     """Alpha of the alpha-beta divergence."""
-    beta: float = 0.7
+    beta: Number = 0.7
     """Beta of the alpha-beta divergence."""
-    scale: float = 1.0
+    scale: Number = 1.0
     """Steepness of ToDi's weight between forward and reverse KL."""
     detach: bool = True
     """Take ToDi's weight as a constant in the gradient."""
-    skew: float = 0.1
+    skew: Number = 0.1
     """Share of the other model in the mixture that skew forward and reverse KL compare with."""
-    mixture: float = 0.5
+    mixture: Number = 0.5
     """Share of the teacher in Jensen-Shannon's mixture."""
     losses: list[dict[str, Scalar]] = field(default_factory=list)
     """In place of `divergence`, terms to add up: each a `name`, a `weight` (1 if left out) and its parameters."""
-    temperature: float = 1.0
+    temperature: Number = 1.0
     """Divides both models' logits in the divergence; the cross-entropy stays at 1."""
-    kd_weight: float = 1.0
+    kd_weight: Number = 1.0
     """Weight of the divergence."""
-    lm_weight: float = 1.0
+    lm_weight: Number = 1.0
     """Weight of the cross-entropy with the data."""
     kernel: str = "auto"
     """How the loss is computed: ``auto`` (by device), ``eager``, ``compiled`` (torch.compile), ``cpp``, ``triton``."""
@@ -79,20 +93,26 @@ class DistillationConfig:
     """Number of first token ids that mean the same to both models, whose vocabularies differ; None: they are one."""
 
     def make_divergence(self) -> Divergence:
-        """The divergence that these settings describe.
+        """The divergence that these settings describe; with schedules, at their beginning.
 
         Raises:
             ConfigError: as `registry.build` and `Sum`.
         """
         if not self.losses:
-            taken = registry.parameters(self.divergence)
-            return registry.build(self.divergence, {name: getattr(self, name) for name in taken})
+            given = {name: getattr(self, name) for name in registry.parameters(self.divergence)}
+            first = {name: it(Progress()) if isinstance(it, Schedule) else it for name, it in given.items()}
+            return registry.build(self.divergence, first)
         terms: list[tuple[Any, Divergence]] = []
         for term in self.losses:
             settings = {"weight": 1.0, **term}
             name, weight = settings.pop("name", ""), settings.pop("weight")
             terms.append((weight, registry.build(str(name), settings)))
         return Sum(terms)
+
+    def gliding(self, kernel: str) -> list[str]:
+        """What `kernel` would have to be compiled anew for at every step."""
+        names = _COMPILED_IN.get(kernel, ())
+        return [name for name in names if Schedule.of(getattr(self, name)).glides]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -169,8 +189,9 @@ class Config:
         require(
             kd.shared_vocab is None or kd.shared_vocab >= 1, "distillation.shared_vocab", "1 or more", kd.shared_vocab
         )
+        number = {name: Schedule.of(getattr(kd, name)) for name in SCHEDULED}
         require(
-            kd.head != "fused" or kd.kd_weight != 0,
+            kd.head != "fused" or number["kd_weight"].lowest != 0,
             "distillation.head",
             "auto or materialised with kd_weight 0, which trains on Megatron's own cross entropy",
             kd.head,
@@ -181,13 +202,19 @@ class Config:
             "auto, eager or cpp on device: cpu (compilers of Python cannot look through the stand-in)",
             kd.kernel,
         )
-        require(kd.temperature > 0, "distillation.temperature", "a number above 0", kd.temperature)
+        gliding = ", ".join(kd.gliding(kd.kernel))
+        require(
+            not gliding,
+            "distillation.kernel",
+            f"auto, eager or cpp while {gliding} glides: it would be compiled at every step (a piecewise one may jump)",
+            kd.kernel,
+        )
+        require(number["temperature"].lowest > 0, "distillation.temperature", "a number above 0", kd.temperature)
         for name in ("scale", "kd_weight", "lm_weight"):
-            value = getattr(kd, name)
-            require(value >= 0, f"distillation.{name}", "a number not below 0", value)
+            require(number[name].lowest >= 0, f"distillation.{name}", "a number not below 0", getattr(kd, name))
         for name in ("skew", "mixture"):
-            value = getattr(kd, name)
-            require(0 < value < 1, f"distillation.{name}", "a share between 0 and 1, both excluded", value)
+            within = all(0 < value < 1 for _, value in number[name].points)
+            require(within, f"distillation.{name}", "a share between 0 and 1, both excluded", getattr(kd, name))
         chosen = "losses" if kd.losses else "divergence"
         names = [term.get("name") for term in kd.losses] or [kd.divergence]
         if job == "distill" or not any("." in str(name) for name in names):  # no other job imports someone's own
@@ -200,8 +227,8 @@ class Config:
             taken = ", ".join(registry.parameters(kd.divergence)) or "no parameters"
             beside = "distillation.losses" if kd.losses else f"divergence: {kd.divergence}, which takes {taken} here"
             require(not self._given(name), f"distillation.{name}", f"no value beside {beside}", getattr(kd, name))
-        nothing = kd.kd_weight == kd.lm_weight == 0
-        require(not nothing, "distillation.kd_weight", "kd_weight or lm_weight above 0", "0 for both")
+        nothing = both_zero(number["kd_weight"], number["lm_weight"])
+        require(nothing is None, "distillation.kd_weight", "kd_weight or lm_weight above 0", f"0 for both {nothing}")
         require(data.vocab_size >= 300, "data.vocab_size", "300 or more (256 of them bytes)", data.vocab_size)
         require(0 < data.held_out < 0.5, "data.held_out", "a share between 0 and 0.5", data.held_out)
         require(bool(data.source), "data.source", "at least one source", data.source)
@@ -489,7 +516,46 @@ def _text(item: _Given, value: object) -> str:
     raise _wrong(item, "text", value, "quote it" if isinstance(value, bool) else "")
 
 
-def _field_value(item: _Given, kind: Any) -> Value:
+def _schedule(item: _Given) -> Schedule:
+    """The schedule that a mapping describes."""
+    file = item.origin.rpartition(":")[0]
+    given = {
+        key: _Given(item.section, f"{item.key}.{key}", e.value, f"{file}:{e.line}" if file else item.origin)
+        for key, e in item.value.items()
+    }
+    if "schedule" not in given:
+        raise _wrong(item, "a number, or a mapping with a `schedule`", item.value, f"known: {', '.join(KINDS)}")
+    kind = given.pop("schedule")
+    _check_name(kind.value, KINDS, kind.origin, f"{item.name}.schedule")
+    known = _SCHEDULE_KEYS[kind.value]
+    for key, of in given.items():
+        _check_name(key, known, of.origin, f"key of {item.name}, a {kind.value} schedule,")
+    if missing := [key for key in known if key not in given and key not in _OPTIONAL]:
+        raise ConfigError(f"{item.origin}: {item.name}: a {kind.value} schedule needs {', '.join(missing)} as well")
+    by = COUNTS[0]
+    if "by" in given:
+        by = given["by"].value
+        _check_name(by, COUNTS, given["by"].origin, f"{item.name}.by")
+    number = {key: _number(of, of.value, finite=True) for key, of in given.items() if key in ("value", "from", "to")}
+    count = {key: _integer(of, of.value) for key, of in given.items() if key in ("start", "end")}
+    points = []
+    if kind.value == "constant":
+        points = [(0, number["value"])]
+    elif kind.value == "piecewise":
+        of = given["points"]
+        pairs = of.value if isinstance(of.value, list) else [of.value]
+        if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+            raise _wrong(of, f"pairs [{by}, value]", of.value)
+        points = [(_integer(of, at), _number(of, value, finite=True)) for at, value in pairs]
+    else:
+        points = [(count.get("start", 0), number["from"]), (count["end"], number["to"])]
+    try:
+        return Schedule(kind.value, tuple(points), by)
+    except ConfigError as error:
+        raise ConfigError(f"{item.origin}: {item.name}: {error}") from error
+
+
+def _field_value(item: _Given, kind: Any) -> Value | Schedule:
     """The value in its dataclass field's type."""
     value = item.value
     if kind in (str | None, int | None):
@@ -504,6 +570,8 @@ def _field_value(item: _Given, kind: Any) -> Value:
         return _number(item, value, finite=True)
     if kind == list[dict[str, Scalar]]:
         return [_term(item, entry) for entry in (value if isinstance(value, list) else [value])]
+    if kind == Number:
+        return _schedule(item) if isinstance(value, dict) else _number(item, value, finite=True)
     if kind == list[str]:
         return [_text(item, entry) for entry in (value if isinstance(value, list) else [value])]
     return _text(item, value)
@@ -637,7 +705,7 @@ def render(config: Config) -> str:
         The text, ending in a newline.
     """
     teacher = {"load": config.teacher.load, "ckpt-step": config.teacher.ckpt_step, **config.teacher.megatron}
-    sections: dict[str, dict[str, Value]] = {"megatron": config.megatron, "teacher": teacher}
+    sections: dict[str, dict[str, Any]] = {"megatron": config.megatron, "teacher": teacher}
     for section, values in (("distillation", config.distillation), ("data", config.data)):
         sections[section] = {item.name: getattr(values, item.name) for item in fields(values)}
     for name in config._without_effect():
@@ -652,7 +720,9 @@ def render(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _yaml(value: Value) -> str:
+def _yaml(value: Value | Schedule) -> str:
+    if isinstance(value, Schedule):
+        return "{" + ", ".join(f"{key}: {_yaml(item)}" for key, item in value.described().items()) + "}"
     if isinstance(value, list):
         return f"[{', '.join(_yaml(entry) for entry in value)}]"
     style = '"' if isinstance(value, str) and not value.isprintable() else None  # on one line

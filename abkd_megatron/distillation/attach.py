@@ -14,10 +14,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
 from abkd_megatron.distillation.head import OutputLayer, compute_loss, obstacles
-from abkd_megatron.distillation.objective import Objective
+from abkd_megatron.distillation.objective import Objective, ScheduledObjective
 from abkd_megatron.distillation.runner import TeacherRunner
 from abkd_megatron.distillation.teacher import Teacher
 from abkd_megatron.errors import ConfigError, HostError, on_every_rank
+from abkd_megatron.schedule import Progress
 from abkd_megatron.vocab_parallel import VocabShard
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 def attach(
     student: torch.nn.Module | Sequence[torch.nn.Module],
     teacher: Teacher,
-    objective: Objective,
+    objective: Objective | ScheduledObjective,
     *,
     vocab_size: int,
     pg_collection: ProcessGroupCollection,
@@ -40,7 +41,8 @@ def attach(
     Args:
         student: this rank's model as Megatron built it: one chunk, or the list of its virtual pipeline stages.
         teacher: this rank's share, as `build_teacher` returns it.
-        objective: divergence, temperature and weights.
+        objective: divergence, temperature and weights. Of a scheduled one, `Attachment.set_progress` has to be told
+            every step's progress.
         vocab_size: the student's true vocabulary size; the padded columns beyond it take part in nothing.
         pg_collection: the student's process groups; `tp` is used, and `cp` where the student has tokens beyond
             `objective.shared_vocab`. There the last pipeline stage has to be given the input ids too.
@@ -58,11 +60,13 @@ def attach(
     Collectives: one all_gather_object, and those of making the groups for messages. Per micro-batch: the teacher's own,
     its messages, and those of `vocab_parallel_distillation`.
     """
+    scheduled = objective if isinstance(objective, ScheduledObjective) else ScheduledObjective(objective, {})
+    objective = scheduled.objective
     # Some of it shows on the last pipeline stage alone, and the others would go on into making groups.
     with on_every_rank():
         _check_shared_vocab(objective, vocab_size, pg_collection)
         chunks = _checked_student(student, teacher, objective, vocab_size)
-    return Attachment(chunks, teacher, objective, vocab_size, pg_collection.tp, timeout)
+    return Attachment(chunks, teacher, scheduled, vocab_size, pg_collection.tp, timeout)
 
 
 def _check_shared_vocab(objective: Objective, vocab_size: int, pg_collection: ProcessGroupCollection) -> None:
@@ -163,7 +167,9 @@ class Attachment:
 
     Attributes:
         teacher: the frozen teacher's share of this rank.
-        objective: what the student is trained on.
+        objective: what the student is trained on; of a scheduled objective, at the progress that was set last.
+        scheduled: what of it changes, by name, as it is now.
+        progress: what was set last; None before that.
         needs_input_ids: whether the last pipeline stage has to be given the input ids, too.
         report: per-token numbers [b, s] of the last micro-batch, by the name they are logged under; None before the
             first, and on every pipeline stage but the last.
@@ -177,14 +183,17 @@ class Attachment:
         self,
         chunks: Sequence[GPTModel],
         teacher: Teacher,
-        objective: Objective,
+        objective: ScheduledObjective,
         vocab_size: int,
         tp_group: dist.ProcessGroup,
         timeout: timedelta,
     ) -> None:
         self.teacher = teacher
-        self.objective = objective
-        self.needs_input_ids = objective.shares_part_of(vocab_size)
+        self.objective = objective.objective
+        self.scheduled: dict[str, float] = {}
+        self.progress: Progress | None = None
+        self._scheduled_objective = objective
+        self.needs_input_ids = self.objective.shares_part_of(vocab_size)
         self.report: dict[str, torch.Tensor] | None = None
         self.most_waiting = self.most_waiting_bytes = 0
         self._vocab_size = vocab_size
@@ -197,6 +206,16 @@ class Attachment:
         self._hooks = [chunks[0].register_forward_pre_hook(self._run_teacher, with_kwargs=True)]
         if chunks[-1].post_process:
             self._hooks.append(chunks[-1].register_forward_pre_hook(self._give_head, with_kwargs=True))
+
+    def set_progress(self, progress: Progress) -> None:
+        """Take the numbers of a step, before its first micro-batch: on every rank, with the same progress.
+
+        Validation has those of the step before if nothing else is set. Without schedules this changes nothing.
+        """
+        if progress != self.progress:
+            self.progress = progress
+            self.objective = self._scheduled_objective.at(progress)
+            self.scheduled = self._scheduled_objective.values(progress)
 
     def detach(self) -> None:
         """Take the teacher off; the student is what it was before. A second call does nothing."""
@@ -214,6 +233,8 @@ class Attachment:
         batch = self._signature.bind_partial(*args, **kwargs).arguments
         if self._logits_are_wanted(batch):
             return
+        if self._scheduled_objective.schedules and self.progress is None:
+            raise ConfigError("a ScheduledObjective goes by the progress: call attachment.set_progress() at every step")
         with torch.no_grad():
             hidden_states = self._runner.run(batch)
         if hidden_states is not None:

@@ -1,10 +1,13 @@
 """What the student is trained on."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 from abkd_megatron.divergences import Divergence
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.schedule import Progress, Schedule, both_zero
 
 HEADS = ("auto", "fused", "materialised")
 
@@ -62,3 +65,67 @@ class Objective:
     def shares_part_of(self, vocab_size: int) -> bool:
         """Whether a student of that many tokens has some that the teacher does not know."""
         return self.shared_vocab is not None and self.shared_vocab < vocab_size
+
+
+_OF_OBJECTIVE = ("temperature", "kd_weight", "lm_weight")
+
+
+@dataclass(frozen=True)
+class ScheduledObjective:
+    """An objective of which some numbers change from step to step; within one, all micro-batches have the same.
+
+    Where a schedule takes `kd_weight` to 0 the student trains on Megatron's own cross entropy, of logits. ``head:
+    auto`` is then ``materialised`` at all steps: what memory the run takes shows in the first.
+
+    The compiled and the triton kernel have the divergence's numbers compiled in: with those they suit schedules that
+    jump, not ones that glide.
+
+    Raises:
+        ConfigError: for a name that neither the objective nor its divergence has as a number, a value that either
+            refuses, or a step at which there is nothing to train on.
+    """
+
+    objective: Objective
+    """What does not change; of what does, the number here is not used."""
+    schedules: Mapping[str, Schedule]
+    """By name: temperature, kd_weight, lm_weight, and any number of the divergence: alpha, beta, scale."""
+
+    def __post_init__(self) -> None:
+        divergence: Any = self.objective.divergence
+        has = [item.name for item in fields(divergence)] if is_dataclass(divergence) else []
+        known = [*_OF_OBJECTIVE, *(name for name in has if type(getattr(divergence, name)) is float)]
+        for name, schedule in self.schedules.items():
+            if name not in known:
+                raise ConfigError(f"expected schedules of {', '.join(known)} with {divergence}, got one of {name}")
+            for _, value in schedule.points:
+                if name == "temperature" and value <= 0:
+                    raise ConfigError(f"temperature must be positive at every step, got {value}")
+                if name in ("kd_weight", "lm_weight") and value < 0:
+                    raise ConfigError(f"{name} must be at least 0 at every step, got {value}")
+                if name not in _OF_OBJECTIVE:
+                    replace(divergence, **{name: value})
+        kd_weight, lm_weight = (
+            Schedule.of(self.schedules.get(name, getattr(self.objective, name))) for name in ("kd_weight", "lm_weight")
+        )
+        if nothing := both_zero(kd_weight, lm_weight):
+            raise ConfigError(f"kd_weight and lm_weight are both 0 {nothing}, so there is nothing to train on")
+        if "kd_weight" in self.schedules and kd_weight.lowest == 0:
+            if self.objective.head == "fused":
+                raise ConfigError(
+                    "head: fused has no logits for Megatron's own cross entropy, which kd_weight 0 trains on; give "
+                    "head: auto, or a kd_weight above 0 at every step"
+                )
+            object.__setattr__(self, "objective", replace(self.objective, head="materialised"))
+
+    def values(self, progress: Progress) -> dict[str, float]:
+        """What changes, at that progress."""
+        return {name: schedule(progress) for name, schedule in self.schedules.items()}
+
+    def at(self, progress: Progress) -> Objective:
+        """The objective at that progress."""
+        values = self.values(progress)
+        divergence: Any = self.objective.divergence
+        if of_divergence := {name: value for name, value in values.items() if name not in _OF_OBJECTIVE}:
+            divergence = replace(divergence, **of_divergence)
+        of_objective: dict[str, Any] = {name: values[name] for name in _OF_OBJECTIVE if name in values}
+        return replace(self.objective, divergence=divergence, **of_objective)

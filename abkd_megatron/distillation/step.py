@@ -11,6 +11,7 @@ def masked_loss(
     output_tensor: torch.Tensor,
     *,
     report: Mapping[str, torch.Tensor] | None = None,
+    scheduled: Mapping[str, float] | None = None,
     check_for_nan: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Return what Megatron's schedules expect of a loss function for one micro-batch.
@@ -22,12 +23,14 @@ def masked_loss(
         loss_mask: [b, s], 1 where a token counts.
         output_tensor: [b, s] the loss a token, as the model returned it.
         report: per-token numbers [b, s] to log, `Attachment.report`; None for training without a teacher.
+        scheduled: numbers of the whole step to log, `Attachment.scheduled`.
         check_for_nan: stop on NaN or Inf through Megatron's rerun state machine, as its own loss function does.
 
     Returns:
         (sum of the loss over counted tokens, their number as int, {name: [sum, number]}). Without a report the only
         name is `lm loss`. With one, `lm loss` is still the student's cross entropy, `total loss` is what is trained.
-        The same names on every rank and micro-batch.
+        What is scheduled is [value] alone, of which Megatron takes the mean over micro-batches. The same names on
+        every rank and micro-batch.
 
     Collectives: none; Megatron reduces each name once an iteration.
     """
@@ -43,11 +46,9 @@ def masked_loss(
         for name in ("lm loss", "kd loss", "total loss"):
             if name in sums:
                 _stop_unless_finite(sums[name], name)
-    return (
-        loss,
-        num_tokens,
-        {name: torch.cat([value.detach().clone().view(1), num_tokens.view(1)]) for name, value in sums.items()},
-    )
+    logged = {name: torch.cat([value.detach().clone().view(1), num_tokens.view(1)]) for name, value in sums.items()}
+    logged |= {name: mask.new_tensor([value]) for name, value in (scheduled or {}).items()}
+    return loss, num_tokens, logged
 
 
 def _masked_sum(per_token: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

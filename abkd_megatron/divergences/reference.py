@@ -111,7 +111,7 @@ def reference_jensen_shannon(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """The sum b KL(p || M) + (1 - b) KL(q || M), M = b p + (1 - b) q, b = mixture; GKD Section 2."""
+    """The sum b KL(p || M) + (1 - b) KL(q || M), M = b p + (1 - b) q, b = mixture; GKD, arXiv 2306.13649."""
     return _mixed_kl(student_logits, teacher_logits, mixture, 1.0 - mixture, mixture, temperature, vocab_size)
 
 
@@ -122,7 +122,7 @@ def reference_skew_forward_kl(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """KL(p || skew p + (1 - skew) q), DistiLLM Section 3.1."""
+    """KL(p || skew p + (1 - skew) q), DistiLLM, arXiv 2402.03898."""
     return _mixed_kl(student_logits, teacher_logits, 1.0, 0.0, skew, temperature, vocab_size)
 
 
@@ -133,7 +133,7 @@ def reference_skew_reverse_kl(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """KL(q || (1 - skew) p + skew q), DistiLLM Section 3.1."""
+    """KL(q || (1 - skew) p + skew q), DistiLLM, arXiv 2402.03898."""
     return _mixed_kl(student_logits, teacher_logits, 0.0, 1.0, 1.0 - skew, temperature, vocab_size)
 
 

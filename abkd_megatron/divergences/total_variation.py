@@ -19,7 +19,7 @@ class TotalVariation(Divergence):
 
     Collectives: 2 all-gathers forward, of 4 and 2 fp64 numbers a token, none backward.
 
-    Source: f-DISTILL, ACL 2023, arXiv 2307.15190, Section 3 (TVD distillation), a token at a time.
+    Source: f-DISTILL, ACL 2023, arXiv 2307.15190 (TVD distillation), a token at a time.
     """
 
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
+from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import (
     StragglerDetector,
@@ -29,9 +30,18 @@ from megatron.training.arguments import add_megatron_arguments, parse_and_valida
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 import abkd_megatron.kernels as kernels
-from abkd_megatron.config import Config, DistillationConfig, to_argv
+from abkd_megatron.config import SCHEDULED, Config, DistillationConfig, to_argv
 from abkd_megatron.data import PreparedData
-from abkd_megatron.distillation import Attachment, Objective, TeacherCheckpoint, attach, build_teacher
+from abkd_megatron.distillation import (
+    Attachment,
+    Objective,
+    Progress,
+    Schedule,
+    ScheduledObjective,
+    TeacherCheckpoint,
+    attach,
+    build_teacher,
+)
 from abkd_megatron.distillation.attach import check_config
 from abkd_megatron.distillation.layout import neighbours_of
 from abkd_megatron.distillation.step import masked_loss
@@ -103,8 +113,9 @@ def run(config: Config, job: str) -> None:
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
 
     if job == "distill":
-        kernels.use(config.distillation.kernel)
-        objective = make_objective(config.distillation)
+        kernels.use(_kernel(config))
+        scheduled = make_objective(config.distillation)
+        objective = scheduled.objective
         with on_every_rank():
             teacher_args = _teacher_args(megatron, config.teacher.megatron, options, args)
             checkpoint = TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step)
@@ -113,6 +124,8 @@ def run(config: Config, job: str) -> None:
 
         def attach_teacher(student: list[torch.nn.Module]) -> list[torch.nn.Module]:
             print_rank_0(f"distilling with {objective.divergence} from the teacher in {checkpoint.directory}")
+            for name, schedule in scheduled.schedules.items():
+                print_rank_0(f"scheduled {name}: {schedule}")
             pg_collection = get_attr_wrapped_model(student[0], "pg_collection")
             step.attachment = attach(
                 student,
@@ -123,7 +136,7 @@ def run(config: Config, job: str) -> None:
                     sequence_parallel=args.sequence_parallel,
                     timeout=timeout,
                 ),
-                objective,
+                scheduled,
                 vocab_size=vocab_size,
                 pg_collection=pg_collection,
                 timeout=timeout,
@@ -151,18 +164,43 @@ def run(config: Config, job: str) -> None:
         )
 
 
-def make_objective(config: DistillationConfig) -> Objective:
+def make_objective(config: DistillationConfig) -> ScheduledObjective:
     """The objective that the `distillation:` section describes."""
-    return Objective(
+    given = {name: getattr(config, name) for name in SCHEDULED}
+    first = {name: Schedule.of(number)(Progress()) for name, number in given.items()}
+    objective = Objective(
         config.make_divergence(),
-        temperature=config.temperature,
-        kd_weight=config.kd_weight,
-        lm_weight=config.lm_weight,
+        temperature=first["temperature"],
+        kd_weight=first["kd_weight"],
+        lm_weight=first["lm_weight"],
         head=config.head,
         chunk_tokens=config.chunk_tokens,
         gradient_in_place=config.gradient_in_place,
         shared_vocab=config.shared_vocab,
     )
+    return ScheduledObjective(objective, {name: it for name, it in given.items() if isinstance(it, Schedule)})
+
+
+def _kernel(config: Config) -> str:
+    """The kernel asked for; `auto` does not take one that every step would have to be compiled for."""
+    gliding = config.distillation.gliding("triton")
+    if config.distillation.kernel == "auto" and config.device == "cuda" and gliding:
+        logger.info("eager kernel: triton would be compiled at every step for another %s", ", ".join(gliding))
+        return "eager"
+    return config.distillation.kernel
+
+
+def _set_progress(attachment: Attachment, training: bool) -> None:
+    """Tell how far Megatron is before this step; validation keeps the numbers of the step it follows."""
+    args = get_args()
+    if training:
+        iteration, samples = args.curr_iteration, args.consumed_train_samples
+    elif attachment.progress is None:  # no step before it: what was loaded was saved after one
+        iteration = max(args.iteration - 1, 0)
+        samples = max(args.consumed_train_samples - get_current_running_global_batch_size(), 0)
+    else:
+        return
+    attachment.set_progress(Progress(iteration, samples, samples * args.seq_length))
 
 
 def _try_kernel(objective: Objective, device: str, dtype: torch.dtype) -> None:
@@ -180,6 +218,8 @@ class _ForwardStep:
     def __call__(
         self, data_iterator: Iterator | None, model: torch.nn.Module, return_schedule_plan: bool = False
     ) -> tuple[torch.Tensor, partial]:
+        if self.attachment is not None:
+            _set_progress(self.attachment, model.training)
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
         tokens_on_last = self.attachment is not None and self.attachment.needs_input_ids
@@ -204,6 +244,7 @@ class _ForwardStep:
             loss_mask,
             output_tensor,
             report=self.attachment.report if self.attachment is not None else None,
+            scheduled=self.attachment.scheduled if self.attachment is not None else None,
             check_for_nan=get_args().check_for_nan_in_loss_and_grad,
         )
 

@@ -99,6 +99,17 @@ REFERENCES: dict[str, Reference] = {
             **TIED,
         }
     ),
+    "losses": Reference(
+        beside={"distillation.losses": "[{name: jensen_shannon, mixture: 0.3}, {name: skew_reverse_kl, weight: 0.5}]"}
+    ),
+    "schedules": Reference(
+        student={"num-layers": 4},
+        beside={
+            "distillation.alpha": "{schedule: cosine, from: 0.5, to: 0.2, end: 3}",
+            "distillation.temperature": "{schedule: piecewise, points: [[0, 4.0], [512, 2.0]], by: tokens}",
+            "distillation.kd_weight": "{schedule: linear, from: 1.0, to: 0.2, end: 16, by: samples}",
+        },
+    ),
     "bf16 teacher": Reference(beside={"teacher.bf16": "true"}),
 }
 
@@ -216,6 +227,9 @@ ROWS = [
     Row("fused LM head", 2, TP | FUSED),
     Row("fused LM head", 2, PP | FUSED),
     Row("fused LM head", 2, DP | FUSED),
+    Row("a weighted sum of divergences", 4, TP | PP | FUSED, "losses"),
+    Row("schedules by iteration, samples and tokens", 2, DP, "schedules"),
+    Row("schedules by iteration, samples and tokens", 2, VPP, "schedules"),
     Row(
         "teacher's tensor parallelism no multiple of the student's",
         2,

@@ -87,7 +87,7 @@ class Probe:
         pg_collection = get_attr_wrapped_model(chunks[0], "pg_collection")
         checkpoint = TeacherCheckpoint.open(self.checkpoint)
         teacher = build_teacher(teacher_config(self.args), checkpoint, pg_collection)
-        arguments = {"vocab_size": 400, "pg_collection": pg_collection}
+        arguments = self.arguments = {"vocab_size": 400, "pg_collection": pg_collection}
         objective = Objective(AlphaBeta(0.2, 0.7))
 
         def other_teacher(**settings):
@@ -157,9 +157,29 @@ class Probe:
             "hooks while attached": attached["hooks"],
             "as before once detached": self.surface() == self.before,
             "messages in flight": self.handle.num_in_flight,
+            "losses by progress": self.losses_by_progress(),
             "loss changes with the teacher": watched is None or watched != plain,
             "refusals": self.refusals,
         }
+
+    def losses_by_progress(self):
+        """With a kd_weight that rises from 0.25 to 1, at three steps; what is said if none was set comes first."""
+        from abkd_megatron import AlphaBeta
+        from abkd_megatron.distillation import Objective, Progress, Schedule, ScheduledObjective, attach
+        from abkd_megatron.errors import AbkdError
+
+        rising = ScheduledObjective(Objective(AlphaBeta(0.2, 0.7)), {"kd_weight": Schedule.linear(0.25, 1.0, end=10)})
+        attachment = attach(self.ddp, self.handle.teacher, rising, **self.arguments)
+        found = []
+        try:
+            found.append(self.loss())
+        except AbkdError as error:
+            found.append(str(error))
+        for iteration in (0, 5, 10):
+            attachment.set_progress(Progress(iteration))
+            found.append(self.loss())
+        attachment.detach()
+        return found
 
     def loss(self):
         """The model's own loss on fixed tokens; None where a pipeline stage cannot run alone."""

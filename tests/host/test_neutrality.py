@@ -89,6 +89,10 @@ def test_attaching_leaves_nothing_behind(config: Path, teacher: Path, pipeline: 
         assert found["as before once detached"]
         assert found["messages in flight"] == 0
         assert found["loss changes with the teacher"]
+        unset, *losses = found["losses by progress"]
+        if pipeline == 1:
+            assert "call attachment.set_progress() at every step" in unset
+            assert losses[0] < losses[2] and losses[1] == pytest.approx((losses[0] + losses[2]) / 2)
         padding, schedule_plan, twice, sizes = found["refusals"]
         assert "pad the vocabulary alike: 512 columns a rank against 1024" in padding
         assert "teacher: combined 1F1B" in schedule_plan and "remove overlap-moe-expert-parallel-comm" in schedule_plan

@@ -9,13 +9,14 @@ def test_sums_and_counts() -> None:
     mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
     total = torch.arange(6.0).view(2, 3).requires_grad_()
     report = {"lm loss": total.detach() / 2, "kd loss": total.detach() * 3}
-    loss, num_tokens, sums = masked_loss(mask, total, report=report, check_for_nan=False)
+    loss, num_tokens, sums = masked_loss(mask, total, report=report, scheduled={"alpha": 0.5}, check_for_nan=False)
     assert loss.item() == 0 + 2 + 4
     assert num_tokens.dtype == torch.int and num_tokens.item() == 3
     assert {name: pair.tolist() for name, pair in sums.items()} == {
         "lm loss": [3.0, 3.0],
         "kd loss": [18.0, 3.0],
         "total loss": [6.0, 3.0],
+        "alpha": [0.5],
     }
     assert not any(pair.requires_grad for pair in sums.values())
     loss.backward()

@@ -20,6 +20,7 @@ from abkd_megatron.config import (
     to_argv,
 )
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.schedule import COUNTS, Schedule
 
 
 def custom(text):
@@ -226,6 +227,116 @@ def test_empty_sections_and_source_forms(load):
 def test_refused(load, text, overrides, message):
     with pytest.raises(ConfigError, match=message):
         load(text, *overrides)
+
+
+def test_schedules(load):
+    config = load(
+        "distillation:\n"
+        "  kd_weight: {schedule: linear, from: 1, to: 2e-1, start: 10, end: 1_000, by: samples}\n"
+        "  alpha: {schedule: cosine, from: 0.5, to: 0.2, end: 500}\n"
+        "  temperature:\n    schedule: piecewise\n    points: [[0, 4.0], [100, 2.0], [100, 1]]\n"
+        "  lm_weight: {schedule: constant, value: 0.5}\n",
+        "distillation.beta={schedule: linear, from: 0.7, to: 0.5, end: 6400, by: tokens}",
+    )
+    config.check("pretrain")
+    kd = config.distillation
+    assert kd.kd_weight == Schedule.linear(1.0, 0.2, start=10, end=1000, by="samples")
+    assert kd.alpha == Schedule.cosine(0.5, 0.2, end=500)
+    assert kd.beta == Schedule.linear(0.7, 0.5, end=6400, by="tokens")
+    assert kd.temperature == Schedule.piecewise([(0, 4.0), (100, 2.0), (100, 1.0)])
+    assert kd.lm_weight == Schedule("constant", ((0, 0.5),))
+    assert config.origins["distillation.beta"] == "command line"
+    text = render(config)
+    assert "  kd_weight: {schedule: linear, from: 1.0, to: 0.2, start: 10, end: 1000, by: samples}" in text
+    again = load(text)
+    again.origins = config.origins
+    assert again == config
+    assert load(text, "distillation.alpha=0.3").distillation.alpha == 0.3, "a number takes a schedule's place"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ("{from: 1}", "run.yaml:2: distillation.kd_weight: expected a number, or a mapping with a `schedule`"),
+        ("{schedule: liner}", "run.yaml:2: unknown distillation.*schedule 'liner'; did you mean 'linear'"),
+        ("{schedule: [linear]}", "unknown distillation.*schedule"),
+        (
+            "\n    schedule: linear\n    form: 1",
+            "run.yaml:4: unknown key.*a linear schedule, 'form'; did you mean 'from'",
+        ),
+        ("{schedule: linear, from: 1, to: 2, points: []}", "unknown key.*'points'; known: from, to, start, end, by"),
+        ("{schedule: linear, from: 1}", "a linear schedule needs to, end as well"),
+        ("{schedule: piecewise}", "a piecewise schedule needs points as well"),
+        ("{schedule: constant, value: 1, by: tokens}", "unknown key.*'by'; known: value"),
+        ("{schedule: linear, from: x, to: 2, end: 3}", "kd_weight.from: expected a finite number, got 'x'"),
+        ("{schedule: linear, from: true, to: 2, end: 3}", "from: expected a finite number, got the boolean true"),
+        ("{schedule: linear, from: 1, to: .inf, end: 3}", "to: expected a finite number, got '.inf'"),
+        ("{schedule: linear, from: 1, to: 2, end: 2.5}", "end: expected a whole number, got '2.5'"),
+        ("{schedule: linear, from: 1, to: 2, end: 0}", "expected an end after the start"),
+        ("{schedule: cosine, from: 1, to: 2, start: -1, end: 3}", "expected points of 0 or more"),
+        ("{schedule: linear, from: 1, to: 2, end: 3, by: sample}", "by 'sample'; did you mean 'samples'"),
+        ("{schedule: piecewise, points: []}", "expected points"),
+        ("{schedule: piecewise, points: 3}", r"points: expected pairs \[iteration, value\]"),
+        ("{schedule: piecewise, points: [[1, 2, 3]]}", "expected pairs"),
+        ("{schedule: piecewise, points: [[1, 2], [0, 2]]}", "expected points of 0 or more, in order"),
+        ("{schedule: piecewise, points: [[1, null]]}", "points: expected a finite number, got nothing"),
+        ("{schedule: linear, from: 1, from: 2}", "'from' is given twice"),
+    ],
+)
+def test_schedules_refused(load, schedule, message):
+    with pytest.raises(ConfigError, match=message):
+        load(f"distillation:\n  kd_weight: {schedule}\n")
+
+
+def ramp(first, last, end=10, by="iteration"):
+    return f"{{schedule: linear, from: {first}, to: {last}, end: {end}, by: {by}}}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"temperature": ramp(1, 0)},
+            r"command line: distillation.temperature: expected a number above 0, got {schedule",
+        ),
+        ({"kd_weight": ramp(1, -0.1)}, "distillation.kd_weight: expected a number not below 0"),
+        ({"scale": ramp(1, -1), "divergence": "todi"}, "distillation.scale: expected a number not below 0"),
+        (
+            {"scale": ramp(1, 2)},
+            "distillation.scale: expected no value beside divergence: alpha_beta, .* got {schedule",
+        ),
+        (
+            {"beta": ramp(1, 2), "divergence": "todi"},
+            "distillation.beta: expected no value beside divergence: todi, .* got {schedule",
+        ),
+        ({"kd_weight": ramp(1, 0), "head": "fused"}, "expected auto or materialised with kd_weight 0"),
+        ({"kd_weight": ramp(1, 0), "lm_weight": 0}, "got 0 for both at iteration 10"),
+        ({"kd_weight": ramp(1, 0), "lm_weight": ramp(1, 0, 20)}, "got 0 for both at iteration 20"),
+        (
+            {"kd_weight": ramp(1, 0), "lm_weight": ramp(0, 1, by="tokens")},
+            "at some step: one goes by iteration, the other",
+        ),
+        ({"alpha": ramp(0.2, 0.3), "kernel": "triton"}, "expected auto, eager or cpp while alpha glides"),
+        ({"temperature": ramp(1, 2), "kernel": "compiled"}, "expected auto, eager or cpp while temperature glides"),
+    ],
+)
+def test_check_looks_at_all_a_schedule_takes(load, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        load(None, *(f"distillation.{name}={value}" for name, value in settings.items())).check("pretrain")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kd_weight": ramp(0, 1)},
+        {"kd_weight": ramp(0, 1), "lm_weight": ramp(1, 0)},
+        {"kd_weight": ramp(1, 0.5), "lm_weight": ramp(0, 1, by="tokens")},
+        {"temperature": ramp(1, 2), "kernel": "triton"},
+        {"alpha": "{schedule: piecewise, points: [[0, 0.2], [9, 0.2], [9, 0.3]]}", "kernel": "triton"},
+    ],
+)
+def test_check_lets_schedules_pass(load, settings):
+    load(None, *(f"distillation.{name}={value}" for name, value in settings.items())).check("pretrain")
 
 
 def test_unreadable_files(tmp_path):
@@ -473,11 +584,14 @@ texts = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=12)
     lr=st.floats(allow_nan=False),
     alpha=st.floats(allow_nan=False, allow_infinity=False),
     layers=st.integers() | st.none(),
+    points=st.lists(st.tuples(st.integers(0), st.floats(allow_nan=False, allow_infinity=False)), min_size=1),
+    by=st.sampled_from(COUNTS),
 )
-def test_render_round_trip(tmp_path_factory, name, paths, lr, alpha, layers):
+def test_render_round_trip(tmp_path_factory, name, paths, lr, alpha, layers, points, by):
+    scheduled = Schedule.piecewise(sorted(points), by=by)
     config = Config(
         megatron={"exp-name": name, "data-path": paths, "lr": lr, "num-layers": layers},
-        distillation=DistillationConfig(alpha=alpha),
+        distillation=DistillationConfig(alpha=alpha, temperature=scheduled),
         data=DataConfig(dir=name, source=["x", *paths]),
     )
     path = tmp_path_factory.mktemp("render") / "run.yaml"

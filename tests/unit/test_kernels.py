@@ -111,6 +111,21 @@ def test_cpp_gives_the_same_bits_with_any_number_of_threads():
 
 
 @needs_compiler
+def test_cpp_takes_another_divergence_at_each_step(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = 2 * torch.randn(2, 7, 301, generator=generator)
+    labels = torch.randint(0, 301, (7,), generator=generator)
+    inputs = (labels, VocabShard.megatron(301, vocab_size=301))
+    results("cpp", student, teacher, ToDi(), *inputs, 1.0)
+    monkeypatch.setattr(cpp.subprocess, "run", lambda *_, **__: pytest.fail("built anew"))
+    for step in range(4):
+        for divergence in (AlphaBeta(0.2 * step, 0.7), ToDi(0.5 * step)):
+            sides = (results(name, student, teacher, divergence, *inputs, 1.0 + step) for name in ("cpp", "eager"))
+            for got, wanted in zip(*sides, strict=True):
+                torch.testing.assert_close(got, wanted, rtol=2e-5, atol=1e-6)
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     ("kernel", "divergence"),
     [
