@@ -422,7 +422,8 @@ def _load_head(
         wanted["weight"] = weight
     loaded = checkpoint.load(wanted)
     if head is not None:
-        head.load_state_dict(loaded, strict=False)
+        with torch.no_grad():
+            head.weight.copy_(loaded["weight"])
 
 
 def _places(pg_collection: ProcessGroupCollection) -> list[Place]:
