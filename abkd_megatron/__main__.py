@@ -1,9 +1,10 @@
-"""The command line: prepare data, pretrain a teacher, distil a student, show the merged configuration."""
+"""The command line: prepare data, pretrain a teacher, distil a student, compare losses, show the configuration."""
 
 import argparse
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -21,15 +22,24 @@ _JOBS = {
     "prepare": "turn text into a SentencePiece model and Megatron's indexed datasets",
     "pretrain": "train without a teacher: the teacher itself, or a student to compare with",
     "distill": "train a student beside its teacher",
+    "compare": "train students with several losses and seeds beside one teacher, and tell them apart",
     "show-config": "print the merged configuration and where each value came from",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one job; returns the exit code: 0, or 2 with one message on stderr when something cannot be run."""
+    """Run one job; returns the exit code.
+
+    That is 0; 2, with one message on stderr, when something cannot be run; 130 for an interrupted comparison.
+    """
     arguments = _parser().parse_args(argv)
     try:
         _run(arguments.job, arguments.config, arguments.overrides)
+    except KeyboardInterrupt:
+        if arguments.job != "compare":
+            raise
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     except AbkdError as error:
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         print(f"{rank}abkd-megatron {arguments.job}: error: {error}", file=sys.stderr, flush=True)
@@ -48,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in _JOBS.items():
         job = jobs.add_parser(name, help=text, description=text)
         job.add_argument(
-            "--config", type=Path, metavar="FILE", help="YAML: device, megatron, teacher, distillation, data"
+            "--config", type=Path, metavar="FILE", help="YAML: device, megatron, teacher, distillation, data, compare"
         )
         job.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that beat the file's")
     return parser
@@ -59,19 +69,25 @@ def _run(job: str, path: Path | None, overrides: Sequence[str]) -> None:
     _quieten_fallback_warnings()
     # Only here: importing Megatron takes seconds, and --help should not.
     from abkd_megatron import cpu
-    from abkd_megatron.config import load_config, render
+    from abkd_megatron.config import Config, load_config, render
     from abkd_megatron.integrations import megatron_lm
 
-    config = load_config(
-        path,
-        overrides,
-        megatron_lm.megatron_options(),
-        lambda device: cpu.MEGATRON_DEFAULTS if device == "cpu" else {},
-    )
+    options = megatron_lm.megatron_options()
+
+    def load(overrides: Sequence[str]) -> Config:
+        return load_config(path, overrides, options, lambda device: cpu.MEGATRON_DEFAULTS if device == "cpu" else {})
+
+    config = load(overrides)
     if job == "show-config":
         print(render(config), end="")
         return
     config.check(job)
+    if job == "compare":
+        from abkd_megatron.compare import compare
+
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the runs end with us
+        compare(config, lambda settings: load([*overrides, *settings]))
+        return
     if job == "prepare":
         from abkd_megatron.data import prepare
 

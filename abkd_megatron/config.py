@@ -30,7 +30,7 @@ Number = float | Schedule
 DEVICES = ("cuda", "cpu")
 HEADS = ("auto", "fused", "materialised")
 KERNELS = ("auto", "eager", "compiled", "cpp", "triton")
-SECTIONS = ("device", "megatron", "teacher", "distillation", "data")
+SECTIONS = ("device", "megatron", "teacher", "distillation", "data", "compare")
 
 # The keys of `distillation` that say which divergence and not how it is used.
 _OF_DIVERGENCE = ("divergence", "alpha", "beta", "scale", "detach", "skew", "mixture", "losses")
@@ -91,6 +91,8 @@ class DistillationConfig:
     """Whether backward overwrites the student's logits with their gradient."""
     shared_vocab: int | None = None
     """Number of first token ids that mean the same to both models, whose vocabularies differ; None: they are one."""
+    diagnostics: bool = False
+    """Whether validation also reports reverse KL, calibration, ToDi's weight and where the loss pushes."""
 
     def make_divergence(self) -> Divergence:
         """The divergence that these settings describe; with schedules, at their beginning.
@@ -141,6 +143,36 @@ class TeacherConfig:
     """Megatron arguments in which the teacher differs from the student."""
 
 
+# The comparison that is made if none is described: settings in which a run differs, as on the command line.
+_COMPARED = {
+    "CE only": ["distillation.kd_weight=0", "distillation.lm_weight=1"],
+    "forward KL": ["distillation.divergence=forward_kl"],
+    "reverse KL": ["distillation.divergence=reverse_kl"],
+    "Jensen-Shannon": ["distillation.divergence=jensen_shannon"],
+    "skew reverse KL": ["distillation.divergence=skew_reverse_kl"],
+    "alpha-beta 0.2, 0.7": ["distillation.divergence=alpha_beta", "distillation.alpha=0.2", "distillation.beta=0.7"],
+    "alpha-beta 0.5, 0.5": ["distillation.divergence=alpha_beta", "distillation.alpha=0.5", "distillation.beta=0.5"],
+    "alpha-beta 0.8, 0.3": ["distillation.divergence=alpha_beta", "distillation.alpha=0.8", "distillation.beta=0.3"],
+    "ToDi": ["distillation.divergence=todi"],
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class CompareConfig:
+    """Which students `compare` trains, and where."""
+
+    out: str = "runs/compare"
+    """The directory of all runs and of the results."""
+    losses: dict[str, list[str]] = field(default_factory=lambda: dict(_COMPARED))
+    """By name, in what a run differs: keys of `distillation`, or `section.key`."""
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    """`megatron.seed` of each run of a loss: initial weights and the order of batches."""
+    at_once: int = 1
+    """How many runs at a time."""
+    launch: str | None = None
+    """What starts a run's processes, such as `torchrun --standalone --nproc-per-node 8`; None: one process."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Config:
     """One whole configuration."""
@@ -155,6 +187,8 @@ class Config:
     """The ``distillation`` section."""
     data: DataConfig = field(default_factory=DataConfig)
     """The ``data`` section."""
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    """The ``compare`` section."""
     origins: dict[str, str] = field(default_factory=dict)
     """Where each ``section.key`` came from: default, device: NAME, FILE:LINE or command line."""
 
@@ -162,7 +196,7 @@ class Config:
         """Check what no single value shows.
 
         Args:
-            job: what the configuration is for: prepare, pretrain or distill.
+            job: what the configuration is for: prepare, pretrain, distill or compare.
 
         Raises:
             ConfigError: a value out of range, a missing one, or two that exclude each other.
@@ -233,6 +267,12 @@ class Config:
         require(0 < data.held_out < 0.5, "data.held_out", "a share between 0 and 0.5", data.held_out)
         require(bool(data.source), "data.source", "at least one source", data.source)
 
+        for name in ("seeds", "losses"):
+            require(bool(getattr(self.compare, name)), f"compare.{name}", "at least one", "none")
+        once = len(set(self.compare.seeds)) == len(self.compare.seeds)
+        require(once, "compare.seeds", "each seed once", self.compare.seeds)
+        require(self.compare.at_once >= 1, "compare.at_once", "1 or more", self.compare.at_once)
+
         if job == "prepare" and not data.dir:
             raise ConfigError("data.dir: expected the directory to write, got nothing; set data.dir")
         if job == "distill" and not self.teacher.load:
@@ -284,7 +324,7 @@ class _Given:
     @classmethod
     def spelt(cls, section: str, key: str, value: Any, origin: str) -> "_Given":
         """With the key as its section spells it: our fields have underscores, Megatron's options dashes."""
-        key = key.replace("-", "_") if section in ("distillation", "data") else _dashed(key)
+        key = key.replace("-", "_") if section in ("distillation", "data", "compare") else _dashed(key)
         return cls(section, key, value, origin)
 
 
@@ -404,7 +444,8 @@ def load_config(
         _Given.spelt("megatron", key, value, f"device: {config.device}")
         for key, value in device_defaults(config.device).items()
     ]
-    for section, kind in (("distillation", DistillationConfig), ("data", DataConfig)):
+    kinds = {"distillation": DistillationConfig, "data": DataConfig, "compare": CompareConfig}
+    for section, kind in kinds.items():
         origins.update({f"{section}.{item.name}": "default" for item in fields(kind)})
     origins.update({"teacher.load": "default", "teacher.ckpt-step": "default"})
 
@@ -422,6 +463,8 @@ def load_config(
                 _set_field(config, config.distillation, item)
             elif item.section == "data":
                 _set_field(config, config.data, item)
+            elif item.section == "compare":
+                _set_field(config, config.compare, item)
             elif item.section == "teacher" and item.key in ("load", "ckpt-step"):
                 _set_field(config, config.teacher, item)
             else:
@@ -555,7 +598,7 @@ def _schedule(item: _Given) -> Schedule:
         raise ConfigError(f"{item.origin}: {item.name}: {error}") from error
 
 
-def _field_value(item: _Given, kind: Any) -> Value | Schedule:
+def _field_value(item: _Given, kind: Any) -> Value | Schedule | dict[str, list[str]]:
     """The value in its dataclass field's type."""
     value = item.value
     if kind in (str | None, int | None):
@@ -572,6 +615,10 @@ def _field_value(item: _Given, kind: Any) -> Value | Schedule:
         return [_term(item, entry) for entry in (value if isinstance(value, list) else [value])]
     if kind == Number:
         return _schedule(item) if isinstance(value, dict) else _number(item, value, finite=True)
+    if kind == list[int]:
+        return [_integer(item, entry) for entry in (value if isinstance(value, list) else [value])]
+    if kind == dict[str, list[str]]:
+        return _settings(item)
     if kind == list[str]:
         return [_text(item, entry) for entry in (value if isinstance(value, list) else [value])]
     return _text(item, value)
@@ -590,6 +637,28 @@ def _term(item: _Given, entry: object) -> dict[str, Scalar]:
         except ConfigError:
             term[key] = value
     return term
+
+
+def _settings(item: _Given) -> dict[str, list[str]]:
+    """Of `compare.losses`, what each differs in, as overrides; that their values are right shows when they are used."""
+    if not isinstance(item.value, dict):
+        raise _wrong(item, "a mapping of names to what they differ in, such as {ToDi: {divergence: todi}}", item.value)
+    settings: dict[str, list[str]] = {}
+    for name, entry in item.value.items():
+        if not isinstance(entry.value, dict):
+            raise _wrong(item, f"{name} to be a mapping such as {{divergence: todi}}", entry.value)
+        given = {key if "." in key else f"distillation.{key}": one for key, one in entry.value.items()}
+        settings[name] = [f"{key}={_yaml(_plain(one))}" for key, one in given.items()]
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    """A value of YAML without the lines of its keys."""
+    if isinstance(value, _Entry):
+        return _plain(value.value)
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list) else value
 
 
 class _Options:
@@ -695,28 +764,35 @@ def _word(item: _Given, value: Scalar) -> str:
     return text
 
 
-def render(config: Config) -> str:
+def render(config: Config, shown: Sequence[str] = SECTIONS, origins: bool = True) -> str:
     """The configuration as YAML, each value with its origin as a comment; it loads again as the same one.
 
     Args:
         config: what `load_config` returned.
+        shown: the sections that are wanted.
+        origins: whether to say where each value comes from.
 
     Returns:
         The text, ending in a newline.
     """
     teacher = {"load": config.teacher.load, "ckpt-step": config.teacher.ckpt_step, **config.teacher.megatron}
     sections: dict[str, dict[str, Any]] = {"megatron": config.megatron, "teacher": teacher}
-    for section, values in (("distillation", config.distillation), ("data", config.data)):
+    for section in ("distillation", "data", "compare"):
+        values = getattr(config, section)
         sections[section] = {item.name: getattr(values, item.name) for item in fields(values)}
+    sections["compare"]["losses"] = {
+        name: {key: _plain(_load_yaml(value, name)) for key, value in (setting.split("=", 1) for setting in settings)}
+        for name, settings in config.compare.losses.items()
+    }
     for name in config._without_effect():
         if not config._given(name):  # what was given and has none is shown, and refused by `check`
             del sections["distillation"][name]
     rows = [(f"device: {_yaml(config.device)}", config.origins.get("device", ""))]
-    for section, items in sections.items():
+    for section, items in ((name, items) for name, items in sections.items() if name in shown):
         rows.append((f"{section}:" if items else f"{section}: {{}}", ""))
         rows += [(f"  {k}: {_yaml(v)}", config.origins.get(f"{section}.{k}", "")) for k, v in items.items()]
     width = max(len(text) for text, _ in rows if len(text) <= 60)  # a long path does not push all others
-    lines = (f"{text:<{width}}  # {origin}" if origin else text for text, origin in rows)
+    lines = (f"{text:<{width}}  # {origin}" if origin and origins else text for text, origin in rows)
     return "\n".join(lines) + "\n"
 
 
@@ -726,5 +802,6 @@ def _yaml(value: Value | Schedule) -> str:
     if isinstance(value, list):
         return f"[{', '.join(_yaml(entry) for entry in value)}]"
     style = '"' if isinstance(value, str) and not value.isprintable() else None  # on one line
-    text = yaml.safe_dump([value], default_flow_style=True, default_style=style, width=math.inf, allow_unicode=True)
+    options: dict[str, Any] = {"width": math.inf, "allow_unicode": True, "sort_keys": False}
+    text = yaml.safe_dump([value], default_flow_style=True, default_style=style, **options)
     return text.strip()[1:-1]

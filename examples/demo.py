@@ -16,15 +16,12 @@ import argparse
 import importlib.metadata
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +30,15 @@ import numpy as np
 import yaml
 from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
 
+from abkd_megatron.errors import HostError
+from abkd_megatron.runs import SHORT_NAMES, Line, Pace, Progress, clock, end, evaluated, last_lines, progress
+
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the choice of Agg, which needs no screen
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDENT = "configs/tiny_cpu.yaml"
 TEACHER = "configs/tiny_cpu_teacher.yaml"
-SHORT_NAMES = {"lm loss": "CE", "kd loss": "KD", "kl to teacher": "KL", "top-1 agreement": "top-1"}
-SECONDS_BETWEEN_LINES = 10  # where the output is not a terminal
 
 
 class DemoError(Exception):
@@ -56,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the children end with us
     try:
         run_demo(arguments.out.expanduser().resolve(), arguments.fast)
-    except DemoError as error:
+    except (DemoError, HostError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -199,119 +197,32 @@ def run_stage(stage: Stage, out: Path, number: int) -> dict[str, Any]:
     return {"name": stage.name, "seconds": seconds, "processes": stage.processes, "command": stage.command()}
 
 
-def end(child: subprocess.Popen) -> None:
-    """End a child that still runs; the launcher ends its own processes when it is told to."""
-    if child.poll() is None:
-        child.terminate()
-        try:
-            child.wait(timeout=45)  # the launcher gives its processes 30 seconds
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-
-
-# What a log says --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a stage is."""
-
-    done: int = 0
-    total: int = 0
-    """0 as long as nothing is known."""
-    numbers: dict[str, float] = field(default_factory=dict)
-    """The losses of the last step."""
-
-
-_STEP = re.compile(r"^ \[[^]\n]+\] iteration +(\d+)/ *(\d+) \|(.*\|) *\n", re.MULTILINE)
-_EVALUATED = re.compile(r"^Evaluating iter \d+/(\d+)\n", re.MULTILINE)
-_ENCODED = re.compile(r"^encoding: (\d+)/(\d+) documents\n", re.MULTILINE)
-
-
 def log_of(out: Path, stage: str) -> str:
     """The log of a stage, as far as it is written."""
     return (out / f"{stage}.log").read_text(errors="replace")
 
 
-def last_lines(log: str) -> str:
-    """The last 30 lines of a failed stage, without the launcher's own long farewell after them."""
-    own = re.split(r"^E\d{4} .* failed \(exitcode: ", log, maxsplit=1, flags=re.MULTILINE)[0]
-    return "\n".join(own.splitlines()[-30:])
-
-
-def numbers(line: str) -> dict[str, float]:
-    """The numbers of one of Megatron's lines: `name: value | name: value |`."""
-    found = {}
-    for entry in line.split("|"):
-        name, _, value = entry.rpartition(":")
-        with suppress(ValueError):
-            found[name.strip()] = float(value)
-    return found
-
-
-def progress(log: str) -> Progress:
-    """How far a log has come: training steps, else evaluation batches, else encoded documents."""
-    if steps := _STEP.findall(log):
-        done, total, line = steps[-1]
-        return Progress(int(done), int(total), {k: v for k, v in numbers(line).items() if k in SHORT_NAMES})
-    if batches := _EVALUATED.findall(log):
-        return Progress(len(batches), 2 * int(batches[-1]))  # the validation split, then the test split
-    if documents := _ENCODED.findall(log):
-        return Progress(int(documents[-1][0]), int(documents[-1][1]))
-    return Progress()
-
-
-def evaluated(log: str) -> dict[str, float]:
-    """What Megatron reports on the test split; its line says `validation loss` for that one too."""
-    lines = re.findall(r"^ validation loss at iteration \d+ on test set \|(.*)\n", log, re.MULTILINE)
-    if not lines:
-        raise DemoError("expected Megatron's report on the test set in the log of an evaluation, found none")
-    return {k.removesuffix(" value"): v for k, v in numbers(lines[-1]).items() if k.endswith(" value")}
-
-
 class Display:
-    """One line that is rewritten on a terminal, a line every few seconds elsewhere."""
+    """How far a stage is."""
 
     def __init__(self, title: str) -> None:
-        self._title = title
-        self._started = self._printed = time.monotonic()
-        self._first: tuple[float, int] | None = None
-        self._terminal = sys.stdout.isatty()
+        self._title, self._line, self._pace = title, Line(), Pace()
 
     def show(self, progress: Progress) -> None:
-        """Show how far it is."""
-        now = time.monotonic()
-        if progress.total and self._first is None:
-            self._first = (now, progress.done)
-        if self._terminal:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r{self._text(progress)[:width]}\x1b[K", end="", flush=True)
-        elif now - self._printed >= SECONDS_BETWEEN_LINES:
-            self._printed = now
-            print(self._text(progress), flush=True)
+        """Show it."""
+        self._line.show(self._text(progress))
 
     def finish(self, progress: Progress) -> None:
         """Leave the last state standing."""
-        text = self._text(progress)
-        print(f"\r{text}\x1b[K" if self._terminal else f"{text}  done", flush=True)
+        self._line.finish(self._text(progress))
 
     def _text(self, progress: Progress) -> str:
-        now = time.monotonic()
-        elapsed = f"{clock(now - self._started)}"
+        elapsed, seconds = clock(self._pace.elapsed), self._pace.left(progress.done, progress.total)
         if not progress.total:
             return f"{self._title} {elapsed} starting"
-        left = ""
-        if self._first is not None and self._first[1] < progress.done < progress.total:
-            pace = (now - self._first[0]) / (progress.done - self._first[1])
-            left = f", {clock(pace * (progress.total - progress.done))} left"
+        left = f", {clock(seconds)} left" if seconds is not None else ""
         losses = "".join(f"  {SHORT_NAMES[name]} {value:.3f}" for name, value in progress.numbers.items())
         return f"{self._title} {elapsed}{left}  {progress.done}/{progress.total}{losses}"
-
-
-def clock(seconds: float) -> str:
-    """Minutes and seconds."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
 # Results ----------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from abkd_megatron.vocab_parallel import (
     vocab_parallel_distillation,
     vocab_parallel_distillation_head,
 )
+from abkd_megatron.vocab_parallel.diagnostics import diagnose
 from abkd_megatron.vocab_parallel.head import automatic_chunk_tokens, bytes_of_a_token
 
 logger = logging.getLogger(__name__)
@@ -161,20 +162,36 @@ def compute_loss(
     with torch.no_grad():
         teacher_logits = teacher.logits()
     watch_only = objective.kd_weight == 0
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not watch_only):
+
+    def terms_of(student_logits: Tensor) -> DistillationTerms:
         if objective.shares_part_of(shard.size):
             shared = VocabShard.megatron(student.weight.shape[0], tp_group, objective.shared_vocab)
-            terms = _terms_of_part(student_logits, teacher_logits, objective, labels, input_ids, shard, shared)
-        else:
-            terms = _terms(student_logits, teacher_logits, objective, labels, shard)
+            return _terms_of_part(student_logits, teacher_logits, objective, labels, input_ids, shard, shared)
+        return _terms(student_logits, teacher_logits, objective, labels, shard)
+
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not watch_only):
+        terms = terms_of(student_logits)
+    if objective.diagnostics and not torch.is_grad_enabled():
+        found = diagnose(
+            student_logits,
+            teacher_logits,
+            lambda logits: _total(terms_of(logits), objective),
+            terms.metrics["top-1 accuracy"],
+            terms.metrics["student confidence"],
+            shard,
+        )
+        terms = terms._replace(metrics={**terms.metrics, **found})
     if watch_only:
         # After our reading: Megatron's cross entropy overwrites fp32 logits in place.
         terms = terms._replace(cross_entropy=megatron_cross_entropy(student_logits))
-        return Loss(objective.lm_weight * terms.cross_entropy, terms)
+    return Loss(_total(terms, objective), terms)
+
+
+def _total(terms: DistillationTerms, objective: Objective) -> Tensor:
+    if objective.kd_weight == 0:
+        return objective.lm_weight * terms.cross_entropy
     total = objective.kd_weight * terms.divergence
-    if objective.lm_weight != 0:
-        total = total + objective.lm_weight * terms.cross_entropy
-    return Loss(total, terms)
+    return total + objective.lm_weight * terms.cross_entropy if objective.lm_weight != 0 else total
 
 
 def _terms(
@@ -223,6 +240,8 @@ def _fused_chunk(
     student: OutputLayer, teacher: OutputLayer, objective: Objective, num_tokens: int, shard: VocabShard
 ) -> int | None:
     """Tokens of a chunk, or None for logits that exist."""
+    if objective.diagnostics and not torch.is_grad_enabled():
+        return None
     reasons = ["as chosen"] if objective.head == "materialised" else []
     reasons += obstacles(student.layer, teacher.layer, objective, shard.size)
     if objective.head == "fused" and reasons:

@@ -41,6 +41,10 @@ class Objective:
     first of them in a sequence on, all but the cross entropy is 0. A label of N or above has a teacher's cross entropy
     of 0 and a divergence like any other. None: the vocabularies are one."""
 
+    diagnostics: bool = False
+    """Whether validation measures what `vocab_parallel.diagnostics` does as well; it then makes logits, whatever `head`
+    says. Training is the same."""
+
     def __post_init__(self) -> None:
         if self.head not in HEADS:
             raise ConfigError(f"expected head to be one of {', '.join(HEADS)}, got {self.head!r}")

@@ -177,6 +177,7 @@ def make_objective(config: DistillationConfig) -> ScheduledObjective:
         chunk_tokens=config.chunk_tokens,
         gradient_in_place=config.gradient_in_place,
         shared_vocab=config.shared_vocab,
+        diagnostics=config.diagnostics,
     )
     return ScheduledObjective(objective, {name: it for name, it in given.items() if isinstance(it, Schedule)})
 

@@ -32,7 +32,10 @@ from abkd_megatron.vocab_parallel.shard import VocabShard
 
 _CONTIGUOUS = torch.contiguous_format
 
-METRICS = ("teacher lm loss", "kl to teacher", "teacher entropy", "student entropy", "top-1 agreement")
+METRICS = (
+    *("teacher lm loss", "kl to teacher", "teacher entropy", "student entropy"),
+    *("top-1 agreement", "top-1 accuracy", "student confidence"),
+)
 
 
 class DistillationTerms(NamedTuple):
@@ -45,7 +48,7 @@ class DistillationTerms(NamedTuple):
     metrics: dict[str, Tensor]
     """[...] each, detached, at temperature 1: the teacher's cross entropy on the labels, KL(teacher ||
     student) and both entropies, in nats; 1.0 where both models have one likeliest token (of a tie, the lowest
-    id)."""
+    id); 1.0 where the student's is the label; and the probability that the student gives its own."""
 
 
 def vocab_parallel_divergence(
@@ -226,16 +229,18 @@ def _check_in_place(student_logits: Tensor, teacher_logits: Tensor) -> None:
 
 
 def token_terms(known: Known, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The student's cross entropy, [N], and the metrics, [5, N], of labels [N]; both in `dtype`."""
+    """The student's cross entropy, [N], and the metrics, [len(METRICS), N], of labels [N]; both in `dtype`."""
     whole = known.whole
     assert whole.p.top is not None and whole.q.top is not None
     agreement = (whole.p.top == whole.q.top) & whole.p.top.isfinite()
+    accuracy, confidence = whole.q.top == labels, (-whole.q.log_z_at_1).exp()
     of_teacher, of_student = (side.cross_entropy().masked_fill_(labels < 0, 0.0) for side in (whole.p, whole.q))
-    return of_student.to(dtype), torch.stack([of_teacher, *whole.metrics, agreement.double()]).to(dtype)
+    metrics = [of_teacher, *whole.metrics, agreement.double(), accuracy.double(), confidence]
+    return of_student.to(dtype), torch.stack(metrics).to(dtype)
 
 
 class _Distillation(torch.autograd.Function):
-    """(divergence, cross entropy, metrics [5, ...]); the last two are empty without labels."""
+    """(divergence, cross entropy, metrics [len(METRICS), ...]); the last two are empty without labels."""
 
     @staticmethod
     def forward(

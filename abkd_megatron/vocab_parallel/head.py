@@ -228,7 +228,7 @@ class _Gradients:
 
 
 class _DistillationHead(torch.autograd.Function):
-    """(loss, divergence, cross entropy, metrics [5, N]), of which only the loss is differentiable."""
+    """(loss, divergence, cross entropy, metrics [len(METRICS), N]), of which only the loss is differentiable."""
 
     @staticmethod
     def forward(

@@ -154,6 +154,8 @@ def test_equals_the_dense_twin(results, index, world_size):
         "teacher entropy": torch.where(read, -(log_p.exp() * log_p).sum(-1), 0.0),
         "student entropy": torch.where(read, -(log_q.exp() * log_q).sum(-1), 0.0),
         "top-1 agreement": torch.where(read, (ours.argmax(-1) == theirs.argmax(-1)).double(), 0.0),
+        "top-1 accuracy": torch.where(read, (ours.argmax(-1) == labels).double(), 0.0),
+        "student confidence": torch.where(read, log_q.exp().amax(-1), 0.0),
     }
     tolerance = 1e-10 if case.dtype == torch.float64 else 1e-5
     for result in (rank[index] for rank in ranks):

@@ -263,6 +263,8 @@ def check(case: Case, results: list[dict]) -> None:
         "teacher entropy": -(p * log_p).nansum(-1),
         "student entropy": -(q * log_q).nansum(-1),
         "top-1 agreement": (student.argmax(-1) == teacher.argmax(-1)).double(),
+        "top-1 accuracy": (student.argmax(-1) == labels).double(),
+        "student confidence": q.amax(-1),
     }
     if not case.equal:
         assert metrics["top-1 agreement"].flatten()[[0, 1, 3]].tolist() == [1, 0, 0]

@@ -422,6 +422,7 @@ def test_cross_entropy_and_metrics(temperature):
     teacher[0, 0], student[0, 1] = student[0, 0], teacher[0, 1] + 1.0  # agreement on some
     student[0, 2, [4, 9]] = teacher[0, 2, [4, 9]] = 50.0  # a tie
     student[1, 0, 9] = student[1, 0, 30] = teacher[1, 0, 30] = 50.0  # a tie whose lowest id differs
+    labels[0, 2], labels[1, 0] = 4, 30  # right, and wrong since the lower id comes first
     shard = VocabShard.megatron(64, vocab_size=60)
     leaf = student.clone().requires_grad_()
     terms = vocab_parallel_distillation(leaf, teacher, AlphaBeta(0.2, 0.7), labels, shard, temperature)
@@ -433,9 +434,12 @@ def test_cross_entropy_and_metrics(temperature):
         "teacher entropy": -(log_p.exp() * log_p).sum(-1),
         "student entropy": -(log_q.exp() * log_q).sum(-1),
         "top-1 agreement": (s.argmax(-1) == t.argmax(-1)).double(),
+        "top-1 accuracy": (s.argmax(-1) == labels).double(),
+        "student confidence": log_q.exp().amax(-1),
     }
     assert list(terms.metrics) == list(expected)
     assert expected["top-1 agreement"][0, :3].tolist() == [1, 1, 1] and expected["top-1 agreement"][1, 0] == 0
+    assert expected["top-1 accuracy"][0, 2] == 1 and expected["top-1 accuracy"][1, 0] == 0
     for name, tensor in expected.items():
         assert not terms.metrics[name].requires_grad
         torch.testing.assert_close(terms.metrics[name], tensor, rtol=1e-12, atol=1e-14, msg=name)

@@ -1,0 +1,162 @@
+"""Comparing losses, around the jobs: what is planned, what is refused, what the numbers come to."""
+
+import json
+import statistics
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from abkd_megatron import compare
+from abkd_megatron.config import load_config
+from abkd_megatron.errors import ConfigError
+
+YAML = """\
+device: cpu
+teacher: {load: runs/teacher}
+distillation: {lm_weight: 0, alpha: 0.4}
+compare:
+  out: OUT
+  seeds: [3, 5]
+  losses:
+    CE only: {kd_weight: 0, lm_weight: 1}
+    steep: {losses: [{name: forward_kl, weight: 0.5}], temperature: {schedule: linear, from: 2, to: 1, end: 9}}
+    ToDi: {divergence: todi, megatron.lr: 0.1}
+"""
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    for name, kind in (("seed", int), ("save", str), ("lr", float), ("tensorboard-dir", str)):
+        parser.add_argument(f"--{name}", type=kind)
+    options = {name.removeprefix("--"): action for name, action in parser._option_string_actions.items()}
+    path = tmp_path / "compare.yaml"
+    path.write_text(YAML.replace("OUT", str(tmp_path / "out")))
+    return partial(load_config, path, megatron_options=options)
+
+
+def test_every_loss_at_every_seed_with_a_configuration_of_its_own(load, tmp_path):
+    config = load([])
+    config.check("compare")
+    planned = compare.plan(config, load)
+    assert [(run.loss, run.seed) for run in planned] == [(n, s) for s in (3, 5) for n in ("CE only", "steep", "ToDi")]
+    assert planned[5].directory == tmp_path / "out/todi/seed-5"
+    runs = {}
+    for run in planned[3:]:
+        run.prepare()
+        options = load.keywords["megatron_options"]
+        runs[run.loss] = load_config(run.directory / "config.yaml", [], options)
+        runs[run.loss].check("distill")
+        assert runs[run.loss].megatron["seed"] == 5
+        assert runs[run.loss].megatron["save"] == str(run.directory / "checkpoints")
+        assert runs[run.loss].distillation.diagnostics
+    of = {name: run.distillation for name, run in runs.items()}
+    assert (of["CE only"].kd_weight, of["CE only"].lm_weight, of["CE only"].alpha) == (0.0, 1.0, 0.4)
+    assert of["steep"].losses == [{"name": "forward_kl", "weight": 0.5}]
+    assert of["steep"].temperature.points == ((0, 2.0), (9, 1.0))
+    assert (of["ToDi"].divergence, of["ToDi"].lm_weight) == ("todi", 0.0)
+    assert (runs["ToDi"].megatron["lr"], "lr" in runs["steep"].megatron) == (0.1, False)
+
+
+def test_the_shown_configuration_is_the_same(load, tmp_path):
+    from abkd_megatron.config import render
+
+    config = load([])
+    path = tmp_path / "shown.yaml"
+    path.write_text(render(config))
+    again = load_config(path, [], load.keywords["megatron_options"])
+    shown, planned = (compare.plan(it, load) for it in (again, config))
+    assert again.compare.losses.keys() == config.compare.losses.keys()
+    assert [run.config for run in shown] == [run.config for run in planned]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("compare.seeds=[1, 1]", "compare.seeds: expected each seed once"),
+        ("compare.seeds=[]", "compare.seeds: expected at least one"),
+        ("compare.at_once=0", "compare.at_once: expected 1 or more"),
+        ("compare.losses=todi", "expected a mapping of names"),
+        ("compare.losses={x: todi}", "expected x to be a mapping"),
+        ("compare.losses={a b: {}, A-b: {}}", "'A-b' and another one are both written to a-b"),
+        ("compare.losses={x: {divergence: todo}}", "compare.losses: x: .*did you mean 'todi'"),
+        ("compare.losses={x: {kd_weight: 0}}", "compare.losses: x: .*kd_weight or lm_weight above 0"),
+        ("compare.losses={x: {teacher.load: null}}", "compare.losses: x: teacher.load: expected the path"),
+        ("compare.out=", "compare.out"),
+    ],
+)
+def test_refused_before_anything_is_run(load, override, message):
+    with pytest.raises(ConfigError, match=message):
+        config = load([override])
+        config.check("compare")
+        compare.plan(config, partial(_with, load, override))
+
+
+def _with(load, override, settings):
+    return load([override, *settings])
+
+
+def test_what_another_configuration_left_is_kept(load, tmp_path):
+    for run in compare.plan(load([]), load):
+        run.prepare()
+        run.prepare()  # its own is found again
+    override = "distillation.chunk_tokens=64"
+    changed = compare.plan(load([override]), partial(_with, load, override))
+    with pytest.raises(
+        ConfigError, match=r"configuration \(chunk_tokens: 64; chunk_tokens: null\); choose another comp"
+    ):
+        changed[0].prepare()
+    assert "chunk_tokens: null" in (tmp_path / "out/ce-only/seed-3/config.yaml").read_text()
+
+
+def result(loss: str, seed: int, ce: float) -> dict:
+    test = {"lm loss": ce, "kl to teacher": 0.1, "reverse kl to teacher": 0.2, "top-1 agreement": 0.5}
+    test |= {"calibration error": 0.01, "student entropy": 4.0, "teacher lm loss": 3.0, "teacher entropy": 3.5}
+    return {"loss": loss, "seed": seed, "test": test}
+
+
+def test_spread_within_seeds_leaves_out_what_they_have_in_common():
+    found = {"A": (4.0, 5.0, 6.0), "B": (4.1, 5.3, 6.2), "C": (4.2, 5.1, 6.1)}
+    results = [result(loss, seed, ce) for loss, values in found.items() for seed, ce in enumerate(values)]
+    summary = compare.summarise(results, list(found))
+    of = {loss: summary[loss]["cross entropy"] for loss in found}
+    assert of["B"]["mean"] == pytest.approx(5.2)
+    assert of["B"]["std"] == pytest.approx(statistics.stdev(found["B"]))
+    residues = [4.1 - 4.1, 5.3 - 15.4 / 3, 6.2 - 6.1]
+    assert of["B"]["std within seeds"] == pytest.approx(statistics.stdev(residues) * (3 / 2) ** 0.5)
+    assert summary["teacher"]["cross entropy"]["mean"] == 3.0
+    text = compare.table(summary)
+    assert f"| B | 5.200 ± {of['B']['std within seeds']:.3f} |" in text
+    assert "| teacher | 3.000 |" in text and "3 seeds ± standard deviation after" in text
+
+
+def test_an_unfinished_comparison_is_told_as_such():
+    results = [result("A", 0, 4.0), result("A", 1, 5.0), result("B", 0, 4.5)]
+    summary = compare.summarise(results, ["A", "B", "C"])
+    assert summary["A"]["cross entropy"]["std within seeds"] is None and "C" not in summary
+    text = compare.table(summary)
+    assert "| A | 4.500 ± 0.707 |" in text and "| B | 4.500 |" in text
+    assert "1 to 2 seeds ± standard deviation over the seeds" in text
+
+
+def test_a_run_goes_on_from_its_checkpoint(tmp_path):
+    run = compare.Run("A", 1, tmp_path, "device: cpu\n")
+    assert run.command("torchrun --nproc-per-node 2")[:4] == ["torchrun", "--nproc-per-node", "2", "-m"]
+    assert not any("megatron.load" in word for word in run.command(None))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").write_text("5")
+    assert f"megatron.load={tmp_path / 'checkpoints'}" in run.command(None)
+
+
+def test_the_picture_is_drawn_of_whatever_is_done(tmp_path):
+    pytest.importorskip("matplotlib")
+    names = [name for name, _ in compare._CURVES]
+    results = [result("A", 0, 4.0), result("A", 1, 5.0), result("B", 0, 4.5)]
+    for one in results:
+        one["validation"] = {str(step): dict.fromkeys(names, 0.5) for step in (10, 20)}
+    compare.draw(results, ["A", "B", "C"], tmp_path / "picture.png")
+    assert Path(tmp_path / "picture.png").stat().st_size > 10_000
+    json.dumps(compare.summarise(results, ["A", "B"]))
