@@ -42,6 +42,7 @@ setup(
         "psutil>=5.9",
     ],
     extras_require={
+        "plots": plots,
         "test": test,
         "bench": bench,
         "dev": [*test, "ruff>=0.14", "mypy>=1.18", "types-PyYAML", "types-psutil"],

@@ -6,6 +6,7 @@ Each pair of a loss and a seed is a `distill` job of its own, with a directory o
 start from one set of weights and read the same batches.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -122,8 +123,10 @@ def compare(config: Config, load: Callable[[Sequence[str]], Config]) -> None:
     Raises:
         ConfigError: before anything is run: a loss that `distill` would refuse, names that are written alike, or a
             directory that holds something else.
-        HostError: at the end, if a run failed; the others are done and in the table.
+        HostError: without matplotlib; or at the end, if a run failed: the others are done and in the table.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise HostError("expected matplotlib for the picture, found none; pip install 'abkd-megatron[plots]'")
     of, out = config.compare, Path(config.compare.out).expanduser().resolve()
     planned = plan(config, load)
     for run in planned:

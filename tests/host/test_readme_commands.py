@@ -12,12 +12,13 @@ SMALL = [
     "megatron.eval-iters=1",
     "megatron.global-batch-size=16",
 ]
+TWO = "{CE only: {kd_weight: 0, lm_weight: 1}, ToDi: {divergence: todi}}"
 
 
 def test_the_commands_run(tmp_path: Path) -> None:
     block = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
     commands = [shlex.split(line) for line in block.splitlines()]
-    assert [command[0] for command in commands] == ["abkd-megatron", "torchrun", "torchrun", "abkd-megatron"]
+    assert [command[0] for command in commands] == ["abkd-megatron", "torchrun", "torchrun", *["abkd-megatron"] * 2]
     for command in commands:
         num_ranks = 1
         if command[0] == "torchrun":
@@ -30,6 +31,10 @@ def test_the_commands_run(tmp_path: Path) -> None:
             run = tmp_path / Path(config).stem
             places += [f"megatron.save={run}", f"megatron.tensorboard-dir={run / 'tensorboard'}", *SMALL]
             places.append(f"teacher.load={tmp_path / 'tiny_cpu_teacher'}")
+        if "compare" in command:
+            places += [f"compare.out={tmp_path / 'compare'}", "compare.seeds=[1]", f"compare.losses={TWO}"]
         for number, rank in enumerate(launch(["-m", "abkd_megatron", *command[1:], *places], num_ranks)):
             assert rank.code == 0, f"rank {number} of {command}:\n{rank.output[-4000:]}"
-    assert "alpha: 0.2" in rank.output and "# tiny_cpu.yaml:" in rank.output
+        if "show-config" in command:
+            assert "alpha: 0.2" in rank.output and "# tiny_cpu.yaml:" in rank.output
+    assert "| ToDi |" in rank.output
