@@ -40,8 +40,8 @@ _CURVES = (
     ("kl to teacher", "KL(teacher, student), nats a token"),
     ("hardness concentration", "Push where the models differ"),
     ("confidence concentration", "Push where the student is sure"),
-    ("todi weight", "ToDi's weight of forward KL: mean over the vocabulary"),
-    ("todi weight of teacher", "ToDi's weight of forward KL: mean over the teacher"),
+    ("todi weight", "ToDi's weight, mean over the vocabulary"),
+    ("todi weight of teacher", "ToDi's weight, mean over the teacher"),
 )
 
 
