@@ -19,7 +19,10 @@ from typing import Any, get_type_hints
 import yaml
 
 from abkd_megatron.divergences import Divergence, Sum, registry
+from abkd_megatron.divergences.base import finite_number
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.logit_losses import LogitLoss
+from abkd_megatron.logit_losses.registry import build
 from abkd_megatron.schedule import COUNTS, KINDS, Progress, Schedule, both_zero
 
 type Scalar = str | int | float | bool | None
@@ -60,7 +63,8 @@ class DistillationConfig:
     """
 
     divergence: str = "alpha_beta"
-    """A name of ``abkd_megatron.divergences.registry``, or the dotted path of a subclass of Divergence."""
+    """A name of ``abkd_megatron.divergences.registry``, or of ``abkd_megatron.logit_losses.registry`` (with its
+    defaults), or the dotted path of a subclass of Divergence or LogitLoss."""
     alpha: Number = 0.2
     """Alpha of the alpha-beta divergence."""
     beta: Number = 0.7
@@ -94,22 +98,45 @@ class DistillationConfig:
     diagnostics: bool = False
     """Whether validation also reports reverse KL, calibration, ToDi's weight and where the loss pushes."""
 
-    def make_divergence(self) -> Divergence:
-        """The divergence that these settings describe; with schedules, at their beginning.
+    def make_divergence(self) -> Divergence | None:
+        """The divergence that these settings describe, of several terms their sum; with schedules, at their beginning.
+
+        None if there are logit losses alone.
 
         Raises:
-            ConfigError: as `registry.build` and `Sum`.
+            ConfigError: as `build` and `Sum`.
         """
+        terms = [(weight, term) for weight, term in self._terms() if isinstance(term, Divergence)]
+        if not self.losses and terms:
+            return terms[0][1]
+        return Sum(terms) if terms else None
+
+    def make_logit_losses(self) -> tuple[tuple[float, LogitLoss], ...]:
+        """The logit losses that these settings describe, and their weights.
+
+        Raises:
+            ConfigError: as `build`, and for a weight that is not a finite number above 0.
+        """
+        found = []
+        for given, term in self._terms():
+            if isinstance(term, LogitLoss):
+                weight = finite_number(term.name, "weight", given)
+                if weight <= 0.0:
+                    raise ConfigError(f"{term.name}: expected a weight above 0, got {weight}: leave a term of 0 out")
+                found.append((weight, term))
+        return tuple(found)
+
+    def _terms(self) -> list[tuple[Any, Divergence | LogitLoss]]:
         if not self.losses:
             given = {name: getattr(self, name) for name in registry.parameters(self.divergence)}
             first = {name: it(Progress()) if isinstance(it, Schedule) else it for name, it in given.items()}
-            return registry.build(self.divergence, first)
-        terms: list[tuple[Any, Divergence]] = []
+            return [(1.0, build(self.divergence, first))]
+        terms: list[tuple[Any, Divergence | LogitLoss]] = []
         for term in self.losses:
             settings = {"weight": 1.0, **term}
             name, weight = settings.pop("name", ""), settings.pop("weight")
-            terms.append((weight, registry.build(str(name), settings)))
-        return Sum(terms)
+            terms.append((weight, build(str(name), settings)))
+        return terms
 
     def gliding(self, kernel: str) -> list[str]:
         """What `kernel` would have to be compiled anew for at every step."""
@@ -254,9 +281,17 @@ class Config:
         if job == "distill" or not any("." in str(name) for name in names):  # no other job imports someone's own
             try:
                 kd.make_divergence()
+                logit_losses = kd.make_logit_losses()
             except ConfigError as error:
                 origin = self.origins.get(f"distillation.{chosen}", "default")
                 raise ConfigError(f"{origin}: distillation.{chosen}: {error}") from error
+            require(
+                kd.head != "fused" or not logit_losses,
+                "distillation.head",
+                f"auto or materialised with {', '.join(loss.name for _, loss in logit_losses)}, a loss of logits that "
+                "exist",
+                kd.head,
+            )
         for name in self._without_effect():
             taken = ", ".join(registry.parameters(kd.divergence)) or "no parameters"
             beside = "distillation.losses" if kd.losses else f"divergence: {kd.divergence}, which takes {taken} here"

@@ -58,7 +58,7 @@ def attach(
         HostError: a student without `output_processor`: not a GPTModel of megatron-core >= 0.19.
 
     Collectives: one all_gather_object, and those of making the groups for messages. Per micro-batch: the teacher's own,
-    its messages, and those of `vocab_parallel_distillation`.
+    its messages, and those of `vocab_parallel_distillation` and of each logit loss.
     """
     scheduled = objective if isinstance(objective, ScheduledObjective) else ScheduledObjective(objective, {})
     objective = scheduled.objective
@@ -279,9 +279,11 @@ class Attachment:
             lambda logits: compute_language_model_loss(labels, logits).transpose(0, 1),
             input_ids.transpose(0, 1) if input_ids is not None else None,
         )
+        several = (self.objective.divergence is not None) + len(loss.logit_losses) > 1
         self.report = {
             "lm loss": _batch_first(loss.terms.cross_entropy.detach()),
-            "kd loss": _batch_first(loss.terms.divergence.detach()),
+            "kd loss": _batch_first(loss.distillation.detach()),
+            **{f"{name} loss": _batch_first(value.detach()) for name, value in loss.logit_losses.items() if several},
             **{name: _batch_first(value) for name, value in loss.terms.metrics.items()},
         }
         return _batch_first(loss.total)

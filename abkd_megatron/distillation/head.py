@@ -26,6 +26,7 @@ from abkd_megatron.vocab_parallel import (
     VocabShard,
     vocab_parallel_distillation,
     vocab_parallel_distillation_head,
+    vocab_parallel_logit_loss,
 )
 from abkd_megatron.vocab_parallel.diagnostics import diagnose
 from abkd_megatron.vocab_parallel.head import automatic_chunk_tokens, bytes_of_a_token
@@ -92,6 +93,10 @@ def obstacles(student: torch.nn.Module, teacher: torch.nn.Module, objective: Obj
     found = [f"{name}: {why}" for name, layer in layers if (why := obstacle(layer))]
     if objective.kd_weight == 0:
         found.append("kd_weight 0 trains on Megatron's own cross entropy, of logits")
+    if objective.logit_losses:
+        found.append(
+            f"{', '.join(objective.names_of_logit_losses)}: no sum over the vocabulary, so of logits that exist"
+        )
     if objective.shares_part_of(vocab_size):
         found.append(
             f"shared_vocab {objective.shared_vocab} of the student's {vocab_size} tokens: divergence and cross entropy "
@@ -104,8 +109,13 @@ class Loss(NamedTuple):
     """Per token, [s, b]."""
 
     total: Tensor
-    """What is trained: kd_weight * divergence + lm_weight * cross entropy."""
+    """What is trained: kd_weight * distillation + lm_weight * cross entropy."""
+    distillation: Tensor
+    """The divergence, if there is one, and all logit losses by their weights."""
     terms: DistillationTerms
+    """Its divergence is forward KL if the objective has none."""
+    logit_losses: dict[str, Tensor]
+    """Each one without its weight; 0 for tokens that do not count."""
 
 
 def compute_loss(
@@ -126,7 +136,8 @@ def compute_loss(
         teacher: gets none.
         objective: divergence, weights, and how.
         labels: [s, b].
-        loss_mask: [s, b], what the caller multiplies the loss by before it sums; None if it is not known.
+        loss_mask: [s, b], what the caller multiplies the loss by before it sums; None if it is not known. Of logit
+            losses a token of mask 0 takes no part in those of several tokens.
         shard: of the student's vocabulary.
         tp_group: the tensor-parallel group.
         megatron_cross_entropy: Megatron's own [s, b] from logits; it may overwrite them.
@@ -135,7 +146,8 @@ def compute_loss(
     Raises:
         ConfigError: for head: fused where there is an obstacle, or without input ids where they are needed.
 
-    Collectives: those of `vocab_parallel_distillation`, twice if the student has tokens beyond the shared ones.
+    Collectives: those of `vocab_parallel_distillation`, twice if the student has tokens beyond the shared ones, and of
+    `vocab_parallel_logit_loss` for each logit loss.
     """
     chunk_tokens = _fused_chunk(student, teacher, objective, labels.numel(), shard)
     if chunk_tokens:
@@ -144,7 +156,7 @@ def compute_loss(
             student.weight,
             teacher.whole_hidden_states(tp_group),
             teacher.weight,
-            objective.divergence,
+            objective.passed_over,
             labels,
             shard,
             kd_weight=objective.kd_weight,
@@ -156,42 +168,81 @@ def compute_loss(
             chunk_tokens=chunk_tokens,
             into_main_grad=bool(getattr(student.layer, "gradient_accumulation_fusion", False)),
         )
-        return Loss(total, terms)
+        return Loss(total, terms.divergence, terms, {})
 
     student_logits = student.logits()
     with torch.no_grad():
         teacher_logits = teacher.logits()
+
+    compared = shard
+    if objective.shares_part_of(shard.size):
+        compared = VocabShard.megatron(student_logits.shape[-1], tp_group, objective.shared_vocab)
+
+    def loss_of(student_logits: Tensor) -> Loss:
+        return _loss(student_logits, teacher_logits, objective, labels, loss_mask, shard, compared, input_ids)
+
     watch_only = objective.kd_weight == 0
-
-    def terms_of(student_logits: Tensor) -> DistillationTerms:
-        if objective.shares_part_of(shard.size):
-            shared = VocabShard.megatron(student.weight.shape[0], tp_group, objective.shared_vocab)
-            return _terms_of_part(student_logits, teacher_logits, objective, labels, input_ids, shard, shared)
-        return _terms(student_logits, teacher_logits, objective, labels, shard)
-
     with torch.set_grad_enabled(torch.is_grad_enabled() and not watch_only):
-        terms = terms_of(student_logits)
+        loss = loss_of(student_logits)
+    terms = loss.terms
     if objective.diagnostics and not torch.is_grad_enabled():
+        accuracy, confidence = terms.metrics["top-1 accuracy"], terms.metrics["student confidence"]
         found = diagnose(
-            student_logits,
-            teacher_logits,
-            lambda logits: _total(terms_of(logits), objective),
-            terms.metrics["top-1 accuracy"],
-            terms.metrics["student confidence"],
-            shard,
+            student_logits, teacher_logits, lambda logits: loss_of(logits).total, accuracy, confidence, compared
         )
         terms = terms._replace(metrics={**terms.metrics, **found})
     if watch_only:
         # After our reading: Megatron's cross entropy overwrites fp32 logits in place.
         terms = terms._replace(cross_entropy=megatron_cross_entropy(student_logits))
-    return Loss(_total(terms, objective), terms)
+        loss = loss._replace(total=objective.lm_weight * terms.cross_entropy)
+    return loss._replace(terms=terms)
 
 
-def _total(terms: DistillationTerms, objective: Objective) -> Tensor:
-    if objective.kd_weight == 0:
-        return objective.lm_weight * terms.cross_entropy
-    total = objective.kd_weight * terms.divergence
-    return total + objective.lm_weight * terms.cross_entropy if objective.lm_weight != 0 else total
+def _loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    objective: Objective,
+    labels: Tensor,
+    loss_mask: Tensor | None,
+    shard: VocabShard,
+    compared: VocabShard,
+    input_ids: Tensor | None,
+) -> Loss:
+    """The objective's loss of logits that exist; `compared` are the columns that both models know."""
+    counted = loss_mask != 0 if loss_mask is not None else None
+    if objective.shares_part_of(shard.size):
+        read = _read(input_ids, shard, compared)
+        terms = _terms_of_part(student_logits, teacher_logits, objective, labels, read, shard, compared)
+        counted = read if counted is None else read & counted
+    else:
+        terms = _terms(student_logits, teacher_logits, objective, labels, shard)
+    # After the divergence, so that their backward comes before its own, which may overwrite the logits.
+    logit_losses = _logit_losses(student_logits, teacher_logits, objective, compared, counted)
+    weights = [weight for weight, _ in objective.logit_losses]
+    parts = [weight * value for weight, value in zip(weights, logit_losses.values(), strict=True)]
+    if objective.divergence is not None:
+        parts.insert(0, terms.divergence)
+    distillation = functools.reduce(torch.add, parts)
+    addends = ((objective.kd_weight, distillation), (objective.lm_weight, terms.cross_entropy))
+    total = functools.reduce(torch.add, [weight * addend for weight, addend in addends if weight != 0])
+    return Loss(total, distillation, terms, logit_losses)
+
+
+def _logit_losses(
+    student_logits: Tensor, teacher_logits: Tensor, objective: Objective, shard: VocabShard, counted: Tensor | None
+) -> dict[str, Tensor]:
+    """[s, b] each, by name."""
+    found = {}
+    for name, (_, loss) in zip(objective.names_of_logit_losses, objective.logit_losses, strict=True):
+        together = loss.group_size > 1
+        # The tokens of a group are of one sequence.
+        student, teacher = (
+            logits.transpose(0, 1) if together else logits for logits in (student_logits, teacher_logits)
+        )
+        counts = counted.transpose(0, 1) if together and counted is not None else counted
+        value = vocab_parallel_logit_loss(student, teacher, loss, shard, objective.temperature, counts)
+        found[name] = value.transpose(0, 1) if together else value
+    return found
 
 
 def _terms(
@@ -200,7 +251,7 @@ def _terms(
     return vocab_parallel_distillation(
         student_logits,
         teacher_logits,
-        objective.divergence,
+        objective.passed_over,
         labels,
         shard,
         temperature=objective.temperature,
@@ -208,31 +259,35 @@ def _terms(
     )
 
 
-def _terms_of_part(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    objective: Objective,
-    labels: Tensor,
-    input_ids: Tensor | None,
-    shard: VocabShard,
-    shared: VocabShard,
-) -> DistillationTerms:
-    """The cross entropy over the student's whole vocabulary, everything else over the part that is shared."""
+def _read(input_ids: Tensor | None, shard: VocabShard, shared: VocabShard) -> Tensor:
+    """[s, b] bool: the tokens up to which the teacher has read what the student has."""
     if input_ids is None:
         raise ConfigError(
             f"shared_vocab {shared.size} of the student's {shard.size} tokens needs the input ids on the last pipeline "
             "stage too, to see where the teacher could not read them; pass input_ids= to the model there"
         )
-    terms = _terms(student_logits, teacher_logits, objective, labels.masked_fill(labels >= shared.size, -1), shared)
     # From its first unknown token on, the teacher has read another text than the student.
-    unread = (input_ids >= shared.size).cumsum(0) > 0
+    return (input_ids >= shared.size).cumsum(0) == 0
+
+
+def _terms_of_part(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    objective: Objective,
+    labels: Tensor,
+    read: Tensor,
+    shard: VocabShard,
+    shared: VocabShard,
+) -> DistillationTerms:
+    """The cross entropy over the student's whole vocabulary, everything else over the part that is shared."""
+    terms = _terms(student_logits, teacher_logits, objective, labels.masked_fill(labels >= shared.size, -1), shared)
     # A pass for the cross entropy alone, so of the student with itself. It comes second, and its backward thus first:
     # the divergence's may overwrite the logits.
     whole = vocab_parallel_distillation(student_logits, student_logits, AlphaBeta(1.0, 0.0), labels, shard)
     return DistillationTerms(
-        terms.divergence.masked_fill(unread, 0.0),
+        terms.divergence.masked_fill(~read, 0.0),
         whole.cross_entropy,
-        {name: value.masked_fill(unread, 0.0) for name, value in terms.metrics.items()},
+        {name: value.masked_fill(~read, 0.0) for name, value in terms.metrics.items()},
     )
 
 

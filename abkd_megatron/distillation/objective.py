@@ -5,25 +5,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from abkd_megatron.divergences import Divergence
+from abkd_megatron.divergences import AlphaBeta, Divergence
+from abkd_megatron.divergences.base import finite_number
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.logit_losses import LogitLoss
 from abkd_megatron.schedule import Progress, Schedule, both_zero
 
 HEADS = ("auto", "fused", "materialised")
 
+# What "NAME loss" stands for already.
+_LOGGED = ("lm", "kd", "total", "teacher lm")
+
 
 @dataclass(frozen=True)
 class Objective:
-    """What the student is trained on, per token: lm_weight * CE + kd_weight * D(teacher || student).
+    """What the student is trained on, per token: lm_weight * CE + kd_weight * (D(teacher || student) + sum w_i L_i).
+
+    L_i are logit losses, which are no sums over the vocabulary of terms of one column each; mostly there are none.
 
     A `kd_weight` of 0 only watches: the student trains on Megatron's own cross entropy, bit for bit as without a
     teacher, and the divergence is reported.
     """
 
-    divergence: Divergence
+    divergence: Divergence | None
+    """None if there are logit losses alone."""
     temperature: float = 1.0
-    """Divides both models' logits inside the divergence. The cross entropy and the metrics stay at 1; the divergence
-    is not multiplied by temperature^2."""
+    """Divides both models' logits inside the divergence and the logit losses, which are not multiplied by
+    temperature^2. The cross entropy and the metrics stay at 1."""
     kd_weight: float = 1.0
     lm_weight: float = 1.0
     head: str = "auto"
@@ -40,6 +48,9 @@ class Objective:
     student's whole vocabulary. Where the student has more than N tokens the teacher cannot read the others: from the
     first of them in a sequence on, all but the cross entropy is 0. A label of N or above has a teacher's cross entropy
     of 0 and a divergence like any other. None: the vocabularies are one."""
+    logit_losses: tuple[tuple[float, LogitLoss], ...] = ()
+    """Pairs of a weight and a loss, each a pass of its own over logits that exist. Those of several tokens together
+    take these from one sequence, and of it from what this rank holds with context parallelism."""
 
     diagnostics: bool = False
     """Whether validation measures what `vocab_parallel.diagnostics` does as well; it then makes logits, whatever `head`
@@ -48,6 +59,22 @@ class Objective:
     def __post_init__(self) -> None:
         if self.head not in HEADS:
             raise ConfigError(f"expected head to be one of {', '.join(HEADS)}, got {self.head!r}")
+        if self.divergence is None and not self.logit_losses:
+            raise ConfigError("expected a divergence or logit_losses, got neither: there is nothing to distil with")
+        for weight, loss in self.logit_losses:
+            if finite_number("logit_losses", "weight", weight) <= 0.0:
+                raise ConfigError(f"expected a weight above 0, got {weight} of {loss}: leave a loss of 0 out")
+            if not isinstance(loss, LogitLoss):
+                raise ConfigError(f"expected pairs of a weight and a LogitLoss, got {loss!r}: build one, AdaptiveKL()")
+            if loss.name in _LOGGED:
+                raise ConfigError(
+                    f"a loss named {loss.name!r} is logged already; give {type(loss).__name__} another name"
+                )
+        if self.head == "fused" and self.logit_losses:
+            raise ConfigError(
+                f"head: fused has no logits for {', '.join(self.names_of_logit_losses)}; give head: auto, or no losses "
+                "but divergences"
+            )
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise ConfigError(f"expected chunk_tokens to be at least 1, got {self.chunk_tokens}; or leave it out")
         if self.shared_vocab is not None and self.shared_vocab < 1:
@@ -65,6 +92,18 @@ class Objective:
             )
         if self.kd_weight == 0 and self.lm_weight == 0:
             raise ConfigError("kd_weight and lm_weight are both 0, so there is nothing to train on; raise one of them")
+
+    @property
+    def passed_over(self) -> Divergence:
+        """What the pass that yields the cross entropy and the metrics is over: forward KL if there is no divergence."""
+        return self.divergence if self.divergence is not None else AlphaBeta(1.0, 0.0)
+
+    @property
+    def names_of_logit_losses(self) -> tuple[str, ...]:
+        """In their order; of one name the second is "NAME 2", and so on."""
+        names = [loss.name for _, loss in self.logit_losses]
+        before = [names[:index].count(name) for index, name in enumerate(names)]
+        return tuple(f"{name} {count + 1}" if count else name for name, count in zip(names, before, strict=True))
 
     def shares_part_of(self, vocab_size: int) -> bool:
         """Whether a student of that many tokens has some that the teacher does not know."""

@@ -52,24 +52,30 @@ def build(name: str, settings: Mapping[str, object]) -> Divergence:
         ConfigError: for a name or parameter that is unknown, a parameter that is missing or refused, and a divergence
             of a dotted path whose `slope` is not the derivative of its `value`, found by finite differences in fp64.
     """
-    make = DIVERGENCES.get(name) or _imported(name)
+    return checked(name, make(name, settings, DIVERGENCES))
+
+
+def make(name: str, settings: Mapping[str, object], known: Mapping[str, Callable[..., object]]) -> object:
+    """What that name stands for, a key of `known` or a dotted path, made with these settings and not looked at yet.
+
+    Raises:
+        ConfigError: for a name or parameter that is unknown, a parameter that is missing or refused.
+    """
+    made_by = known.get(name) or _imported(name, known)
     try:
-        inspect.signature(make).bind(**settings)
+        inspect.signature(made_by).bind(**settings)
     except TypeError as error:
-        raise ConfigError(f"{name}: {error}; it takes {inspect.signature(make)}") from error
-    divergence = make(**settings)
-    if name not in DIVERGENCES:
-        _check(name, divergence)
-    return divergence
+        raise ConfigError(f"{name}: {error}; it takes {inspect.signature(made_by)}") from error
+    return made_by(**settings)
 
 
-def _imported(path: str) -> Callable[..., Divergence]:
+def _imported(path: str, known: Mapping[str, Callable[..., object]]) -> Callable[..., object]:
     module, _, attribute = path.rpartition(".")
     if not module:
-        near = difflib.get_close_matches(path, DIVERGENCES, n=1, cutoff=0.7)
+        near = difflib.get_close_matches(path, known, n=1, cutoff=0.7)
         hint = f"did you mean '{near[0]}'? " if near else ""
         raise ConfigError(
-            f"unknown divergence {path!r}; {hint}known: {', '.join(DIVERGENCES)}, or your own as "
+            f"unknown divergence {path!r}; {hint}known: {', '.join(known)}, or your own as "
             "my_package.module.MyDivergence"
         )
     try:
@@ -78,12 +84,18 @@ def _imported(path: str) -> Callable[..., Divergence]:
         raise ConfigError(f"{path}: expected a divergence there, got: {error}; check PYTHONPATH") from error
     if not callable(found):
         raise ConfigError(f"{path}: expected a subclass of Divergence, got {found!r}; name the class")
-    make: Callable[..., Divergence] = found
+    make: Callable[..., object] = found
     return make
 
 
-def _check(name: str, divergence: Divergence) -> None:
-    """The two functions that it consists of belong together."""
+def checked(name: str, divergence: object) -> Divergence:
+    """`divergence`; of one's own, the two functions that it consists of belong together.
+
+    Raises:
+        ConfigError: if it is no Divergence, or its `slope` is not the derivative of its `value`.
+    """
+    if name in DIVERGENCES and isinstance(divergence, Divergence):
+        return divergence
     if not isinstance(divergence, Divergence):
         raise ConfigError(
             f"{name}: expected a Divergence, got {divergence!r}; derive it from abkd_megatron.divergences.Divergence"
@@ -105,3 +117,4 @@ def _check(name: str, divergence: Divergence) -> None:
             f"{name}: expected slope to be the derivative of value with respect to log q, log p held fixed; finite "
             f"differences are off by {error:.1e} of the largest (allowed: {_TOLERANCE:.0e}); correct one of the two"
         )
+    return divergence

@@ -123,7 +123,10 @@ def run(config: Config, job: str) -> None:
             _try_kernel(objective, config.device, args.params_dtype)
 
         def attach_teacher(student: list[torch.nn.Module]) -> list[torch.nn.Module]:
-            print_rank_0(f"distilling with {objective.divergence} from the teacher in {checkpoint.directory}")
+            losses = [
+                str(term) for term in (objective.divergence, *(loss for _, loss in objective.logit_losses)) if term
+            ]
+            print_rank_0(f"distilling with {', '.join(losses)} from the teacher in {checkpoint.directory}")
             for name, schedule in scheduled.schedules.items():
                 print_rank_0(f"scheduled {name}: {schedule}")
             pg_collection = get_attr_wrapped_model(student[0], "pg_collection")
@@ -178,6 +181,7 @@ def make_objective(config: DistillationConfig) -> ScheduledObjective:
         gradient_in_place=config.gradient_in_place,
         shared_vocab=config.shared_vocab,
         diagnostics=config.diagnostics,
+        logit_losses=config.make_logit_losses(),
     )
     return ScheduledObjective(objective, {name: it for name, it in given.items() if isinstance(it, Schedule)})
 
@@ -207,7 +211,7 @@ def _set_progress(attachment: Attachment, training: bool) -> None:
 def _try_kernel(objective: Objective, device: str, dtype: torch.dtype) -> None:
     """Have the kernel built, and refused if it has to be, before the first step."""
     logits = torch.zeros(1, 8, device=device, dtype=dtype)
-    vocab_parallel_divergence(logits.requires_grad_(), logits.detach(), objective.divergence).sum().backward()
+    vocab_parallel_divergence(logits.requires_grad_(), logits.detach(), objective.passed_over).sum().backward()
 
 
 class _ForwardStep:

@@ -6,6 +6,7 @@ from abkd_megatron.vocab_parallel.engine import (
     vocab_parallel_divergence,
 )
 from abkd_megatron.vocab_parallel.head import vocab_parallel_distillation_head
+from abkd_megatron.vocab_parallel.logit_loss import vocab_parallel_logit_loss
 from abkd_megatron.vocab_parallel.shard import VocabShard
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "vocab_parallel_distillation",
     "vocab_parallel_distillation_head",
     "vocab_parallel_divergence",
+    "vocab_parallel_logit_loss",
 ]

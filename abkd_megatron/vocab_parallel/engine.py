@@ -98,7 +98,7 @@ def vocab_parallel_divergence(
     Memory: references to both logits and 39 fp64 numbers a token (23 without labels) until backward; a few chunks of
     the kernel's size while it runs; one gradient buffer in the student's dtype unless it is written in place.
     """
-    _check_logits(student_logits, teacher_logits, temperature)
+    check_logits(student_logits, teacher_logits, temperature)
     width = student_logits.shape[-1]
     if vocab_size is None:
         # Global ids are of no consequence without labels, so shards of unequal width need not know theirs.
@@ -147,7 +147,7 @@ def vocab_parallel_distillation(
 
     Memory: as vocab_parallel_divergence, and the labels.
     """
-    _check_logits(student_logits, teacher_logits, temperature)
+    check_logits(student_logits, teacher_logits, temperature)
     if labels.shape != student_logits.shape[:-1] or labels.dtype != torch.int64:
         raise ConfigError(
             f"expected labels of shape {list(student_logits.shape[:-1])} and dtype torch.int64, got "
@@ -159,7 +159,12 @@ def vocab_parallel_distillation(
     return DistillationTerms(divergence_per_token, cross_entropy, dict(zip(METRICS, metrics.unbind(0), strict=True)))
 
 
-def _check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
+def check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
+    """Refuse two models' logits that cannot be compared, and a temperature that is none.
+
+    Raises:
+        ConfigError: for shapes that differ, a dtype that is not floating, a temperature that is not finite and > 0.
+    """
     if student_logits.shape != teacher_logits.shape or student_logits.dim() == 0:
         raise ConfigError(
             "expected student and teacher logits of one shape [..., V/TP], got "

@@ -197,7 +197,7 @@ class Known:
     pending: "Sum | None"
 
 
-def _all_gather(record: Tensor, shard: VocabShard, async_op: bool) -> tuple[Tensor, dist.Work | None]:
+def all_gather(record: Tensor, shard: VocabShard, async_op: bool) -> tuple[Tensor, dist.Work | None]:
     """Every rank's record, [R, fields, N], in rank order; if async, not before the work is waited for."""
     num_fields, num_tokens = record.shape
     records = record.new_empty(shard.num_ranks * num_fields, num_tokens)
@@ -218,7 +218,7 @@ class Exchange:
             return
         # The id of an fp64 maximum has no room beside it.
         if shard.num_ranks <= GATHER_UP_TO or passes.dtype == torch.float64:
-            self.gathered, self.work = _all_gather(record, shard, async_op)
+            self.gathered, self.work = all_gather(record, shard, async_op)
             if not async_op:
                 self.record = None
         else:
@@ -251,7 +251,7 @@ class Sum:
         if shard.num_ranks == 1 or record.numel() == 0:
             return
         if shard.num_ranks <= GATHER_UP_TO:
-            self.records, self.work = _all_gather(record, shard, async_op)
+            self.records, self.work = all_gather(record, shard, async_op)
         else:
             self.work = dist.all_reduce(record, group=shard.group, async_op=async_op)
 

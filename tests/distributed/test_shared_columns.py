@@ -1,10 +1,11 @@
 """Vocabularies that share their first tokens alone: the loss is the dense fp64 twin's, on 1, 2 and 4 gloo ranks.
 
 The divergence and the metrics over the shared tokens, nothing but the cross entropy where the teacher could not read
-the input, the cross entropy over all of the student's tokens. What takes part in nothing is NaN.
+the input, the cross entropy over all of the student's tokens. Logit losses beside the divergence or in its place, also
+where its backward overwrites the logits. What takes part in nothing is NaN.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from abkd_megatron.distillation import Objective
 from abkd_megatron.distillation.head import Loss, OutputLayer, compute_loss
 from abkd_megatron.divergences import Divergence, reference_cross_entropy, reference_divergence
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.logit_losses import AdaptiveKL, LogitLoss, LogitMSE, Sinkhorn, reference_logit_loss
 from abkd_megatron.vocab_parallel import VocabShard
 
 WORLDS = [1, 2, 4]
@@ -26,15 +28,17 @@ KD_WEIGHT, LM_WEIGHT = 0.8, 0.3
 
 @dataclass(frozen=True)
 class Case:
-    divergence: Divergence
+    divergence: Divergence | None
     dtype: torch.dtype = torch.float64
     shared: int = 100
     temperature: float = 1.0
     in_place: bool = False
+    logit_losses: tuple[tuple[float, LogitLoss], ...] = ()
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.divergence}-{dtype}-{self.shared}-T{self.temperature}{'-in place' * self.in_place}"
+        losses = "".join(f"-{weight}*{loss}" for weight, loss in self.logit_losses)
+        return f"{self.divergence}-{dtype}-{self.shared}-T{self.temperature}{'-in place' * self.in_place}{losses}"
 
 
 # On 4 ranks, 90 leaves the last one nothing that is shared.
@@ -45,6 +49,16 @@ CASES = [
     for shared in (100, 90, VOCAB)
 ]
 CASES += [Case(AlphaBeta(1, 0), dtype, 90, 2.0, in_place=True) for dtype in (torch.float64, torch.float32)]
+LOGIT_LOSSES = ((0.5, AdaptiveKL()), (2.0, Sinkhorn(group=4)))
+CASES += [
+    replace(Case(divergence, dtype, shared, 2.0, logit_losses=LOGIT_LOSSES), in_place=in_place)
+    for divergence in (AlphaBeta(0.2, 0.7), None)
+    for dtype, shared, in_place in (
+        (torch.float64, 90, True),
+        (torch.float32, VOCAB, True),
+        (torch.float32, 100, False),
+    )
+]
 
 
 class Given(torch.nn.Module):
@@ -87,6 +101,7 @@ def compute(case: Case, rank: int, world_size: int, group: dist.ProcessGroup | N
         "temperature": case.temperature,
         "gradient_in_place": case.in_place,
         "shared_vocab": case.shared,
+        "logit_losses": case.logit_losses,
     }
     arguments = {
         "student": OutputLayer(leaf * 1, Given(width), None, lambda logits: logits),
@@ -109,8 +124,8 @@ def run_cases(rank: int, world_size: int, group: dist.ProcessGroup | None) -> li
         loss, leaf = compute(case, rank, world_size, group)
         (gradient,) = torch.autograd.grad((dense_inputs(case)[-1] * loss.total).sum(), leaf)
         terms = loss.terms
-        found = {"loss": loss.total, "divergence": terms.divergence, "cross entropy": terms.cross_entropy}
-        found |= {"gradient": gradient, **terms.metrics}
+        found = {"loss": loss.total, "distillation": loss.distillation, "cross entropy": terms.cross_entropy}
+        found |= {"gradient": gradient, **terms.metrics, **loss.logit_losses}
         results.append({name: value.detach() for name, value in found.items()})
     return results
 
@@ -139,15 +154,25 @@ def test_equals_the_dense_twin(results, index, world_size):
 
     dense = student.double().requires_grad_()
     ours, theirs = dense[..., : case.shared], teacher.double()[..., : case.shared].nan_to_num()
-    divergence = torch.where(read, reference_divergence(case.divergence, ours, theirs, case.temperature), 0.0)
+    distillation = torch.zeros_like(read, dtype=torch.float64)
+    if case.divergence is not None:
+        distillation = torch.where(read, reference_divergence(case.divergence, ours, theirs, case.temperature), 0.0)
+    # The tokens of a group are of one sequence.
+    sequences = ours.transpose(0, 1), theirs.transpose(0, 1)
+    logit_losses = {
+        loss.name: reference_logit_loss(loss, *sequences, case.temperature, counted=read.T).T
+        for _, loss in case.logit_losses
+    }
+    for weight, loss in case.logit_losses:
+        distillation = distillation + weight * logit_losses[loss.name]
     cross_entropy = reference_cross_entropy(dense[..., :VOCAB], labels)
-    total = KD_WEIGHT * divergence + LM_WEIGHT * cross_entropy
+    total = KD_WEIGHT * distillation + LM_WEIGHT * cross_entropy
     (of_logits,) = torch.autograd.grad((weights * total).sum(), dense)
     log_q, log_p = ours.detach().log_softmax(-1), theirs.log_softmax(-1)
     of_teacher = reference_cross_entropy(theirs, labels.clamp_max(case.shared - 1))
     wanted = {
         "loss": total.detach(),
-        "divergence": divergence.detach(),
+        "distillation": distillation.detach(),
         "cross entropy": cross_entropy.detach(),
         "teacher lm loss": torch.where(read & (labels < case.shared), of_teacher, 0.0),
         "kl to teacher": torch.where(read, (log_p.exp() * (log_p - log_q)).sum(-1), 0.0),
@@ -156,6 +181,7 @@ def test_equals_the_dense_twin(results, index, world_size):
         "top-1 agreement": torch.where(read, (ours.argmax(-1) == theirs.argmax(-1)).double(), 0.0),
         "top-1 accuracy": torch.where(read, (ours.argmax(-1) == labels).double(), 0.0),
         "student confidence": torch.where(read, log_q.exp().amax(-1), 0.0),
+        **{name: value.detach() for name, value in logit_losses.items()},
     }
     tolerance = 1e-10 if case.dtype == torch.float64 else 1e-5
     for result in (rank[index] for rank in ranks):
@@ -174,7 +200,42 @@ def test_watching_trains_on_megatrons_own_cross_entropy():
     own = torch.rand(SEQUENCE, BATCH)
     loss = compute(case, 0, 1, None, objective={"kd_weight": 0.0}, megatron_cross_entropy=lambda logits: own)[0]
     assert torch.equal(loss.total, LM_WEIGHT * own)
-    assert torch.equal(loss.terms.divergence, wanted.terms.divergence.detach())
+    assert torch.equal(loss.distillation, wanted.distillation.detach())
+
+
+def test_tokens_that_do_not_count_take_no_part_in_logit_losses():
+    case = Case(None, logit_losses=LOGIT_LOSSES)
+    mask = torch.ones(SEQUENCE, BATCH)
+    mask[2, 0] = mask[0, 3] = 0.0
+    loss, leaf = compute(case, 0, 1, None, loss_mask=mask, objective={"lm_weight": 0.0})
+    (gradient,) = torch.autograd.grad(loss.total.sum(), leaf)
+    assert (loss.total[mask == 0] == 0).all() and (gradient[mask == 0] == 0).all()
+    with_all, _ = compute(case, 0, 1, None, objective={"lm_weight": 0.0})
+    changed = loss.logit_losses["sinkhorn"] != with_all.logit_losses["sinkhorn"]
+    assert changed[:4, [0, 3]].all() and not changed[:, [1, 2]].any() and not changed[4:].any()
+    assert torch.equal(loss.logit_losses["akl"][mask != 0], with_all.logit_losses["akl"][mask != 0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"divergence": None}, "expected a divergence or logit_losses, got neither"),
+        (
+            {"logit_losses": LOGIT_LOSSES, "head": "fused"},
+            "head: fused has no logits for akl, sinkhorn; give head: auto",
+        ),
+        ({"logit_losses": ((0.0, AdaptiveKL()),)}, "expected a weight above 0, got 0.0 of AdaptiveKL"),
+        ({"logit_losses": ((1.0, AlphaBeta(1, 0)),)}, "expected pairs of a weight and a LogitLoss, got AlphaBeta"),
+    ],
+)
+def test_objectives_that_cannot_be(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Objective(**{"divergence": AlphaBeta(1, 0), **settings})
+
+
+def test_two_logit_losses_of_one_name_are_told_apart():
+    losses = ((1.0, LogitMSE()), (1.0, AdaptiveKL()), (0.5, LogitMSE(centred=True)))
+    assert Objective(None, logit_losses=losses).names_of_logit_losses == ("logit_mse", "akl", "logit_mse 2")
 
 
 @pytest.mark.parametrize(

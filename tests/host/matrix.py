@@ -102,6 +102,12 @@ REFERENCES: dict[str, Reference] = {
     "losses": Reference(
         beside={"distillation.losses": "[{name: jensen_shannon, mixture: 0.3}, {name: skew_reverse_kl, weight: 0.5}]"}
     ),
+    "logit losses": Reference(
+        beside={
+            "distillation.losses": "[{name: akl}, {name: sinkhorn, weight: 0.5, group: 8}, {name: alpha_beta, "
+            "alpha: 0.2, beta: 0.7, weight: 0.5}]"
+        }
+    ),
     "schedules": Reference(
         student={"num-layers": 4},
         beside={
@@ -228,6 +234,7 @@ ROWS = [
     Row("fused LM head", 2, PP | FUSED),
     Row("fused LM head", 2, DP | FUSED),
     Row("a weighted sum of divergences", 4, TP | PP | FUSED, "losses"),
+    Row("losses that are no sums over the vocabulary, beside one that is", 4, TP | PP, "logit losses"),
     Row("schedules by iteration, samples and tokens", 2, DP, "schedules"),
     Row("schedules by iteration, samples and tokens", 2, VPP, "schedules"),
     Row(

@@ -405,6 +405,14 @@ def test_check_of_one_section(section, values, message):
         ("{losses: [{name: todi, weight: 0}]}", "distillation.losses: Sum: expected a weight above 0, got 0.0"),
         ("{losses: [{name: todi, weight: .nan}]}", "expected weight to be a finite number, got '.nan'"),
         ("{losses: [{name: todi, scale: [1]}]}", "distillation.losses: expected a plain value of scale, got"),
+        ("{divergence: preference, beta: 0.1}", "beside divergence: preference, which takes no parameters here"),
+        ("{divergence: clipped_kl}", "distillation.divergence: clipped_kl: expected either top_k or mass"),
+        ("{losses: [{name: akl, weight: 0}]}", "distillation.losses: akl: expected a weight above 0, got 0.0"),
+        ("{losses: [{name: akl, mu: 1}]}", "distillation.losses: akl: expected mu between 0 and 1"),
+        (
+            "{losses: [{name: todi}, {name: akl}], head: fused}",
+            "distillation.head: expected auto .* with akl, a loss of",
+        ),
         ("{losses: [todi]}", r"distillation.losses: expected a list of \{name: .*got 'todi'"),
     ],
 )

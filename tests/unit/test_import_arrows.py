@@ -16,11 +16,13 @@ import abkd_megatron
 PACKAGE = Path(abkd_megatron.__file__).parent
 ALLOWED = {
     "divergences": {"abkd_megatron.errors", "abkd_megatron.divergences"},
+    "logit_losses": {"abkd_megatron.errors", "abkd_megatron.divergences", "abkd_megatron.logit_losses"},
     "kernels": {"abkd_megatron.errors", "abkd_megatron.divergences", "abkd_megatron.kernels"},
     "vocab_parallel": {
         "abkd_megatron.errors",
         "abkd_megatron.divergences",
         "abkd_megatron.kernels",
+        "abkd_megatron.logit_losses",
         "abkd_megatron.vocab_parallel",
     },
 }

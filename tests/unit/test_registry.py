@@ -1,4 +1,4 @@
-"""Divergences by name: what each name gives, one's own by dotted path, and what is refused."""
+"""Divergences and logit losses by name: what each name gives, one's own by dotted path, and what is refused."""
 
 import inspect
 from dataclasses import fields
@@ -11,9 +11,12 @@ from abkd_megatron.config import DistillationConfig
 from abkd_megatron.divergences import Divergence, JensenShannon, SkewForwardKL, Sum, reference_divergence
 from abkd_megatron.divergences.registry import DIVERGENCES, build, parameters
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.logit_losses import AdaptiveKL, ClippedKL, Preference
+from abkd_megatron.logit_losses.registry import LOGIT_LOSSES
 
 OWN = """
 from abkd_megatron.divergences import AlphaBeta, Divergence
+from abkd_megatron.logit_losses import LogitLoss
 
 class Cubic(Divergence):
     def __init__(self, gamma=1.0, sign=1.0):
@@ -26,6 +29,11 @@ class Cubic(Divergence):
 class Whole(Cubic):
     def value(self, log_p, log_q, log_ratio):
         return super().value(log_p, log_q, log_ratio).sum(-1)
+
+class Gap(LogitLoss):
+    num_collectives = 1
+    def __call__(self, student, teacher, columns, counted):
+        return columns.sums((student - teacher).abs())[0]
 
 def maker():
     return AlphaBeta(0.3, 0.6)
@@ -108,6 +116,25 @@ def test_losses_of_the_configuration():
     )
 
 
+def test_logit_losses_of_the_configuration():
+    assert DistillationConfig(divergence="akl").make_divergence() is None
+    assert DistillationConfig(divergence="akl").make_logit_losses() == ((1.0, AdaptiveKL()),)
+    assert DistillationConfig(divergence="preference").make_logit_losses() == ((1.0, Preference(beta=0.1)),)
+    losses = [
+        {"name": "clipped_kl", "top_k": 5.0},
+        {"name": "forward_kl", "weight": 0.5},
+        {"name": "own_losses.Gap", "weight": 2.0},
+        {"name": "akl", "mu": 0.7, "crossing": "head", "weight": 0.1},
+    ]
+    config = DistillationConfig(losses=losses)
+    assert config.make_divergence() == Sum([(0.5, AlphaBeta(1, 0))])
+    (clipped, (weight, own), akl) = config.make_logit_losses()
+    assert clipped == (1.0, ClippedKL(top_k=5)) and akl == (0.1, AdaptiveKL(0.7, "head"))
+    assert weight == 2.0 and own.name == "Gap"
+    with pytest.raises(ConfigError, match=r"did you mean 'sinkhorn'\? known: alpha_beta, .*preference"):
+        DistillationConfig(divergence="sinkhorm").make_divergence()
+
+
 def test_the_names_are_documented():
-    for name, make in DIVERGENCES.items():
+    for name, make in {**DIVERGENCES, **LOGIT_LOSSES}.items():
         assert inspect.getdoc(make), name

@@ -1,0 +1,350 @@
+"""What a logit loss is to the engine: a number a token, from two models' logits and sums over the vocabulary.
+
+It is written as one writes it densely, on the columns [n, C] that this rank holds; everything that has to be known of
+the others comes from a `Columns`. Backward then needs to know nothing more of them, for each of its operations carries
+along what its gradient takes.
+
+Legend: n tokens, C this rank's real columns, R ranks.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from abkd_megatron.divergences.base import finite_number
+from abkd_megatron.errors import ConfigError
+
+# How many of the largest columns `Columns.head` asks for first; it goes on doubling.
+FIRST_OF_HEAD = 32
+
+
+class Pair(NamedTuple):
+    """Two models' distributions on this rank's columns; constants without a gradient."""
+
+    log_p: Tensor
+    """[n, C], the teacher's."""
+    log_q: Tensor
+    """[n, C], the student's."""
+    log_ratio: Tensor
+    """[n, C], log p - log q, with more digits than the difference of the two; NaN where both are -inf."""
+    outside: Tensor
+    """[n, C] bool: -inf in both models, so outside the vocabulary."""
+    size: Tensor
+    """[n] fp64: the number of columns inside, over all ranks."""
+
+
+class Columns(ABC):
+    """The vocabulary as one rank sees it: its own columns, and operations over everyone's.
+
+    Tensors [n, C] are fp32 (fp64 for fp64 logits), what is of the whole vocabulary is fp64 and has the same bits on
+    every rank. All ranks have to call the same operations in the same order. On one rank none communicates.
+    """
+
+    ids: Tensor
+    """[C] int64: the global ids of this rank's columns, ascending."""
+    size: int
+    """Number of columns over all ranks."""
+
+    @abstractmethod
+    def total(self, local: Tensor) -> Tensor:
+        """The sum over the ranks of an fp64 tensor. 1 collective; not differentiable."""
+
+    @abstractmethod
+    def gather(self, local: Tensor) -> Tensor:
+        """Every rank's tensor, [R, ...], of fp64 and one shape on all. 1 collective; not differentiable."""
+
+    @abstractmethod
+    def once(self, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` returns; when backward runs the loss again, what it returned then.
+
+        So the ranks need not tell each other anything twice. `compute` must not be differentiated through.
+        """
+
+    def sums(self, *terms: Tensor) -> tuple[Tensor, ...]:
+        """The sums of terms [n, C] over the vocabulary, [n] each.
+
+        Differentiable, as long as the terms are made of this rank's columns and of constants. 1 collective.
+        """
+        local = torch.stack([term.sum(dim=-1, dtype=torch.float64) for term in terms])
+        total: Tensor = _Total.apply(local, self)
+        return tuple(total.unbind(0))
+
+    def pair(self, student: Tensor, teacher: Tensor) -> Pair:
+        """Both models' log-probabilities on this rank's columns. 1 collective, of 5 floats a token."""
+        with torch.no_grad():
+            outside = student.isneginf() & teacher.isneginf()
+
+            def compute() -> Tensor:
+                inside = (~outside).sum(dim=-1, dtype=torch.float64)
+                every = self.gather(torch.stack([*_max_and_sum(student), *_max_and_sum(teacher), inside]))
+                q, p = (_merged(every[:, model]) for model in (slice(0, 2), slice(2, 4)))
+                return torch.stack([*q, *p, every[:, 4].sum(dim=0)])
+
+            q_max, log_z_q, p_max, log_z_p, size = self.once(compute)
+            shifted_q, shifted_p = (
+                logits - maximum.to(logits.dtype).unsqueeze(-1)
+                for logits, maximum in ((student, q_max), (teacher, p_max))
+            )
+            log_ratio = shifted_p - shifted_q
+            log_ratio.sub_((log_z_p - log_z_q).to(log_ratio.dtype).unsqueeze(-1))
+            log_q, log_p = (
+                shifted.sub_(log_z.to(shifted.dtype).unsqueeze(-1))
+                for shifted, log_z in ((shifted_q, log_z_q), (shifted_p, log_z_p))
+            )
+            return Pair(log_p, log_q, log_ratio, outside, size)
+
+    def softmax_sums(
+        self, student: Tensor, pair: Pair, terms: Sequence[tuple[Tensor, Tensor | None]]
+    ) -> tuple[Tensor, ...]:
+        """The sums over the vocabulary of functions F(log p, log q) of both models' probabilities, [n] each.
+
+        Differentiable in `student`, with dS/ds_j = h_j - q_j H. 1 collective, of 2 floats a token for each term (1
+        without a slope).
+
+        Args:
+            student: [n, C], the logits.
+            pair: of these logits.
+            terms: F and h = dF/dlog q, [n, C] each and both overwritten; None for a sum without a gradient. What they
+                are outside the vocabulary does not matter.
+        """
+        for term in terms:
+            for tensor in term:
+                if tensor is not None:
+                    tensor.masked_fill_(pair.outside, 0.0)
+        values, slopes = [value for value, _ in terms], [slope for _, slope in terms]
+        result: tuple[Tensor, ...] = _SoftmaxSums.apply(student, self, pair.log_q, values, slopes)
+        return result
+
+    def top_k(self, ranked: Tensor, k: int, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The columns of the k largest of `ranked`, largest first; of equal ones that of the lowest id.
+
+        1 collective, of 4 k floats a token.
+
+        Returns:
+            Their global ids, int64, and the student's and the teacher's logits there, fp64; [n, min(k, V)] each.
+            Differentiable in `student`.
+        """
+        found = self.once(lambda: self._largest(ranked.detach(), k, student.detach(), teacher))
+        ids = found[1].long()
+        at_student: Tensor = _Pick.apply(student, found[2], ids, self.ids)
+        return ids, at_student, found[3]
+
+    def head(self, teacher: Tensor, pair: Pair, mass: float, crossing_in_head: bool) -> Tensor:
+        """[n, C] bool: the teacher's likeliest columns up to a probability of `mass`.
+
+        Of equal ones those of the lowest ids come first. The one that crosses `mass` is in the head or not, as said;
+        the very first always is, and one of probability 0 never. Asks every rank for its 32 likeliest columns, then
+        for twice as many until `mass` lies among them: 1 collective, of 3 * 32 floats a token, and more of a flat
+        teacher. A GPU is waited for each time.
+        """
+
+        def compute() -> Tensor:
+            k = FIRST_OF_HEAD
+            while True:
+                k = min(k, self.size)
+                values, ids, log_p = self._largest(teacher, k, pair.log_p)
+                p = log_p.exp()
+                reached = p.cumsum(dim=-1)
+                inside = reached - p < mass if crossing_in_head else reached <= mass
+                inside[:, 0] = True
+                inside &= values > -math.inf
+                if k == self.size or not bool(inside[:, -1].any()):
+                    break
+                k *= 2
+            last = (inside.long().cumprod(dim=-1).sum(dim=-1, keepdim=True) - 1).clamp_min(0)
+            return torch.cat([values.gather(-1, last), ids.gather(-1, last)], dim=-1)
+
+        value, last_id = self.once(compute).split(1, dim=-1)
+        return (teacher > value) | ((teacher == value) & (self.ids <= last_id) & ~teacher.isneginf())
+
+    def _largest(self, ranked: Tensor, k: int, *others: Tensor) -> Tensor:
+        """[2 + others, n, k] fp64 of the k largest of `ranked`: it, the ids, and the others there.
+
+        Where there are fewer, the rest is -inf with an id beyond all.
+        """
+        k = min(k, self.size)
+        record = ranked.new_full((2 + len(others), len(ranked), k), -math.inf, dtype=torch.float64)
+        record[1] = self.size
+        if here := min(k, ranked.shape[-1]):
+            index = _top_indices(ranked, here)
+            record[1, :, :here] = self.ids[index].double()
+            for row, tensor in ((0, ranked), *enumerate(others, start=2)):
+                record[row, :, :here] = tensor.gather(-1, index).double()
+        every = self.gather(record).permute(1, 2, 0, 3).flatten(start_dim=2)
+        for field, descending in ((1, False), (0, True)):  # the second sort keeps the order of the first
+            order = every[field].argsort(dim=-1, descending=descending, stable=True)
+            every = every.gather(-1, order.expand_as(every))
+        return every[..., :k]
+
+
+class LogitLoss(ABC):
+    """A loss a token that is no sum over the vocabulary of terms of one column's p and q each.
+
+    It is called on chunks of tokens, once in forward, without a graph, and once in backward; of tensors [n, C] few
+    should live at one time.
+    """
+
+    name: ClassVar[str] = ""
+    """What it is logged under; the class's own name if empty."""
+
+    @property
+    def group_size(self) -> int:
+        """Tokens whose losses depend on each other; a chunk is of whole groups, and of one sequence if this is not 1.
+
+        A loss may depend on the student's logits of its own token alone (on the teacher's of all).
+        """
+        return 1
+
+    @property
+    @abstractmethod
+    def num_collectives(self) -> int:
+        """Collectives forward for each chunk of tokens in a group of several ranks. Backward has none."""
+
+    @abstractmethod
+    def __call__(self, student: Tensor, teacher: Tensor, columns: Columns, counted: Tensor) -> Tensor:
+        """The loss of every token.
+
+        Args:
+            student: [n, C] fp32 (fp64 for fp64 logits), divided by the temperature; differentiate in it.
+            teacher: [n, C] likewise, constant.
+            columns: which columns these are, and operations over the whole vocabulary.
+            counted: [n] bool; what does not count is replaced by some distribution, and its loss by 0.
+
+        Returns:
+            [n] fp64, the same bits on every rank.
+        """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls.__dict__.get("name"):
+            cls.name = cls.__name__
+
+
+def positive_number(owner: str, name: str, number: object) -> float:
+    """`number` as a float.
+
+    Raises:
+        ConfigError: if it is not a finite real number above 0.
+    """
+    result = finite_number(owner, name, number)
+    if result <= 0.0:
+        raise ConfigError(f"{owner}: expected {name} above 0, got {number!r}: give a number such as 1.0")
+    return result
+
+
+def share_of_mass(owner: str, name: str, number: object) -> float:
+    """`number` as a float.
+
+    Raises:
+        ConfigError: if it does not lie between 0 and 1, both excluded.
+    """
+    result = finite_number(owner, name, number)
+    if not 0.0 < result < 1.0:
+        raise ConfigError(f"{owner}: expected {name} between 0 and 1, both excluded, got {number!r}: 0.5 is a half")
+    return result
+
+
+def whole_number(owner: str, name: str, number: object, least: int) -> int:
+    """`number` as an int; a float without a fraction is one.
+
+    Raises:
+        ConfigError: if it is none, or below `least`.
+    """
+    if isinstance(number, bool) or not isinstance(number, int | float) or number != number // 1 or number < least:
+        raise ConfigError(f"{owner}: expected {name} to be a whole number of at least {least}, got {number!r}")
+    return int(number)
+
+
+def _max_and_sum(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of this rank's columns, [n] fp64 each: the maximum, and the sum of exponentials relative to it."""
+    if logits.shape[-1] == 0:
+        nothing = logits.new_zeros(len(logits), dtype=torch.float64)
+        return nothing - math.inf, nothing
+    maximum = logits.amax(dim=-1, keepdim=True)
+    shifted = logits - maximum.masked_fill(maximum.isneginf(), 0.0)
+    return maximum.squeeze(-1).double(), shifted.exp_().sum(dim=-1, dtype=torch.float64)
+
+
+def _merged(records: Tensor) -> tuple[Tensor, Tensor]:
+    """(maximum, log of the sum of exponentials relative to it), [n] each, from [R, 2, n]."""
+    maximum = records[:, 0].amax(dim=0)
+    finite = maximum.masked_fill(maximum.isneginf(), 0.0)
+    return finite, (records[:, 1] * (records[:, 0] - finite).exp()).sum(dim=0).log()
+
+
+def _top_indices(ranked: Tensor, k: int) -> Tensor:
+    """[n, k]: where the k largest of each row are, largest first; of equal ones the first."""
+    ranked = ranked.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    least = ranked.topk(k, dim=-1).values[:, -1:]
+    above, equal = ranked > least, ranked == least
+    equal &= equal.cumsum(dim=-1, dtype=torch.int32) <= k - above.sum(dim=-1, keepdim=True)
+    index = (above | equal).nonzero()[:, 1].view(len(ranked), k)
+    order = ranked.gather(-1, index).argsort(dim=-1, descending=True, stable=True)
+    return index.gather(-1, order)
+
+
+class _Total(torch.autograd.Function):
+    """The sum over ranks, of which every rank knows the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, columns: Columns) -> Tensor:
+        return columns.once(lambda: columns.total(local))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0], None
+
+
+class _SoftmaxSums(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, columns: Columns, log_q: Tensor, values: list[Tensor], slopes: list[Tensor | None]
+    ) -> tuple[Tensor, ...]:
+        given = [slope for slope in slopes if slope is not None]
+
+        def compute() -> Tensor:
+            local = torch.stack([tensor.sum(dim=-1, dtype=torch.float64) for tensor in (*values, *given)])
+            return columns.total(local)
+
+        sums = columns.once(compute)
+        ctx.log_q, ctx.slopes, ctx.slope_sums = log_q, slopes, sums[len(values) :]
+        ctx.set_materialize_grads(False)
+        return tuple(sums[: len(values)].clone().unbind(0))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        log_q: Tensor = ctx.log_q
+        result, of_q = torch.zeros_like(log_q), log_q.new_zeros(len(log_q), dtype=torch.float64)
+        slope_sums = iter(ctx.slope_sums)
+        for gradient, slope in zip(gradients, ctx.slopes, strict=True):
+            if slope is None:
+                continue
+            slope_sum = next(slope_sums)
+            if gradient is not None:
+                result.addcmul_(slope, gradient.to(slope.dtype).unsqueeze(-1))
+                of_q += gradient * slope_sum
+        result.addcmul_(log_q.exp(), of_q.to(log_q.dtype).unsqueeze(-1), value=-1.0)
+        return result, None, None, None, None
+
+
+class _Pick(torch.autograd.Function):
+    """A model's logits at some ids of the whole vocabulary, already known; the gradient is of this rank's columns."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, picked: Tensor, ids: Tensor, own_ids: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype, ctx.ids, ctx.own_ids = logits.shape, logits.dtype, ids, own_ids
+        return picked.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        result = gradient.new_zeros(ctx.shape, dtype=ctx.dtype)
+        if len(ctx.own_ids):
+            index = ctx.ids - ctx.own_ids[0]
+            own = (index >= 0) & (index < len(ctx.own_ids))
+            result.scatter_add_(-1, index.where(own, 0), gradient.where(own, 0.0).to(result.dtype))
+        return result, None, None, None

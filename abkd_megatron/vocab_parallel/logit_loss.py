@@ -1,0 +1,206 @@
+"""Losses that are no sums over the vocabulary, where each rank of a tensor-parallel group holds a slice of it.
+
+A chunk of tokens at a time: forward computes the loss and keeps the few numbers a token that the ranks told each other;
+backward computes the chunk anew, with a graph, and takes those numbers from there. So no graph, and nothing of the
+logits' size but the gradient, outlives its chunk, and backward has no collective.
+
+Legend: N tokens, n those of a chunk, C this rank's real columns.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from abkd_megatron.errors import ConfigError
+from abkd_megatron.logit_losses.base import Columns, LogitLoss
+from abkd_megatron.vocab_parallel.engine import check_logits
+from abkd_megatron.vocab_parallel.passes import Rows, Sum, all_gather
+from abkd_megatron.vocab_parallel.shard import VocabShard
+
+# Numbers of a chunk on each rank: 32 MiB of each fp32 temporary.
+CHUNK_SIZE = 2**23
+
+
+def vocab_parallel_logit_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    loss: LogitLoss,
+    shard: VocabShard,
+    temperature: float = 1.0,
+    counted: Tensor | None = None,
+) -> Tensor:
+    """A logit loss of every token, over a vocabulary sharded across the group of `shard`.
+
+    Args:
+        student_logits: [..., s, V/TP], any floating dtype, this rank's columns. s are the tokens of one sequence, if
+            the loss is one of several tokens together.
+        teacher_logits: [..., s, V/TP], the same columns; never receives a gradient.
+        loss: for example AdaptiveKL().
+        shard: which columns these are; the padded ones beyond take part in nothing.
+        temperature: T > 0; divides the logits of both, whatever the loss. There is no factor T^2.
+        counted: [..., s] bool; a token that does not count has a loss of 0, no gradient whatever its logits hold, and
+            takes part in nothing. None if all do.
+
+    Returns:
+        [..., s], fp32 (fp64 if either input is), the same bits on every rank of the group. Once differentiable, in the
+        student's logits; each rank receives the gradient of its own shard. A token whose loss is weighted by 0 passes
+        on a gradient of exactly 0.
+
+    Raises:
+        ConfigError: for shapes that differ, a dtype that is not floating, a temperature that is not finite and > 0, a
+            shard wider than the logits, a `loss` that is none, or `counted` of another shape or dtype.
+
+    Collectives: forward, for each chunk of about 2^23 / (V/TP) tokens, at least one: `loss.num_collectives`, and more
+    where the loss says so. Backward: none. None at all on one rank.
+
+    Memory: references to both logits and what the ranks told each other (5 to 100 fp64 numbers a token) until backward;
+    some ten fp32 temporaries of a chunk's size while it runs; one gradient in the student's dtype.
+    """
+    check_logits(student_logits, teacher_logits, temperature)
+    if not isinstance(loss, LogitLoss):
+        raise ConfigError(
+            f"expected a LogitLoss such as AdaptiveKL(), got {loss!r}: build one, or derive your own from "
+            "abkd_megatron.logit_losses.LogitLoss"
+        )
+    if shard.num_columns > student_logits.shape[-1]:
+        raise ConfigError(
+            f"expected logits of at least {shard.num_columns} columns (the shard's [{shard.start}, {shard.stop})), got "
+            f"{student_logits.shape[-1]}: build the shard from the local logits' width"
+        )
+    tokens = student_logits.shape[:-1]
+    if counted is not None and (counted.shape != tokens or counted.dtype != torch.bool):
+        raise ConfigError(
+            f"expected counted of shape {list(tokens)} and dtype torch.bool, got {list(counted.shape)}, "
+            f"{counted.dtype}: give one for each row of logits, such as loss_mask != 0"
+        )
+    if not tokens:  # one token
+        only = counted.unsqueeze(0) if counted is not None else None
+        student_logits, teacher_logits = student_logits.unsqueeze(0), teacher_logits.unsqueeze(0)
+        return vocab_parallel_logit_loss(student_logits, teacher_logits, loss, shard, temperature, only).squeeze(0)
+    result: Tensor = _LogitLoss.apply(student_logits, teacher_logits.detach(), loss, shard, float(temperature), counted)
+    return result
+
+
+class _ShardColumns(Columns):
+    """The columns of a shard, and what the ranks have told each other about one chunk of tokens."""
+
+    def __init__(self, shard: VocabShard, device: torch.device) -> None:
+        self.ids = torch.arange(shard.start, shard.stop, device=device)
+        self.size = shard.size
+        self._shard = shard
+        self._told: list[Tensor] = []
+        self._again: Iterator[Tensor] | None = None
+
+    def total(self, local: Tensor) -> Tensor:
+        if self._shard.num_ranks == 1:
+            return local
+        return Sum(local.reshape(1, -1), self._shard, async_op=False).result().view(local.shape)
+
+    def gather(self, local: Tensor) -> Tensor:
+        if self._shard.num_ranks == 1:
+            return local.unsqueeze(0)
+        every, _ = all_gather(local.reshape(1, -1), self._shard, async_op=False)
+        return every.view(-1, *local.shape)
+
+    def once(self, compute: Callable[[], Tensor]) -> Tensor:
+        if self._again is not None:
+            return next(self._again).detach()
+        with torch.no_grad():
+            self._told.append(compute())
+        return self._told[-1].detach()
+
+    def recall(self) -> "_ShardColumns":
+        """From here on `once` returns what it returned before, in the same order."""
+        self._again = iter(self._told)
+        return self
+
+
+class _Chunks:
+    """Both models' rows of [..., s, W] logits, a chunk at a time, as a loss takes them."""
+
+    def __init__(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        loss: LogitLoss,
+        shard: VocabShard,
+        temperature: float,
+        counted: Tensor | None,
+    ) -> None:
+        self.student, self.teacher = (Rows(logits, shard.num_columns, strided=False) for logits in (student, teacher))
+        self.loss, self.shard, self.temperature = loss, shard, temperature
+        self.dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+        self.num_tokens = student.shape[:-1].numel()
+        self.counted = counted.reshape(-1) if counted is not None else None
+
+    def slices(self) -> list[slice]:
+        """The same on every rank, whatever the width of its shard."""
+        tokens, size = self.student.tokens, self.loss.group_size
+        sequence = tokens[-1] if size > 1 and tokens else max(self.num_tokens, 1)
+        width = math.ceil(self.shard.size / self.shard.num_ranks)
+        step = max(CHUNK_SIZE // width // size, 1) * size
+        return [
+            slice(first, min(first + step, start + sequence))
+            for start in range(0, self.num_tokens, max(sequence, 1))
+            for first in range(start, start + sequence, step)
+        ]
+
+    def __getitem__(self, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [n, C] of both, divided by the temperature, and which tokens count, [n]."""
+        student, teacher = (rows[chunk].to(self.dtype) / self.temperature for rows in (self.student, self.teacher))
+        if self.counted is None:
+            return student, teacher, torch.ones(len(student), dtype=torch.bool, device=student.device)
+        counted = self.counted[chunk]
+        # Whatever it holds, an uncounted token must not spread it; this likeliest column costs no search for a head.
+        instead = -torch.arange(self.shard.start, self.shard.stop, device=student.device, dtype=self.dtype)
+        student, teacher = (logits.where(counted.unsqueeze(-1), instead) for logits in (student, teacher))
+        return student, teacher, counted
+
+
+class _LogitLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        loss: LogitLoss,
+        shard: VocabShard,
+        temperature: float,
+        counted: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(student, teacher, counted)
+        ctx.loss, ctx.shard, ctx.temperature = loss, shard, temperature
+        chunks = _Chunks(student, teacher, loss, shard, temperature, counted)
+        result = student.new_empty(chunks.num_tokens, dtype=chunks.dtype)
+        ctx.columns = []
+        for chunk in chunks.slices():
+            columns = _ShardColumns(shard, student.device)
+            of_student, of_teacher, counts = chunks[chunk]
+            result[chunk] = loss(of_student, of_teacher, columns, counts).to(chunks.dtype).masked_fill(~counts, 0.0)
+            ctx.columns.append(columns)
+        return result.view(student.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher, counted = ctx.saved_tensors
+        loss: LogitLoss = ctx.loss
+        chunks = _Chunks(student, teacher, loss, ctx.shard, ctx.temperature, counted)
+        of_loss = gradients[0].reshape(-1)
+        out = torch.zeros_like(student)  # in the student's own layout; padding stays 0
+        tokens, width = student.shape[:-1], ctx.shard.num_columns
+        for chunk, columns in zip(chunks.slices(), ctx.columns, strict=True):
+            of_student, of_teacher, counts = chunks[chunk]
+            weights = of_loss[chunk].masked_fill(~counts, 0.0)
+            with torch.enable_grad():
+                of_student.requires_grad_()
+                values = loss(of_student, of_teacher, columns.recall(), counts)
+                (gradient,) = torch.autograd.grad(values, of_student, weights.to(values.dtype))
+            gradient = (gradient / ctx.temperature).masked_fill((weights == 0).unsqueeze(-1), 0.0)
+            rows = torch.arange(chunk.start, chunk.stop, device=student.device)
+            out[..., :width][torch.unravel_index(rows, tokens)] = gradient.to(out.dtype)
+        return out, None, None, None, None, None
