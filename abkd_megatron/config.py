@@ -24,6 +24,7 @@ from abkd_megatron.errors import ConfigError
 from abkd_megatron.logit_losses import LogitLoss
 from abkd_megatron.logit_losses.registry import build
 from abkd_megatron.schedule import COUNTS, KINDS, Progress, Schedule, both_zero
+from abkd_megatron.selection import KEYS, TokenSelection
 
 type Scalar = str | int | float | bool | None
 type Value = Scalar | list[Any]
@@ -95,6 +96,8 @@ class DistillationConfig:
     """Whether backward overwrites the student's logits with their gradient."""
     shared_vocab: int | None = None
     """Number of first token ids that mean the same to both models, whose vocabularies differ; None: they are one."""
+    tokens: TokenSelection | None = None
+    """The tokens whose divergence is trained; None: all of them."""
     diagnostics: bool = False
     """Whether validation also reports reverse KL, calibration, ToDi's weight and where the loss pushes."""
 
@@ -633,9 +636,35 @@ def _schedule(item: _Given) -> Schedule:
         raise ConfigError(f"{item.origin}: {item.name}: {error}") from error
 
 
-def _field_value(item: _Given, kind: Any) -> Value | Schedule | dict[str, list[str]]:
+def _selection(item: _Given) -> TokenSelection:
+    """The selection of tokens that a mapping describes."""
+    remedy = "for example {select: every, n: 4}; leave it out to distil on every token"
+    if not isinstance(item.value, dict) or "select" not in item.value:
+        raise _wrong(item, "a mapping with a `select`", item.value, remedy)
+    file = item.origin.rpartition(":")[0]
+    given = {
+        name: _Given(item.section, f"{item.key}.{name}", e.value, f"{file}:{e.line}" if file else item.origin)
+        for name, e in ((key.replace("-", "_"), e) for key, e in item.value.items())
+    }
+    kind = given.pop("select")
+    _check_name(kind.value, KEYS, kind.origin, f"{item.name}.select")
+    for name, of in given.items():
+        _check_name(name, KEYS[kind.value], of.origin, f"key of {item.name}, which selects {kind.value},")
+    numbers: dict[str, Any] = {
+        name: _integer(of, of.value) if name == "n" else _number(of, of.value, finite=True)
+        for name, of in given.items()
+    }
+    try:
+        return TokenSelection(kind.value, **numbers)
+    except ConfigError as error:
+        raise ConfigError(f"{item.origin}: {item.name}: {error}") from error
+
+
+def _field_value(item: _Given, kind: Any) -> Value | Schedule | TokenSelection | dict[str, list[str]]:
     """The value in its dataclass field's type."""
     value = item.value
+    if kind == TokenSelection | None:
+        return None if value is None else _selection(item)
     if kind in (str | None, int | None):
         if value is None:
             return None
@@ -831,8 +860,8 @@ def render(config: Config, shown: Sequence[str] = SECTIONS, origins: bool = True
     return "\n".join(lines) + "\n"
 
 
-def _yaml(value: Value | Schedule) -> str:
-    if isinstance(value, Schedule):
+def _yaml(value: Value | Schedule | TokenSelection) -> str:
+    if isinstance(value, Schedule | TokenSelection):
         return "{" + ", ".join(f"{key}: {_yaml(item)}" for key, item in value.described().items()) + "}"
     if isinstance(value, list):
         return f"[{', '.join(_yaml(entry) for entry in value)}]"

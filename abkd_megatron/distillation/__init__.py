@@ -4,6 +4,7 @@ from abkd_megatron.distillation.attach import Attachment, attach
 from abkd_megatron.distillation.objective import Objective, ScheduledObjective
 from abkd_megatron.distillation.teacher import Teacher, TeacherCheckpoint, build_teacher
 from abkd_megatron.schedule import Progress, Schedule
+from abkd_megatron.selection import TokenSelection
 
 __all__ = [
     "Attachment",
@@ -13,6 +14,7 @@ __all__ = [
     "ScheduledObjective",
     "Teacher",
     "TeacherCheckpoint",
+    "TokenSelection",
     "attach",
     "build_teacher",
 ]

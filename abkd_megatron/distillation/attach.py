@@ -10,16 +10,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
 from abkd_megatron.distillation.head import OutputLayer, compute_loss, obstacles
 from abkd_megatron.distillation.objective import Objective, ScheduledObjective
 from abkd_megatron.distillation.runner import TeacherRunner
+from abkd_megatron.distillation.step import SELECTED
 from abkd_megatron.distillation.teacher import Teacher
 from abkd_megatron.errors import ConfigError, HostError, on_every_rank
 from abkd_megatron.schedule import Progress
+from abkd_megatron.selection import positions_here
 from abkd_megatron.vocab_parallel import VocabShard
+from abkd_megatron.vocab_parallel.engine import METRICS
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +48,9 @@ def attach(
         objective: divergence, temperature and weights. Of a scheduled one, `Attachment.set_progress` has to be told
             every step's progress.
         vocab_size: the student's true vocabulary size; the padded columns beyond it take part in nothing.
-        pg_collection: the student's process groups; `tp` is used, and `cp` where the student has tokens beyond
-            `objective.shared_vocab`. There the last pipeline stage has to be given the input ids too.
+        pg_collection: the student's process groups; `tp` is used, and `cp` where tokens are selected by position or the
+            student has some beyond `objective.shared_vocab`. There the last pipeline stage has to be given the input
+            ids too.
         timeout: for the teacher's messages between ranks.
 
     Returns:
@@ -54,7 +59,7 @@ def attach(
     Raises:
         ConfigError: on every rank: a student that has a teacher already, a feature that goes around the hooks,
             vocabularies that are padded differently, or a `shared_vocab` beyond the vocabulary or of a part of it with
-            context parallelism.
+            context parallelism or a selection of tokens.
         HostError: a student without `output_processor`: not a GPTModel of megatron-core >= 0.19.
 
     Collectives: one all_gather_object, and those of making the groups for messages. Per micro-batch: the teacher's own,
@@ -65,8 +70,11 @@ def attach(
     # Some of it shows on the last pipeline stage alone, and the others would go on into making groups.
     with on_every_rank():
         _check_shared_vocab(objective, vocab_size, pg_collection)
+        check_tokens(objective, vocab_size)
         chunks = _checked_student(student, teacher, objective, vocab_size)
-    return Attachment(chunks, teacher, scheduled, vocab_size, pg_collection.tp, timeout)
+    if objective.tokens is not None:
+        logger.info("the divergence is trained on some tokens: %s", objective.tokens)
+    return Attachment(chunks, teacher, scheduled, vocab_size, pg_collection, timeout)
 
 
 def _check_shared_vocab(objective: Objective, vocab_size: int, pg_collection: ProcessGroupCollection) -> None:
@@ -86,6 +94,19 @@ def _check_shared_vocab(objective: Objective, vocab_size: int, pg_collection: Pr
         shared,
         vocab_size - 1,
     )
+
+
+def check_tokens(objective: Objective, vocab_size: int) -> None:
+    """Refuse a selection of tokens where the student has some that the teacher does not know.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if objective.tokens is not None and objective.shares_part_of(vocab_size):
+        raise ConfigError(
+            f"a selection of tokens ({objective.tokens}) is not supported with shared_vocab {objective.shared_vocab} "
+            f"of the student's {vocab_size} tokens, which leaves out tokens by itself; leave the selection out"
+        )
 
 
 def _checked_student(
@@ -185,7 +206,7 @@ class Attachment:
         teacher: Teacher,
         objective: ScheduledObjective,
         vocab_size: int,
-        tp_group: dist.ProcessGroup,
+        pg_collection: ProcessGroupCollection,
         timeout: timedelta,
     ) -> None:
         self.teacher = teacher
@@ -197,7 +218,8 @@ class Attachment:
         self.report: dict[str, torch.Tensor] | None = None
         self.most_waiting = self.most_waiting_bytes = 0
         self._vocab_size = vocab_size
-        self._tp_group = tp_group
+        self._tp_group = pg_collection.tp
+        self._cp_group: dist.ProcessGroup | None = getattr(pg_collection, "cp", None)
         self._waiting: deque[torch.Tensor] = deque()
         self._runner = TeacherRunner(chunks[0], teacher, timeout)
         self._alone = chunks[0].pre_process and chunks[0].post_process
@@ -223,6 +245,12 @@ class Attachment:
             hook.remove()
         self._runner.drain()
         self._waiting.clear()
+
+    @property
+    def of_selected(self) -> tuple[str, ...]:
+        """The names in `report` that are known of the selected tokens alone: give them to `masked_loss`."""
+        tokens = self.objective.tokens
+        return METRICS if tokens is not None and tokens.by_position else ()
 
     @property
     def num_in_flight(self) -> int:
@@ -264,6 +292,7 @@ class Attachment:
         context: OutputLayer,
         compute_language_model_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         scale_logits: Callable[[torch.Tensor], torch.Tensor],
+        packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
     ) -> torch.Tensor:
         """The per-token loss [b, s] from both models' hidden states; called by GPTModel."""
@@ -278,6 +307,7 @@ class Attachment:
             self._tp_group,
             lambda logits: compute_language_model_loss(labels, logits).transpose(0, 1),
             input_ids.transpose(0, 1) if input_ids is not None else None,
+            self._positions(labels.shape[1], packed_seq_params),
         )
         several = (self.objective.divergence is not None) + len(loss.logit_losses) > 1
         self.report = {
@@ -286,7 +316,20 @@ class Attachment:
             **{f"{name} loss": _batch_first(value.detach()) for name, value in loss.logit_losses.items() if several},
             **{name: _batch_first(value) for name, value in loss.terms.metrics.items()},
         }
+        if loss.selected is not None:
+            self.report[SELECTED] = _batch_first(loss.selected).float()
         return _batch_first(loss.total)
+
+    def _positions(self, length: int, packed: PackedSeqParams | None) -> torch.Tensor | None:
+        """[length], where this rank's tokens stand in their sequences, if that is of consequence."""
+        if self.objective.tokens is None or not self.objective.tokens.by_position:
+            return None
+        ends, group = None, self._cp_group
+        if packed is not None:
+            ends = packed.cu_seqlens_q_padded if packed.cu_seqlens_q_padded is not None else packed.cu_seqlens_q
+            group = packed.cp_group or group
+        rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
+        return positions_here(length, ends, rank, size)
 
 
 def _batch_first(per_token: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from abkd_megatron.distillation.objective import Objective
 from abkd_megatron.divergences import AlphaBeta
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.selection import TokenSelection
 from abkd_megatron.vocab_parallel import (
     DistillationTerms,
     VocabShard,
@@ -56,6 +57,20 @@ class OutputLayer:
     def logits(self) -> Tensor:
         """[s, b, V/TP], as Megatron's own."""
         return self.scale_logits(self.layer(self.hidden_states, weight=self.tied_weight)[0])
+
+    def logits_of(self, rows: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
+        """[n, V/TP] of these [n] of the s * b tokens; the others do not go through the layer. Without a gradient.
+
+        Collectives: with sequence parallelism two all-gathers of hidden states, of all tokens and of these.
+        """
+        hidden_states = self.whole_hidden_states(tp_group).detach().flatten(0, 1)[rows]
+        if len(rows) == 0:
+            return hidden_states.new_empty(0, self.weight.shape[0])
+        if getattr(self.layer, "sequence_parallel", False):  # the layer gathers equal parts of them, this being ours
+            filled = torch.nn.functional.pad(hidden_states, (0, 0, 0, -len(rows) % tp_group.size()))
+            hidden_states = filled.chunk(tp_group.size())[tp_group.rank()].contiguous()
+        logits: Tensor = self.layer(hidden_states.unsqueeze(1), weight=self.tied_weight)[0]
+        return self.scale_logits(logits)[: len(rows), 0]
 
     def whole_hidden_states(self, tp_group: dist.ProcessGroup) -> Tensor:
         """[s, b, h]; their gradient, of which each rank has a part, is summed over the ranks (and scattered)."""
@@ -115,7 +130,10 @@ class Loss(NamedTuple):
     terms: DistillationTerms
     """Its divergence is forward KL if the objective has none."""
     logit_losses: dict[str, Tensor]
-    """Each one without its weight; 0 for tokens that do not count."""
+    """Each one without its weight; 0 for tokens that do not count or are not selected."""
+    selected: Tensor | None
+    """bool, which tokens are distilled; None where all are. Of a selection by position the others have a cross entropy
+    and zeros."""
 
 
 def compute_loss(
@@ -128,6 +146,7 @@ def compute_loss(
     tp_group: dist.ProcessGroup,
     megatron_cross_entropy: Callable[[Tensor], Tensor],
     input_ids: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Loss:
     """The objective's loss, through logits or without them as `objective.head` says.
 
@@ -142,13 +161,21 @@ def compute_loss(
         tp_group: the tensor-parallel group.
         megatron_cross_entropy: Megatron's own [s, b] from logits; it may overwrite them.
         input_ids: [s, b]; looked at where the student has tokens beyond `objective.shared_vocab`.
+        positions: [s], where the tokens stand in their sequences; looked at where `objective.tokens` goes by it.
 
     Raises:
         ConfigError: for head: fused where there is an obstacle, or without input ids where they are needed.
 
     Collectives: those of `vocab_parallel_distillation`, twice if the student has tokens beyond the shared ones, and of
-    `vocab_parallel_logit_loss` for each logit loss.
+    `vocab_parallel_logit_loss` for each logit loss. With sequence parallelism and a selection by position, the
+    teacher's hidden states are gathered once more.
     """
+    tokens = objective.tokens
+    selected = None
+    if tokens is not None and tokens.by_position:
+        assert positions is not None
+        selected = tokens.at(positions).unsqueeze(-1).expand(labels.shape)  # on the CPU, where a GPU need not wait
+    by_models = tokens.of if tokens is not None and not tokens.by_position else None
     chunk_tokens = _fused_chunk(student, teacher, objective, labels.numel(), shard)
     if chunk_tokens:
         total, terms = vocab_parallel_distillation_head(
@@ -167,25 +194,31 @@ def compute_loss(
             teacher_scale=teacher.scale(),
             chunk_tokens=chunk_tokens,
             into_main_grad=bool(getattr(student.layer, "gradient_accumulation_fusion", False)),
+            selected=selected,
+            select=by_models,
         )
-        return Loss(total, terms.divergence, terms, {})
+        return Loss(total, terms.divergence, terms, {}, _trained(objective.tokens, terms, selected))
 
+    diagnosing = objective.diagnostics and not torch.is_grad_enabled()
     student_logits = student.logits()
     with torch.no_grad():
-        teacher_logits = teacher.logits()
-
+        if selected is None or diagnosing:  # a diagnosis is of all tokens
+            teacher_logits = teacher.logits()
+        else:
+            rows = selected.reshape(-1).nonzero().squeeze(-1)
+            teacher_logits = teacher.logits_of(rows.to(labels.device), tp_group)
     compared = shard
     if objective.shares_part_of(shard.size):
         compared = VocabShard.megatron(student_logits.shape[-1], tp_group, objective.shared_vocab)
 
     def loss_of(student_logits: Tensor) -> Loss:
-        return _loss(student_logits, teacher_logits, objective, labels, loss_mask, shard, compared, input_ids)
+        return _loss(student_logits, teacher_logits, objective, labels, loss_mask, shard, compared, input_ids, selected)
 
     watch_only = objective.kd_weight == 0
     with torch.set_grad_enabled(torch.is_grad_enabled() and not watch_only):
         loss = loss_of(student_logits)
     terms = loss.terms
-    if objective.diagnostics and not torch.is_grad_enabled():
+    if diagnosing:
         accuracy, confidence = terms.metrics["top-1 accuracy"], terms.metrics["student confidence"]
         found = diagnose(
             student_logits, teacher_logits, lambda logits: loss_of(logits).total, accuracy, confidence, compared
@@ -207,15 +240,25 @@ def _loss(
     shard: VocabShard,
     compared: VocabShard,
     input_ids: Tensor | None,
+    selected: Tensor | None,
 ) -> Loss:
-    """The objective's loss of logits that exist; `compared` are the columns that both models know."""
+    """The objective's loss of logits that exist.
+
+    `compared` are the columns that both models know. The teacher's logits are of all tokens, or [n, V/TP] of those
+    `selected` by position.
+    """
     counted = loss_mask != 0 if loss_mask is not None else None
     if objective.shares_part_of(shard.size):
         read = _read(input_ids, shard, compared)
         terms = _terms_of_part(student_logits, teacher_logits, objective, labels, read, shard, compared)
         counted = read if counted is None else read & counted
     else:
-        terms = _terms(student_logits, teacher_logits, objective, labels, shard)
+        spared = selected if teacher_logits.dim() == 2 else None
+        terms = _terms(student_logits, teacher_logits, objective, labels, shard, spared)
+    trained = _trained(objective.tokens, terms, selected)
+    if trained is not None:
+        terms = terms._replace(divergence=torch.where(trained, terms.divergence, 0.0))
+        counted = trained if counted is None else trained & counted
     # After the divergence, so that their backward comes before its own, which may overwrite the logits.
     logit_losses = _logit_losses(student_logits, teacher_logits, objective, compared, counted)
     weights = [weight for weight, _ in objective.logit_losses]
@@ -225,7 +268,14 @@ def _loss(
     distillation = functools.reduce(torch.add, parts)
     addends = ((objective.kd_weight, distillation), (objective.lm_weight, terms.cross_entropy))
     total = functools.reduce(torch.add, [weight * addend for weight, addend in addends if weight != 0])
-    return Loss(total, distillation, terms, logit_losses)
+    return Loss(total, distillation, terms, logit_losses, trained)
+
+
+def _trained(tokens: TokenSelection | None, terms: DistillationTerms, by_position: Tensor | None) -> Tensor | None:
+    """Which tokens are distilled, on their device."""
+    if tokens is not None and not tokens.by_position:
+        return tokens.of(terms.metrics)
+    return by_position.to(terms.divergence.device) if by_position is not None else None
 
 
 def _logit_losses(
@@ -246,7 +296,12 @@ def _logit_losses(
 
 
 def _terms(
-    student_logits: Tensor, teacher_logits: Tensor, objective: Objective, labels: Tensor, shard: VocabShard
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    objective: Objective,
+    labels: Tensor,
+    shard: VocabShard,
+    selected: Tensor | None = None,
 ) -> DistillationTerms:
     return vocab_parallel_distillation(
         student_logits,
@@ -256,6 +311,7 @@ def _terms(
         shard,
         temperature=objective.temperature,
         gradient_in_place=objective.gradient_in_place,
+        selected=selected,
     )
 
 
@@ -304,10 +360,15 @@ def _fused_chunk(
     weight = student.weight
     of_token = bytes_of_a_token(weight, shard)
     chunk_tokens = objective.chunk_tokens or automatic_chunk_tokens(weight.device, of_token)
-    whole = f"{num_tokens} x {weight.shape[0]} logits of both models, {_mib(2 * num_tokens * weight[:, 0].nbytes)}"
+    # About; in a packed row it depends on the lengths, and a head that changed with these would be a surprise.
+    every = objective.tokens.n if objective.tokens is not None and objective.tokens.n is not None else 1
+    num_compared = num_tokens // every
+    both = "both models" if every == 1 else f"the student and about {num_compared} of the teacher"
+    size = _mib((num_tokens + num_compared) * weight[:, 0].nbytes)
+    whole = f"{num_tokens} x {weight.shape[0]} logits of {both}, {size}"
     if objective.head == "auto" and not reasons:
         reasons = _nothing_to_gain(
-            weight, num_tokens, chunk_tokens, chunk_tokens * of_token, objective.gradient_in_place
+            weight, num_tokens, chunk_tokens, chunk_tokens * of_token, objective.gradient_in_place, num_compared
         )
     if not reasons:
         chunk = f"{chunk_tokens} tokens, {_mib(chunk_tokens * of_token)}"
@@ -318,11 +379,17 @@ def _fused_chunk(
 
 
 def _nothing_to_gain(
-    weight: Tensor, num_tokens: int, chunk_tokens: int, of_chunks: int, gradient_in_place: bool
+    weight: Tensor,
+    num_tokens: int,
+    chunk_tokens: int,
+    of_chunks: int,
+    gradient_in_place: bool,
+    num_compared: int | None = None,
 ) -> list[str]:
     """Why a fused head would take no less memory, if it would not: it holds the weight's gradient in fp32 meanwhile."""
     size = weight.dtype.itemsize
-    logits = (2 if gradient_in_place else 3) * num_tokens * weight.shape[0] * size
+    of_student = (1 if gradient_in_place else 2) * num_tokens
+    logits = (of_student + (num_tokens if num_compared is None else num_compared)) * weight.shape[0] * size
     gradient = weight.numel() * (4 + size * (size < 4))  # and a chunk's part of it, rounded
     if num_tokens <= chunk_tokens:
         return [f"a chunk would be {chunk_tokens} tokens"]

@@ -10,6 +10,7 @@ from abkd_megatron.divergences.base import finite_number
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.logit_losses import LogitLoss
 from abkd_megatron.schedule import Progress, Schedule, both_zero
+from abkd_megatron.selection import TokenSelection
 
 HEADS = ("auto", "fused", "materialised")
 
@@ -55,6 +56,9 @@ class Objective:
     diagnostics: bool = False
     """Whether validation measures what `vocab_parallel.diagnostics` does as well; it then makes logits, whatever `head`
     says. Training is the same."""
+    tokens: TokenSelection | None = None
+    """The tokens whose divergence is trained; it is 0 at the others, and still divided by the number of all. None: all
+    of them."""
 
     def __post_init__(self) -> None:
         if self.head not in HEADS:
@@ -70,6 +74,11 @@ class Objective:
                 raise ConfigError(
                     f"a loss named {loss.name!r} is logged already; give {type(loss).__name__} another name"
                 )
+        if self.logit_losses and self.tokens is not None and self.tokens.by_position:
+            raise ConfigError(
+                f"a selection by position ({self.tokens}) spares the teacher logits that "
+                f"{', '.join(self.names_of_logit_losses)} take; select by what the models say, or leave these out"
+            )
         if self.head == "fused" and self.logit_losses:
             raise ConfigError(
                 f"head: fused has no logits for {', '.join(self.names_of_logit_losses)}; give head: auto, or no losses "

@@ -1,9 +1,15 @@
 """The loss contract with Megatron's schedules: sums over tokens, and the numbers to log beside them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+# Of a report, per token: 1.0 where the divergence is trained, else 0.0; logged as a share.
+SELECTED = "selected tokens"
+
+# In place of a count of 0 that something is divided by: lost beside any other in fp32.
+_NOTHING = 1e-12
 
 
 def masked_loss(
@@ -12,6 +18,7 @@ def masked_loss(
     *,
     report: Mapping[str, torch.Tensor] | None = None,
     scheduled: Mapping[str, float] | None = None,
+    of_selected: Collection[str] = (),
     check_for_nan: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Return what Megatron's schedules expect of a loss function for one micro-batch.
@@ -24,6 +31,8 @@ def masked_loss(
         output_tensor: [b, s] the loss a token, as the model returned it.
         report: per-token numbers [b, s] to log, `Attachment.report`; None for training without a teacher.
         scheduled: numbers of the whole step to log, `Attachment.scheduled`.
+        of_selected: names in `report` that are means over the selected tokens, `Attachment.of_selected`: they come
+            with the number of these. Where no rank has any they are logged as 0.
         check_for_nan: stop on NaN or Inf through Megatron's rerun state machine, as its own loss function does.
 
     Returns:
@@ -37,16 +46,22 @@ def masked_loss(
     mask = loss_mask.reshape(-1).float()
     loss = _masked_sum(output_tensor, mask)
     num_tokens = mask.sum().clone().detach().to(torch.int)
+    counts: dict[str, torch.Tensor] = {}
     if report is None:
         sums = {"lm loss": loss}
     else:
-        sums = {name: _masked_sum(value, mask) for name, value in report.items()}
+        selected = mask * report[SELECTED].reshape(-1) if SELECTED in report else mask
+        sums = {name: _masked_sum(value, selected if name in of_selected else mask) for name, value in report.items()}
         sums["total loss"] = loss
+        counts = dict.fromkeys(of_selected, selected.sum().clamp_min(_NOTHING))
     if check_for_nan:
         for name in ("lm loss", "kd loss", "total loss"):
             if name in sums:
                 _stop_unless_finite(sums[name], name)
-    logged = {name: torch.cat([value.detach().clone().view(1), num_tokens.view(1)]) for name, value in sums.items()}
+    logged = {
+        name: torch.cat([value.detach().clone().view(1), counts.get(name, num_tokens).view(1)])
+        for name, value in sums.items()
+    }
     logged |= {name: mask.new_tensor([value]) for name, value in (scheduled or {}).items()}
     return loss, num_tokens, logged
 

@@ -42,7 +42,7 @@ from abkd_megatron.distillation import (
     attach,
     build_teacher,
 )
-from abkd_megatron.distillation.attach import check_config
+from abkd_megatron.distillation.attach import check_config, check_tokens
 from abkd_megatron.distillation.layout import neighbours_of
 from abkd_megatron.distillation.step import masked_loss
 from abkd_megatron.errors import ConfigError, on_every_rank
@@ -117,6 +117,7 @@ def run(config: Config, job: str) -> None:
         scheduled = make_objective(config.distillation)
         objective = scheduled.objective
         with on_every_rank():
+            check_tokens(objective, vocab_size)
             teacher_args = _teacher_args(megatron, config.teacher.megatron, options, args)
             checkpoint = TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step)
             checkpoint.check_arguments(teacher_args, vocab_size, objective.shared_vocab)
@@ -182,6 +183,7 @@ def make_objective(config: DistillationConfig) -> ScheduledObjective:
         shared_vocab=config.shared_vocab,
         diagnostics=config.diagnostics,
         logit_losses=config.make_logit_losses(),
+        tokens=config.tokens,
     )
     return ScheduledObjective(objective, {name: it for name, it in given.items() if isinstance(it, Schedule)})
 
@@ -250,6 +252,7 @@ class _ForwardStep:
             output_tensor,
             report=self.attachment.report if self.attachment is not None else None,
             scheduled=self.attachment.scheduled if self.attachment is not None else None,
+            of_selected=self.attachment.of_selected if self.attachment is not None else (),
             check_for_nan=get_args().check_for_nan_in_loss_and_grad,
         )
 

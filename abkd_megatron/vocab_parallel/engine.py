@@ -25,12 +25,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from abkd_megatron.divergences.alpha_beta import AlphaBeta
 from abkd_megatron.divergences.base import Divergence
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.vocab_parallel.passes import Known, Passes
+from abkd_megatron.vocab_parallel.passes import Batch, Known, Passes
 from abkd_megatron.vocab_parallel.shard import VocabShard
 
 _CONTIGUOUS = torch.contiguous_format
+
+# A pass of the student with itself, where its cross entropy is all that is wanted.
+ALONE = AlphaBeta(1.0, 0.0)
 
 METRICS = (
     *("teacher lm loss", "kl to teacher", "teacher entropy", "student entropy"),
@@ -116,6 +120,7 @@ def vocab_parallel_distillation(
     shard: VocabShard,
     temperature: float = 1.0,
     gradient_in_place: bool = False,
+    selected: Tensor | None = None,
 ) -> DistillationTerms:
     """Divergence, the student's cross entropy and the metrics of every token, from one pass over both logits.
 
@@ -133,6 +138,8 @@ def vocab_parallel_distillation(
         shard: which columns these are.
         temperature: T > 0, for the divergence alone.
         gradient_in_place: as in vocab_parallel_divergence.
+        selected: [...] bool, the same on every rank: the tokens that are compared. `teacher_logits` are then of these
+            alone, [n, V/TP] in their order, and the others have a cross entropy and zeros. None for all.
 
     Returns:
         DistillationTerms of [...], fp32 (fp64 if either input is), the same bits on every rank of the
@@ -140,23 +147,46 @@ def vocab_parallel_distillation(
         of both terms in one buffer.
 
     Raises:
-        ConfigError: as vocab_parallel_divergence, for labels of another shape or dtype, or a shard wider than
-            the logits.
+        ConfigError: as vocab_parallel_divergence, for labels of another shape or dtype, a selection of another
+            shape or of another number of tokens than the teacher's, or a shard wider than the logits.
 
-    Collectives: as vocab_parallel_divergence, with 7 (9 if T is not 1) floats a token more in the first.
+    Collectives: as vocab_parallel_divergence, with 7 (9 if T is not 1) floats a token more in the first. With a
+    selection those of the selected tokens, and one of 14 floats a token for the others.
 
-    Memory: as vocab_parallel_divergence, and the labels.
+    Memory: as vocab_parallel_divergence, and the labels; with a selection also two chunks' rows.
     """
-    check_logits(student_logits, teacher_logits, temperature)
+    rows = None
+    if selected is None:
+        check_logits(student_logits, teacher_logits, temperature)
+    else:
+        rows = rows_of(selected, labels)
+        if teacher_logits.dim() != 2 or teacher_logits.shape != (len(rows[0]), student_logits.shape[-1]):
+            raise ConfigError(
+                f"expected teacher logits [{len(rows[0])}, {student_logits.shape[-1]}] of the selected tokens, got "
+                f"{list(teacher_logits.shape)}: pass a row for each of them, in their order"
+            )
+        _check_numbers(student_logits, teacher_logits, temperature)
     if labels.shape != student_logits.shape[:-1] or labels.dtype != torch.int64:
         raise ConfigError(
             f"expected labels of shape {list(student_logits.shape[:-1])} and dtype torch.int64, got "
             f"{list(labels.shape)}, {labels.dtype}: give one token id for each row of logits, in their order"
         )
     divergence_per_token, cross_entropy, metrics = _apply(
-        student_logits, teacher_logits, divergence, labels, shard, temperature, gradient_in_place
+        student_logits, teacher_logits, divergence, labels, shard, temperature, gradient_in_place, rows
     )
     return DistillationTerms(divergence_per_token, cross_entropy, dict(zip(METRICS, metrics.unbind(0), strict=True)))
+
+
+def rows_of(selected: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The selected tokens and the others, as indices [n] and [N - n] of the flattened ones, on the labels' device."""
+    if selected.shape != labels.shape or selected.dtype != torch.bool:
+        raise ConfigError(
+            f"expected a selection of shape {list(labels.shape)} and dtype torch.bool, got {list(selected.shape)}, "
+            f"{selected.dtype}: give one for each token"
+        )
+    flat = selected.reshape(-1)
+    chosen, others = (which.nonzero().squeeze(-1).to(labels.device) for which in (flat, ~flat))
+    return chosen, others
 
 
 def check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
@@ -171,6 +201,10 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: fl
             f"{list(student_logits.shape)} and {list(teacher_logits.shape)}: pad both models' vocabularies "
             "alike and pass the same tokens"
         )
+    _check_numbers(student_logits, teacher_logits, temperature)
+
+
+def _check_numbers(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
     for name, logits in (("student", student_logits), ("teacher", teacher_logits)):
         if not logits.dtype.is_floating_point:
             raise ConfigError(
@@ -188,6 +222,7 @@ def _apply(
     shard: VocabShard,
     temperature: float,
     gradient_in_place: bool,
+    rows: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not isinstance(divergence, Divergence):
         raise ConfigError(
@@ -211,6 +246,7 @@ def _apply(
         float(temperature),
         needs_gradient,
         gradient_in_place,
+        rows,
     )
     return result
 
@@ -244,6 +280,23 @@ def token_terms(known: Known, labels: Tensor, dtype: torch.dtype) -> tuple[Tenso
     return of_student.to(dtype), torch.stack(metrics).to(dtype)
 
 
+class _Part(NamedTuple):
+    """Some of the tokens, and what is done with them."""
+
+    passes: Passes
+    rows: Tensor | None
+    """[n]; None for all tokens."""
+    has_teacher: bool
+
+    def batch(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Batch:
+        teacher = teacher_logits if self.has_teacher else student_logits
+        return self.passes.batch(student_logits, teacher, labels, self.rows)
+
+    def of(self, per_token: Tensor | None) -> Tensor | None:
+        """[n] of [...]."""
+        return per_token.reshape(-1)[self.rows] if per_token is not None and self.rows is not None else per_token
+
+
 class _Distillation(torch.autograd.Function):
     """(divergence, cross entropy, metrics [len(METRICS), ...]); the last two are empty without labels."""
 
@@ -258,39 +311,60 @@ class _Distillation(torch.autograd.Function):
         temperature: float,
         needs_gradient: bool,
         gradient_in_place: bool,
+        rows: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         passes = Passes.of(student_logits, teacher_logits, divergence, shard, temperature, labels is not None)
-        batch = passes.batch(student_logits, teacher_logits, labels)
-        known = passes.conclude(batch, passes.start(batch), needs_gradient)
+        parts = [_Part(passes, None, True)]
+        if rows is not None:
+            alone = Passes.of(student_logits, student_logits, ALONE, shard, 1.0, labels is not None)
+            parts = [_Part(passes, rows[0], True), _Part(alone, rows[1], False)]
+        batches = [part.batch(student_logits, teacher_logits, labels) for part in parts]
+        exchanges = [part.passes.start(batch) for part, batch in zip(parts, batches, strict=True)]
+        knowns = [
+            part.passes.conclude(batch, exchange, needs_gradient)
+            for part, batch, exchange in zip(parts, batches, exchanges, strict=True)
+        ]
 
         ctx.set_materialize_grads(False)
-        ctx.passes, ctx.in_place = passes, gradient_in_place
+        ctx.parts, ctx.in_place = parts, gradient_in_place
         if needs_gradient:
             ctx.save_for_backward(student_logits, teacher_logits, labels)
-            ctx.known = known
+            ctx.knowns = knowns
 
         tokens = student_logits.shape[:-1]
-        result = known.value.to(passes.dtype).view(tokens)
+        known, batch = knowns[0], batches[0]
+        result = known.value.to(passes.dtype)
         if batch.labels is None:
             nothing, nothing_either = result.new_empty(0), result.new_empty(0)
             ctx.mark_non_differentiable(nothing, nothing_either)
-            return result, nothing, nothing_either
+            return result.view(tokens), nothing, nothing_either
         cross_entropy, metrics = token_terms(known, batch.labels, passes.dtype)
+        if rows is not None:
+            assert batches[1].labels is not None
+            whole = result.new_zeros(2 + len(METRICS), tokens.numel())
+            whole[:, rows[0]] = torch.cat([torch.stack([result, cross_entropy]), metrics])
+            whole[1, rows[1]] = token_terms(knowns[1], batches[1].labels, passes.dtype)[0]
+            result, cross_entropy, metrics = whole[0], whole[1], whole[2:]
         metrics = metrics.view(len(METRICS), *tokens)
         ctx.mark_non_differentiable(metrics)
-        return result, cross_entropy.view(tokens), metrics
+        return result.view(tokens), cross_entropy.view(tokens), metrics
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         of_divergence, of_cross_entropy, _ = gradients
-        nothing = (None,) * 7
+        nothing = (None,) * 8
         if of_divergence is None and of_cross_entropy is None:
             return None, *nothing
         student_logits, teacher_logits, labels = ctx.saved_tensors
-        batch = ctx.passes.batch(student_logits, teacher_logits, labels)
         out = student_logits.detach() if ctx.in_place else torch.empty_like(student_logits, memory_format=_CONTIGUOUS)
-        ctx.passes.write_gradient(out, batch, ctx.known, of_divergence, of_cross_entropy)
+        for part, known in zip(ctx.parts, ctx.knowns, strict=True):
+            batch = part.batch(student_logits, teacher_logits, labels)
+            of_value, of_own = part.of(of_divergence), part.of(of_cross_entropy)
+            if not part.has_teacher:
+                of_value = None
+                of_own = out.new_zeros(batch.num_tokens, dtype=part.passes.dtype) if of_own is None else of_own
+            part.passes.write_gradient(out, batch, known, of_value, of_own)
         if ctx.in_place:  # whoever saved the logits for a backward of its own, this one included, is told
             torch.autograd.graph.increment_version(student_logits)
         return out, *nothing

@@ -12,7 +12,8 @@ Legend: N tokens, h and H the students' and the teacher's hidden size, W the wid
 """
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from abkd_megatron.divergences.base import Divergence
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.vocab_parallel.engine import METRICS, DistillationTerms, token_terms
+from abkd_megatron.vocab_parallel.engine import ALONE, METRICS, DistillationTerms, rows_of, token_terms
 from abkd_megatron.vocab_parallel.passes import Batch, Exchange, Known, Passes
 from abkd_megatron.vocab_parallel.shard import VocabShard
 
@@ -43,6 +44,8 @@ def vocab_parallel_distillation_head(
     teacher_scale: float = 1.0,
     chunk_tokens: int | None = None,
     into_main_grad: bool = False,
+    selected: Tensor | None = None,
+    select: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
 ) -> tuple[Tensor, DistillationTerms]:
     """kd_weight * D + lm_weight * CE of every token, with logits = scale * hidden @ weight^T that never exist.
 
@@ -65,6 +68,10 @@ def vocab_parallel_distillation_head(
         into_main_grad: add the weight's gradient to its `main_grad`, in its dtype, as Megatron's layers do with
             gradient accumulation fusion, if it has one; its `grad_added_to_main_grad` is set and what autograd gets
             for it means nothing.
+        selected: [...] bool, the same on every rank: the tokens that are compared. The others have a cross entropy and
+            zeros, and no logits of the teacher are formed of them. None for all.
+        select: of those compared, whose divergence counts: {name: [n]} of the terms' metrics to [n] bool, the same
+            for the same numbers. The divergence of the others is 0. None for all.
 
     Returns:
         The loss, [...] fp32 (fp64 if the logits are), the same on every rank, once differentiable in
@@ -78,9 +85,11 @@ def vocab_parallel_distillation_head(
 
     Collectives: those of vocab_parallel_distillation, a chunk.
 
+    With `selected`, chunks of the selected tokens come first, then chunks of the others.
+
     Memory: two [chunk_tokens, W] of logits, four in a group of more than one rank; with token_weights the gradients
     of hidden states and weight from forward on, else from backward on, the weight's in fp32 at least (a bf16 weight's
-    also, a chunk at a time, in bf16); 39 fp64 numbers a token.
+    also, a chunk at a time, in bf16); 39 fp64 numbers a token. With `selected`, the hidden states in another order.
     """
     num_tokens, width = labels.numel(), student_weight.shape[0]
     for name, hidden, weight in (
@@ -117,20 +126,30 @@ def vocab_parallel_distillation_head(
         student_scale,
         teacher_scale,
         chunk_tokens,
+        num_tokens,
+        None,
+        select,
         student_weight if into_main_grad and hasattr(student_weight, "main_grad") else None,
     )
     needs_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
-    loss, *terms = _DistillationHead.apply(
-        student_hidden.reshape(num_tokens, -1),
-        student_weight,
-        teacher_hidden.detach().reshape(num_tokens, -1),
-        teacher_weight.detach(),
-        labels.reshape(num_tokens),
-        token_weights.detach().reshape(num_tokens) if token_weights is not None else None,
-        head,
-        needs_gradient,
+    of_student, of_teacher = student_hidden.reshape(num_tokens, -1), teacher_hidden.detach().reshape(num_tokens, -1)
+    of_labels = labels.reshape(num_tokens)
+    weights = token_weights.detach().reshape(num_tokens) if token_weights is not None else None
+    back = None
+    if selected is not None:
+        chosen, others = rows_of(selected, labels)
+        order = torch.cat([chosen, others])
+        back = torch.empty_like(order)
+        back[order] = torch.arange(num_tokens, device=order.device)
+        of_student, of_teacher, of_labels = of_student[order], of_teacher[chosen], of_labels[order]
+        weights = weights[order] if weights is not None else None
+        alone = Passes.of(student_weight, student_weight, ALONE, shard, 1.0, has_labels=True)
+        head = replace(head, num_compared=len(chosen), alone=alone)
+    loss, value, cross_entropy, metrics = _DistillationHead.apply(
+        of_student, student_weight, of_teacher, teacher_weight.detach(), of_labels, weights, head, needs_gradient
     )
-    value, cross_entropy, metrics = terms
+    if back is not None:
+        loss, value, cross_entropy, metrics = loss[back], value[back], cross_entropy[back], metrics[:, back]
     metrics = metrics.view(len(METRICS), *labels.shape)
     named = dict(zip(METRICS, metrics.unbind(0), strict=True))
     return loss.view(labels.shape), DistillationTerms(value.view(labels.shape), cross_entropy.view(labels.shape), named)
@@ -168,32 +187,69 @@ class _Head:
     student_scale: float
     teacher_scale: float
     chunk_tokens: int
+    num_compared: int
+    """The first tokens, which the teacher's hidden states are of."""
+    alone: Passes | None
+    """Of the student with itself, for the tokens after those, if there are any."""
+    select: Callable[[Mapping[str, Tensor]], Tensor] | None
     parameter: Any
     """The weight if it has a `main_grad` to take its gradient, else None."""
 
     def chunks(self, num_tokens: int) -> list[slice]:
-        """The tokens of each chunk."""
+        """The tokens of each chunk; none has both compared ones and others."""
         return [
-            slice(first, min(first + self.chunk_tokens, num_tokens))
-            for first in range(0, num_tokens, self.chunk_tokens)
+            slice(first, min(first + self.chunk_tokens, end))
+            for begin, end in ((0, self.num_compared), (self.num_compared, num_tokens))
+            for first in range(begin, end, self.chunk_tokens)
         ]
+
+    def passes_of(self, chunk: slice) -> Passes:
+        """What is done with a chunk."""
+        if chunk.start < self.num_compared:
+            return self.passes
+        assert self.alone is not None
+        return self.alone
 
     def batch(self, operands: "_Operands", chunk: slice) -> Batch:
         """A chunk's logits."""
         student = operands.student_hidden[chunk] @ operands.student_weight.t()
-        teacher = operands.teacher_hidden[chunk] @ operands.teacher_weight.t()
         if self.student_scale != 1.0:
             student.mul_(self.student_scale)
-        if self.teacher_scale != 1.0:
-            teacher.mul_(self.teacher_scale)
-        return self.passes.batch(student, teacher, operands.labels[chunk])
+        teacher = student
+        if chunk.start < self.num_compared:
+            teacher = operands.teacher_hidden[chunk] @ operands.teacher_weight.t()
+            if self.teacher_scale != 1.0:
+                teacher.mul_(self.teacher_scale)
+        return self.passes_of(chunk).batch(student, teacher, operands.labels[chunk])
 
-    def gradient(self, batch: Batch, known: Known, token_weights: Tensor) -> Tensor:
+    def terms(self, chunk: slice, known: Known, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The divergence as it counts, the cross entropy and the metrics of a chunk."""
+        dtype = self.passes.dtype
+        cross_entropy, metrics = token_terms(known, labels, dtype)
+        if chunk.start >= self.num_compared:
+            return torch.zeros_like(cross_entropy), cross_entropy, torch.zeros_like(metrics)
+        value = known.value.to(dtype)
+        if self.select is not None:
+            value = torch.where(self._selected(metrics), value, 0.0)
+        return value, cross_entropy, metrics
+
+    def gradient(self, chunk: slice, batch: Batch, known: Known, token_weights: Tensor) -> Tensor:
         """Of a loss weighted so, with respect to hidden @ weight^T; overwrites the student's logits."""
         of_loss = token_weights.to(self.passes.dtype) * self.student_scale
+        of_divergence: Tensor | None = None
+        if chunk.start < self.num_compared:
+            of_divergence = of_loss * self.kd_weight
+            if self.select is not None:
+                assert batch.labels is not None
+                metrics = token_terms(known, batch.labels, self.passes.dtype)[1]
+                of_divergence = torch.where(self._selected(metrics), of_divergence, 0.0)
         logits = batch.student.logits
-        self.passes.write_gradient(logits, batch, known, of_loss * self.kd_weight, of_loss * self.lm_weight)
+        self.passes_of(chunk).write_gradient(logits, batch, known, of_divergence, of_loss * self.lm_weight)
         return logits
+
+    def _selected(self, metrics: Tensor) -> Tensor:
+        assert self.select is not None
+        return self.select(dict(zip(METRICS, metrics.unbind(0), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -243,31 +299,29 @@ class _DistillationHead(torch.autograd.Function):
         needs_gradient: bool,
     ) -> tuple[Tensor, ...]:
         operands = _Operands(student_hidden, student_weight, teacher_hidden, teacher_weight, labels)
-        passes = head.passes
         in_forward = needs_gradient and token_weights is not None
         gradients = _Gradients(operands, *ctx.needs_input_grad[:2]) if in_forward else None
-        result = student_hidden.new_empty(3 + len(METRICS), labels.numel(), dtype=passes.dtype)
+        result = student_hidden.new_empty(3 + len(METRICS), labels.numel(), dtype=head.passes.dtype)
         known_of_chunks: list[Known] = []
 
         def finish(chunk: slice, batch: Batch, exchange: Exchange) -> None:
-            known = passes.conclude(batch, exchange, needs_gradient)
-            value = known.value.to(passes.dtype)
-            cross_entropy, metrics = token_terms(known, labels[chunk], passes.dtype)
+            known = head.passes_of(chunk).conclude(batch, exchange, needs_gradient)
+            value, cross_entropy, metrics = head.terms(chunk, known, labels[chunk])
             result[0, chunk] = head.kd_weight * value + head.lm_weight * cross_entropy
             result[1, chunk], result[2, chunk], result[3:, chunk] = value, cross_entropy, metrics
             if gradients is not None and token_weights is not None:
-                gradients.add(chunk, head.gradient(batch, known, token_weights[chunk]))
+                gradients.add(chunk, head.gradient(chunk, batch, known, token_weights[chunk]))
             elif needs_gradient:
                 known_of_chunks.append(known)
 
         before: tuple[slice, Batch, Exchange] | None = None
         for chunk in head.chunks(labels.numel()):
             batch = head.batch(operands, chunk)
-            started = chunk, batch, passes.start(batch, async_op=True)
+            started = chunk, batch, head.passes_of(chunk).start(batch, async_op=True)
             if before is not None:
                 finish(*before)
             before = started
-            if passes.shard.num_ranks == 1:  # nothing travels, so nothing has to be kept meanwhile
+            if head.passes.shard.num_ranks == 1:  # nothing travels, so nothing has to be kept meanwhile
                 finish(*before)
                 before = None
             del batch, started
@@ -293,7 +347,7 @@ class _DistillationHead(torch.autograd.Function):
             operands = _Operands(*ctx.saved_tensors)
             gradients = _Gradients(operands, *ctx.needs_input_grad[:2])
             for chunk, known in zip(head.chunks(of_loss.numel()), ctx.known_of_chunks, strict=True):
-                gradients.add(chunk, head.gradient(head.batch(operands, chunk), known, of_loss[chunk]))
+                gradients.add(chunk, head.gradient(chunk, head.batch(operands, chunk), known, of_loss[chunk]))
             of_hidden, of_weight = gradients.of_hidden, gradients.of_weight
             dtype = operands.student_weight.dtype
         else:

@@ -30,42 +30,68 @@ GATHER_UP_TO = 16
 class Rows:
     """The rows of [..., W] logits, flattened to [N, W] a chunk at a time, real columns only; never a copy of more.
 
-    Contiguous unless the kernel is strided, so that equal logits give equal sums whatever their layouts.
+    Contiguous unless the kernel is strided, so that equal logits give equal sums whatever their layouts. With `index`,
+    [N], only those rows, in its order.
     """
 
-    def __init__(self, logits: Tensor, num_columns: int, strided: bool) -> None:
+    def __init__(self, logits: Tensor, num_columns: int, strided: bool, index: Tensor | None = None) -> None:
         self.strided = strided
         self.tokens = logits.shape[:-1]
         self.num_columns = num_columns
         self.logits = logits
+        self.index = index
         try:
             self.flat: Tensor | None = logits.view(self.tokens.numel(), logits.shape[-1])
         except RuntimeError:  # not one stride over the tokens, as after a transposition
             self.flat = None
 
+    @property
+    def copied(self) -> bool:
+        """Whether rows have to be copied together."""
+        return self.flat is None or self.index is not None
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return self.tokens.numel() if self.index is None else self.index.numel()
+
     def __getitem__(self, chunk: slice) -> Tensor:
+        at = chunk if self.index is None else self.index[chunk]
         if self.flat is not None:
-            rows = self.flat[chunk]
+            rows = self.flat[:, : self.num_columns][at]
         else:
-            index = torch.arange(chunk.start, chunk.stop, device=self.logits.device)
-            rows = self.logits[torch.unravel_index(index, self.tokens)]
-        rows = rows[:, : self.num_columns]
+            if isinstance(at, slice):
+                at = torch.arange(at.start, at.stop, device=self.logits.device)
+            rows = self.logits[torch.unravel_index(at, self.tokens)][:, : self.num_columns]
         return rows if self.strided and rows.stride(-1) == 1 else rows.contiguous()
 
 
 class Batch:
-    """Student and teacher logits [..., W] of the same tokens on this rank, and labels [N] of them or None."""
+    """Student and teacher logits [..., W] of the same tokens on this rank, and labels [N] of them or None.
+
+    With `rows`, [N], the student's are the rows of that index of the flattened logits; the teacher's logits are of
+    these alone, [N, W], or the student's own.
+    """
 
     def __init__(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None, shard: VocabShard, kernel: kernels.Kernel
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        shard: VocabShard,
+        kernel: kernels.Kernel,
+        rows: Tensor | None = None,
     ) -> None:
-        self.student, self.teacher = (Rows(logits, shard.num_columns, kernel.strided) for logits in (student, teacher))
+        self.rows = rows
+        self.student = Rows(student, shard.num_columns, kernel.strided, rows)
+        itself = teacher is student
+        self.teacher = Rows(teacher, shard.num_columns, kernel.strided, rows if itself else None)
         self.labels = labels
-        self.num_tokens = self.student.tokens.numel()
+        self.num_tokens = self.student.num_rows
 
     def chunks(self, kernel: kernels.Kernel, overlap: bool = True) -> list[slice]:
         """The kernel's chunks; small ones where rows have to be copied together."""
-        copied = self.student.flat is None or self.teacher.flat is None
+        copied = self.student.copied or self.teacher.copied
         return kernel.chunks(self.num_tokens, self.student.num_columns, small=copied, overlap=overlap)
 
 
@@ -96,9 +122,11 @@ class Passes:
         kernel = kernels.select(divergence, student, teacher)
         return cls(divergence, shard, temperature, dtype, kernel, Layout(divergence, has_labels, temperature))
 
-    def batch(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Batch:
-        """Of [..., W] logits and [...] labels."""
-        return Batch(student, teacher, labels.reshape(-1) if labels is not None else None, self.shard, self.kernel)
+    def batch(self, student: Tensor, teacher: Tensor, labels: Tensor | None, rows: Tensor | None = None) -> Batch:
+        """Of [..., W] logits and [...] labels; of the tokens `rows` alone, if given, as `Batch` says."""
+        if labels is not None:
+            labels = labels.reshape(-1) if rows is None else labels.reshape(-1)[rows]
+        return Batch(student, teacher, labels, self.shard, self.kernel, rows)
 
     def start(self, batch: Batch, async_op: bool = False) -> "Exchange":
         """The first pass; the records are then on their way to all ranks."""
@@ -153,23 +181,27 @@ class Passes:
     ) -> None:
         """The last pass: the gradient of the student's logits into `out`, contiguous [..., W], padding included.
 
-        `out` may be the student's logits. `of_divergence` and `of_cross_entropy` are [...], or None for 0.
+        `out` may be the student's logits. `of_divergence` and `of_cross_entropy` are [...], or None for 0. Of a batch
+        of some rows only these are written, and the gradients are [N].
         """
         slope_sum = known.slope_sum
         if slope_sum is None:
             assert known.pending is not None
             slope_sum = known.pending.result()[-1]
         scalars = torch.cat([known.scalars, slope_sum.unsqueeze(0)])
-        out_rows = out.view(batch.num_tokens, out.shape[-1])
+        out_rows = out.view(batch.student.tokens.numel(), out.shape[-1])
+        columns = slice(0, self.shard.num_columns)
         in_place = out.data_ptr() == batch.student.logits.data_ptr()
 
         def of(gradient: Tensor | None, chunk: slice) -> Tensor | None:
             return None if gradient is None else gradient.reshape(batch.num_tokens)[chunk]
 
         for chunk in batch.chunks(self.kernel, overlap=not in_place):
+            student = batch.student[chunk]
+            of_rows = out_rows[chunk, columns] if batch.rows is None else torch.empty_like(student)
             self.kernel.local_gradient(
-                out_rows[chunk, : self.shard.num_columns],
-                batch.student[chunk],
+                of_rows,
+                student,
                 batch.teacher[chunk],
                 batch.labels[chunk] if batch.labels is not None else None,
                 self.shard.start,
@@ -180,6 +212,8 @@ class Passes:
                 of(of_divergence, chunk),
                 of(of_cross_entropy, chunk),
             )
+            if batch.rows is not None:
+                out_rows[:, columns].index_copy_(0, batch.rows[chunk], of_rows)
         out_rows[:, self.shard.num_columns :] = 0.0  # padding
 
 

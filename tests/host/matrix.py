@@ -47,6 +47,8 @@ MOE = {
     "moe-token-dispatcher-type": "alltoall",
     "moe-router-load-balancing-type": "none",
 }
+# A teacher after eight steps says much the same of every token, unless it began with more to say.
+VARIED = {"init-method-std": 0.3}
 UNTIED, TIED = ({"untie-embeddings-and-output-weights": how} for how in ("true", "false"))
 
 
@@ -117,6 +119,24 @@ REFERENCES: dict[str, Reference] = {
         },
     ),
     "bf16 teacher": Reference(beside={"teacher.bf16": "true"}),
+    # Where ends of documents do not count, the share of counted tokens that is selected differs between micro-batches.
+    **{
+        name: Reference(
+            teacher=teacher,
+            beside={
+                "eod-mask-loss": "true",
+                "calculate-per-token-loss": "true",
+                "distillation.divergence": "forward_kl",
+                "distillation.tokens": how,
+            },
+        )
+        for name, teacher, how in (
+            ("every third token", {}, "{select: every, n: 3}"),
+            ("unsure teacher", VARIED, "{select: teacher_entropy, at_least: 4.5, at_most: 4.6}"),
+            ("other top-1", {}, "{select: disagreement}"),
+            ("other by KL", VARIED, "{select: disagreement, kl_at_least: 1.1}"),
+        )
+    },
 }
 
 
@@ -148,6 +168,8 @@ class Row:
     def names(self) -> tuple[str, ...]:
         """What is compared: the training steps, and both validations at their end."""
         reported = LOSSES if "bf16" in self.settings else (*LOSSES, *EXACT_ONLY)
+        if "distillation.tokens" in REFERENCES[self.reference].beside:
+            reported = (*reported, "selected tokens")
         return ("grad-norm", *reported, *(f"{name} validation" for name in reported))
 
     def __str__(self) -> str:
@@ -237,6 +259,16 @@ ROWS = [
     Row("losses that are no sums over the vocabulary, beside one that is", 4, TP | PP, "logit losses"),
     Row("schedules by iteration, samples and tokens", 2, DP, "schedules"),
     Row("schedules by iteration, samples and tokens", 2, VPP, "schedules"),
+    *(
+        Row(f"divergence on some tokens, {how}", num_ranks, settings, reference)
+        for how, reference in (
+            ("`every`", "every third token"),
+            ("`teacher_entropy`", "unsure teacher"),
+            ("`disagreement`", "other top-1"),
+            ("`disagreement`", "other by KL"),
+        )
+        for num_ranks, settings in ((4, SP | PP), (2, DP | FUSED))
+    ),
     Row(
         "teacher's tensor parallelism no multiple of the student's",
         2,

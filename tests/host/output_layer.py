@@ -41,7 +41,36 @@ def main() -> None:
             )
         )
         for name, other in (("fused", got), ("main grad", in_main_grad), ("mask unknown", unmasked)):
-            worst = max(error(other[key], wanted[key]) for key in wanted) / allowed[dtype]
+            worst = max(error(other[key], wanted[key]) for key in other) / allowed[dtype]
+            found[f"{name}: sp {sequence_parallel}, tied {tied}, mup {mup}, {dtype}"] = worst
+        if mup:
+            continue
+        of_some = case.run("materialised", every=3)
+        # Positions 2 and 5; with sequence parallelism a rank's part of as many rows as divide over the ranks.
+        ranks = dist.get_world_size()
+        rows = -(-2 * BATCH // ranks) * ranks if sequence_parallel else 2 * BATCH
+        assert of_some.pop("rows of the teacher") == 4 * rows
+        assert wanted.pop("rows of the teacher") == 4 * SEQUENCE * BATCH
+        selected = (torch.arange(SEQUENCE) % 3 == 2).unsqueeze(-1)
+        composed = {}
+        for key, value in wanted.items():
+            if key.startswith("cross entropy"):
+                composed[key] = value
+            if key.startswith("divergence"):
+                composed[key] = torch.where(selected, value, 0.0)
+                cross_entropy = wanted[key.replace("divergence", "cross entropy")]
+                composed[key.replace("divergence", "loss")] = 0.7 * composed[key] + 0.4 * cross_entropy
+        of_some_fused = {
+            name: case.run("fused", every=3, **how)
+            for name, how in (("some, fused", {}), ("some, main grad", {"main_grad": True}))
+        }
+        pairs = [("some, materialised", of_some, composed)]
+        pairs += [(name, other, of_some) for name, other in of_some_fused.items()]
+        in_place = case.run("materialised", every=3, in_place=True)
+        in_place.pop("rows of the teacher")
+        pairs += [("some, in place", in_place, of_some)]
+        for name, got, wanted in pairs:
+            worst = max(error(got[key], wanted[key]) for key in wanted) / allowed[dtype]
             found[f"{name}: sp {sequence_parallel}, tied {tied}, mup {mup}, {dtype}"] = worst
     print("FOUND " + json.dumps(found), flush=True)
     dist.barrier()
@@ -92,12 +121,12 @@ class Case:
                 made.weight.mul_(0.5)
         return made, weight
 
-    def run(self, head, main_grad=False, mask_known=True):
+    def run(self, head, main_grad=False, mask_known=True, every=None, in_place=False):
         import torch
         from megatron.core import parallel_state
 
         from abkd_megatron import AlphaBeta
-        from abkd_megatron.distillation import Objective
+        from abkd_megatron.distillation import Objective, TokenSelection
         from abkd_megatron.distillation.head import OutputLayer, compute_loss
         from abkd_megatron.vocab_parallel import VocabShard
 
@@ -109,7 +138,20 @@ class Case:
             layer.gradient_accumulation_fusion = True
             weight.main_grad = torch.zeros_like(weight)
             weight.grad_added_to_main_grad = False
-        objective = Objective(AlphaBeta(0.2, 0.7), 2.0, 0.7, 0.4, head=head, chunk_tokens=7)
+        tokens = TokenSelection("every", n=every) if every else None
+        objective = Objective(
+            AlphaBeta(0.2, 0.7),
+            2.0,
+            0.7,
+            0.4,
+            head=head,
+            chunk_tokens=7,
+            gradient_in_place=in_place,
+            tokens=tokens,
+        )
+        rows = []
+        if head == "materialised":  # with a hook there is no other
+            teacher_layer.register_forward_hook(lambda *given: rows.append(given[-1][0].shape[:-1].numel()))
         shard = VocabShard.megatron(weight.shape[0], group, VOCAB)
         scale = (lambda logits: logits * 0.25) if self.mup else (lambda logits: logits)
         generator = torch.Generator().manual_seed(1)
@@ -135,6 +177,7 @@ class Case:
                 shard,
                 group,
                 lambda logits: self.fail(),
+                positions=torch.arange(SEQUENCE),
             )
             ((loss.total * mask).sum() / 3).backward()
             found[f"hidden {micro_batch}"] = hidden.grad
@@ -145,6 +188,8 @@ class Case:
                 assert weight.grad_added_to_main_grad
                 weight.grad = None  # as Megatron's hook does
         found["weight"] = weight.main_grad if main_grad else weight.grad
+        if head == "materialised":
+            found["rows of the teacher"] = sum(rows)
         return found
 
     def fail(self):

@@ -31,3 +31,13 @@ def test_auto_saves_memory_or_leaves_it(dtype, num_tokens, in_place, reason):
     of_chunks = 2 * 256 * 32768 * dtype.itemsize
     found = _nothing_to_gain(weight, num_tokens, 256, of_chunks, in_place)
     assert [reason in why for why in found] == ([True] if reason else [])
+
+
+def test_a_teacher_of_some_tokens_takes_less_with_logits():
+    weight = torch.empty(32768, 512, device="meta")
+    # 64 MiB of chunks and 64 MiB of gradient against 2 and 1/4 times 56 MiB of logits, where the teacher's are of every
+    # fourth token; with 57.5 MiB there is something to gain.
+    for num_tokens, gains in ((448, False), (460, True)):
+        found = _nothing_to_gain(weight, num_tokens, 256, 2 * 256 * 32768 * 4, False, num_tokens // 4)
+        assert bool(found) is not gains
+        assert not _nothing_to_gain(weight, num_tokens, 256, 2 * 256 * 32768 * 4, False)

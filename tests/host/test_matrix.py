@@ -148,6 +148,33 @@ def test_how_losses_are_averaged_matters(on_one_rank) -> None:
     assert uneven["lm loss"][0] != pytest.approx(plain["lm loss"][0], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "name", [name for name, reference in REFERENCES.items() if "distillation.tokens" in reference.beside]
+)
+def test_the_report_of_a_selection(on_one_rank, name: str) -> None:
+    one = on_one_rank(name)
+    shares = one["selected tokens"]
+    assert all(0 < share <= 1 for share in shares), shares
+    assert min(shares) < 1, shares
+    assert one["total loss"] == pytest.approx(
+        [lm + kd for lm, kd in zip(one["lm loss"], one["kd loss"], strict=True)], rel=1e-6
+    )
+    means = [kl * share for kl, share in zip(one["kl to teacher"], one["selected tokens"], strict=True)]
+    if name == "every third token":  # the metrics are of the selected tokens; the divergence is KL
+        assert one["kd loss"] == pytest.approx(means, rel=1e-5)
+    if REFERENCES[name].teacher:
+        return
+    # The first step is of the same models, and its cross entropy of all counted tokens.
+    everything = on_one_rank("uneven, per token")
+    assert one["lm loss"][0] == pytest.approx(everything["lm loss"][0], rel=1e-6)
+    if name == "every third token":
+        assert one["student entropy"][0] != pytest.approx(everything["student entropy"][0], rel=1e-6)
+    else:  # the metrics are of all tokens
+        for metric in ("teacher lm loss", "kl to teacher", "teacher entropy", "student entropy", "top-1 agreement"):
+            assert one[metric][0] == pytest.approx(everything[metric][0], rel=1e-6), metric
+        assert one["kd loss"][0] < one["kl to teacher"][0]
+
+
 def test_waiting_hidden_states_are_bounded(train, on_one_rank) -> None:
     """One micro-batch's; in an interleaved schedule, those of the micro-batches that go through one stage in a row."""
     seen = set()

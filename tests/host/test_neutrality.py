@@ -48,6 +48,16 @@ def test_watching_equals_plain_training_bit_for_bit(
     for name, job, overrides in (
         ("plain", "pretrain", {}),
         ("watched", "distill", {"teacher.load": teacher, "distillation.kd_weight": 0}),
+        (
+            "watched on some tokens",
+            "distill",
+            {
+                "teacher.load": teacher,
+                "distillation.kd_weight": 0,
+                "distillation.tokens": "{select: every, n: 3}",
+                "distillation.gradient_in_place": "true",
+            },
+        ),
         ("distilled", "distill", {"teacher.load": teacher}),
     ):
         path = workspace / f"neutral-{name}"
@@ -61,9 +71,11 @@ def test_watching_equals_plain_training_bit_for_bit(
 
     for name in ("lm loss", "grad-norm", "lm loss validation"):
         assert runs["plain"][name] == runs["stock"][name], name
-        assert runs["watched"][name] == runs["stock"][name], name
+        assert runs["watched"][name] == runs["watched on some tokens"][name] == runs["stock"][name], name
         assert runs["distilled"][name][-1] != runs["stock"][name][-1], name
     assert all(value > 0 for value in runs["watched"]["kd loss"]), "watching still reports the divergence"
+    of_all, of_some = (runs[name]["kd loss"][0] for name in ("watched", "watched on some tokens"))
+    assert 0.2 * of_all < of_some < 0.5 * of_all
 
     # Weights and optimizer state: the same keys in the same shapes.
     plain = saved_tensors(workspace / "neutral-plain")

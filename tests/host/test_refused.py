@@ -30,6 +30,21 @@ CASES: dict[str, tuple[str, list[str], str]] = {
         ["data.dir={other}", "distillation.shared_vocab=401"],
         r"shared_vocab is 401; the teacher.* 400 tokens, the student one of 420; give at most the smaller",
     ),
+    "unknown selection": (
+        "distill",
+        ["distillation.tokens={{select: evry, n: 2}}"],
+        r"command line: unknown distillation.tokens.select 'evry'; did you mean 'every'",
+    ),
+    "selection that takes every token": (
+        "distill",
+        ["distillation.tokens={{select: every, n: 1}}"],
+        r"command line: distillation.tokens: expected n to be 2 or more .* got 1; leave the selection out",
+    ),
+    "selection over a part of the vocabulary": (
+        "distill",
+        ["distillation.shared_vocab=399", "distillation.tokens={{select: every, n: 2}}"],
+        r"select: every, n: 2\) is not supported with shared_vocab 399 of the student's 400.*leave the selection out",
+    ),
     "student layers do not divide": ("distill", [PIPELINE, "megatron.num-layers=3"], r"student: 3 layers.*2 pipeline"),
     "teacher layers do not divide": ("distill", [PIPELINE, "teacher.num-layers=5"], r"teacher: 5 layers.*2 pipeline"),
     "teacher that cannot split the vocabulary": (

@@ -44,3 +44,30 @@ def test_no_token_counts() -> None:
     )
     assert loss.item() == 0 and num_tokens.item() == 0
     assert sums["lm loss"].tolist() == [0.0, 0.0]
+
+
+def selected_sums(mask: list[float], selected: list[float]) -> dict[str, list[float]]:
+    numbers = torch.tensor([[2.0, 4.0, 6.0, 8.0]])
+    report = {"lm loss": numbers, "kd loss": numbers, "teacher entropy": numbers}
+    report["selected tokens"] = torch.tensor([selected])
+    _, _, sums = masked_loss(
+        torch.tensor([mask]), numbers, report=report, of_selected=("teacher entropy",), check_for_nan=False
+    )
+    return {name: pair.tolist() for name, pair in sums.items()}
+
+
+def test_what_is_of_selected_tokens_comes_with_their_number() -> None:
+    sums = selected_sums([1.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 1.0])
+    assert sums["lm loss"] == sums["kd loss"] == sums["total loss"] == [12.0, 3.0]
+    assert sums["teacher entropy"] == [10.0, 2.0]
+    assert sums["selected tokens"] == [2.0, 3.0]
+
+
+def test_a_micro_batch_without_selected_tokens_changes_no_mean() -> None:
+    """Megatron adds up both numbers over micro-batches and ranks, and then divides."""
+    some, none = (selected_sums([1.0] * 4, selected) for selected in ([0.0, 1.0, 0.0, 1.0], [0.0] * 4))
+    both = torch.tensor(some["teacher entropy"]) + torch.tensor(none["teacher entropy"])
+    assert (both[0] / both[1]).item() == 6.0
+    nothing = torch.tensor([none["teacher entropy"], none["teacher entropy"]]).sum(dim=0)
+    assert (nothing[0] / nothing[1]).item() == 0.0, "not NaN, which would stay in Megatron's average of its log"
+    assert none["selected tokens"] == [0.0, 4.0]

@@ -21,6 +21,7 @@ from abkd_megatron.config import (
 )
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.schedule import COUNTS, Schedule
+from abkd_megatron.selection import TokenSelection
 
 
 def custom(text):
@@ -286,6 +287,51 @@ def test_schedules(load):
 def test_schedules_refused(load, schedule, message):
     with pytest.raises(ConfigError, match=message):
         load(f"distillation:\n  kd_weight: {schedule}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("{select: every, n: 4}", TokenSelection("every", n=4)),
+        ("{select: teacher_entropy, at_least: 1, at-most: 2.5}", TokenSelection("teacher_entropy", None, 1.0, 2.5)),
+        ("{select: disagreement}", TokenSelection("disagreement")),
+        ("{select: disagreement, kl_at_least: 5e-1}", TokenSelection("disagreement", kl_at_least=0.5)),
+        ("null", None),
+    ],
+)
+def test_selections(load, text, wanted):
+    config = load(f"distillation:\n  tokens: {text}\n")
+    config.check("pretrain")
+    assert config.distillation.tokens == wanted
+    again = load(render(config))
+    again.origins = config.origins
+    assert again == config
+    assert load(None, f"distillation.tokens={text}").distillation.tokens == wanted
+    assert load(f"distillation:\n  tokens: {text}\n", "distillation.tokens=null").distillation.tokens is None
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ("4", r"run.yaml:2: distillation.tokens: expected a mapping with a `select`, got '4'; for example {select:"),
+        ("{n: 4}", "distillation.tokens: expected a mapping with a `select`, got a nested mapping"),
+        ("{select: evry, n: 4}", "run.yaml:2: unknown distillation.tokens.select 'evry'; did you mean 'every'"),
+        ("{select: [every]}", "unknown distillation.tokens.select"),
+        ("\n    select: every\n    m: 4", "run.yaml:4: unknown key of .*, which selects every, 'm'; known: n"),
+        ("{select: every, n: 4, at_least: 1}", "unknown key of .* selects every, 'at_least'; known: n"),
+        ("{select: disagreement, kl: 1}", "unknown key .*'kl'; known: kl_at_least"),
+        ("{select: every}", "run.yaml:2: distillation.tokens: expected n to be 2 or more .* got None; leave"),
+        ("{select: every, n: 1}", "expected n to be 2 or more .* got 1; leave the selection out"),
+        ("{select: every, n: 2.5}", "distillation.tokens.n: expected a whole number, got '2.5'"),
+        ("{select: teacher_entropy}", "expected at_least or at_most"),
+        ("{select: teacher_entropy, at_least: nan}", "tokens.at_least: expected a finite number"),
+        ("{select: teacher_entropy, at_least: 2, at_most: 1}", "at_least to be no more than at_most, got 2.0 and 1.0"),
+        ("{select: disagreement, kl_at_least: 0}", "kl_at_least to be a number above 0"),
+    ],
+)
+def test_selections_refused(load, selection, message):
+    with pytest.raises(ConfigError, match=message):
+        load(f"distillation:\n  tokens: {selection}\n")
 
 
 def ramp(first, last, end=10, by="iteration"):
