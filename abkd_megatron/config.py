@@ -11,7 +11,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -21,6 +21,7 @@ import yaml
 from abkd_megatron.divergences import Divergence, Sum, registry
 from abkd_megatron.divergences.base import finite_number
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.hidden_loss import HiddenLoss, refuse_twins
 from abkd_megatron.logit_losses import LogitLoss
 from abkd_megatron.logit_losses.registry import build
 from abkd_megatron.schedule import COUNTS, KINDS, Progress, Schedule, both_zero
@@ -100,6 +101,9 @@ class DistillationConfig:
     """The tokens whose divergence is trained; None: all of them."""
     diagnostics: bool = False
     """Whether validation also reports reverse KL, calibration, ToDi's weight and where the loss pushes."""
+    hidden_losses: list[dict[str, Scalar]] = field(default_factory=list)
+    """Losses between layers: each a `student_layer`, a `teacher_layer`, a `loss` (``cosine`` or ``mse``), a `weight` (1
+    if left out) and `projector` (true if left out)."""
 
     def make_divergence(self) -> Divergence | None:
         """The divergence that these settings describe, of several terms their sum; with schedules, at their beginning.
@@ -140,6 +144,29 @@ class DistillationConfig:
             name, weight = settings.pop("name", ""), settings.pop("weight")
             terms.append((weight, build(str(name), settings)))
         return terms
+
+    def make_hidden_losses(self) -> tuple[HiddenLoss, ...]:
+        """The losses between layers.
+
+        Raises:
+            ConfigError: for an unknown or missing key, a value that `HiddenLoss` refuses, or a pair given twice.
+        """
+        known = {item.name: item.default is MISSING for item in fields(HiddenLoss)}
+        losses = []
+        for number, term in enumerate(self.hidden_losses, 1):
+            for key in term:
+                _check_name(key, known, f"entry {number}", "key")
+            if missing := [key for key, needed in known.items() if needed and key not in term]:
+                raise ConfigError(f"entry {number}: expected {', '.join(missing)} as well")
+            # A whole number reads as a float here, where nothing says what it is for.
+            whole = {key: int(of) for key, of in term.items() if isinstance(of, float) and of.is_integer()}
+            given: dict[str, Any] = {**term, **{key: of for key, of in whole.items() if key.endswith("layer")}}
+            try:
+                losses.append(HiddenLoss(**given))
+            except ConfigError as error:
+                raise ConfigError(f"entry {number}: {error}") from error
+        refuse_twins(losses)
+        return tuple(losses)
 
     def gliding(self, kernel: str) -> list[str]:
         """What `kernel` would have to be compiled anew for at every step."""
@@ -295,6 +322,11 @@ class Config:
                 "exist",
                 kd.head,
             )
+        try:
+            kd.make_hidden_losses()
+        except ConfigError as error:
+            origin = self.origins.get("distillation.hidden_losses", "default")
+            raise ConfigError(f"{origin}: distillation.hidden_losses: {error}") from error
         for name in self._without_effect():
             taken = ", ".join(registry.parameters(kd.divergence)) or "no parameters"
             beside = "distillation.losses" if kd.losses else f"divergence: {kd.divergence}, which takes {taken} here"
@@ -689,9 +721,11 @@ def _field_value(item: _Given, kind: Any) -> Value | Schedule | TokenSelection |
 
 
 def _term(item: _Given, entry: object) -> dict[str, Scalar]:
-    """One of `losses`: what reads as a number is one, for only the divergence knows what its parameters are."""
+    """One of a list of losses: what reads as a number is one, for only the loss knows what its parameters are."""
     if not isinstance(entry, dict):
-        raise _wrong(item, "a list of {name: ..., weight: ..., parameters}", entry)
+        hidden = item.key == "hidden_losses"
+        keys = "student_layer: ..., teacher_layer: ..., loss: ..." if hidden else "name: ..., weight: ..., parameters"
+        raise _wrong(item, f"a list of {{{keys}}}", entry)
     term: dict[str, Scalar] = {}
     for key, value in ((key.replace("-", "_"), one.value) for key, one in entry.items()):
         if isinstance(value, dict | list):
@@ -711,8 +745,11 @@ def _settings(item: _Given) -> dict[str, list[str]]:
     for name, entry in item.value.items():
         if not isinstance(entry.value, dict):
             raise _wrong(item, f"{name} to be a mapping such as {{divergence: todi}}", entry.value)
-        given = {key if "." in key else f"distillation.{key}": one for key, one in entry.value.items()}
-        settings[name] = [f"{key}={_yaml(_plain(one))}" for key, one in given.items()]
+        settings[name] = []
+        for key, one in entry.value.items():
+            section, _, rest = key.rpartition(".")
+            spelt = _Given.spelt(section or "distillation", rest, _plain(one), item.origin)
+            settings[name].append(f"{spelt.name}={_yaml(spelt.value)}")
     return settings
 
 

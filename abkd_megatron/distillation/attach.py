@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
 from abkd_megatron.distillation.head import OutputLayer, compute_loss, obstacles
+from abkd_megatron.distillation.hidden import HiddenLosses, Layers, check_pairs, layers_of_stages
 from abkd_megatron.distillation.objective import Objective, ScheduledObjective
 from abkd_megatron.distillation.runner import TeacherRunner
 from abkd_megatron.distillation.step import SELECTED
@@ -50,7 +51,8 @@ def attach(
         vocab_size: the student's true vocabulary size; the padded columns beyond it take part in nothing.
         pg_collection: the student's process groups; `tp` is used, and `cp` where tokens are selected by position or the
             student has some beyond `objective.shared_vocab`. There the last pipeline stage has to be given the input
-            ids too.
+            ids too. With `objective.hidden_losses` also `pp`; every stage that holds one of them has to be given the
+            loss mask.
         timeout: for the teacher's messages between ranks.
 
     Returns:
@@ -58,12 +60,15 @@ def attach(
 
     Raises:
         ConfigError: on every rank: a student that has a teacher already, a feature that goes around the hooks,
-            vocabularies that are padded differently, or a `shared_vocab` beyond the vocabulary or of a part of it with
-            context parallelism or a selection of tokens.
+            vocabularies that are padded differently, a `shared_vocab` beyond the vocabulary or of a part of it with
+            context parallelism or a selection of tokens, or hidden losses that cannot be had here (see `check_pairs`)
+            or lack their projectors (see `add_projectors`). At the first micro-batch, on a stage with a hidden loss and
+            without a loss mask.
         HostError: a student without `output_processor`: not a GPTModel of megatron-core >= 0.19.
 
-    Collectives: one all_gather_object, and those of making the groups for messages. Per micro-batch: the teacher's own,
-    its messages, and those of `vocab_parallel_distillation` and of each logit loss.
+    Collectives: one all_gather_object (three with hidden losses), and those of making the groups for messages. Per
+    micro-batch: the teacher's own, its messages, and those of `vocab_parallel_distillation`, of each logit loss and of
+    `HiddenLosses`.
     """
     scheduled = objective if isinstance(objective, ScheduledObjective) else ScheduledObjective(objective, {})
     objective = scheduled.objective
@@ -72,9 +77,14 @@ def attach(
         _check_shared_vocab(objective, vocab_size, pg_collection)
         check_tokens(objective, vocab_size)
         chunks = _checked_student(student, teacher, objective, vocab_size)
+    stages = {}
+    if objective.hidden_losses:
+        stages = layers_of_stages(chunks, teacher, pg_collection)
+        with on_every_rank():
+            check_pairs(chunks, teacher, objective.hidden_losses, stages)
     if objective.tokens is not None:
         logger.info("the divergence is trained on some tokens: %s", objective.tokens)
-    return Attachment(chunks, teacher, scheduled, vocab_size, pg_collection, timeout)
+    return Attachment(chunks, teacher, scheduled, vocab_size, pg_collection, timeout, stages)
 
 
 def _check_shared_vocab(objective: Objective, vocab_size: int, pg_collection: ProcessGroupCollection) -> None:
@@ -208,6 +218,7 @@ class Attachment:
         vocab_size: int,
         pg_collection: ProcessGroupCollection,
         timeout: timedelta,
+        stages: Mapping[int, Layers],
     ) -> None:
         self.teacher = teacher
         self.objective = objective.objective
@@ -228,6 +239,11 @@ class Attachment:
         self._hooks = [chunks[0].register_forward_pre_hook(self._run_teacher, with_kwargs=True)]
         if chunks[-1].post_process:
             self._hooks.append(chunks[-1].register_forward_pre_hook(self._give_head, with_kwargs=True))
+        self._hidden = None
+        if losses := self.objective.hidden_losses:
+            self._hidden = HiddenLosses(
+                chunks, teacher, losses, stages, pg_collection.tp, self._logits_are_wanted, timeout
+            )
 
     def set_progress(self, progress: Progress) -> None:
         """Take the numbers of a step, before its first micro-batch: on every rank, with the same progress.
@@ -240,9 +256,14 @@ class Attachment:
             self.scheduled = self._scheduled_objective.values(progress)
 
     def detach(self) -> None:
-        """Take the teacher off; the student is what it was before. A second call does nothing."""
+        """Take the teacher off; the student is what it was before. A second call does nothing.
+
+        Projectors go too. Megatron's wrapper and optimizer, which were made with them, cannot train on without.
+        """
         for hook in self._hooks:
             hook.remove()
+        if self._hidden is not None:
+            self._hidden.remove()
         self._runner.drain()
         self._waiting.clear()
 
@@ -255,7 +276,25 @@ class Attachment:
     @property
     def num_in_flight(self) -> int:
         """Messages of the teacher that were started here and are not known to have arrived."""
-        return self._runner.num_in_flight
+        return self._runner.num_in_flight + (self._hidden.num_in_flight if self._hidden is not None else 0)
+
+    @property
+    def hidden(self) -> dict[str, tuple[float, torch.Tensor]] | None:
+        """The last micro-batch's losses between layers: {name: (weight, sum over counted tokens)}.
+
+        None before the first, on every pipeline stage but the last, and without such losses.
+        """
+        return self._hidden.report if self._hidden is not None else None
+
+    @property
+    def needs_loss_mask(self) -> set[int | None]:
+        """Virtual stages of this rank, None for its only one, that are to be given the loss mask for hidden losses."""
+        return self._hidden.stages_with_mask if self._hidden is not None else set()
+
+    @property
+    def most_waiting_of_layers(self) -> int:
+        """The most micro-batches whose outputs of a teacher's layer have waited for the student's at one time."""
+        return self._hidden.most_waiting if self._hidden is not None else 0
 
     def _run_teacher(self, student: GPTModel, args: tuple, kwargs: dict[str, Any]) -> None:
         batch = self._signature.bind_partial(*args, **kwargs).arguments

@@ -8,6 +8,7 @@ from typing import Any
 from abkd_megatron.divergences import AlphaBeta, Divergence
 from abkd_megatron.divergences.base import finite_number
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.hidden_loss import HiddenLoss, refuse_twins
 from abkd_megatron.logit_losses import LogitLoss
 from abkd_megatron.schedule import Progress, Schedule, both_zero
 from abkd_megatron.selection import TokenSelection
@@ -25,7 +26,7 @@ class Objective:
     L_i are logit losses, which are no sums over the vocabulary of terms of one column each; mostly there are none.
 
     A `kd_weight` of 0 only watches: the student trains on Megatron's own cross entropy, bit for bit as without a
-    teacher, and the divergence is reported.
+    teacher, and the divergence is reported. (Unless there are `hidden_losses`, which train nevertheless.)
     """
 
     divergence: Divergence | None
@@ -59,6 +60,8 @@ class Objective:
     tokens: TokenSelection | None = None
     """The tokens whose divergence is trained; it is 0 at the others, and still divided by the number of all. None: all
     of them."""
+    hidden_losses: tuple[HiddenLoss, ...] = ()
+    """Losses between layers, added with their own weights, whatever `kd_weight` is; each pair of layers once."""
 
     def __post_init__(self) -> None:
         if self.head not in HEADS:
@@ -90,6 +93,7 @@ class Objective:
             raise ConfigError(f"expected shared_vocab to be at least 1, got {self.shared_vocab}; or leave it out")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ConfigError(f"temperature must be a positive number, got {self.temperature}")
+        refuse_twins(self.hidden_losses)
         for name in ("kd_weight", "lm_weight"):
             weight = getattr(self, name)
             if not (math.isfinite(weight) and weight >= 0):

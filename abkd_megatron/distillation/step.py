@@ -19,6 +19,7 @@ def masked_loss(
     report: Mapping[str, torch.Tensor] | None = None,
     scheduled: Mapping[str, float] | None = None,
     of_selected: Collection[str] = (),
+    hidden: Mapping[str, tuple[float, torch.Tensor]] | None = None,
     check_for_nan: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Return what Megatron's schedules expect of a loss function for one micro-batch.
@@ -33,6 +34,8 @@ def masked_loss(
         scheduled: numbers of the whole step to log, `Attachment.scheduled`.
         of_selected: names in `report` that are means over the selected tokens, `Attachment.of_selected`: they come
             with the number of these. Where no rank has any they are logged as 0.
+        hidden: {name: (weight, sum over the same counted tokens)} of losses between layers, `Attachment.hidden`. Their
+            gradients are on their way already; here they are only logged.
         check_for_nan: stop on NaN or Inf through Megatron's rerun state machine, as its own loss function does.
 
     Returns:
@@ -54,8 +57,11 @@ def masked_loss(
         sums = {name: _masked_sum(value, selected if name in of_selected else mask) for name, value in report.items()}
         sums["total loss"] = loss
         counts = dict.fromkeys(of_selected, selected.sum().clamp_min(_NOTHING))
+    for name, (weight, of_layers) in (hidden or {}).items():
+        sums[name] = of_layers
+        sums["total loss"] = sums.get("total loss", loss).detach() + weight * of_layers
     if check_for_nan:
-        for name in ("lm loss", "kd loss", "total loss"):
+        for name in ("lm loss", "kd loss", *(hidden or ()), "total loss"):
             if name in sums:
                 _stop_unless_finite(sums[name], name)
     logged = {

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import mpu
+from megatron.core import dist_checkpointing, mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
@@ -27,6 +28,7 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_tensorboard_writer, get_timers, get_tokenizer, pretrain, print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args, parse_args, validate_args
+from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 import abkd_megatron.kernels as kernels
@@ -34,15 +36,18 @@ from abkd_megatron.config import SCHEDULED, Config, DistillationConfig, to_argv
 from abkd_megatron.data import PreparedData
 from abkd_megatron.distillation import (
     Attachment,
+    HiddenLoss,
     Objective,
     Progress,
     Schedule,
     ScheduledObjective,
     TeacherCheckpoint,
+    add_projectors,
     attach,
     build_teacher,
 )
 from abkd_megatron.distillation.attach import check_config, check_tokens
+from abkd_megatron.distillation.hidden import PROJECTORS
 from abkd_megatron.distillation.layout import neighbours_of
 from abkd_megatron.distillation.step import masked_loss
 from abkd_megatron.errors import ConfigError, on_every_rank
@@ -122,6 +127,15 @@ def run(config: Config, job: str) -> None:
             checkpoint = TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step)
             checkpoint.check_arguments(teacher_args, vocab_size, objective.shared_vocab)
             _try_kernel(objective, config.device, args.params_dtype)
+            absent = _absent_projectors(args, objective.hidden_losses)
+
+        def with_projectors(student: list[torch.nn.Module]) -> list[torch.nn.Module]:
+            pg_collection, size = get_attr_wrapped_model(student[0], "pg_collection"), teacher_args.hidden_size
+            with on_every_rank():
+                add_projectors(
+                    student, objective.hidden_losses, size, tp_group=pg_collection.tp, absent=absent, seed=args.seed
+                )
+            return student
 
         def attach_teacher(student: list[torch.nn.Module]) -> list[torch.nn.Module]:
             losses = [
@@ -147,12 +161,14 @@ def run(config: Config, job: str) -> None:
             )
             return student
 
+        if objective.hidden_losses:
+            model_config.pre_wrap_hooks.append(with_projectors)
         model_config.post_wrap_hooks.append(attach_teacher)
 
     try:
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
-            train_valid_test_datasets_provider,
+            _DatasetsProvider(step),
             ModelType.encoder_or_decoder,
             step,
         )
@@ -166,6 +182,11 @@ def run(config: Config, job: str) -> None:
             f"teacher hidden states: at most {step.attachment.most_waiting} micro-batches at a time waited here, "
             f"{step.attachment.most_waiting_bytes} bytes"
         )
+        if objective.hidden_losses:
+            logger.info(
+                f"outputs of the teacher's layers: those of at most {step.attachment.most_waiting_of_layers} "
+                "micro-batches at a time waited for the student's layer here"
+            )
 
 
 def make_objective(config: DistillationConfig) -> ScheduledObjective:
@@ -184,6 +205,7 @@ def make_objective(config: DistillationConfig) -> ScheduledObjective:
         diagnostics=config.diagnostics,
         logit_losses=config.make_logit_losses(),
         tokens=config.tokens,
+        hidden_losses=config.make_hidden_losses(),
     )
     return ScheduledObjective(objective, {name: it for name, it in given.items() if isinstance(it, Schedule)})
 
@@ -230,8 +252,9 @@ class _ForwardStep:
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
         tokens_on_last = self.attachment is not None and self.attachment.needs_input_ids
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
         with _stimer(bdata=True):
-            batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), tokens_on_last)
+            batch = get_batch(data_iterator, vp_stage, tokens_on_last, self.needs_loss_mask(vp_stage))
         timers("batch-generator").stop()
         with _stimer:
             output = model(
@@ -243,6 +266,10 @@ class _ForwardStep:
             )
         return output, partial(self._loss, batch["loss_mask"])
 
+    def needs_loss_mask(self, vp_stage: int | None) -> bool:
+        """Whether this stage is to get the loss mask even if it is not the last one."""
+        return self.attachment is not None and vp_stage in self.attachment.needs_loss_mask
+
     def _loss(
         self, loss_mask: torch.Tensor | None, output_tensor: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -251,6 +278,7 @@ class _ForwardStep:
             loss_mask,
             output_tensor,
             report=self.attachment.report if self.attachment is not None else None,
+            hidden=self.attachment.hidden if self.attachment is not None else None,
             scheduled=self.attachment.scheduled if self.attachment is not None else None,
             of_selected=self.attachment.of_selected if self.attachment is not None else (),
             check_for_nan=get_args().check_for_nan_in_loss_and_grad,
@@ -258,17 +286,18 @@ class _ForwardStep:
 
 
 def get_batch(
-    data_iterator: Iterator | None, vp_stage: int | None, tokens_on_last: bool = False
+    data_iterator: Iterator | None, vp_stage: int | None, tokens_on_last: bool = False, mask_here: bool = False
 ) -> dict[str, torch.Tensor | None]:
     """This rank's share of the next micro-batch; nothing on the pipeline stages that need none.
 
-    With `tokens_on_last` the last stage gets the input tokens too, as it does with multi-token prediction.
+    With `tokens_on_last` the last stage gets the input tokens too, as it does with multi-token prediction. With
+    `mask_here` this stage gets all of it, whichever it is.
     """
     args = get_args()
     keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens")
     batch: dict[str, Any] = dict.fromkeys(keys)
     predicts_ahead = mtp_on_this_rank(None, args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage)
-    if not is_first_or_last_pipeline_stage(vp_stage) and not predicts_ahead:
+    if not is_first_or_last_pipeline_stage(vp_stage) and not predicts_ahead and not mask_here:
         return batch
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None
@@ -285,7 +314,7 @@ def get_batch(
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=predicts_ahead or tokens_on_last,
+        mtp_on_this_rank=predicts_ahead or tokens_on_last or mask_here,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
@@ -293,8 +322,10 @@ def get_batch(
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
 
 
-def train_valid_test_datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -> tuple:
-    """Megatron's GPT datasets for training, validation and test, on the ranks that read data."""
+def train_valid_test_datasets_provider(
+    num_samples: Sequence[int], vp_stage: int | None = None, mask_here: bool = False
+) -> tuple:
+    """Megatron's GPT datasets for training, validation and test, on the ranks that read data, see `get_batch`."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
@@ -322,7 +353,8 @@ def train_valid_test_datasets_provider(num_samples: Sequence[int], vp_stage: int
     )
 
     def is_built_here() -> bool:
-        return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+        reads = mask_here or is_first_or_last_pipeline_stage(vp_stage)
+        return mpu.get_tensor_model_parallel_rank() == 0 and reads
 
     dataset = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, config).build()
@@ -330,6 +362,44 @@ def train_valid_test_datasets_provider(num_samples: Sequence[int], vp_stage: int
 
 # Megatron then builds the datasets on every rank that needs them, not on rank 0 alone.
 train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+
+
+class _DatasetsProvider:
+    """The same, when Megatron has built the model and it is known which stages take the loss mask."""
+
+    is_distributed = True
+
+    def __init__(self, step: _ForwardStep) -> None:
+        self._step = step
+
+    def __call__(self, num_samples: Sequence[int], vp_stage: int | None = None) -> tuple:
+        return train_valid_test_datasets_provider(num_samples, vp_stage, self._step.needs_loss_mask(vp_stage))
+
+
+def _absent_projectors(args: Namespace, losses: Sequence[HiddenLoss]) -> list[str]:
+    """The projectors that the student's checkpoint does not have, as one of plain training; allowed to begin with.
+
+    Raises:
+        ConfigError: if Megatron would also resume the optimizer from it, which has no state of theirs.
+    """
+    wanted = [loss.pair for loss in losses if loss.projector]
+    load, finetune = args.load, args.finetune
+    if not checkpoint_exists(load) and args.pretrained_checkpoint is not None:
+        load, finetune = args.pretrained_checkpoint, True
+    if not wanted or not checkpoint_exists(load):  # what else there may be to refuse is Megatron's
+        return []
+    found: set[str] = set()
+    saved = str(args.ckpt_step or Path(load, "latest_checkpointed_iteration.txt").read_text().strip())
+    directory = Path(load, f"iter_{int(saved):07d}" if saved.isdigit() else saved)
+    if dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
+        found = set(dist_checkpointing.load_tensors_metadata(str(directory)))
+    absent = [pair for pair in wanted if f"{PROJECTORS}.{pair}.weight" not in found]
+    if absent and not (finetune or args.no_load_optim):
+        raise ConfigError(
+            f"expected the projectors of the hidden losses {', '.join(absent)} in {directory}, where this run would go "
+            "on; give megatron.finetune=true to begin with its weights and new projectors"
+        )
+    return absent
 
 
 def _teacher_args(

@@ -49,6 +49,10 @@ MOE = {
 }
 # A teacher after eight steps says much the same of every token, unless it began with more to say.
 VARIED = {"init-method-std": 0.3}
+HIDDEN_LOSSES = {
+    "distillation.hidden_losses": "[{student_layer: 1, teacher_layer: 2, loss: mse, weight: 0.5}, "
+    "{student_layer: 1, teacher_layer: 1, loss: cosine}, {student_layer: 2, teacher_layer: 4, loss: cosine, weight: 2}]"
+}
 UNTIED, TIED = ({"untie-embeddings-and-output-weights": how} for how in ("true", "false"))
 
 
@@ -70,6 +74,8 @@ class Reference:
     teacher: Settings = field(default_factory=dict)
     beside: Settings = field(default_factory=dict)
     """What it is only trained with."""
+    reports: tuple[str, ...] = ()
+    """What it logs that others do not."""
 
 
 REFERENCES: dict[str, Reference] = {
@@ -117,6 +123,24 @@ REFERENCES: dict[str, Reference] = {
             "distillation.temperature": "{schedule: piecewise, points: [[0, 4.0], [512, 2.0]], by: tokens}",
             "distillation.kd_weight": "{schedule: linear, from: 1.0, to: 0.2, end: 16, by: samples}",
         },
+    ),
+    **{
+        f"hidden losses{name}": Reference(
+            beside={**HIDDEN_LOSSES, "eod-mask-loss": "true", **settings},
+            reports=("hidden loss 1-2", "hidden loss 1-1", "hidden loss 2-4"),
+        )
+        for name, settings in {"": {}, ", per token": {"calculate-per-token-loss": "true"}}.items()
+    },
+    # Layers 1 and 3 of the student, 1 and 2 of the teacher lie on the first of two stages.
+    "hidden losses, 4 layers": Reference(
+        student={"num-layers": 4},
+        beside={
+            "distillation.hidden_losses": "[{student_layer: 1, teacher_layer: 2, loss: mse}, "
+            "{student_layer: 3, teacher_layer: 1, loss: cosine, weight: 2}, "
+            "{student_layer: 2, teacher_layer: 3, loss: cosine}, {student_layer: 4, teacher_layer: 4, loss: mse}]",
+            "eod-mask-loss": "true",
+        },
+        reports=("hidden loss 1-2", "hidden loss 3-1", "hidden loss 2-3", "hidden loss 4-4"),
     ),
     "bf16 teacher": Reference(beside={"teacher.bf16": "true"}),
     # Where ends of documents do not count, the share of counted tokens that is selected differs between micro-batches.
@@ -167,7 +191,8 @@ class Row:
     @property
     def names(self) -> tuple[str, ...]:
         """What is compared: the training steps, and both validations at their end."""
-        reported = LOSSES if "bf16" in self.settings else (*LOSSES, *EXACT_ONLY)
+        reported = (*LOSSES, *REFERENCES[self.reference].reports)
+        reported += () if "bf16" in self.settings else EXACT_ONLY
         if "distillation.tokens" in REFERENCES[self.reference].beside:
             reported = (*reported, "selected tokens")
         return ("grad-norm", *reported, *(f"{name} validation" for name in reported))
@@ -184,6 +209,7 @@ def teacher(*, tensor: int | None = None, pipeline: int | None = None) -> Settin
 
 OWN = "teacher in a layout of its own"
 DIFFERS = "teacher of another kind: heads, positions, norm, activation, biases, tied embeddings"
+HIDDEN = "losses between layers, with projectors"
 ACCUMULATION = "gradient accumulation: micro-batches of 1 and 4 in place of 2"
 
 # Rows of one feature and one result make one line of the table.
@@ -269,6 +295,13 @@ ROWS = [
         )
         for num_ranks, settings in ((4, SP | PP), (2, DP | FUSED))
     ),
+    Row(HIDDEN, 2, SP, "hidden losses"),
+    Row(HIDDEN, 2, PP, "hidden losses"),
+    Row(HIDDEN, 2, PP | FULL_RECOMPUTATION, "hidden losses, per token"),
+    Row(HIDDEN, 4, SP | PP | FUSED, "hidden losses, per token"),
+    Row(HIDDEN, 2, DP | {"overlap-param-gather": "true"}, "hidden losses, per token"),
+    Row(HIDDEN, 2, VPP, "hidden losses, 4 layers"),
+    Row(HIDDEN, 4, TP | VPP | FULL_RECOMPUTATION, "hidden losses, 4 layers"),
     Row(
         "teacher's tensor parallelism no multiple of the student's",
         2,
@@ -308,6 +341,14 @@ ROWS = [
         2,
         {"hybrid-context-parallel": "true"},
         refused="hybrid context parallelism is not supported",
+    ),
+    # The last one, since it is found when Megatron has built the models.
+    Row(
+        "losses between layers of different stages",
+        2,
+        PP | {"distillation.hidden_losses": "[{student_layer: 2, teacher_layer: 2, loss: mse}]"},
+        refused="student's 2 on stage 1 and the teacher's 2 on stage 0; beside the student's 2 lie the teacher's "
+        "layers 3, 4",
     ),
 ]
 

@@ -23,6 +23,21 @@ def test_sums_and_counts() -> None:
     assert torch.equal(total.grad, mask)
 
 
+def test_losses_between_layers_are_logged_and_their_gradient_is_left_alone() -> None:
+    mask, total = torch.tensor([[1.0, 0.0, 1.0]]), torch.ones(1, 3).requires_grad_()
+    hidden = {"hidden loss 1-2": (0.5, torch.tensor(8.0)), "hidden loss 2-2": (2.0, torch.tensor(3.0))}
+    loss, _, sums = masked_loss(mask, total, report={"lm loss": total.detach()}, hidden=hidden, check_for_nan=False)
+    assert {name: pair.tolist() for name, pair in sums.items()} == {
+        "lm loss": [2.0, 2.0],
+        "hidden loss 1-2": [8.0, 2.0],
+        "hidden loss 2-2": [3.0, 2.0],
+        "total loss": [2.0 + 0.5 * 8.0 + 2.0 * 3.0, 2.0],
+    }
+    assert loss.item() == 2.0
+    loss.backward()
+    assert torch.equal(total.grad, mask)
+
+
 def test_without_a_teacher_it_is_the_stock_loss() -> None:
     mask, output = torch.rand(2, 5).round(), torch.randn(2, 5)
     loss, _, sums = masked_loss(mask, output, check_for_nan=False)

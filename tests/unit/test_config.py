@@ -20,6 +20,7 @@ from abkd_megatron.config import (
     to_argv,
 )
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.hidden_loss import HiddenLoss
 from abkd_megatron.schedule import COUNTS, Schedule
 from abkd_megatron.selection import TokenSelection
 
@@ -679,3 +680,42 @@ def test_with_megatrons_own_parser(tmp_path):
     assert args.apply_rope_fusion is False and args.override_opt_param_scheduler is True
     with pytest.raises(ConfigError, match="attention-backend 'locl'; did you mean 'local'"):
         load_config(path, ["megatron.attention-backend=locl"], options)
+
+
+def test_hidden_losses(load):
+    text = (
+        "distillation:\n  hidden_losses:\n"
+        "  - {student_layer: 1, teacher-layer: 2, loss: mse, weight: 5e-1, projector: false}\n"
+        "  - {student_layer: 2, teacher_layer: 4, loss: cosine}"
+    )
+    config = load(text)
+    config.check("pretrain")
+    assert config.distillation.make_hidden_losses() == (HiddenLoss(1, 2, "mse", 0.5, False), HiddenLoss(2, 4, "cosine"))
+    assert all(type(loss.student_layer) is int for loss in config.distillation.make_hidden_losses())
+    again = load(render(config))
+    assert again.distillation == config.distillation
+    assert DistillationConfig().make_hidden_losses() == ()
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ("{student_layer: 1, teacher_layer: 2}", "entry 1: expected loss as well"),
+        ("{student_layer: 1, teacher_layer: 2, loss: mse, layer: 3}", "unknown key 'layer'; .*student_layer"),
+        ("{student_layer: 0, teacher_layer: 2, loss: mse}", "student_layer to be a whole number from 1 on, got 0"),
+        ("{student_layer: 1, teacher_layer: 1.5, loss: mse}", "teacher_layer to be a whole number from 1 on, got 1.5"),
+        ("{student_layer: last, teacher_layer: 1, loss: mse}", "student_layer to be a whole number .*'last'"),
+        ("{student_layer: 1, teacher_layer: 2, loss: l1}", "expected loss to be one of cosine, mse, got 'l1'"),
+        ("{student_layer: 1, teacher_layer: 2, loss: mse, weight: 0}", "expected weight to be a number above 0, got 0"),
+        ("{student_layer: 1, teacher_layer: 2, loss: mse, weight: inf}", "weight to be a number above 0, got 'inf'"),
+        ("{student_layer: 1, teacher_layer: 2, loss: mse, projector: 1}", "projector to be true or false, got 1"),
+        ("[{student_layer: 1, teacher_layer: 2, loss: mse}, 3]", r"a list of \{student_layer: .*got '3'"),
+        (
+            "[{student_layer: 1, teacher_layer: 2, loss: mse}, {student_layer: 1, teacher_layer: 2, loss: cosine}]",
+            "expected each pair of layers once, got 1-2 2 times; remove all but one",
+        ),
+    ],
+)
+def test_hidden_losses_that_cannot_be(load, losses, message):
+    with pytest.raises(ConfigError, match=r"distillation.hidden_losses: .*" + message):
+        load(f"distillation: {{hidden_losses: {losses}}}").check("pretrain")
