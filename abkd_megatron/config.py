@@ -749,7 +749,8 @@ def _settings(item: _Given) -> dict[str, list[str]]:
         for key, one in entry.value.items():
             section, _, rest = key.rpartition(".")
             spelt = _Given.spelt(section or "distillation", rest, _plain(one), item.origin)
-            settings[name].append(f"{spelt.name}={_yaml(spelt.value)}")
+            plain = isinstance(spelt.value, str) and _load_yaml(spelt.value, name) == spelt.value
+            settings[name].append(f"{spelt.name}={spelt.value if plain else _yaml(spelt.value)}")
     return settings
 
 
@@ -891,7 +892,11 @@ def render(config: Config, shown: Sequence[str] = SECTIONS, origins: bool = True
     rows = [(f"device: {_yaml(config.device)}", config.origins.get("device", ""))]
     for section, items in ((name, items) for name, items in sections.items() if name in shown):
         rows.append((f"{section}:" if items else f"{section}: {{}}", ""))
-        rows += [(f"  {k}: {_yaml(v)}", config.origins.get(f"{section}.{k}", "")) for k, v in items.items()]
+        for key, value in items.items():
+            origin = config.origins.get(f"{section}.{key}", "")
+            nested = isinstance(value, dict)
+            rows.append((f"  {key}:" if nested else f"  {key}: {_yaml(value)}", origin))
+            rows += [(f"    {_yaml(name)}: {_yaml(one)}", "") for name, one in value.items()] if nested else []
     width = max(len(text) for text, _ in rows if len(text) <= 60)  # a long path does not push all others
     lines = (f"{text:<{width}}  # {origin}" if origin and origins else text for text, origin in rows)
     return "\n".join(lines) + "\n"
