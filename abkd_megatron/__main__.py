@@ -69,7 +69,8 @@ def _run(job: str, path: Path | None, overrides: Sequence[str]) -> None:
     _quieten_fallback_warnings()
     # Only here: importing Megatron takes seconds, and --help should not.
     from abkd_megatron import cpu
-    from abkd_megatron.config import Config, load_config, render
+    from abkd_megatron.config import Config
+    from abkd_megatron.config_file import load_config, render
     from abkd_megatron.integrations import megatron_lm
 
     options = megatron_lm.megatron_options()

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from abkd_megatron import runs
-from abkd_megatron.config import SECTIONS, Config, render
+from abkd_megatron.config import SECTIONS, Config
+from abkd_megatron.config_file import render
 from abkd_megatron.errors import ConfigError, HostError
 from abkd_megatron.vocab_parallel.diagnostics import calibration_error
 

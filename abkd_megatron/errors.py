@@ -1,6 +1,7 @@
 """What can go wrong before the first step, by cause. Each message says what was expected, what was got, the remedy."""
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
@@ -52,3 +53,34 @@ def on_every_rank() -> Iterator[None]:
     if first is not None:
         rank, (kind, message) = first
         raise kind(f"{message} (found on rank {rank})")
+
+
+def check_name(name: object, known: Iterable[str], origin: str, what: str) -> None:
+    """Refuse a name that is none of the known ones, and say which may have been meant.
+
+    Args:
+        name: as it was given.
+        known: what it may be.
+        origin: where it was given.
+        what: the kind of thing it names.
+
+    Raises:
+        ConfigError: if it is unknown.
+    """
+    known = list(known)
+    if name in known:
+        return
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.7)
+    hint = f"did you mean '{near[0]}'?" if near else ""
+    if len(known) <= 16:
+        hint = f"{hint} known: {', '.join(known)}".strip()
+    raise ConfigError(f"{origin}: unknown {what} {shown(name)}; {hint or 'see the documentation for the names'}")
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it."""
+    if isinstance(value, dict):
+        return "a nested mapping"
+    if isinstance(value, bool):
+        return f"the boolean {str(value).lower()}"
+    return "nothing (null)" if value is None else repr(value)

@@ -32,7 +32,8 @@ from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 import abkd_megatron.kernels as kernels
-from abkd_megatron.config import SCHEDULED, Config, DistillationConfig, to_argv
+from abkd_megatron.config import SCHEDULED, Config, DistillationConfig
+from abkd_megatron.config_file import to_argv
 from abkd_megatron.data import PreparedData
 from abkd_megatron.distillation import (
     Attachment,

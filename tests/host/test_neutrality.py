@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from launch import launch, run_job, scalars
 
-from abkd_megatron.config import load_config, to_argv
+from abkd_megatron.config_file import load_config, to_argv
 from abkd_megatron.data import PreparedData
 
 STOCK = Path(__file__).with_name("stock.py")

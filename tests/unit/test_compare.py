@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from abkd_megatron import compare
-from abkd_megatron.config import load_config
+from abkd_megatron.config_file import load_config
 from abkd_megatron.errors import ConfigError
 
 YAML = """\
@@ -62,7 +62,7 @@ def test_every_loss_at_every_seed_with_a_configuration_of_its_own(load, tmp_path
 
 
 def test_the_shown_configuration_is_the_same(load, tmp_path):
-    from abkd_megatron.config import render
+    from abkd_megatron.config_file import render
 
     config = load([])
     path = tmp_path / "shown.yaml"

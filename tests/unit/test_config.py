@@ -15,10 +15,8 @@ from abkd_megatron.config import (
     DataConfig,
     DistillationConfig,
     TeacherConfig,
-    load_config,
-    render,
-    to_argv,
 )
+from abkd_megatron.config_file import load_config, render, to_argv
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.hidden_loss import HiddenLoss
 from abkd_megatron.schedule import COUNTS, Schedule
@@ -657,7 +655,7 @@ def test_render_round_trip(tmp_path_factory, name, paths, lr, alpha, layers, poi
 
 
 def test_importing_leaves_megatron_alone():
-    code = "import sys, abkd_megatron.config, abkd_megatron.data; print('megatron' in sys.modules)"
+    code = "import sys, abkd_megatron.config_file, abkd_megatron.data; print('megatron' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

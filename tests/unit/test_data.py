@@ -97,7 +97,7 @@ def test_megatron_arguments(prepared):
     arguments = pytest.importorskip("megatron.training.arguments")
     import argparse
 
-    from abkd_megatron.config import to_argv
+    from abkd_megatron.config_file import to_argv
 
     parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     options = {s.removeprefix("--"): a for a in parser._actions for s in a.option_strings}
