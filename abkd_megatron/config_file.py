@@ -180,6 +180,37 @@ def to_argv(values: Mapping[str, Value], megatron_options: Options) -> list[str]
     return argv
 
 
+def from_argv(argv: Sequence[str], megatron_options: Options) -> dict[str, Value]:
+    """The Megatron arguments of a command line that Megatron has taken: the inverse of `to_argv`.
+
+    Args:
+        argv: the words. Options that are not Megatron's are passed over with their values.
+        megatron_options: as in `load_config`.
+
+    Returns:
+        The arguments that are there, keyed by their spelling without the leading dashes; of an argument given twice the
+        last. Values are text, lists of text, or true for a plain flag: `to_argv` gives them their types.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for action in {id(action): action for action in megatron_options.values()}.values():
+        parser.add_argument(*action.option_strings, dest=action.dest, nargs=action.nargs, action=_Record)
+    given: dict[str, tuple[str, Any]] = parser.parse_known_args(argv)[0].__dict__.get(_RECORDED, {})
+    return {name: bool(value) if megatron_options[name].type is bool else value for name, value in given.values()}
+
+
+_RECORDED = "what was given"
+
+
+class _Record(argparse.Action):
+    """Keeps of each argument the spelling and the words that were given last."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        given = namespace.__dict__.setdefault(_RECORDED, {})
+        given[self.dest] = (option or "").removeprefix("--"), True if self.nargs == 0 else values
+
+
 def _word(item: Given, value: Scalar) -> str:
     """One of several values; argparse takes a leading dash only from plain decimals."""
     if isinstance(value, float) and value < 0:

@@ -4,14 +4,19 @@ Megatron asks torch.cuda for devices, streams and random states all over its cod
 with the CPU: every tensor that asks for CUDA lands in main memory, streams and events do nothing, and the GPU's random
 generator is the CPU's. It changes torch for the whole process, so it is opt-in (`device: cpu`), happens once, and
 refuses to start beside a GPU.
+
+A script of one's own runs on it as it stands: `python -m abkd_megatron.cpu SCRIPT [ARGUMENTS]`.
 """
 
 import copy
 import os
+import runpy
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -208,6 +213,11 @@ def install() -> None:
     _let_torch_norms_be_sequence_parallel()
 
 
+def is_installed() -> bool:
+    """Whether this process has the stand-in for a GPU."""
+    return _installed
+
+
 def init_process_group(timeout: timedelta) -> None:
     """Start torch.distributed over gloo, as torchrun's environment says; Megatron then finds it started."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -269,3 +279,44 @@ def _fix_resumed_adam() -> None:
 
     DistributedOptimizer.sharded_state_dict = sharded_with_state
     DistributedOptimizer.load_state_dict = load_with_own_steps
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a training script of Megatron's with the stand-in: ``python -m abkd_megatron.cpu SCRIPT [ARGUMENTS]``.
+
+    The script finds torch.distributed started over gloo, and on its command line what Megatron needs on a CPU in front
+    of its own arguments.
+
+    Args:
+        argv: the script and its arguments; None takes the process's.
+
+    Returns:
+        2 where no script is named; otherwise the script ends as it likes.
+
+    Raises:
+        HostError: beside a real GPU.
+
+    Collectives: those of starting torch.distributed.
+    """
+    script, *words = (sys.argv[1:] if argv is None else argv) or [""]
+    if not Path(script).is_file():
+        print(f"usage: python -m abkd_megatron.cpu SCRIPT [ARGUMENTS]; no such script: {script!r}", file=sys.stderr)
+        return 2
+    install()
+    from abkd_megatron.config_file import from_argv, to_argv
+    from abkd_megatron.integrations.megatron_lm import megatron_options
+
+    options = megatron_options()
+    minutes = from_argv(words, options).get("distributed-timeout-minutes", 10)
+    init_process_group(timedelta(minutes=float(str(minutes))))
+    sys.argv = [script, *to_argv(MEGATRON_DEFAULTS, options), *words]
+    sys.path.insert(0, str(Path(script).resolve().parent))  # as Python itself does for a script
+    runpy.run_path(script, run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    # This module once more, under its own name, where others find what it has installed.
+    from abkd_megatron import cpu
+
+    sys.exit(cpu.main())

@@ -204,6 +204,8 @@ class Attachment:
         needs_input_ids: whether the last pipeline stage has to be given the input ids, too.
         report: per-token numbers [b, s] of the last micro-batch, by the name they are logged under; None before the
             first, and on every pipeline stage but the last.
+        loss_mask: [b, s] of the last micro-batch, on the last pipeline stage; None if the forward step gives the model
+            none.
         most_waiting: the most micro-batches whose teacher hidden states have waited here for the student at one time. 1
             without virtual pipeline stages; with them as many as Megatron runs through one chunk before the next
             (microbatch_group_size_per_vp_stage, by default the pipeline size).
@@ -227,6 +229,7 @@ class Attachment:
         self._scheduled_objective = objective
         self.needs_input_ids = self.objective.shares_part_of(vocab_size)
         self.report: dict[str, torch.Tensor] | None = None
+        self.loss_mask: torch.Tensor | None = None
         self.most_waiting = self.most_waiting_bytes = 0
         self._vocab_size = vocab_size
         self._tp_group = pg_collection.tp
@@ -335,6 +338,7 @@ class Attachment:
         **_: Any,
     ) -> torch.Tensor:
         """The per-token loss [b, s] from both models' hidden states; called by GPTModel."""
+        self.loss_mask = loss_mask
         student = OutputLayer(hidden_states, output_layer, output_weight, scale_logits)
         loss = compute_loss(
             student,

@@ -5,7 +5,7 @@ import logging
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -51,7 +51,7 @@ from abkd_megatron.distillation.attach import check_config, check_tokens
 from abkd_megatron.distillation.hidden import PROJECTORS
 from abkd_megatron.distillation.layout import neighbours_of
 from abkd_megatron.distillation.step import masked_loss
-from abkd_megatron.errors import ConfigError, on_every_rank
+from abkd_megatron.errors import ConfigError, HostError, on_every_rank
 from abkd_megatron.vocab_parallel import vocab_parallel_divergence
 
 logger = logging.getLogger(__name__)
@@ -75,14 +75,19 @@ _STUDENT_ONLY = (
     "recompute-activations",
 )
 
-# What this integration's own forward step and data do not do: (feature, reason); each is off by default.
+# What no forward step here does: (feature, reason); each is off by default.
+UNSUPPORTED = {
+    "hybrid_context_parallel": ("hybrid context parallelism", "a teacher was never run on batches that are split so"),
+    "yaml_cfg": ("Megatron's own --yaml-cfg", "the teacher's arguments are derived from those of the command line"),
+    "logits_load_dir": ("Megatron's distillation from logits on disk", "it is another loss beside this one"),
+}
+
+# And beside that, what this integration's own forward step and data do not do.
 _OWN_STEP = "this job's forward step does not make packed_seq_params (attach() takes a forward step that does)"
-_UNSUPPORTED = {
+_UNSUPPORTED = UNSUPPORTED | {
     "sft": ("packed fine-tuning data", _OWN_STEP),
     "dataloader_inter_document_masking": ("packed pretraining data", _OWN_STEP),
-    "hybrid_context_parallel": ("hybrid context parallelism", "this job's forward step does not split batches so"),
     "fim_data": ("fill-in-the-middle data", "this job builds Megatron's plain GPT datasets"),
-    "yaml_cfg": ("Megatron's own --yaml-cfg", "the configuration file is this job's"),
 }
 
 
@@ -109,85 +114,180 @@ def run(config: Config, job: str) -> None:
             megatron = {**PreparedData.open(config.data.dir).megatron_arguments(), **megatron}
     argv = to_argv(megatron, options)
     with on_every_rank(), _command_line(argv):
-        _check_layout(parse_args(), "student")
+        check_layout(parse_args(), "student", _UNSUPPORTED)
     with _megatron_assertions_named(), _command_line(argv):
         args = parse_and_validate_args()
     # Megatron saves its arguments with the checkpoint; this one lets a later student see whose vocabulary it was.
-    vocab_size = args.vocab_size = get_tokenizer().vocab_size
+    args.vocab_size = get_tokenizer().vocab_size
     model_config = gpt_config_from_args(args)
-    step = _ForwardStep()
-    timeout = timedelta(minutes=args.distributed_timeout_minutes)
-
+    plain = _ForwardStep()
+    distilled = None
     if job == "distill":
-        kernels.use(_kernel(config))
-        scheduled = make_objective(config.distillation)
-        objective = scheduled.objective
-        with on_every_rank():
-            check_tokens(objective, vocab_size)
-            teacher_args = _teacher_args(megatron, config.teacher.megatron, options, args)
-            checkpoint = TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step)
-            checkpoint.check_arguments(teacher_args, vocab_size, objective.shared_vocab)
-            _try_kernel(objective, config.device, args.params_dtype)
-            absent = _absent_projectors(args, objective.hidden_losses)
-
-        def with_projectors(student: list[torch.nn.Module]) -> list[torch.nn.Module]:
-            pg_collection, size = get_attr_wrapped_model(student[0], "pg_collection"), teacher_args.hidden_size
-            with on_every_rank():
-                add_projectors(
-                    student, objective.hidden_losses, size, tp_group=pg_collection.tp, absent=absent, seed=args.seed
-                )
-            return student
-
-        def attach_teacher(student: list[torch.nn.Module]) -> list[torch.nn.Module]:
-            losses = [
-                str(term) for term in (objective.divergence, *(loss for _, loss in objective.logit_losses)) if term
-            ]
-            print_rank_0(f"distilling with {', '.join(losses)} from the teacher in {checkpoint.directory}")
-            for name, schedule in scheduled.schedules.items():
-                print_rank_0(f"scheduled {name}: {schedule}")
-            pg_collection = get_attr_wrapped_model(student[0], "pg_collection")
-            step.attachment = attach(
-                student,
-                build_teacher(
-                    gpt_config_from_args(teacher_args),
-                    checkpoint,
-                    pg_collection,
-                    sequence_parallel=args.sequence_parallel,
-                    timeout=timeout,
-                ),
-                scheduled,
-                vocab_size=vocab_size,
-                pg_collection=pg_collection,
-                timeout=timeout,
-            )
-            return student
-
-        if objective.hidden_losses:
-            model_config.pre_wrap_hooks.append(with_projectors)
-        model_config.post_wrap_hooks.append(attach_teacher)
+        distilled = add_teacher(config, megatron, options, args, model_config, plain, _UNSUPPORTED)
+        plain.distilled = distilled
 
     try:
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
-            _DatasetsProvider(step),
+            _DatasetsProvider(plain),
             ModelType.encoder_or_decoder,
-            step,
+            distilled or plain,
         )
     finally:
         # TensorBoard's writer thread ends with the process and what is still in its queue: the last validation.
         if (writer := get_tensorboard_writer()) is not None:
             writer.flush()
-    if step.attachment is not None:
-        step.attachment.detach()
+    if distilled is not None and distilled.attachment is not None:
+        attachment = distilled.attachment
+        attachment.detach()
         logger.info(
-            f"teacher hidden states: at most {step.attachment.most_waiting} micro-batches at a time waited here, "
-            f"{step.attachment.most_waiting_bytes} bytes"
+            f"teacher hidden states: at most {attachment.most_waiting} micro-batches at a time waited here, "
+            f"{attachment.most_waiting_bytes} bytes"
         )
-        if objective.hidden_losses:
+        if attachment.objective.hidden_losses:
             logger.info(
-                f"outputs of the teacher's layers: those of at most {step.attachment.most_waiting_of_layers} "
+                f"outputs of the teacher's layers: those of at most {attachment.most_waiting_of_layers} "
                 "micro-batches at a time waited for the student's layer here"
             )
+
+
+def add_teacher(
+    config: Config,
+    megatron: Mapping[str, Any],
+    options: Mapping[str, argparse.Action],
+    args: Namespace,
+    model_config: Any,
+    forward_step: Callable[..., tuple[Any, Any]],
+    unsupported: Mapping[str, tuple[str, str]] = UNSUPPORTED,
+) -> "DistilledStep":
+    """Have Megatron give a teacher to the student that it is about to build.
+
+    Args:
+        config: checked for "distill"; `device`, `teacher` and `distillation` are used.
+        megatron: the student's Megatron arguments, as `to_argv` takes them: the teacher's are derived from them.
+        options: as `megatron_options` returns them.
+        args: Megatron's arguments of the student, validated, with the true `vocab_size`.
+        model_config: the student's GPTModelConfig; gets hooks, in which projectors are added and the teacher
+            is built and attached.
+        forward_step: of Megatron's kind, with a model that is called with labels and the loss mask.
+        unsupported: as `check_layout` takes it, for the teacher.
+
+    Returns:
+        The forward step for `pretrain`.
+
+    Raises:
+        AbkdError: on every rank, when something cannot be run; without torch.distributed, on those that see it.
+
+    Collectives: one all_gather_object where torch.distributed is initialised; in the hook those of `build_teacher` and
+    `attach`.
+    """
+    kernels.use(_kernel(config))
+    scheduled = make_objective(config.distillation)
+    objective = scheduled.objective
+    vocab_size, timeout = args.vocab_size, timedelta(minutes=args.distributed_timeout_minutes)
+    with on_every_rank():
+        check_tokens(objective, vocab_size)
+        teacher_args = _teacher_args(megatron, config.teacher.megatron, options, args, unsupported)
+        checkpoint = TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step)
+        checkpoint.check_arguments(teacher_args, vocab_size, objective.shared_vocab)
+        _try_kernel(objective, config.device, args.params_dtype)
+        absent = _absent_projectors(args, objective.hidden_losses)
+    step = DistilledStep(forward_step, needs_input_ids=objective.shares_part_of(vocab_size))
+
+    def with_projectors(student: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        pg_collection, size = get_attr_wrapped_model(student[0], "pg_collection"), teacher_args.hidden_size
+        with on_every_rank():
+            add_projectors(
+                student, objective.hidden_losses, size, tp_group=pg_collection.tp, absent=absent, seed=args.seed
+            )
+        return student
+
+    def attach_teacher(student: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        losses = [str(term) for term in (objective.divergence, *(loss for _, loss in objective.logit_losses)) if term]
+        print_rank_0(f"distilling with {', '.join(losses)} from the teacher in {checkpoint.directory}")
+        for name, schedule in scheduled.schedules.items():
+            print_rank_0(f"scheduled {name}: {schedule}")
+        pg_collection = get_attr_wrapped_model(student[0], "pg_collection")
+        step.attachment = attach(
+            student,
+            build_teacher(
+                gpt_config_from_args(teacher_args),
+                checkpoint,
+                pg_collection,
+                sequence_parallel=args.sequence_parallel,
+                timeout=timeout,
+            ),
+            scheduled,
+            vocab_size=vocab_size,
+            pg_collection=pg_collection,
+            timeout=timeout,
+        )
+        return student
+
+    if objective.hidden_losses:
+        model_config.pre_wrap_hooks.append(with_projectors)
+    model_config.post_wrap_hooks.append(attach_teacher)
+    return step
+
+
+class DistilledStep:
+    """A forward step of Megatron's kind, of a student that has a teacher: its numbers go into the report.
+
+    The step within stays in charge of batches, and its loss function of the loss and of what it logs itself; `lm loss`
+    is the student's cross entropy here, not what is trained.
+
+    Attributes:
+        attachment: the teacher's, once the model is built.
+        needs_input_ids: whether the step has to give the model its input ids on the last pipeline stage, too.
+    """
+
+    def __init__(self, forward_step: Callable[..., tuple[Any, Any]], needs_input_ids: bool) -> None:
+        self.attachment: Attachment | None = None
+        self.needs_input_ids = needs_input_ids
+        self._forward_step = forward_step
+
+    def __call__(
+        self, data_iterator: Iterator | None, model: torch.nn.Module, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Callable[..., Any] | None]:
+        """Run the step within, its model with the teacher.
+
+        Returns:
+            Its output, and its loss function with our numbers in the report.
+
+        Raises:
+            HostError: the model has no teacher.
+        """
+        if self.attachment is None:
+            raise HostError(
+                "expected a teacher beside the student, got none: the model was not built from the model config that "
+                "was to add it; give pretrain() that one"
+            )
+        _set_progress(self.attachment, model.training)
+        output, loss_func = self._forward_step(data_iterator, model, *args, **kwargs)
+        return output, partial(self._loss, loss_func) if loss_func is not None else None
+
+    def _loss(self, loss_func: Callable[..., Any], output_tensor: torch.Tensor, **kwargs: Any) -> Any:
+        if kwargs:  # non_loss_data: what the caller collects is no loss
+            return loss_func(output_tensor, **kwargs)
+        attachment = self.attachment
+        assert attachment is not None and attachment.report is not None
+        if attachment.loss_mask is None:
+            raise ConfigError(
+                "expected a forward step that gives the model its loss mask, by which the teacher's numbers are "
+                "summed, got None; call model(..., labels=labels, loss_mask=loss_mask)"
+            )
+        # First, since its checks say which of the losses is not finite.
+        *_, ours = masked_loss(
+            attachment.loss_mask,
+            output_tensor,
+            report=attachment.report,
+            of_selected=attachment.of_selected,
+            hidden=attachment.hidden,
+            scheduled=attachment.scheduled,
+            check_for_nan=get_args().check_for_nan_in_loss_and_grad,
+        )
+        *loss, logged = loss_func(output_tensor)
+        return (*loss, {**logged, **ours})
 
 
 def make_objective(config: DistillationConfig) -> ScheduledObjective:
@@ -240,19 +340,21 @@ def _try_kernel(objective: Objective, device: str, dtype: torch.dtype) -> None:
 
 
 class _ForwardStep:
-    """Megatron's forward step for GPT pretraining; with a teacher attached, its numbers go into the report."""
+    """Megatron's forward step for GPT pretraining.
+
+    Attributes:
+        distilled: the step around it, if there is a teacher: what that takes of a batch it is given.
+    """
 
     def __init__(self) -> None:
-        self.attachment: Attachment | None = None
+        self.distilled: DistilledStep | None = None
 
     def __call__(
         self, data_iterator: Iterator | None, model: torch.nn.Module, return_schedule_plan: bool = False
     ) -> tuple[torch.Tensor, partial]:
-        if self.attachment is not None:
-            _set_progress(self.attachment, model.training)
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
-        tokens_on_last = self.attachment is not None and self.attachment.needs_input_ids
+        tokens_on_last = self.distilled is not None and self.distilled.needs_input_ids
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         with _stimer(bdata=True):
             batch = get_batch(data_iterator, vp_stage, tokens_on_last, self.needs_loss_mask(vp_stage))
@@ -269,21 +371,14 @@ class _ForwardStep:
 
     def needs_loss_mask(self, vp_stage: int | None) -> bool:
         """Whether this stage is to get the loss mask even if it is not the last one."""
-        return self.attachment is not None and vp_stage in self.attachment.needs_loss_mask
+        attachment = self.distilled.attachment if self.distilled is not None else None
+        return attachment is not None and vp_stage in attachment.needs_loss_mask
 
     def _loss(
         self, loss_mask: torch.Tensor | None, output_tensor: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         assert loss_mask is not None  # Megatron asks for the loss on the last stage alone
-        return masked_loss(
-            loss_mask,
-            output_tensor,
-            report=self.attachment.report if self.attachment is not None else None,
-            hidden=self.attachment.hidden if self.attachment is not None else None,
-            scheduled=self.attachment.scheduled if self.attachment is not None else None,
-            of_selected=self.attachment.of_selected if self.attachment is not None else (),
-            check_for_nan=get_args().check_for_nan_in_loss_and_grad,
-        )
+        return masked_loss(loss_mask, output_tensor, check_for_nan=get_args().check_for_nan_in_loss_and_grad)
 
 
 def get_batch(
@@ -404,7 +499,11 @@ def _absent_projectors(args: Namespace, losses: Sequence[HiddenLoss]) -> list[st
 
 
 def _teacher_args(
-    megatron: Mapping[str, Any], own: Mapping[str, Any], options: Mapping[str, argparse.Action], student: Namespace
+    megatron: Mapping[str, Any],
+    own: Mapping[str, Any],
+    options: Mapping[str, argparse.Action],
+    student: Namespace,
+    unsupported: Mapping[str, tuple[str, str]],
 ) -> Namespace:
     """Megatron's arguments for the teacher: the student's, with the `teacher:` section on top, derived anew."""
     merged = {**{name: value for name, value in megatron.items() if name not in _STUDENT_ONLY}, **own}
@@ -412,7 +511,7 @@ def _teacher_args(
         merged |= {"expert-model-parallel-size": None, "expert-tensor-parallel-size": None}
     with _megatron_assertions_named(), _command_line(to_argv(merged, options)):
         args = parse_args()
-        _check_layout(args, "teacher")
+        check_layout(args, "teacher", unsupported)
         validate_args(args)
     for name in _SHARED:
         theirs, ours = getattr(args, name), getattr(student, name)
@@ -444,9 +543,18 @@ def _teacher_args(
     return args
 
 
-def _check_layout(args: Namespace, who: str) -> None:
-    """Refuse what cannot be run, by name, before Megatron builds anything."""
-    check_config(args, who, _UNSUPPORTED)
+def check_layout(args: Namespace, who: str, unsupported: Mapping[str, tuple[str, str]]) -> None:
+    """Refuse what cannot be run, by name, before Megatron builds anything.
+
+    Args:
+        args: Megatron's arguments.
+        who: "student" or "teacher".
+        unsupported: {argument: (feature, reason)} that the forward step does not do.
+
+    Raises:
+        ConfigError: naming the feature, the reason and what to change.
+    """
+    check_config(args, who, unsupported)
     check_config(args, who)
     if args.mtp_num_layers and args.pipeline_model_parallel_layout:
         raise ConfigError(

@@ -1,0 +1,368 @@
+"""What this package takes of Megatron, by name: where a release moves something, the message says what and who uses it.
+
+A call is held against `inspect.signature` with the arguments that we give. What only running shows is in `tests/host`.
+"""
+
+import ast
+import inspect
+import pkgutil
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("megatron.training")
+
+from megatron.core.package_info import __version__
+
+import abkd_megatron
+
+PACKAGE = Path(abkd_megatron.__file__).parent
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function, a class or a method (`module:Class.method`), and how it is called."""
+
+    target: str
+    user: str
+    """The file that calls it."""
+    positional: tuple[str, ...] = ()
+    """What we give by position, as Megatron names it."""
+    keywords: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.target
+
+
+STEP, ATTACH, HEAD = "distillation/step.py", "distillation/attach.py", "distillation/head.py"
+TEACHER, RUNNER, HIDDEN = "distillation/teacher.py", "distillation/runner.py", "distillation/hidden.py"
+JOB, STOCK = "integrations/megatron_lm.py", "integrations/stock.py"
+GPT = "megatron.core.models.gpt:GPTModel"
+LINEAR = "megatron.core.tensor_parallel:ColumnParallelLinear"
+CHECKPOINTS = "megatron.core.dist_checkpointing"
+BUILDER = "megatron.training.models.gpt:GPTModelBuilder"
+INDEXED = "megatron.core.datasets.indexed_dataset:"
+OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+
+CALLS = [
+    # The student and the teacher.
+    Call(
+        f"{GPT}.forward",
+        JOB,
+        ("self", "input_ids", "position_ids", "attention_mask"),
+        ("labels", "loss_mask"),
+    ),
+    Call(
+        f"{GPT}.forward",
+        RUNNER,
+        ("self", "input_ids", "position_ids", "attention_mask"),
+        ("packed_seq_params", "padding_mask", "output_processor"),
+    ),
+    Call(
+        f"{GPT}.forward",
+        ATTACH,
+        ("self", "input_ids", "position_ids", "attention_mask"),
+        ("output_processor", "output_processor_context"),
+    ),
+    Call(f"{GPT}.set_input_tensor", RUNNER, ("self", "input_tensor")),
+    Call(f"{GPT}.sharded_state_dict", TEACHER, ("self",), ("metadata",)),
+    Call(f"{GPT}.shared_embedding_or_output_weight", TEACHER, ("self",)),
+    Call(f"{GPT}._scale_logits", TEACHER, ("self", "logits")),
+    Call("megatron.training.models:GPTModelConfig.get_builder_cls", TEACHER, ("self",)),
+    Call(BUILDER, TEACHER, ("model_config",)),
+    Call(
+        f"{BUILDER}.build_distributed_models",
+        TEACHER,
+        ("self", "pg_collection"),
+        ("wrap_with_ddp", "mixed_precision_wrapper"),
+    ),
+    Call("megatron.core.utils:unwrap_model", ATTACH, ("model",)),
+    # The output layer.
+    Call(
+        LINEAR,
+        TEACHER,
+        ("input_size", "output_size"),
+        ("config", "init_method", "bias", "gather_output", "tp_group"),
+    ),
+    Call(f"{LINEAR}.forward", HEAD, ("self", "input_"), ("weight",)),
+    Call(f"{LINEAR}.sharded_state_dict", TEACHER, ("self", "prefix"), ("metadata",)),
+    Call("megatron.core.tensor_parallel:copy_to_tensor_model_parallel_region", HEAD, ("input_",), ("group",)),
+    Call("megatron.core.tensor_parallel:gather_from_sequence_parallel_region", HEAD, ("input_",), ("group",)),
+    # The teacher's checkpoint.
+    Call(f"{CHECKPOINTS}:check_is_distributed_checkpoint", TEACHER, ("checkpoint_dir",)),
+    Call(f"{CHECKPOINTS}:load_common_state_dict", TEACHER, ("checkpoint_dir",)),
+    Call(f"{CHECKPOINTS}:load_tensors_metadata", TEACHER, ("checkpoint_dir",)),
+    Call(f"{CHECKPOINTS}:load_content_metadata", TEACHER, (), ("preloaded_state_dict",)),
+    Call(f"{CHECKPOINTS}:load", TEACHER, ("sharded_state_dict", "checkpoint_dir")),
+    Call(f"{CHECKPOINTS}.dict_utils:nested_values", TEACHER, ("x",)),
+    Call(
+        "megatron.training.vocab_utils:calculate_padded_vocab_size",
+        TEACHER,
+        ("vocab_size", "make_vocab_size_divisible_by", "tensor_model_parallel_size"),
+        ("logging_enabled",),
+    ),
+    Call("megatron.core.tensor_parallel:get_cuda_rng_tracker", TEACHER),
+    Call("megatron.core.tensor_parallel.random:CudaRNGStatesTracker.get_states", TEACHER, ("self",)),
+    Call("megatron.core.tensor_parallel.random:CudaRNGStatesTracker.set_states", TEACHER, ("self", "states")),
+    Call(
+        "megatron.core.process_groups_config:ProcessGroupCollection",
+        TEACHER,
+        (),
+        ("tp", "pp", "cp", "dp", "dp_cp", "embd", "pos_embd"),
+    ),
+    # Losses.
+    Call("megatron.core.rerun_state_machine:get_rerun_state_machine", STEP),
+    Call(
+        "megatron.core.rerun_state_machine:RerunStateMachine.validate_result",
+        STEP,
+        ("self",),
+        ("result", "rejection_func", "message", "tolerance", "fatal"),
+    ),
+    # Losses between layers.
+    Call("megatron.core.num_microbatches_calculator:get_num_microbatches", HIDDEN),
+    Call("megatron.core.utils:make_viewless_tensor", HIDDEN, ("inp", "requires_grad", "keep_graph")),
+    Call(
+        "megatron.core.transformer.utils:make_sharded_tensors_for_checkpoint",
+        HIDDEN,
+        ("state_dict", "prefix", "tensor_parallel_layers_axis_map", "sharded_offsets"),
+        ("tp_group", "dp_cp_group"),
+    ),
+    Call("megatron.training.checkpointing:checkpoint_exists", JOB, ("checkpoints_path",)),
+    # Arguments and the training loop.
+    Call("megatron.training.arguments:add_megatron_arguments", JOB, ("parser",)),
+    Call("megatron.training.arguments:parse_args", JOB),
+    Call("megatron.training.arguments:parse_and_validate_args", STOCK, (), ("extra_args_provider", "args_defaults")),
+    Call("megatron.training.arguments:validate_args", JOB, ("args",)),
+    Call("megatron.training.argument_utils:gpt_config_from_args", JOB, ("args",)),
+    Call("megatron.training.argument_utils:pretrain_cfg_container_from_args", JOB, ("args", "model_cfg")),
+    Call(
+        "megatron.training:pretrain",
+        JOB,
+        ("cfg_container", "train_valid_test_dataset_provider", "model_type", "forward_step_func"),
+    ),
+    *(Call(f"megatron.training:get_{name}", JOB) for name in ("args", "tensorboard_writer", "timers", "tokenizer")),
+    Call("megatron.training:print_rank_0", JOB, ("message",)),
+    Call("megatron.core.num_microbatches_calculator:get_current_running_global_batch_size", JOB),
+    Call("megatron.core.utils:get_attr_wrapped_model", JOB, ("model", "attr")),
+    # Batches and data.
+    Call(
+        "megatron.core.transformer.multi_token_prediction:mtp_on_this_rank",
+        JOB,
+        ("layout", "mtp_num_layers"),
+        ("ignore_virtual", "vp_stage"),
+    ),
+    Call("megatron.training.utils:is_first_or_last_pipeline_stage", JOB, ("vp_stage",)),
+    Call(
+        "megatron.core.utils:get_batch_on_this_tp_rank",
+        JOB,
+        ("batch",),
+        (
+            *("has_cu_seqlens", "is_hybrid_cp", "create_attention_mask_in_dataloader", "broadcast_src_rank"),
+            *("broadcast_group", "cp_size", "tp_rank", "micro_batch_size", "seq_length", "mtp_on_this_rank"),
+            *("pipeline_model_parallel_size", "is_pipeline_first_stage", "is_pipeline_last_stage"),
+        ),
+    ),
+    Call("megatron.core.utils:get_batch_on_this_cp_rank", JOB, ("batch",), ("is_hybrid_cp", "cp_group")),
+    *(
+        Call(f"megatron.core:mpu.{name}", JOB)
+        for name in (
+            *("get_tensor_model_parallel_rank", "get_tensor_model_parallel_src_rank", "is_pipeline_first_stage"),
+            *("get_tensor_model_parallel_group", "get_context_parallel_group", "is_pipeline_last_stage"),
+        )
+    ),
+    Call("megatron.core.utils:StragglerDetector.__call__", JOB, ("self",), ("bdata",)),
+    Call("megatron.training.utils:get_blend_and_blend_per_split", JOB, ("args",)),
+    Call(
+        "megatron.core.datasets.blended_megatron_dataset_builder:BlendedMegatronDatasetBuilder",
+        JOB,
+        ("cls", "sizes", "is_built_on_rank", "config"),
+    ),
+    Call(
+        "megatron.core.datasets.gpt_dataset:GPTDatasetConfig",
+        JOB,
+        (),
+        (
+            *("random_seed", "sequence_length", "blend", "blend_per_split", "split", "multiple_validation_sets"),
+            *("full_validation", "num_dataset_builder_threads", "path_to_cache", "mmap_bin_files", "tokenizer"),
+            *("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "create_attention_mask"),
+            *("object_storage_cache_path", "mid_level_dataset_surplus", "allow_ambiguous_pad_tokens"),
+            *("context_parallel_size", "data_parallel_size", "sequence_parallel_size"),
+        ),
+    ),
+    Call("megatron.core.tokenizers.utils.build_tokenizer:build_tokenizer", "data.py", ("args",)),
+    Call(f"{INDEXED}DType.optimal_dtype", "data.py", ("cardinality",)),
+    Call(f"{INDEXED}IndexedDatasetBuilder", "data.py", ("bin_path",), ("dtype",)),
+    Call(f"{INDEXED}IndexedDatasetBuilder.add_item", "data.py", ("self", "tensor")),
+    Call(f"{INDEXED}IndexedDatasetBuilder.end_document", "data.py", ("self",)),
+    Call(f"{INDEXED}IndexedDatasetBuilder.finalize", "data.py", ("self", "idx_path")),
+    # What the stand-in for a GPU puts something else in place of.
+    Call(f"{OPTIMIZER}.sharded_state_dict", "cpu.py", ("self", "model_sharded_state_dict", "is_loading")),
+    Call(f"{OPTIMIZER}.load_state_dict", "cpu.py", ("self", "state_dict")),
+    Call("megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__", "cpu.py", ("cls", "config", "hidden_size")),
+    Call("megatron.core.datasets.utils:compile_helpers", "cpu.py"),
+    Call("megatron.core.tensor_parallel.random:_lazy_call", "cpu.py", ("callable",)),
+    Call("megatron.core.tensor_parallel.random:_lazy_init", "cpu.py"),
+]
+
+# What we read or write of objects: fields of dataclasses, methods, and what their classes set on self.
+ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
+    (
+        GPT,
+        f"{ATTACH}, {TEACHER}, {RUNNER}",
+        (
+            *("config", "pre_process", "post_process", "share_embeddings_and_output_weights", "decoder"),
+            *("output_layer", "compute_language_model_loss", "pg_collection", "vp_stage"),
+        ),
+    ),
+    ("megatron.core.transformer.transformer_block:TransformerBlock", RUNNER, ("input_tensor",)),
+    ("megatron.core.transformer.transformer_block:TransformerBlock", HIDDEN, ("layers",)),
+    ("megatron.core.transformer.transformer_layer:TransformerLayer", HIDDEN, ("layer_number",)),
+    (
+        "megatron.core.packed_seq_params:PackedSeqParams",
+        ATTACH,
+        ("cu_seqlens_q", "cu_seqlens_q_padded", "cp_group"),
+    ),
+    (
+        LINEAR,
+        f"{HEAD}, {ATTACH}",
+        (
+            *("weight", "bias", "config", "gather_output", "sequence_parallel", "gradient_accumulation_fusion"),
+            *("output_size_per_partition", "gtp_remat_size"),
+        ),
+    ),
+    (
+        "megatron.core.transformer:TransformerConfig",
+        f"{ATTACH}, {HEAD}, {TEACHER}, {RUNNER}",
+        (
+            *("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"),
+            *("expert_tensor_parallel_size", "sequence_parallel", "num_moe_experts", "hidden_size", "params_dtype"),
+            *("init_method", "variable_seq_lengths", "mtp_num_layers", "defer_embedding_wgrad_compute"),
+            *("_cpu_offloading_context", "overlap_moe_expert_parallel_comm", "delay_wgrad_compute", "cuda_graph_impl"),
+        ),
+    ),
+    (
+        "megatron.training.models:GPTModelConfig",
+        f"{TEACHER}, {JOB}",
+        ("transformer", "vocab_size", "share_embeddings_and_output_weights", "post_wrap_hooks"),
+    ),
+    (
+        "megatron.core.process_groups_config:ProcessGroupCollection",
+        f"{ATTACH}, {TEACHER}",
+        ("tp", "pp", "cp", "dp", "dp_cp", "ep", "expt_tp", "tp_ep", "expt_dp", "expt_dp_gtp_remat"),
+    ),
+    (f"{CHECKPOINTS}.mapping:ShardedTensor", TEACHER, ("key", "global_shape", "allow_shape_mismatch")),
+    ("megatron.core.enums:ModelType", JOB, ("encoder_or_decoder",)),
+    (OPTIMIZER, "cpu.py", ("optimizer", "config", "init_state_fn")),
+    ("megatron.core.datasets.gpt_dataset:GPTDataset", JOB, ()),
+    ("megatron.core.datasets.gpt_dataset:MockGPTDataset", JOB, ()),
+]
+
+
+def found(target: str, user: str) -> Any:
+    try:
+        return pkgutil.resolve_name(target)
+    except (ImportError, AttributeError) as error:
+        pytest.fail(f"megatron-core {__version__}: {target} is gone ({error}); abkd_megatron/{user} uses it")
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_it_can_be_called_as_we_do(call: Call) -> None:
+    target = found(call.target, call.user)
+    signature = inspect.signature(target)
+    told = f"megatron-core {__version__}: {call.target}{signature}; abkd_megatron/{call.user}"
+    first = tuple(signature.parameters)[: len(call.positional)]
+    assert first == call.positional, f"{told} gives {call.positional} by position"
+    try:
+        signature.bind(*call.positional, **dict.fromkeys(call.keywords))
+    except TypeError as error:
+        pytest.fail(f"{told} calls it with {call.positional} and {call.keywords}: {error}")
+
+
+def assigned(kind: type) -> Iterator[str]:
+    """What the methods of a class and of its bases in Megatron set on self."""
+    for base in kind.__mro__:
+        if base.__module__.startswith("megatron."):
+            for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(base)))):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                    yield node.attr
+
+
+@pytest.mark.parametrize(("target", "user", "names"), ATTRIBUTES, ids=lambda it: it if isinstance(it, str) else "")
+def test_it_has_what_we_look_at(target: str, user: str, names: tuple[str, ...]) -> None:
+    kind = found(target, user)
+    has = {*dir(kind), *assigned(kind), *(item.name for item in (fields(kind) if is_dataclass(kind) else ()))}
+    missing = [name for name in names if name not in has]
+    assert not missing, f"megatron-core {__version__}: {target} has no {missing}; abkd_megatron/{user} uses them"
+
+
+def test_the_model_gives_the_head_what_it_takes() -> None:
+    from abkd_megatron.distillation.attach import Attachment
+
+    parameters = inspect.signature(Attachment._head).parameters.values()
+    taken = {it.name for it in parameters if it.kind is it.KEYWORD_ONLY}
+    source = ast.parse(textwrap.dedent(inspect.getsource(found(GPT, ATTACH))))
+    calls = [node for node in ast.walk(source) if isinstance(node, ast.Call)]
+    given = [
+        {word.arg for word in call.keywords}
+        for call in calls
+        if isinstance(call.func, ast.Name) and call.func.id == "output_processor"
+    ]
+    assert given, f"megatron-core {__version__}: GPTModel calls no output_processor; abkd_megatron/{ATTACH} is one"
+    for words in given:
+        assert taken <= words, (
+            f"megatron-core {__version__}: GPTModel does not give its output_processor {sorted(taken - words)}; "
+            f"abkd_megatron/{ATTACH} takes them"
+        )
+
+
+def test_megatron_has_the_arguments_we_read() -> None:
+    """As options of its command line, or as what its own code derives from them."""
+    from megatron.training import arguments, global_vars, training
+
+    from abkd_megatron.distillation.teacher import _ARCHITECTURE
+    from abkd_megatron.integrations import megatron_lm
+
+    derived = {
+        node.attr
+        for module in (arguments, global_vars, training)
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    }
+    options = {action.dest for action in megatron_lm.megatron_options().values()}
+    read = {
+        (JOB, node.attr)
+        for node in ast.walk(ast.parse((PACKAGE / JOB).read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("args", "student")
+    }
+    read |= {(JOB, name) for name in (*megatron_lm._SHARED, *megatron_lm._UNSUPPORTED)}
+    read |= {(TEACHER, name) for name in _ARCHITECTURE}
+    assert len(read) > 40
+    known = options | derived | {"padded_vocab_size"}
+    missing = [f"args.{name}, which abkd_megatron/{user} reads" for user, name in sorted(read) if name not in known]
+    assert not missing, f"megatron-core {__version__} has no " + "; no ".join(missing)
+    for name in megatron_lm._STUDENT_ONLY:
+        assert name in megatron_lm.megatron_options(), f"megatron-core {__version__}: no --{name}; {JOB} leaves it out"
+
+
+def imported() -> set[tuple[str, str]]:
+    """What this package imports from Megatron, dotted, and where."""
+    names = set()
+    for source in PACKAGE.rglob("*.py"):
+        user = str(source.relative_to(PACKAGE))
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {(alias.name, user) for alias in node.names if alias.name.startswith("megatron")}
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron"):
+                names |= {(f"{node.module}.{alias.name}", user) for alias in node.names}
+    return names
+
+
+def test_all_that_is_imported_has_a_contract() -> None:
+    targets = [call.target.replace(":", ".") for call in CALLS] + [it[0].replace(":", ".") for it in ATTRIBUTES]
+    for name, user in sorted(imported()):
+        covered = any(target == name or target.startswith(f"{name}.") for target in targets)
+        assert covered, f"abkd_megatron/{user} imports {name}: add what is used of it to CALLS or ATTRIBUTES"
