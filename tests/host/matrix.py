@@ -114,7 +114,8 @@ REFERENCES: dict[str, Reference] = {
         beside={
             "distillation.losses": "[{name: akl}, {name: sinkhorn, weight: 0.5, group: 8}, {name: alpha_beta, "
             "alpha: 0.2, beta: 0.7, weight: 0.5}]"
-        }
+        },
+        reports=("akl loss", "sinkhorn loss"),
     ),
     "schedules": Reference(
         student={"num-layers": 4},
