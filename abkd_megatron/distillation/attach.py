@@ -274,7 +274,8 @@ class Attachment:
     def of_selected(self) -> tuple[str, ...]:
         """The names in `report` that are known of the selected tokens alone: give them to `masked_loss`."""
         tokens = self.objective.tokens
-        return METRICS if tokens is not None and tokens.by_position else ()
+        of_all = self.objective.diagnostics and not torch.is_grad_enabled()  # a diagnosis is of all tokens
+        return METRICS if tokens is not None and tokens.by_position and not of_all else ()
 
     @property
     def num_in_flight(self) -> int:
