@@ -72,8 +72,9 @@ def _run(job: str, path: Path | None, overrides: Sequence[str]) -> None:
     from abkd_megatron.config import Config
     from abkd_megatron.config_file import load_config, render
     from abkd_megatron.integrations import megatron_lm
+    from abkd_megatron.integrations.add_teacher import megatron_options
 
-    options = megatron_lm.megatron_options()
+    options = megatron_options()
 
     def load(overrides: Sequence[str]) -> Config:
         return load_config(path, overrides, options, lambda device: cpu.MEGATRON_DEFAULTS if device == "cpu" else {})

@@ -19,7 +19,7 @@ from abkd_megatron import cpu
 from abkd_megatron.config import DistillationConfig
 from abkd_megatron.config_file import from_argv, load_config
 from abkd_megatron.errors import AbkdError, ConfigError, on_every_rank
-from abkd_megatron.integrations.megatron_lm import UNSUPPORTED, add_teacher, check_layout, megatron_options
+from abkd_megatron.integrations.add_teacher import UNSUPPORTED, add_teacher, check_layout, megatron_options
 
 # By its name without the prefix: the section.key that an argument sets, its metavar and its help.
 _TEACHER = {

@@ -34,7 +34,7 @@ DISTILLATION = {
 
 def command_line(config: Path, settings: Mapping[str, object]) -> list[str]:
     """Megatron's command line for what `config` says of it; what a CPU needs is left to the runner."""
-    from abkd_megatron.integrations.megatron_lm import megatron_options
+    from abkd_megatron.integrations.add_teacher import megatron_options
 
     options = megatron_options()
     loaded = load_config(config, [f"megatron.{key}={value}" for key, value in settings.items()], options)
@@ -222,7 +222,7 @@ def test_a_step_that_keeps_its_loss_mask_to_itself_is_told(tmp_path: Path, confi
 
 
 def test_a_model_without_the_hook_is_told() -> None:
-    from abkd_megatron.integrations.megatron_lm import DistilledStep
+    from abkd_megatron.integrations.add_teacher import DistilledStep
 
     step = DistilledStep(lambda *_: pytest.fail("was run"), needs_input_ids=False)
     with pytest.raises(HostError, match="give pretrain\\(\\) that one"):

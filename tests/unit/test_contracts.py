@@ -40,7 +40,7 @@ class Call:
 
 STEP, ATTACH, HEAD = "distillation/step.py", "distillation/attach.py", "distillation/head.py"
 TEACHER, RUNNER, HIDDEN = "distillation/teacher.py", "distillation/runner.py", "distillation/hidden.py"
-JOB, STOCK = "integrations/megatron_lm.py", "integrations/stock.py"
+ADD, JOB, STOCK = (f"integrations/{name}.py" for name in ("add_teacher", "megatron_lm", "stock"))
 GPT = "megatron.core.models.gpt:GPTModel"
 LINEAR = "megatron.core.tensor_parallel:ColumnParallelLinear"
 CHECKPOINTS = "megatron.core.dist_checkpointing"
@@ -131,13 +131,13 @@ CALLS = [
         ("state_dict", "prefix", "tensor_parallel_layers_axis_map", "sharded_offsets"),
         ("tp_group", "dp_cp_group"),
     ),
-    Call("megatron.training.checkpointing:checkpoint_exists", JOB, ("checkpoints_path",)),
+    Call("megatron.training.checkpointing:checkpoint_exists", ADD, ("checkpoints_path",)),
     # Arguments and the training loop.
-    Call("megatron.training.arguments:add_megatron_arguments", JOB, ("parser",)),
-    Call("megatron.training.arguments:parse_args", JOB),
+    Call("megatron.training.arguments:add_megatron_arguments", ADD, ("parser",)),
+    Call("megatron.training.arguments:parse_args", ADD),
     Call("megatron.training.arguments:parse_and_validate_args", STOCK, (), ("extra_args_provider", "args_defaults")),
-    Call("megatron.training.arguments:validate_args", JOB, ("args",)),
-    Call("megatron.training.argument_utils:gpt_config_from_args", JOB, ("args",)),
+    Call("megatron.training.arguments:validate_args", ADD, ("args",)),
+    Call("megatron.training.argument_utils:gpt_config_from_args", ADD, ("args",)),
     Call("megatron.training.argument_utils:pretrain_cfg_container_from_args", JOB, ("args", "model_cfg")),
     Call(
         "megatron.training:pretrain",
@@ -145,9 +145,9 @@ CALLS = [
         ("cfg_container", "train_valid_test_dataset_provider", "model_type", "forward_step_func"),
     ),
     *(Call(f"megatron.training:get_{name}", JOB) for name in ("args", "tensorboard_writer", "timers", "tokenizer")),
-    Call("megatron.training:print_rank_0", JOB, ("message",)),
-    Call("megatron.core.num_microbatches_calculator:get_current_running_global_batch_size", JOB),
-    Call("megatron.core.utils:get_attr_wrapped_model", JOB, ("model", "attr")),
+    Call("megatron.training:print_rank_0", ADD, ("message",)),
+    Call("megatron.core.num_microbatches_calculator:get_current_running_global_batch_size", ADD),
+    Call("megatron.core.utils:get_attr_wrapped_model", ADD, ("model", "attr")),
     # Batches and data.
     Call(
         "megatron.core.transformer.multi_token_prediction:mtp_on_this_rank",
@@ -324,7 +324,7 @@ def test_megatron_has_the_arguments_we_read() -> None:
     from megatron.training import arguments, global_vars, training
 
     from abkd_megatron.distillation.teacher import _ARCHITECTURE
-    from abkd_megatron.integrations import megatron_lm
+    from abkd_megatron.integrations import add_teacher, megatron_lm
 
     derived = {
         node.attr
@@ -332,20 +332,21 @@ def test_megatron_has_the_arguments_we_read() -> None:
         for node in ast.walk(ast.parse(inspect.getsource(module)))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
     }
-    options = {action.dest for action in megatron_lm.megatron_options().values()}
+    options = {action.dest for action in add_teacher.megatron_options().values()}
     read = {
-        (JOB, node.attr)
-        for node in ast.walk(ast.parse((PACKAGE / JOB).read_text()))
+        (user, node.attr)
+        for user in (ADD, JOB)
+        for node in ast.walk(ast.parse((PACKAGE / user).read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("args", "student")
     }
-    read |= {(JOB, name) for name in (*megatron_lm._SHARED, *megatron_lm._UNSUPPORTED)}
+    read |= {(ADD, name) for name in add_teacher._SHARED} | {(JOB, name) for name in megatron_lm._UNSUPPORTED}
     read |= {(TEACHER, name) for name in _ARCHITECTURE}
     assert len(read) > 40
     known = options | derived | {"padded_vocab_size"}
     missing = [f"args.{name}, which abkd_megatron/{user} reads" for user, name in sorted(read) if name not in known]
     assert not missing, f"megatron-core {__version__} has no " + "; no ".join(missing)
-    for name in megatron_lm._STUDENT_ONLY:
-        assert name in megatron_lm.megatron_options(), f"megatron-core {__version__}: no --{name}; {JOB} leaves it out"
+    for name in add_teacher._STUDENT_ONLY:
+        assert name in add_teacher.megatron_options(), f"megatron-core {__version__}: no --{name}; {ADD} leaves it out"
 
 
 def imported() -> set[tuple[str, str]]:

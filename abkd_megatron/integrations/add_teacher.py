@@ -1,0 +1,395 @@
+"""A teacher for the student that Megatron is about to build: its arguments, its objective, its place in the step."""
+
+import argparse
+import logging
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args, print_rank_0
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
+from megatron.training.checkpointing import checkpoint_exists
+
+import abkd_megatron.kernels as kernels
+from abkd_megatron.config import SCHEDULED, Config, DistillationConfig
+from abkd_megatron.config_file import to_argv
+from abkd_megatron.distillation import (
+    Attachment,
+    HiddenLoss,
+    Objective,
+    Progress,
+    Schedule,
+    ScheduledObjective,
+    TeacherCheckpoint,
+    add_projectors,
+    attach,
+    build_teacher,
+)
+from abkd_megatron.distillation.attach import check_config, check_tokens
+from abkd_megatron.distillation.hidden import PROJECTORS
+from abkd_megatron.distillation.layout import neighbours_of
+from abkd_megatron.distillation.step import masked_loss
+from abkd_megatron.errors import ConfigError, HostError, on_every_rank
+from abkd_megatron.vocab_parallel import vocab_parallel_divergence
+
+logger = logging.getLogger(__name__)
+
+# What teacher and student share: they see the same tokens, each on the rank that holds them.
+_SHARED = ("context_parallel_size", "seq_length", "micro_batch_size", "tokenizer_type", "tokenizer_model")
+
+# What a teacher does not take over from the student: how its layers are spread, and what only training knows.
+_STUDENT_ONLY = (
+    "num-layers-per-virtual-pipeline-stage",
+    "num-virtual-stages-per-pipeline-rank",
+    "microbatch-group-size-per-virtual-pipeline-stage",
+    "pipeline-model-parallel-layout",
+    "decoder-first-pipeline-num-layers",
+    "decoder-last-pipeline-num-layers",
+    "account-for-embedding-in-pipeline-split",
+    "account-for-loss-in-pipeline-split",
+    "mtp-num-layers",
+    "recompute-granularity",
+    "recompute-activations",
+)
+
+# What no forward step here does: (feature, reason); each is off by default.
+UNSUPPORTED = {
+    "hybrid_context_parallel": ("hybrid context parallelism", "a teacher was never run on batches that are split so"),
+    "yaml_cfg": ("Megatron's own --yaml-cfg", "the teacher's arguments are derived from those of the command line"),
+    "logits_load_dir": ("Megatron's distillation from logits on disk", "it is another loss beside this one"),
+}
+
+
+def megatron_options() -> dict[str, argparse.Action]:
+    """Every argument of the installed Megatron, by its spelling without the leading dashes."""
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return {name.removeprefix("--"): action for name, action in parser._option_string_actions.items()}
+
+
+def add_teacher(
+    config: Config,
+    megatron: Mapping[str, Any],
+    options: Mapping[str, argparse.Action],
+    args: Namespace,
+    model_config: Any,
+    forward_step: Callable[..., tuple[Any, Any]],
+    unsupported: Mapping[str, tuple[str, str]] = UNSUPPORTED,
+) -> "DistilledStep":
+    """Have Megatron give a teacher to the student that it is about to build.
+
+    Args:
+        config: checked for "distill"; `device`, `teacher` and `distillation` are used.
+        megatron: the student's Megatron arguments, as `to_argv` takes them: the teacher's are derived from them.
+        options: as `megatron_options` returns them.
+        args: Megatron's arguments of the student, validated, with the true `vocab_size`.
+        model_config: the student's GPTModelConfig; gets hooks, in which projectors are added and the teacher
+            is built and attached.
+        forward_step: of Megatron's kind, with a model that is called with labels and the loss mask.
+        unsupported: as `check_layout` takes it, for the teacher.
+
+    Returns:
+        The forward step for `pretrain`.
+
+    Raises:
+        AbkdError: on every rank, when something cannot be run; without torch.distributed, on those that see it.
+
+    Collectives: one all_gather_object where torch.distributed is initialised; in the hook those of `build_teacher` and
+    `attach`.
+    """
+    kernels.use(_kernel(config))
+    scheduled = make_objective(config.distillation)
+    objective = scheduled.objective
+    vocab_size, timeout = args.vocab_size, timedelta(minutes=args.distributed_timeout_minutes)
+    with on_every_rank():
+        check_tokens(objective, vocab_size)
+        teacher_args = _teacher_args(megatron, config.teacher.megatron, options, args, unsupported)
+        checkpoint = TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step)
+        checkpoint.check_arguments(teacher_args, vocab_size, objective.shared_vocab)
+        _try_kernel(objective, config.device, args.params_dtype)
+        absent = _absent_projectors(args, objective.hidden_losses)
+    step = DistilledStep(forward_step, needs_input_ids=objective.shares_part_of(vocab_size))
+
+    def with_projectors(student: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        pg_collection, size = get_attr_wrapped_model(student[0], "pg_collection"), teacher_args.hidden_size
+        with on_every_rank():
+            add_projectors(
+                student, objective.hidden_losses, size, tp_group=pg_collection.tp, absent=absent, seed=args.seed
+            )
+        return student
+
+    def attach_teacher(student: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        losses = [str(term) for term in (objective.divergence, *(loss for _, loss in objective.logit_losses)) if term]
+        print_rank_0(f"distilling with {', '.join(losses)} from the teacher in {checkpoint.directory}")
+        for name, schedule in scheduled.schedules.items():
+            print_rank_0(f"scheduled {name}: {schedule}")
+        pg_collection = get_attr_wrapped_model(student[0], "pg_collection")
+        step.attachment = attach(
+            student,
+            build_teacher(
+                gpt_config_from_args(teacher_args),
+                checkpoint,
+                pg_collection,
+                sequence_parallel=args.sequence_parallel,
+                timeout=timeout,
+            ),
+            scheduled,
+            vocab_size=vocab_size,
+            pg_collection=pg_collection,
+            timeout=timeout,
+        )
+        return student
+
+    if objective.hidden_losses:
+        model_config.pre_wrap_hooks.append(with_projectors)
+    model_config.post_wrap_hooks.append(attach_teacher)
+    return step
+
+
+class DistilledStep:
+    """A forward step of Megatron's kind, of a student that has a teacher: its numbers go into the report.
+
+    The step within stays in charge of batches, and its loss function of the loss and of what it logs itself; `lm loss`
+    is the student's cross entropy here, not what is trained.
+
+    Attributes:
+        attachment: the teacher's, once the model is built.
+        needs_input_ids: whether the step has to give the model its input ids on the last pipeline stage, too.
+    """
+
+    def __init__(self, forward_step: Callable[..., tuple[Any, Any]], needs_input_ids: bool) -> None:
+        self.attachment: Attachment | None = None
+        self.needs_input_ids = needs_input_ids
+        self._forward_step = forward_step
+
+    def __call__(
+        self, data_iterator: Iterator | None, model: torch.nn.Module, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Callable[..., Any] | None]:
+        """Run the step within, its model with the teacher.
+
+        Returns:
+            Its output, and its loss function with our numbers in the report.
+
+        Raises:
+            HostError: the model has no teacher.
+        """
+        if self.attachment is None:
+            raise HostError(
+                "expected a teacher beside the student, got none: the model was not built from the model config that "
+                "was to add it; give pretrain() that one"
+            )
+        _set_progress(self.attachment, model.training)
+        output, loss_func = self._forward_step(data_iterator, model, *args, **kwargs)
+        return output, partial(self._loss, loss_func) if loss_func is not None else None
+
+    def _loss(self, loss_func: Callable[..., Any], output_tensor: torch.Tensor, **kwargs: Any) -> Any:
+        if kwargs:  # non_loss_data: what the caller collects is no loss
+            return loss_func(output_tensor, **kwargs)
+        attachment = self.attachment
+        assert attachment is not None and attachment.report is not None
+        if attachment.loss_mask is None:
+            raise ConfigError(
+                "expected a forward step that gives the model its loss mask, by which the teacher's numbers are "
+                "summed, got None; call model(..., labels=labels, loss_mask=loss_mask)"
+            )
+        # First, since its checks say which of the losses is not finite.
+        *_, ours = masked_loss(
+            attachment.loss_mask,
+            output_tensor,
+            report=attachment.report,
+            of_selected=attachment.of_selected,
+            hidden=attachment.hidden,
+            scheduled=attachment.scheduled,
+            check_for_nan=get_args().check_for_nan_in_loss_and_grad,
+        )
+        *loss, logged = loss_func(output_tensor)
+        return (*loss, {**logged, **ours})
+
+
+def make_objective(config: DistillationConfig) -> ScheduledObjective:
+    """The objective that the `distillation:` section describes."""
+    given = {name: getattr(config, name) for name in SCHEDULED}
+    first = {name: Schedule.of(number)(Progress()) for name, number in given.items()}
+    objective = Objective(
+        config.make_divergence(),
+        temperature=first["temperature"],
+        kd_weight=first["kd_weight"],
+        lm_weight=first["lm_weight"],
+        head=config.head,
+        chunk_tokens=config.chunk_tokens,
+        gradient_in_place=config.gradient_in_place,
+        shared_vocab=config.shared_vocab,
+        diagnostics=config.diagnostics,
+        logit_losses=config.make_logit_losses(),
+        tokens=config.tokens,
+        hidden_losses=config.make_hidden_losses(),
+    )
+    return ScheduledObjective(objective, {name: it for name, it in given.items() if isinstance(it, Schedule)})
+
+
+def _kernel(config: Config) -> str:
+    """The kernel asked for; `auto` does not take one that every step would have to be compiled for."""
+    gliding = config.distillation.gliding("triton")
+    if config.distillation.kernel == "auto" and config.device == "cuda" and gliding:
+        logger.info("eager kernel: triton would be compiled at every step for another %s", ", ".join(gliding))
+        return "eager"
+    return config.distillation.kernel
+
+
+def _set_progress(attachment: Attachment, training: bool) -> None:
+    """Tell how far Megatron is before this step; validation keeps the numbers of the step it follows."""
+    args = get_args()
+    if training:
+        iteration, samples = args.curr_iteration, args.consumed_train_samples
+    elif attachment.progress is None:  # no step before it: what was loaded was saved after one
+        iteration = max(args.iteration - 1, 0)
+        samples = max(args.consumed_train_samples - get_current_running_global_batch_size(), 0)
+    else:
+        return
+    attachment.set_progress(Progress(iteration, samples, samples * args.seq_length))
+
+
+def _try_kernel(objective: Objective, device: str, dtype: torch.dtype) -> None:
+    """Have the kernel built, and refused if it has to be, before the first step."""
+    logits = torch.zeros(1, 8, device=device, dtype=dtype)
+    vocab_parallel_divergence(logits.requires_grad_(), logits.detach(), objective.passed_over).sum().backward()
+
+
+def _absent_projectors(args: Namespace, losses: Sequence[HiddenLoss]) -> list[str]:
+    """The projectors that the student's checkpoint does not have, as one of plain training; allowed to begin with.
+
+    Raises:
+        ConfigError: if Megatron would also resume the optimizer from it, which has no state of theirs.
+    """
+    wanted = [loss.pair for loss in losses if loss.projector]
+    load, finetune = args.load, args.finetune
+    if not checkpoint_exists(load) and args.pretrained_checkpoint is not None:
+        load, finetune = args.pretrained_checkpoint, True
+    if not wanted or not checkpoint_exists(load):  # what else there may be to refuse is Megatron's
+        return []
+    found: set[str] = set()
+    saved = str(args.ckpt_step or Path(load, "latest_checkpointed_iteration.txt").read_text().strip())
+    directory = Path(load, f"iter_{int(saved):07d}" if saved.isdigit() else saved)
+    if dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
+        found = set(dist_checkpointing.load_tensors_metadata(str(directory)))
+    absent = [pair for pair in wanted if f"{PROJECTORS}.{pair}.weight" not in found]
+    if absent and not (finetune or args.no_load_optim):
+        raise ConfigError(
+            f"expected the projectors of the hidden losses {', '.join(absent)} in {directory}, where this run would go "
+            "on; give megatron.finetune=true to begin with its weights and new projectors"
+        )
+    return absent
+
+
+def _teacher_args(
+    megatron: Mapping[str, Any],
+    own: Mapping[str, Any],
+    options: Mapping[str, argparse.Action],
+    student: Namespace,
+    unsupported: Mapping[str, tuple[str, str]],
+) -> Namespace:
+    """Megatron's arguments for the teacher: the student's, with the `teacher:` section on top, derived anew."""
+    merged = {**{name: value for name, value in megatron.items() if name not in _STUDENT_ONLY}, **own}
+    if not merged.get("num-experts"):  # a dense teacher: Megatron refuses to spread experts that are not there
+        merged |= {"expert-model-parallel-size": None, "expert-tensor-parallel-size": None}
+    with megatron_assertions_named(), command_line(to_argv(merged, options)):
+        args = parse_args()
+        check_layout(args, "teacher", unsupported)
+        validate_args(args)
+    for name in _SHARED:
+        theirs, ours = getattr(args, name), getattr(student, name)
+        if theirs != ours:
+            raise ConfigError(
+                f"teacher.{name.replace('_', '-')} is {theirs}, the student's is {ours}; they must be the same: "
+                "remove it from `teacher:`"
+            )
+    students, teachers = ((of.tensor_model_parallel_size, of.pipeline_model_parallel_size) for of in (student, args))
+    neighbours_of(students, student.data_parallel_size, teachers, has_experts=args.num_experts is not None)
+    if student.create_attention_mask_in_dataloader and students != teachers:
+        raise ConfigError(
+            "a teacher in a layout of its own is sent tokens, not attention masks; give "
+            "megatron.no-create-attention-mask-in-dataloader=true, or the teacher the student's layout"
+        )
+    # A rank holds the same ids of both models, however the teacher was padded: loading drops or zeroes what differs.
+    args.padded_vocab_size = student.padded_vocab_size
+    tensor = args.tensor_model_parallel_size
+    if args.padded_vocab_size % tensor:
+        raise ConfigError(
+            f"the student's vocabulary is padded to {args.padded_vocab_size} columns, which {tensor} tensor-parallel "
+            f"ranks of the teacher do not divide; give megatron.make-vocab-size-divisible-by a multiple of {tensor}"
+        )
+    if args.sequence_parallel and args.seq_length // args.context_parallel_size % tensor:
+        raise ConfigError(
+            f"sequences of {args.seq_length} tokens do not divide over {tensor} tensor-parallel ranks of the teacher; "
+            "change seq-length, or give teacher.sequence-parallel=false"
+        )
+    return args
+
+
+def check_layout(args: Namespace, who: str, unsupported: Mapping[str, tuple[str, str]]) -> None:
+    """Refuse what cannot be run, by name, before Megatron builds anything.
+
+    Args:
+        args: Megatron's arguments.
+        who: "student" or "teacher".
+        unsupported: {argument: (feature, reason)} that the forward step does not do.
+
+    Raises:
+        ConfigError: naming the feature, the reason and what to change.
+    """
+    check_config(args, who, unsupported)
+    check_config(args, who)
+    if args.mtp_num_layers and args.pipeline_model_parallel_layout:
+        raise ConfigError(
+            f"{who}: multi-token prediction is only fed on the last pipeline stage; remove "
+            "pipeline-model-parallel-layout or mtp-num-layers"
+        )
+    virtual = (args.num_layers_per_virtual_pipeline_stage, args.num_virtual_stages_per_pipeline_rank)
+    if who == "teacher" and virtual != (None, None):
+        raise ConfigError(
+            "teacher: virtual pipeline stages shorten the wait for a backward pass, and a teacher has none; remove "
+            "num-layers-per-virtual-pipeline-stage and num-virtual-stages-per-pipeline-rank from `teacher:`"
+        )
+    stages = args.pipeline_model_parallel_size
+    uneven = (
+        args.decoder_first_pipeline_num_layers,
+        args.decoder_last_pipeline_num_layers,
+        args.pipeline_model_parallel_layout,
+        args.account_for_embedding_in_pipeline_split or None,
+        args.account_for_loss_in_pipeline_split or None,
+    )
+    if args.num_layers is not None and not any(uneven) and args.num_layers % stages:
+        raise ConfigError(
+            f"{who}: {args.num_layers} layers do not divide over {stages} pipeline stages; change num-layers or "
+            "pipeline-model-parallel-size, or say decoder-first-pipeline-num-layers"
+        )
+
+
+@contextmanager
+def command_line(argv: Sequence[str]) -> Iterator[None]:
+    """Megatron's parser reads sys.argv and nothing else."""
+    saved, sys.argv = sys.argv, [sys.argv[0], *argv]
+    try:
+        yield
+    finally:
+        sys.argv = saved
+
+
+@contextmanager
+def megatron_assertions_named() -> Iterator[None]:
+    """Megatron refuses arguments by assertion: pass its words on, without the traceback."""
+    try:
+        yield
+    except AssertionError as error:
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ConfigError(f"Megatron refuses these arguments: {reason}") from error
