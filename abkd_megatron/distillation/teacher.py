@@ -47,20 +47,54 @@ _ARCHITECTURE = (
     "rotary_percent",
     "rotary_interleaved",
     "use_rope_scaling",
+    "rope_scaling_factor",
+    "rotary_seq_len_interpolation_factor",
+    "no_rope_freq",
+    "softmax_type",
+    "window_size",
+    "window_attn_skip_freq",
     "normalization",
     "layernorm_epsilon",
     "layernorm_zero_centered_gamma",
     "qk_layernorm",
+    "qk_l2_norm",
     "swiglu",
     "squared_relu",
     "quick_geglu",
+    "glu_linear_offset",
+    "activation_func_clamp_value",
     "add_bias_linear",
     "add_qkv_bias",
     "untie_embeddings_and_output_weights",
     "num_experts",
+    "moe_layer_freq",
     "moe_router_topk",
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_router_topk_scaling_factor",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
     "multi_latent_attention",
+    "rotary_scaling_factor",
+    "mscale",
+    "mscale_all_dim",
+    "use_mup",
+    "mup_width_mult",
+    "mup_base_hidden_size",
+    "mup_embedding_mult",
+    "mup_output_mult",
+    "mup_base_head_dim",
+    "mup_attn_scale_power",
 )
+
+# Those of the above that mean nothing unless another one is on; Megatron may change them while it runs.
+_ONLY_WITH = {
+    "group_query_attention": ("num_query_groups",),
+    "use_rope_scaling": ("rope_scaling_factor",),
+    "num_experts": tuple(name for name in _ARCHITECTURE if name.startswith("moe_")),
+    "multi_latent_attention": ("rotary_scaling_factor", "mscale", "mscale_all_dim"),
+    "use_mup": tuple(name for name in _ARCHITECTURE if name.startswith("mup_")),
+}
 
 
 @dataclass(frozen=True)
@@ -446,9 +480,8 @@ def _freeze(module: torch.nn.Module) -> None:
 
 def _architecture(args: Namespace) -> dict[str, Any]:
     found = {name: getattr(args, name) for name in _ARCHITECTURE if hasattr(args, name)}
-    if not found.get("group_query_attention"):
-        found.pop("num_query_groups", None)  # means nothing then, and Megatron overwrites it while it runs
-    return found
+    without = {name for switch, names in _ONLY_WITH.items() if not found.get(switch) for name in names}
+    return {name: value for name, value in found.items() if name not in without}
 
 
 def _iteration_directory(load: Path, ckpt_step: int | None) -> Path:

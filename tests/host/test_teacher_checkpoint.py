@@ -13,6 +13,10 @@ SAVED = {
     "group_query_attention": False,
     "num_query_groups": 8,
     "rotary_base": 10000,
+    "use_rope_scaling": False,
+    "rope_scaling_factor": 8.0,
+    "num_experts": None,
+    "moe_router_pre_softmax": False,
     "make_vocab_size_divisible_by": 128,
     "tensor_model_parallel_size": 2,
     "padded_vocab_size": 512,
@@ -29,6 +33,7 @@ def check(
 def test_a_teacher_as_configured_is_taken() -> None:
     check()
     check(num_query_groups=1)  # without grouped queries it means nothing
+    check(rope_scaling_factor=32.0, moe_router_pre_softmax=True)  # nor these without scaling and experts
     check(saved={"vocab_size": 500})
     check(vocab_size=600, shared_vocab=500)
     check(vocab_size=600, saved={"vocab_size": 500}, shared_vocab=500)
@@ -42,6 +47,14 @@ def test_a_teacher_as_configured_is_taken() -> None:
         (
             {"saved": {"group_query_attention": True}, "group_query_attention": True, "num_query_groups": 2},
             "num-query-groups",
+        ),
+        (
+            {"saved": {"use_rope_scaling": True}, "use_rope_scaling": True, "rope_scaling_factor": 32.0},
+            "rope-scaling-factor: the checkpoint has 8.0, the configuration 32.0",
+        ),
+        (
+            {"saved": {"num_experts": 4}, "num_experts": 4, "moe_router_pre_softmax": True},
+            "moe-router-pre-softmax: the checkpoint has False, the configuration True",
         ),
         ({"vocab_size": 600}, r"512 padded vocabulary columns.*600 tokens would have given 768"),
         ({"vocab_size": 500, "saved": {"vocab_size": 499}}, r"vocabulary of 499 tokens.*500.*one tokenizer"),
