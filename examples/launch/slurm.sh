@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=distill
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=04:00:00
+#SBATCH --signal=TERM@300
+#SBATCH --dependency=singleton
+#SBATCH --output=%x-%j.log
+# One job under Slurm, one task a GPU; from a folder that all nodes share:
+#
+#   sbatch --nodes 8 examples/launch/slurm.sh distill configs/llama31_70b_to_8b_64xH100.yaml
+#
+# IMAGE=... in front of sbatch runs it in a container (pyxis: `srun --container-image`), with this folder mounted; and
+# MOUNTS=/data:/data adds more. Without it, `python` is what the nodes have on PATH.
+#
+# Five minutes before its time is up every rank gets SIGTERM: with `exit-signal-handler`, as the files in configs/ have
+# it, Megatron saves and ends. Submitted several times, jobs of one name run one after another (singleton), each from the
+# last checkpoint, as the same file names one folder to save in and to load from. What comes after the file is given on.
+set -euo pipefail
+
+MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"
+export MASTER_ADDR MASTER_PORT
+
+# Megatron's way to have communication start before the computation that it hides behind.
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+container=()
+if [[ -n "${IMAGE:-}" ]]; then
+    container=(--container-image "$IMAGE" --container-mounts "$PWD:$PWD${MOUNTS:+,$MOUNTS}" --container-workdir "$PWD")
+fi
+
+# What torchrun would set, from what Slurm says: without an agent between them, Slurm's signals reach the ranks.
+# shellcheck disable=SC2016  # each task expands these
+exec srun --kill-on-bad-exit=1 --label "${container[@]}" bash -c '
+    export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS"
+    export LOCAL_WORLD_SIZE="$((SLURM_NTASKS / SLURM_NNODES))"
+    exec python -m abkd_megatron "$@"' rank "$@"
