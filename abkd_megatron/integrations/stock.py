@@ -83,7 +83,7 @@ def distil[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_st
 
     Returns:
         The forward step for `pretrain`: without a teacher the same object. With one, what its loss function returns
-        stays, and the report gets our numbers (README); `lm loss` is the student's cross entropy.
+        stays, and the report gets our numbers (docs/training.md); `lm loss` is the student's cross entropy.
 
     Raises:
         ConfigError: an argument of ours without a teacher, a value that cannot be, or a feature that is not supported.

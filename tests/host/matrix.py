@@ -1,4 +1,4 @@
-"""What was trained beside a teacher in which layout, and what came of it: the rows of the README's table.
+"""What was trained beside a teacher in which layout, and what came of it: the rows of the table in docs/parallelism.md.
 
 Every row trains one student for three steps from one checkpoint and is compared with the same training on one rank, or
 ends with a message. The table is rendered from what the tests have found, so that it cannot claim more than they saw.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launch import ROOT, Rank, launch
 
-README = ROOT / "README.md"
+TABLE = ROOT / "docs/parallelism.md"
 LOSSES = ("lm loss", "kd loss", "total loss", "teacher lm loss", "teacher entropy", "student entropy")
 # Differences and counts, in which bf16 leaves no digits.
 EXACT_ONLY = ("kl to teacher", "top-1 agreement")
@@ -402,7 +402,7 @@ def recorded(feature: str, where: str, result: str) -> Iterator[None]:
 
 
 def render(results: Mapping[tuple[str, str], str]) -> str:
-    """The README's table of what was found."""
+    """The table of what was found."""
     places: dict[tuple[str, str], list[str]] = {}
     for (feature, where), found in results.items():
         places.setdefault((feature, found), []).append("" if found.startswith("refused") else where)
@@ -410,9 +410,9 @@ def render(results: Mapping[tuple[str, str], str]) -> str:
     return "\n".join(["| | where | seen |", "|---|---|---|", *lines])
 
 
-def replace_table(readme: str, table: str) -> str:
-    """The README's text with `table` between its two marks."""
-    before, opening, rest = readme.partition("<!-- matrix -->\n")
+def replace_table(document: str, table: str) -> str:
+    """The document with `table` between its two marks."""
+    before, opening, rest = document.partition("<!-- matrix -->\n")
     _, closing, after = rest.partition("\n<!-- /matrix -->")
-    assert opening and closing, "README.md has lost its marks"
+    assert opening and closing, f"{TABLE.name} has lost its marks"
     return before + opening + table + closing + after

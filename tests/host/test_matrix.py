@@ -1,4 +1,4 @@
-"""Every row of the matrix trains as on one rank or is refused, and the README's table says just that."""
+"""Every row of the matrix trains as on one rank or is refused, and the table in docs/parallelism.md says just that."""
 
 import email
 import json

@@ -24,7 +24,7 @@ SUMS = {"lm loss", "kd loss", "total loss", "teacher lm loss", "kl to teacher", 
 
 
 def place(num_ranks: int, name: str) -> tuple[str, str]:
-    """Feature and place in the README's table."""
+    """Feature and place in the table."""
     case = CASES[num_ranks][name]
     sizes = {"TP": case.tp, "PP": case.pp, "CP": case.cp, "DP": num_ranks // (case.tp * case.pp * case.cp)}
     where = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)

@@ -1,18 +1,181 @@
-"""What the documents show is what was measured: the comparison's table is written from its results."""
+"""What the documents show is what was measured and what the code has; and their links lead somewhere."""
 
+import ast
 import json
+import re
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
+from statistics import mean
+
+import pytest
+from pages import DOCS, PAGES, ROOT
 
 from abkd_megatron.compare import summarise, table
+from abkd_megatron.config import CompareConfig, DataConfig, DistillationConfig, TeacherConfig
+from abkd_megatron.divergences.registry import DIVERGENCES, parameters
+from abkd_megatron.logit_losses.registry import LOGIT_LOSSES
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+RESULTS = json.loads((DOCS / "comparison.json").read_text())
+
+
+def between(page: Path, mark: str) -> list[list[str]]:
+    """The cells of the table between two marks, its head left out."""
+    _, opening, rest = page.read_text().partition(f"<!-- {mark} -->\n")
+    text, closing, _ = rest.partition(f"\n<!-- /{mark} -->")
+    assert opening and closing, f"{page.name} has lost its marks"
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines()[2:]]
 
 
 def test_the_comparison_shows_its_results() -> None:
-    results = json.loads((DOCS / "comparison.json").read_text())
-    summary = summarise(results["runs"], list(results["summary"])[:-1])
-    assert summary == results["summary"]
+    summary = summarise(RESULTS["runs"], list(RESULTS["summary"])[:-1])
+    assert summary == RESULTS["summary"]
     assert table(summary) in (DOCS / "comparison.md").read_text()
-    seeds = {run["seed"] for run in results["runs"]}
-    assert len(seeds) >= 5 and len(results["runs"]) == len(seeds) * (len(summary) - 1)
+    seeds = {run["seed"] for run in RESULTS["runs"]}
+    assert len(seeds) >= 5 and len(RESULTS["runs"]) == len(seeds) * (len(summary) - 1)
     assert (DOCS / "comparison.png").stat().st_size > 50_000
+
+
+def test_concepts_quotes_the_comparison() -> None:
+    text = (DOCS / "concepts.md").read_text()
+    quoted = re.findall(r"^\| ([\w ,.-]+) \| (\d\.\d{3}) \| (\d\.\d{3}) \|$", text, re.MULTILINE)
+    assert len(quoted) == 7
+    found = [line.strip("| ").split(" | ") for line in table(RESULTS["summary"]).splitlines()]
+    for name, *numbers in quoted:
+        (row,) = [row for row in found if row[0] == name]
+        assert [cell.split()[0] for cell in row[1:3]] == numbers
+    assert [row[1] for row in quoted] == sorted(row[1] for row in quoted)
+
+
+def test_concepts_shows_a_run_that_was() -> None:
+    runs = [run["validation"] for run in RESULTS["runs"] if run["loss"] == "forward KL"]
+    shown = between(DOCS / "concepts.md", "healthy")
+    assert len(shown) == 6
+    for name, *numbers in shown:
+        assert numbers == [f"{mean(run[step][name.strip('`')] for run in runs):.2f}" for step in runs[0]]
+
+
+def test_the_short_table_is_of_the_long_one() -> None:
+    long = {feature: (where.split(", "), seen) for feature, where, seen in between(DOCS / "parallelism.md", "matrix")}
+    short = between(ROOT / "README.md", "short matrix")
+    assert len(short) >= 10
+    for feature, where, seen in short:
+        there, of_all = long[feature]
+        assert seen == of_all and seen.startswith("equal to "), feature
+        *places, rest = where.split(", ")
+        if more := re.fullmatch(r"and (\d+) more", rest):
+            assert len(there) == len(places) + int(more[1]), feature
+        else:
+            places.append(rest)
+            assert len(there) == len(places), feature
+        assert set(places) <= set(there), feature
+
+
+@cache
+def sections_of_configuration() -> dict[str, str]:
+    parts = re.split(r"^## (\w+)$", (DOCS / "configuration.md").read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def keys(section: str) -> dict[str, str]:
+    """What the first table of a section says of each key: {key: its row}."""
+    text = sections_of_configuration()[section].partition("\n### ")[0]
+    found = {}
+    for line in re.findall(r"^\| `.*$", text, re.MULTILINE):
+        for key in re.findall(r"`([\w-]+)`", line.split(" | ")[0]):
+            assert key not in found, key
+            found[key] = line
+    return found
+
+
+@pytest.mark.parametrize(
+    ("section", "kind"), [("distillation", DistillationConfig), ("data", DataConfig), ("compare", CompareConfig)]
+)
+def test_every_key_is_there_with_its_default(section: str, kind: type) -> None:
+    documented, made = keys(section), kind()
+    assert documented.keys() == {item.name for item in fields(kind)}
+    for name, line in documented.items():
+        value = getattr(made, name)
+        if isinstance(value, int | float | str):
+            shown = str(value).lower() if isinstance(value, bool) else str(value)
+            assert shown in re.split(r"[ ,`]+", line.split(" | ")[1]), line
+
+
+def test_the_teachers_keys_are_there() -> None:
+    documented = keys("teacher")
+    assert {key.replace("-", "_") for key in documented} == {item.name for item in fields(TeacherConfig)} - {"megatron"}
+
+
+def test_every_loss_is_there_with_its_parameters() -> None:
+    text = sections_of_configuration()["distillation"]
+    for title, known in (("Divergences", DIVERGENCES), ("Logit losses", LOGIT_LOSSES)):
+        part = text.partition(f"\n### {title}\n")[2].partition("\n### ")[0]
+        lines = {name: line for line in part.splitlines() for name in re.findall(r"`(\w+)`", line.split(" | ")[0])}
+        assert known.keys() <= lines.keys(), title
+        for name in known:
+            for parameter in parameters(name):
+                assert f"`{parameter}`" in lines[name], name
+
+
+@cache
+def strings() -> list[str]:
+    """Every string in the sources but docstrings, with U+2026 in place of what differs."""
+    found = []
+    for file in (ROOT / "abkd_megatron").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "\u2026" for part in node.values)
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                found.append(node.value)
+    return found
+
+
+def messages() -> list[str]:
+    """What the first cells of docs/troubleshooting.md quote, and its paragraphs on NaN."""
+    text = (DOCS / "troubleshooting.md").read_text()
+    before, _, _ = text.partition("\n## It trains")
+    cells = re.findall(r"^\| (`.*?) \| ", before, re.MULTILINE)
+    return [one for cell in cells for one in re.findall(r"`(.+?)`", cell)] + re.findall(
+        r"^`(found .*?)`", text, re.MULTILINE
+    )
+
+
+@pytest.mark.parametrize("message", messages())
+def test_a_message_is_what_the_sources_say(message: str) -> None:
+    for piece in message.split("..."):
+        assert any(piece.strip() in string for string in strings()), piece
+
+
+def test_there_are_messages() -> None:
+    assert len(messages()) >= 40 and len(set(messages())) == len(messages())
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them from headings."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+LINKS = [
+    (page, target)
+    for page in PAGES
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
+    if not target.startswith("https://")
+]
+
+
+@pytest.mark.parametrize(("page", "target"), LINKS, ids=[f"{page.name}: {target}" for page, target in LINKS])
+def test_a_link_leads_somewhere(page: Path, target: str) -> None:
+    path, _, anchor = target.partition("#")
+    there = (page.parent / path).resolve() if path else page
+    assert there.exists()
+    assert not anchor or anchor in anchors(there)
+
+
+def test_every_page_is_in_the_contents() -> None:
+    named = set(re.findall(r"\]\(([\w-]+\.md)\)", (DOCS / "README.md").read_text()))
+    assert named >= {page.name for page in DOCS.glob("*.md")} - {"README.md"}

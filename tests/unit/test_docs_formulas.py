@@ -1,0 +1,82 @@
+"""docs/maths.md: each formula's Python twin is the reference divergence, value and gradient."""
+
+import re
+
+import pytest
+import torch
+from pages import DOCS
+
+from abkd_megatron import divergences, vocab_parallel_divergence
+from abkd_megatron.config import DistillationConfig
+from abkd_megatron.divergences import AlphaBeta, Divergence, Sum, ToDi, reference_divergence, registry
+
+MATHS = (DOCS / "maths.md").read_text()
+NUMBERS = {"a": 0.7, "b": 0.4, "c": 1.7, "m": 0.3, "s": 0.2}
+FUNCTIONS = {
+    "sum": lambda terms: terms.sum(-1),
+    "log": torch.log,
+    "abs": torch.abs,
+    "sign": torch.sign,
+    "sigmoid": torch.sigmoid,
+}
+ROWS = re.findall(r"^\| `(\w+\(.*?\))` \| `(.+?)` \| `(.+?)` \|$", MATHS, re.MULTILINE)
+
+
+def made(expression: str) -> Divergence:
+    return eval(expression, {**vars(divergences), **NUMBERS})
+
+
+def distributions() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits of both models, and p and q."""
+    teacher, student = torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return student.requires_grad_(), teacher, teacher.softmax(-1), student.detach().softmax(-1)
+
+
+@pytest.mark.parametrize(("divergence", "value", "slope"), ROWS, ids=[row[0] for row in ROWS])
+def test_the_formulas_are_the_references(divergence: str, value: str, slope: str) -> None:
+    student, teacher, p, q = distributions()
+    names = {**FUNCTIONS, **NUMBERS, "p": p, "q": q}
+    wanted = reference_divergence(made(divergence), student, teacher)
+    torch.testing.assert_close(eval(value, names), wanted, rtol=1e-10, atol=1e-12)
+    (gradient,) = torch.autograd.grad(wanted.sum(), student)
+    h = eval(slope, names)
+    torch.testing.assert_close(h - q * h.sum(-1, keepdim=True), gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_every_family_is_there() -> None:
+    """All that a name can mean, so that a divergence that is added has to be written down."""
+    shown = [divergence for divergence, *_ in ROWS]
+    assert len(shown) == len(set(shown))
+    assert {"AlphaBeta(a, 0)", "AlphaBeta(0, b)", "AlphaBeta(a, -a)", "AlphaBeta(0, 0)"} <= set(shown)
+    there = [made(divergence) for divergence in shown]
+    kinds = {type(divergence) for divergence in there} - {Sum}
+    for name in registry.DIVERGENCES:
+        divergence = DistillationConfig(divergence=name).make_divergence()
+        assert type(divergence) in kinds or divergence in there, name
+
+
+def test_one_formula_serves_all_limits() -> None:
+    """0 and 1e-9 agree to 8 digits, as the page says."""
+    student, teacher, *_ = distributions()
+    for alpha, beta in ((0.0, 0.7), (0.7, 0.0), (0.7, -0.7), (0.0, 0.0)):
+        at, near = (
+            vocab_parallel_divergence(student, teacher, AlphaBeta(alpha + by, beta + by / 2)) for by in (0.0, 1e-9)
+        )
+        torch.testing.assert_close(near, at, rtol=1e-8, atol=0.0)
+
+
+def test_near_agreement() -> None:
+    """The second-order term, and the share of ToDi's detached gradient in the full one."""
+    student, _, _, q = distributions()
+    step = 1e-5 * torch.randn(5, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    teacher = student.detach() + step
+    rho = teacher.log_softmax(-1) - student.detach().log_softmax(-1)
+    value = reference_divergence(AlphaBeta(0.7, 0.4), student, teacher)
+    # The textbook form has few digits left here.
+    torch.testing.assert_close(value, (q**1.1 * rho**2).sum(-1) / 2, rtol=1e-3, atol=0.0)
+    for scale in (1.0, 0.4):
+        detached, full = (
+            torch.autograd.grad(reference_divergence(ToDi(scale, detach), student, teacher).sum(), student)[0].norm()
+            for detach in (True, False)
+        )
+        assert detached / full == pytest.approx((1 + scale / 2) / (1 + scale), rel=1e-3)
