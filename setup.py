@@ -31,7 +31,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["abkd_megatron", "abkd_megatron.*"]),
-    package_data={"abkd_megatron": ["py.typed", "kernels/*.cpp"]},
+    package_data={"abkd_megatron": ["py.typed", "kernels/*.cpp", "report.html", "report.js"]},
     python_requires=">=3.12",
     install_requires=[
         "torch>=2.6",

@@ -25,6 +25,9 @@ from abkd_megatron.config_values import Given, MegatronOptions, Options, field_v
 from abkd_megatron.config_yaml import flow, load_yaml, plain
 from abkd_megatron.errors import ConfigError, check_name
 
+# What a job's own configuration is called in TensorBoard.
+CONFIG_TEXT = "abkd_megatron/config"
+
 
 def _read_file(path: Path) -> list[Given]:
     try:

@@ -4,6 +4,7 @@ import inspect
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +20,7 @@ from abkd_megatron.distillation.hidden import HiddenLosses, Layers, check_pairs,
 from abkd_megatron.distillation.objective import Objective, ScheduledObjective
 from abkd_megatron.distillation.runner import TeacherRunner
 from abkd_megatron.distillation.step import SELECTED
+from abkd_megatron.distillation.stopwatch import Stopwatch
 from abkd_megatron.distillation.teacher import Teacher
 from abkd_megatron.errors import ConfigError, HostError, on_every_rank
 from abkd_megatron.schedule import Progress
@@ -236,6 +238,9 @@ class Attachment:
         self._cp_group: dist.ProcessGroup | None = getattr(pg_collection, "cp", None)
         self._waiting: deque[torch.Tensor] = deque()
         self._runner = TeacherRunner(chunks[0], teacher, timeout)
+        # Only where there is a loss to report it with.
+        device = next(chunks[-1].parameters()).device
+        self._stopwatch = Stopwatch(device) if chunks[-1].post_process else None
         self._alone = chunks[0].pre_process and chunks[0].post_process
         self._signature = inspect.signature(chunks[0].forward)
         # The first chunk's micro-batches come in order, and so do the last one's; in between there may be others.
@@ -277,6 +282,18 @@ class Attachment:
         of_all = self.objective.diagnostics and not torch.is_grad_enabled()  # a diagnosis is of all tokens
         return METRICS if tokens is not None and tokens.by_position and not of_all else ()
 
+    def take_teacher_seconds(self) -> tuple[float, float] | None:
+        """What the teacher's passes of training have taken on this rank since the last call: (seconds, passes).
+
+        `masked_loss` calls it, once a micro-batch. A pass is what this rank does of the teacher within one
+        micro-batch, and its waiting for the teacher's messages; without the teacher's output layer, which is part of
+        the loss. On a GPU only what it is past is known, the rest comes later; see `Stopwatch.take`.
+
+        Returns:
+            None on every pipeline stage but the last, and in validation.
+        """
+        return self._stopwatch.take() if self._stopwatch and torch.is_grad_enabled() else None
+
     @property
     def num_in_flight(self) -> int:
         """Messages of the teacher that were started here and are not known to have arrived."""
@@ -306,7 +323,8 @@ class Attachment:
             return
         if self._scheduled_objective.schedules and self.progress is None:
             raise ConfigError("a ScheduledObjective goes by the progress: call attachment.set_progress() at every step")
-        with torch.no_grad():
+        measured = self._stopwatch.measure() if self._stopwatch and torch.is_grad_enabled() else nullcontext()
+        with measured, torch.no_grad():
             hidden_states = self._runner.run(batch)
         if hidden_states is not None:
             self._waiting.append(hidden_states)

@@ -1,6 +1,6 @@
 """The loss contract with Megatron's schedules: sums over tokens, and the numbers to log beside them."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
@@ -8,8 +8,11 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 # Of a report, per token: 1.0 where the divergence is trained, else 0.0; logged as a share.
 SELECTED = "selected tokens"
 
+# How long the teacher's pass on a micro-batch took, in seconds.
+TEACHER_SECONDS = "teacher seconds"
+
 # In place of a count of 0 that something is divided by: lost beside any other in fp32.
-_NOTHING = 1e-12
+NOTHING = 1e-12
 
 
 def masked_loss(
@@ -20,6 +23,7 @@ def masked_loss(
     scheduled: Mapping[str, float] | None = None,
     of_selected: Collection[str] = (),
     hidden: Mapping[str, tuple[float, torch.Tensor]] | None = None,
+    teacher_seconds: Callable[[], tuple[float, float] | None] = lambda: None,
     check_for_nan: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Return what Megatron's schedules expect of a loss function for one micro-batch.
@@ -36,13 +40,14 @@ def masked_loss(
             with the number of these. Where no rank has any they are logged as 0.
         hidden: {name: (weight, sum over the same counted tokens)} of losses between layers, `Attachment.hidden`. Their
             gradients are on their way already; here they are only logged.
+        teacher_seconds: `Attachment.take_teacher_seconds`: (seconds, passes) of the teacher to log, or None.
         check_for_nan: stop on NaN or Inf through Megatron's rerun state machine, as its own loss function does.
 
     Returns:
         (sum of the loss over counted tokens, their number as int, {name: [sum, number]}). Without a report the only
         name is `lm loss`. With one, `lm loss` is still the student's cross entropy, `total loss` is what is trained.
-        What is scheduled is [value] alone, of which Megatron takes the mean over micro-batches. The same names on
-        every rank and micro-batch.
+        `teacher seconds` is [seconds, passes]. What is scheduled is [value] alone, of which Megatron takes the mean
+        over micro-batches. The same names on every rank and micro-batch.
 
     Collectives: none; Megatron reduces each name once an iteration.
     """
@@ -56,7 +61,7 @@ def masked_loss(
         selected = mask * report[SELECTED].reshape(-1) if SELECTED in report else mask
         sums = {name: _masked_sum(value, selected if name in of_selected else mask) for name, value in report.items()}
         sums["total loss"] = loss
-        counts = dict.fromkeys(of_selected, selected.sum().clamp_min(_NOTHING))
+        counts = dict.fromkeys(of_selected, selected.sum().clamp_min(NOTHING))
     for name, (weight, of_layers) in (hidden or {}).items():
         sums[name] = of_layers
         sums["total loss"] = sums.get("total loss", loss).detach() + weight * of_layers
@@ -68,7 +73,10 @@ def masked_loss(
         name: torch.cat([value.detach().clone().view(1), counts.get(name, num_tokens).view(1)])
         for name, value in sums.items()
     }
-    logged |= {name: mask.new_tensor([value]) for name, value in (scheduled or {}).items()}
+    # Filled on the device: a copy from the host would wait for it.
+    logged |= {name: mask.new_full((1,), value) for name, value in (scheduled or {}).items()}
+    if (measured := teacher_seconds()) is not None:  # last: where the checks wait for a GPU, it is past this pass
+        logged[TEACHER_SECONDS] = torch.cat([mask.new_full((1,), value) for value in measured])
     return loss, num_tokens, logged
 
 

@@ -210,6 +210,7 @@ class DistilledStep:
             of_selected=attachment.of_selected,
             hidden=attachment.hidden,
             scheduled=attachment.scheduled,
+            teacher_seconds=attachment.take_teacher_seconds,
             check_for_nan=get_args().check_for_nan_in_loss_and_grad,
         )
         *loss, logged = loss_func(output_tensor)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from abkd_megatron.config import Config
-from abkd_megatron.config_file import to_argv
+from abkd_megatron.config_file import CONFIG_TEXT, render, to_argv
 from abkd_megatron.data import PreparedData
 from abkd_megatron.distillation.step import masked_loss
 from abkd_megatron.errors import on_every_rank
@@ -64,6 +65,8 @@ def run(config: Config, job: str) -> None:
     if config.data.dir is not None:
         with on_every_rank():
             megatron = {**PreparedData.open(config.data.dir).megatron_arguments(), **megatron}
+    # The time of a step, for the report: Megatron measures it for its log in any case.
+    megatron.setdefault("log-timers-to-tensorboard", True)
     argv = to_argv(megatron, options)
     with on_every_rank(), command_line(argv):
         check_layout(parse_args(), "student", _UNSUPPORTED)
@@ -72,6 +75,10 @@ def run(config: Config, job: str) -> None:
     # Megatron saves its arguments with the checkpoint; this one lets a later student see whose vocabulary it was.
     args.vocab_size = get_tokenizer().vocab_size
     model_config = gpt_config_from_args(args)
+    if (writer := get_tensorboard_writer()) is not None:  # on the last rank
+        shown = ("megatron", "teacher", "distillation", "data") if job == "distill" else ("megatron", "data")
+        # Indented, which TensorBoard's Markdown takes for code.
+        writer.add_text(CONFIG_TEXT, indent(render(config, shown), " " * 4))
     plain = _ForwardStep()
     distilled = None
     if job == "distill":

@@ -58,7 +58,7 @@ def test_watching_equals_plain_training_bit_for_bit(
                 "distillation.gradient_in_place": "true",
             },
         ),
-        ("distilled", "distill", {"teacher.load": teacher}),
+        ("distilled", "distill", {"teacher.load": teacher, "megatron.log-timers-to-tensorboard": "false"}),
     ):
         path = workspace / f"neutral-{name}"
         settings = {f"megatron.{key}": value for key, value in start.items()}
@@ -76,6 +76,12 @@ def test_watching_equals_plain_training_bit_for_bit(
     assert all(value > 0 for value in runs["watched"]["kd loss"]), "watching still reports the divergence"
     of_all, of_some = (runs[name]["kd loss"][0] for name in ("watched", "watched on some tokens"))
     assert 0.2 * of_all < of_some < 0.5 * of_all
+
+    # What a job adds to TensorBoard: the time of a step, unless it is told otherwise, and the teacher's in training.
+    timed = {name for name, run in runs.items() if "iteration-time" in run}
+    assert timed == {"plain", "watched", "watched on some tokens"}
+    assert {name for name, run in runs.items() if "teacher seconds" in run} == runs.keys() - {"plain", "stock"}
+    assert not any("teacher seconds validation" in run for run in runs.values())
 
     # Weights and optimizer state: the same keys in the same shapes.
     plain = saved_tensors(workspace / "neutral-plain")
