@@ -38,6 +38,7 @@ setup(
         "megatron-core[training]>=0.19,<0.20",
         "sentencepiece>=0.2",
         "pyyaml>=6",
+        "rich>=13",
         # Megatron's checkpoint writer hangs without a word when it is missing.
         "psutil>=5.9",
     ],

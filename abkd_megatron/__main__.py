@@ -1,100 +1,188 @@
-"""The command line: prepare data, pretrain a teacher, distil a student, compare losses, show the configuration."""
+"""The command line: prepare data, pretrain a teacher, distil a student, compare losses, and look before one runs."""
 
 import argparse
-import importlib.util
 import logging
 import os
 import signal
 import sys
+import textwrap
 import warnings
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from abkd_megatron.errors import AbkdError, HostError
 
-_DESCRIPTION = "Distil a student from a teacher inside Megatron's own training loop."
-_EPILOG = """\
-several processes:  torchrun --nproc-per-node 4 -m abkd_megatron distill --config configs/tiny_cpu.yaml
-change a setting:   ... distillation.alpha=0.3 megatron.train-iters=100 teacher.load=runs/teacher
-"""
-_JOBS = {
-    "prepare": "turn text into a SentencePiece model and Megatron's indexed datasets",
-    "pretrain": "train without a teacher: the teacher itself, or a student to compare with",
-    "distill": "train a student beside its teacher",
-    "compare": "train students with several losses and seeds beside one teacher, and tell them apart",
-    "show-config": "print the merged configuration and where each value came from",
-}
+if TYPE_CHECKING:
+    from abkd_megatron.config import Config
+
+PROG = "abkd-megatron"
+_DESCRIPTION = "Distil a large teacher into a smaller student inside Megatron-Core's own training loop."
+_SETTINGS = """\
+A job that takes CONFIG takes settings behind it that beat the file's: section.key=value, the value as in YAML. Sections
+are device, megatron (any argument of Megatron's, without its dashes), teacher, distillation, data, compare.
+`abkd-megatron JOB --help` has more examples."""
+_CODES = "0; 2 and one message on stderr if something cannot be run, before the first step"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing that the command line does."""
+
+    run: Callable[[Namespace], int | None]
+    """Does it; returns the exit code, None for 0."""
+    summary: str
+    """What for, in a few words."""
+    examples: tuple[str, ...]
+    """Command lines that are true; the first stands in the overview."""
+    reads: str = ""
+    writes: str = ""
+    codes: str = _CODES
+    """Exit codes."""
+    takes_config: bool = True
+    """Whether CONFIG and settings may follow."""
+    options: Callable[[argparse.ArgumentParser], object] = lambda parser: None
+    """Adds what it takes beside that."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one job; returns the exit code.
 
-    That is 0; 2, with one message on stderr, when something cannot be run; 130 for an interrupted comparison.
+    That is 0; 2, with one message on stderr, when something cannot be run; 130 for an interrupted comparison. Some jobs
+    have more, see their help.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = parse(argv)
     try:
-        _run(arguments.job, arguments.config, arguments.overrides)
-    except KeyboardInterrupt:
-        if arguments.job != "compare":
-            raise
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return JOBS[arguments.job].run(arguments) or 0
     except AbkdError as error:
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"{rank}abkd-megatron {arguments.job}: error: {error}", file=sys.stderr, flush=True)
+        print(f"{rank}{PROG} {arguments.job}: error: {error}", file=sys.stderr, flush=True)
         return 2
-    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse(argv: Sequence[str] | None = None) -> Namespace:
+    """The arguments of a command line; ends the process as argparse does.
+
+    Returns:
+        `job`; for jobs that take a configuration `config` (a path or None) and `overrides`; and what the job adds.
+    """
+    parser = make_parser()
+    arguments, behind = parser.parse_known_args(argv)
+    # Settings may stand on both sides of an option, which argparse has no word for.
+    unknown = [word for word in behind if word.startswith("-") or not JOBS[arguments.job].takes_config]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; see {PROG} {arguments.job} --help")
+    if JOBS[arguments.job].takes_config:
+        words = [*arguments.words, *behind]
+        del arguments.words
+        arguments.overrides = words
+        if words and "=" not in words[0]:
+            if arguments.config is not None:
+                parser.error(
+                    f"expected one configuration, got --config {arguments.config} and {words[0]!r} (a setting is "
+                    "section.key=value); remove one"
+                )
+            arguments.config, arguments.overrides = Path(words[0]), words[1:]
+    return arguments
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all jobs, without what `parse` does behind it."""
+    width = max(map(len, JOBS)) + 2
+    listed = "\n".join(
+        f"  {name:<{width}}{job.summary}\n  {'':<{width}}  {job.examples[0]}" for name, job in JOBS.items()
+    )
     parser = argparse.ArgumentParser(
-        prog="abkd-megatron",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
+        prog=PROG,
+        usage=f"{PROG} JOB [CONFIG] [section.key=value ...]",
+        description=f"{_DESCRIPTION}\n\njobs, in the order of use:\n{listed}",
+        epilog=_SETTINGS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB")
-    for name, text in _JOBS.items():
-        job = jobs.add_parser(name, help=text, description=text)
-        job.add_argument(
-            "--config", type=Path, metavar="FILE", help="YAML: device, megatron, teacher, distillation, data, compare"
+    jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB", prog=PROG, help=argparse.SUPPRESS)
+    for name, job in JOBS.items():
+        what = {"reads": job.reads, "writes": job.writes, "exit code": job.codes}
+        rows = [
+            textwrap.fill(text, 100, initial_indent=f"{title:<11}", subsequent_indent=" " * 11)
+            for title, text in what.items()
+            if text
+        ]
+        described = jobs.add_parser(
+            name,
+            description="\n".join([f"{job.summary[0].upper()}{job.summary[1:]}.", "", *rows]),
+            epilog="\n".join(["examples:", *(f"  {line}" for line in job.examples)]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        job.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that beat the file's")
+        if job.takes_config:
+            described.add_argument(
+                "words", nargs="*", metavar="CONFIG section.key=value", help="a YAML file, and settings that beat its"
+            )
+            described.add_argument(
+                "--config", type=Path, metavar="FILE", help="the YAML file, if it is not named first"
+            )
+        job.options(described)
     return parser
 
 
-def _run(job: str, path: Path | None, overrides: Sequence[str]) -> None:
+def load(arguments: Namespace, more: Sequence[str] = ()) -> "Config":
+    """The configuration of a command line, with more settings behind it; not checked.
+
+    Raises:
+        AbkdError: as `load_config`, and beside an unrelated `apex`.
+    """
     _refuse_unrelated_apex()
     _quieten_fallback_warnings()
     # Only here: importing Megatron takes seconds, and --help should not.
     from abkd_megatron import cpu
-    from abkd_megatron.config import Config
-    from abkd_megatron.config_file import load_config, render
-    from abkd_megatron.integrations import megatron_lm
+    from abkd_megatron.config_file import load_config
     from abkd_megatron.integrations.add_teacher import megatron_options
 
-    options = megatron_options()
+    return load_config(
+        arguments.config,
+        [*arguments.overrides, *more],
+        megatron_options(),
+        lambda device: cpu.MEGATRON_DEFAULTS if device == "cpu" else {},
+    )
 
-    def load(overrides: Sequence[str]) -> Config:
-        return load_config(path, overrides, options, lambda device: cpu.MEGATRON_DEFAULTS if device == "cpu" else {})
 
-    config = load(overrides)
-    if job == "show-config":
-        print(render(config), end="")
-        return
-    config.check(job)
-    if job == "compare":
-        from abkd_megatron.compare import compare
+def _env(arguments: Namespace) -> int:
+    from abkd_megatron import environment
 
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the runs end with us
-        compare(config, lambda settings: load([*overrides, *settings]))
-        return
-    if job == "prepare":
-        from abkd_megatron.data import prepare
+    return environment.main()
 
-        prepare(config.data)
-        return
+
+def _show_config(arguments: Namespace) -> None:
+    config = load(arguments)
+    from abkd_megatron.config_file import render
+
+    print(render(config), end="")
+
+
+def _check(arguments: Namespace) -> int:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a tokenizer of Hugging Face is looked for on this machine alone
+    config = load(arguments)
+    from abkd_megatron import check
+
+    return check.main(config, arguments.world_size)
+
+
+def _prepare(arguments: Namespace) -> None:
+    config = load(arguments)
+    config.check("prepare")
+    from abkd_megatron.data import prepare
+
+    prepare(config.data)
+
+
+def _train(arguments: Namespace) -> None:
+    config = load(arguments)
+    config.check(arguments.job)
+    from abkd_megatron import cpu
+    from abkd_megatron.integrations import megatron_lm
+
     if config.device == "cpu":
         cpu.install()
         minutes = config.megatron.get("distributed-timeout-minutes", 10)
@@ -102,7 +190,160 @@ def _run(job: str, path: Path | None, overrides: Sequence[str]) -> None:
     else:
         _require_gpu()
     _show_log()
-    megatron_lm.run(config, job)
+    megatron_lm.run(config, arguments.job)
+
+
+def _compare(arguments: Namespace) -> int:
+    try:
+        config = load(arguments)
+        config.check("compare")
+        from abkd_megatron.compare import compare
+
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the runs end with us
+        compare(config, lambda settings: load(arguments, settings))
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _report(arguments: Namespace) -> None:
+    from abkd_megatron.report import write_report
+
+    print(write_report(arguments.runs, arguments.out))
+
+
+def _completion(arguments: Namespace) -> None:
+    from abkd_megatron.completion import script
+
+    print(script(make_parser(), arguments.shell), end="")
+
+
+def _runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="a run's directory, up to 8, or a folder of runs"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page; of one RUN by default RUN/report.html")
+
+
+def _world_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--world-size",
+        type=_positive,
+        metavar="N",
+        help="ranks of the job (default: $WORLD_SIZE, or the fewest that the layouts of both models allow)",
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def _shell(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh"), help="whose script")
+
+
+_TORCHRUN = "torchrun --nproc-per-node {} -m abkd_megatron"
+
+JOBS = {
+    "env": Job(
+        _env,
+        "say what is installed here, what each part is for and how to get it",
+        (f"{PROG} env",),
+        codes="0; 2 if something that every job needs is missing or wrong",
+        takes_config=False,
+    ),
+    "prepare": Job(
+        _prepare,
+        "turn text into a SentencePiece model and Megatron's indexed datasets",
+        (
+            f"{PROG} prepare configs/tiny_cpu_teacher.yaml",
+            f"{PROG} prepare configs/tiny_cpu_teacher.yaml data.source=[README.md,docs] data.dir=runs/docs",
+        ),
+        reads="data.source: text files, folders, globs, or `python` for the text that ships with Python",
+        writes="data.dir, whole or not at all; one that is there is never written to",
+    ),
+    "check": Job(
+        _check,
+        "look at a configuration without a GPU, without its ranks, without training",
+        (
+            f"{PROG} check configs/tiny_cpu.yaml",
+            f"{PROG} check configs/tiny_cpu.yaml --world-size 8 megatron.global-batch-size=32",
+            f"{PROG} check configs/tiny_cpu.yaml device=cuda megatron.bf16=true megatron.tensor-model-parallel-size=4",
+        ),
+        reads="CONFIG, and of data.dir, tokenizer and checkpoints what is on this machine; no network",
+        writes="nothing; what it looked at to stdout: ok, not here (so not looked at), or refused, with a job's words",
+        codes="0; 2 if anything is refused",
+        options=_world_size,
+    ),
+    "show-config": Job(
+        _show_config,
+        "print the merged configuration and where each value came from",
+        (
+            f"{PROG} show-config configs/tiny_cpu.yaml",
+            f"{PROG} show-config configs/tiny_cpu.yaml distillation.divergence=todi",
+        ),
+        reads="CONFIG",
+        writes="YAML to stdout that loads again as the same configuration",
+        codes="0; 2 and one message on stderr for what is unknown, given twice or of the wrong type",
+    ),
+    "pretrain": Job(
+        _train,
+        "train without a teacher: the teacher itself, or a student to compare with",
+        (
+            f"{_TORCHRUN.format(2)} pretrain configs/tiny_cpu_teacher.yaml",
+            f"{PROG} pretrain configs/tiny_cpu_teacher.yaml megatron.train-iters=100 megatron.save=runs/short",
+        ),
+        reads="data.dir (or Megatron's own data arguments), megatron.load if it is given",
+        writes="megatron.save, megatron.tensorboard-dir; Megatron's log to stdout",
+    ),
+    "distill": Job(
+        _train,
+        "train a student beside its teacher",
+        (
+            f"{_TORCHRUN.format(4)} distill configs/tiny_cpu.yaml",
+            f"{_TORCHRUN.format(4)} distill configs/tiny_cpu.yaml distillation.alpha=0.3 megatron.train-iters=100",
+            f"{_TORCHRUN.format(4)} distill configs/tiny_cpu.yaml distillation.divergence=todi megatron.save=runs/todi",
+        ),
+        reads="teacher.load, data.dir (or Megatron's own data arguments), megatron.load if it is given",
+        writes="megatron.save, megatron.tensorboard-dir; Megatron's log to stdout",
+    ),
+    "compare": Job(
+        _compare,
+        "train students with several losses and seeds beside one teacher, and tell them apart",
+        (
+            f"{PROG} compare configs/tiny_cpu_compare.yaml",
+            f"{PROG} compare configs/tiny_cpu_compare.yaml compare.seeds=[1,2] compare.out=runs/two-seeds",
+        ),
+        reads="what `distill` reads; compare.out, where an interrupted comparison goes on",
+        writes="compare.out: each run's configuration, log and result; table.md, results.json, comparison.png",
+        codes=f"{_CODES}; 130 if it was interrupted",
+    ),
+    "report": Job(
+        _report,
+        "make one HTML page with the curves of a run, or of several over each other",
+        (
+            f"{PROG} report runs/demo/student",
+            f"{PROG} report runs/demo/student runs/demo/student-alone --out runs/both.html",
+        ),
+        reads="the TensorBoard event files that Megatron wrote in RUN",
+        writes="the page; a file that is there is only replaced if it is such a page",
+        codes="0; 2 and one message on stderr if there is nothing to show or no place to write to",
+        takes_config=False,
+        options=_runs,
+    ),
+    "completion": Job(
+        _completion,
+        "print the shell's script that completes jobs, options, files and keys",
+        (f"{PROG} completion bash", f"{PROG} completion zsh"),
+        writes=f'a script to stdout; bash: eval "$({PROG} completion bash)" in ~/.bashrc, zsh: the same in ~/.zshrc',
+        takes_config=False,
+        codes="0",
+        options=_shell,
+    ),
+}
 
 
 def _show_log() -> None:
@@ -135,12 +376,9 @@ def _quieten_fallback_warnings() -> None:
 
 
 def _refuse_unrelated_apex() -> None:
-    """Megatron takes any package called apex for NVIDIA's; PyPI's is another one."""
-    try:
-        foreign = importlib.util.find_spec("apex") and not importlib.util.find_spec("apex.multi_tensor_apply")
-    except Exception:  # an apex that cannot even be imported
-        foreign = True
-    if foreign:
+    from abkd_megatron.environment import unrelated_apex
+
+    if unrelated_apex():
         raise HostError(
             "the installed `apex` is not NVIDIA's but an unrelated package from PyPI, which Megatron would import by "
             "mistake; remove it with `pip uninstall apex`"

@@ -4,6 +4,7 @@ Reading and writing it is `config_file`'s. Importing this module does not import
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -239,97 +240,100 @@ class Config:
             job: what the configuration is for: prepare, pretrain, distill or compare.
 
         Raises:
-            ConfigError: a value out of range, a missing one, or two that exclude each other.
+            ConfigError: the first of `problems`.
+        """
+        for error in self.problems(job):
+            raise error
+
+    def problems(self, job: str) -> Iterator[ConfigError]:
+        """What no single value shows: values out of range, missing ones, and those that exclude each other.
+
+        Args:
+            job: as for `check`.
         """
         kd, data = self.distillation, self.data
 
-        def require(holds: bool, key: str, expected: str, got: object) -> None:
-            if not holds:
-                origin = self.origins.get(key, "default")
-                raise ConfigError(f"{origin}: {key}: expected {expected}, got {got}")
+        def origin(key: str) -> str:
+            return self.origins.get(key, "default")
 
-        check_name(self.device, DEVICES, self.origins.get("device", "default"), "device")
+        def require(holds: bool, key: str, expected: str, got: object) -> Iterator[ConfigError]:
+            if not holds:
+                yield ConfigError(f"{origin(key)}: {key}: expected {expected}, got {got}")
+
+        def require_name(name: object, known: Iterable[str], key: str) -> Iterator[ConfigError]:
+            try:
+                check_name(name, known, origin(key), key)
+            except ConfigError as error:
+                yield error
+
+        yield from require_name(self.device, DEVICES, "device")
+        is_finite = True
         for section, values in (("distillation", kd), ("data", data)):
             for item in fields(values):
                 value = getattr(values, item.name)
                 finite = not isinstance(value, float) or math.isfinite(value)
-                require(finite, f"{section}.{item.name}", "a finite number", value)
-        origin = self.origins.get("distillation.kernel", "default")
-        check_name(kd.kernel, KERNELS, origin, "distillation.kernel")
-        check_name(kd.head, HEADS, self.origins.get("distillation.head", "default"), "distillation.head")
-        require(
+                is_finite = is_finite and finite
+                yield from require(finite, f"{section}.{item.name}", "a finite number", value)
+        yield from require_name(kd.kernel, KERNELS, "distillation.kernel")
+        yield from require_name(kd.head, HEADS, "distillation.head")
+        yield from require(
             kd.chunk_tokens is None or kd.chunk_tokens >= 1, "distillation.chunk_tokens", "1 or more", kd.chunk_tokens
         )
-        require(
+        yield from require(
             kd.shared_vocab is None or kd.shared_vocab >= 1, "distillation.shared_vocab", "1 or more", kd.shared_vocab
         )
         number = {name: Schedule.of(getattr(kd, name)) for name in SCHEDULED}
-        require(
+        yield from require(
             kd.head != "fused" or number["kd_weight"].lowest != 0,
             "distillation.head",
             "auto or materialised with kd_weight 0, which trains on Megatron's own cross entropy",
             kd.head,
         )
-        require(
-            self.device != "cpu" or kd.kernel in ("auto", "eager", "cpp"),
+        yield from require(
+            self.device != "cpu" or kd.kernel in ("auto", "eager", "cpp") or kd.kernel not in KERNELS,
             "distillation.kernel",
             "auto, eager or cpp on device: cpu (compilers of Python cannot look through the stand-in)",
             kd.kernel,
         )
         gliding = ", ".join(kd.gliding(kd.kernel))
-        require(
+        yield from require(
             not gliding,
             "distillation.kernel",
             f"auto, eager or cpp while {gliding} glides: it would be compiled at every step (a piecewise one may jump)",
             kd.kernel,
         )
-        require(number["temperature"].lowest > 0, "distillation.temperature", "a number above 0", kd.temperature)
+        positive = number["temperature"].lowest > 0
+        yield from require(positive, "distillation.temperature", "a number above 0", kd.temperature)
         for name in ("scale", "kd_weight", "lm_weight"):
-            require(number[name].lowest >= 0, f"distillation.{name}", "a number not below 0", getattr(kd, name))
+            yield from require(
+                number[name].lowest >= 0, f"distillation.{name}", "a number not below 0", getattr(kd, name)
+            )
         for name in ("skew", "mixture"):
             within = all(0 < value < 1 for _, value in number[name].points)
-            require(within, f"distillation.{name}", "a share between 0 and 1, both excluded", getattr(kd, name))
-        chosen = "losses" if kd.losses else "divergence"
-        names = [term.get("name") for term in kd.losses] or [kd.divergence]
-        if job == "distill" or not any("." in str(name) for name in names):  # no other job imports someone's own
-            try:
-                kd.make_divergence()
-                logit_losses = kd.make_logit_losses()
-            except ConfigError as error:
-                origin = self.origins.get(f"distillation.{chosen}", "default")
-                raise ConfigError(f"{origin}: distillation.{chosen}: {error}") from error
-            require(
-                kd.head != "fused" or not logit_losses,
-                "distillation.head",
-                f"auto or materialised with {', '.join(loss.name for _, loss in logit_losses)}, a loss of logits that "
-                "exist",
-                kd.head,
+            yield from require(
+                within, f"distillation.{name}", "a share between 0 and 1, both excluded", getattr(kd, name)
             )
-        try:
-            kd.make_hidden_losses()
-        except ConfigError as error:
-            origin = self.origins.get("distillation.hidden_losses", "default")
-            raise ConfigError(f"{origin}: distillation.hidden_losses: {error}") from error
-        for name in self.without_effect():
-            taken = ", ".join(registry.parameters(kd.divergence)) or "no parameters"
-            beside = "distillation.losses" if kd.losses else f"divergence: {kd.divergence}, which takes {taken} here"
-            require(not self.is_given(name), f"distillation.{name}", f"no value beside {beside}", getattr(kd, name))
+        yield from self._problems_of_losses(job, is_finite)
         nothing = both_zero(number["kd_weight"], number["lm_weight"])
-        require(nothing is None, "distillation.kd_weight", "kd_weight or lm_weight above 0", f"0 for both {nothing}")
-        require(data.vocab_size >= 300, "data.vocab_size", "300 or more (256 of them bytes)", data.vocab_size)
-        require(0 < data.held_out < 0.5, "data.held_out", "a share between 0 and 0.5", data.held_out)
-        require(bool(data.source), "data.source", "at least one source", data.source)
+        yield from require(
+            nothing is None, "distillation.kd_weight", "kd_weight or lm_weight above 0", f"0 for both {nothing}"
+        )
+        yield from require(
+            data.vocab_size >= 300, "data.vocab_size", "300 or more (256 of them bytes)", data.vocab_size
+        )
+        yield from require(0 < data.held_out < 0.5, "data.held_out", "a share between 0 and 0.5", data.held_out)
+        yield from require(bool(data.source), "data.source", "at least one source", data.source)
 
         for name in ("seeds", "losses"):
-            require(bool(getattr(self.compare, name)), f"compare.{name}", "at least one", "none")
+            yield from require(bool(getattr(self.compare, name)), f"compare.{name}", "at least one", "none")
         once = len(set(self.compare.seeds)) == len(self.compare.seeds)
-        require(once, "compare.seeds", "each seed once", self.compare.seeds)
-        require(self.compare.at_once >= 1, "compare.at_once", "1 or more", self.compare.at_once)
+        yield from require(once, "compare.seeds", "each seed once", self.compare.seeds)
+        yield from require(self.compare.at_once >= 1, "compare.at_once", "1 or more", self.compare.at_once)
 
         if job == "prepare" and not data.dir:
-            raise ConfigError("data.dir: expected the directory to write, got nothing; set data.dir")
+            yield ConfigError("data.dir: expected the directory to write, got nothing; set data.dir")
         if job == "distill" and not self.teacher.load:
-            raise ConfigError(
+            yield ConfigError(
                 "teacher.load: expected the path of the teacher's Megatron checkpoint, got nothing; "
                 "set teacher.load, or use `pretrain` to train without a teacher"
             )
@@ -337,9 +341,47 @@ class Config:
             twice = [name for name in _DATA_ARGUMENTS if self.megatron.get(name) not in (None, False)]
             if twice:
                 named = ", ".join(f"megatron.{n} ({self.origins.get(f'megatron.{n}', '?')})" for n in twice)
-                raise ConfigError(
+                yield ConfigError(
                     f"data.dir ({self.origins.get('data.dir', '?')}) supplies the data and the tokenizer, "
                     f"and so does {named}; remove data.dir or remove {', '.join(twice)}"
+                )
+
+    def _problems_of_losses(self, job: str, is_finite: bool) -> Iterator[ConfigError]:
+        """Of the divergence, of the losses in its place or beside it, and of parameters that none of them takes."""
+        kd = self.distillation
+        chosen = "losses" if kd.losses else "divergence"
+        names = [term.get("name") for term in kd.losses] or [kd.divergence]
+        is_known = True
+        # No other job imports someone's own; of a number that is not finite it has been said.
+        if is_finite and (job == "distill" or not any("." in str(name) for name in names)):
+            logit_losses: tuple[tuple[float, LogitLoss], ...] = ()
+            try:
+                kd.make_divergence()
+                logit_losses = kd.make_logit_losses()
+            except ConfigError as error:
+                is_known = False
+                origin = self.origins.get(f"distillation.{chosen}", "default")
+                yield ConfigError(f"{origin}: distillation.{chosen}: {error}")
+            if kd.head == "fused" and logit_losses:
+                origin = self.origins.get("distillation.head", "default")
+                yield ConfigError(
+                    f"{origin}: distillation.head: expected auto or materialised with "
+                    f"{', '.join(loss.name for _, loss in logit_losses)}, a loss of logits that exist, got {kd.head}"
+                )
+        try:
+            kd.make_hidden_losses()
+        except ConfigError as error:
+            origin = self.origins.get("distillation.hidden_losses", "default")
+            yield ConfigError(f"{origin}: distillation.hidden_losses: {error}")
+        for name in self.without_effect() if is_known and is_finite else ():
+            if self.is_given(name):
+                taken = ", ".join(registry.parameters(kd.divergence)) or "no parameters"
+                beside = (
+                    "distillation.losses" if kd.losses else f"divergence: {kd.divergence}, which takes {taken} here"
+                )
+                origin = self.origins.get(f"distillation.{name}", "default")
+                yield ConfigError(
+                    f"{origin}: distillation.{name}: expected no value beside {beside}, got {getattr(kd, name)}"
                 )
 
     def without_effect(self) -> list[str]:

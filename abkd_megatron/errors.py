@@ -4,8 +4,6 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import torch.distributed as dist
-
 
 class AbkdError(Exception):
     """The base of every error this package raises on purpose; the command line prints it without a traceback."""
@@ -36,6 +34,8 @@ def on_every_rank() -> Iterator[None]:
 
     Collectives: one all_gather_object over the whole job; none where torch.distributed is not initialised.
     """
+    import torch.distributed as dist  # only here: `env` says what is missing even where torch is
+
     error: AbkdError | None = None
     try:
         yield

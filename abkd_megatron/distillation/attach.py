@@ -76,7 +76,7 @@ def attach(
     objective = scheduled.objective
     # Some of it shows on the last pipeline stage alone, and the others would go on into making groups.
     with on_every_rank():
-        _check_shared_vocab(objective, vocab_size, pg_collection)
+        check_shared_vocab(objective, vocab_size, pg_collection.cp.size())
         check_tokens(objective, vocab_size)
         chunks = _checked_student(student, teacher, objective, vocab_size)
     stages = {}
@@ -89,14 +89,20 @@ def attach(
     return Attachment(chunks, teacher, scheduled, vocab_size, pg_collection, timeout, stages)
 
 
-def _check_shared_vocab(objective: Objective, vocab_size: int, pg_collection: ProcessGroupCollection) -> None:
-    """A part of the vocabulary takes every input token of a sequence to see which of them the teacher can read."""
+def check_shared_vocab(objective: Objective, vocab_size: int, context_parallel: int) -> None:
+    """Refuse a part of the vocabulary that the student does not have, or where a sequence is spread over ranks.
+
+    It takes every input token of a sequence to see which of them the teacher can read.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
     shared = objective.shared_vocab
     if shared is not None and shared > vocab_size:
         raise ConfigError(f"shared_vocab is {shared}, the student has {vocab_size} tokens; give at most these")
     if not objective.shares_part_of(vocab_size):
         return
-    if pg_collection.cp.size() > 1:
+    if context_parallel > 1:
         raise ConfigError(
             f"shared_vocab {shared} of the student's {vocab_size} tokens is not supported with context parallelism, "
             "which spreads a sequence over ranks; set context-parallel-size to 1"
@@ -149,10 +155,22 @@ def _checked_student(
                 f"student and teacher must pad the vocabulary alike: {ours} columns a rank against {theirs}; "
                 "give both configs the same vocab_size, or make_vocab_size_divisible_by"
             )
-        reasons = obstacles(last.output_layer, teacher.head, objective, vocab_size)
-        if objective.head == "fused" and reasons:
-            raise ConfigError(f"head: fused is not possible ({reasons[0]}); give head: materialised, or auto")
+        check_fused(objective, obstacles(last.output_layer, teacher.head, objective, vocab_size))
     return chunks
+
+
+def check_fused(objective: Objective, reasons: Sequence[str]) -> None:
+    """Refuse a fused head that was asked for and cannot be.
+
+    Args:
+        objective: with the head that was asked for.
+        reasons: as `obstacles` returns them.
+
+    Raises:
+        ConfigError: naming the first reason.
+    """
+    if objective.head == "fused" and reasons:
+        raise ConfigError(f"head: fused is not possible ({reasons[0]}); give head: materialised, or auto")
 
 
 # What goes around the hooks, whoever builds the models: (feature, reason), by the name of Megatron's setting.

@@ -106,6 +106,12 @@ def obstacles(student: torch.nn.Module, teacher: torch.nn.Module, objective: Obj
     """Why the head of these output layers cannot be fused with this loss, if it cannot."""
     layers = (("student", student), ("teacher", teacher))
     found = [f"{name}: {why}" for name, layer in layers if (why := obstacle(layer))]
+    return found + obstacles_of(objective, vocab_size)
+
+
+def obstacles_of(objective: Objective, vocab_size: int) -> list[str]:
+    """Why the head cannot be fused with this loss, whatever the output layers are."""
+    found = []
     if objective.kd_weight == 0:
         found.append("kd_weight 0 trains on Megatron's own cross entropy, of logits")
     if objective.logit_losses:

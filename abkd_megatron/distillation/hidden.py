@@ -145,18 +145,24 @@ def layers_of_stages(
     return {layers.stage: layers for layers in found if layers is not None}
 
 
-def check_pairs(
-    chunks: Sequence[GPTModel], teacher: Teacher, losses: Sequence[HiddenLoss], stages: Mapping[int, Layers]
+def check_layers(
+    losses: Sequence[HiddenLoss], stages: Mapping[int, Layers], *, beside: bool, sizes: tuple[int, int]
 ) -> None:
-    """Refuse hidden losses that cannot be trained, with the same words on every rank.
+    """Refuse hidden losses that two models of these layers cannot have.
+
+    Args:
+        losses: between their layers.
+        stages: the layers of every pipeline stage.
+        beside: whether the teacher lies as the student does, sequence parallelism included.
+        sizes: hidden size of the student and of the teacher.
 
     Raises:
-        ConfigError: for a teacher in a layout of its own, a layer that is not there, two layers of different stages,
-            sizes that differ without a projector, projectors that were not added, or an unknown number of
-            micro-batches.
+        ConfigError: see `check_pairs`.
     """
-    config, theirs = chunks[0].config, teacher.model.config
-    if not teacher.layout.is_students or theirs.sequence_parallel != config.sequence_parallel:
+    if not losses:
+        return
+    ours, theirs = sizes
+    if not beside:
         raise ConfigError(
             "hidden losses compare layers of one rank, so the teacher must lie as the student does; remove its "
             "tensor-model-parallel-size, pipeline-model-parallel-size and sequence-parallel from `teacher:`"
@@ -175,11 +181,26 @@ def check_pairs(
                 f"stage {at} and the teacher's {loss.teacher_layer} on stage {other}; beside the student's "
                 f"{loss.student_layer} lie the teacher's layers {near}: give one of these, or another student layer"
             )
-        if not loss.projector and config.hidden_size != theirs.hidden_size:
+        if not loss.projector and ours != theirs:
             raise ConfigError(
-                f"{loss.name}: projector: false takes equal hidden sizes, got {config.hidden_size} of the student and "
-                f"{theirs.hidden_size} of the teacher; give projector: true"
+                f"{loss.name}: projector: false takes equal hidden sizes, got {ours} of the student and {theirs} of "
+                "the teacher; give projector: true"
             )
+
+
+def check_pairs(
+    chunks: Sequence[GPTModel], teacher: Teacher, losses: Sequence[HiddenLoss], stages: Mapping[int, Layers]
+) -> None:
+    """Refuse hidden losses that cannot be trained, with the same words on every rank.
+
+    Raises:
+        ConfigError: for a teacher in a layout of its own, a layer that is not there, two layers of different stages,
+            sizes that differ without a projector, projectors that were not added, or an unknown number of
+            micro-batches.
+    """
+    config, theirs = chunks[0].config, teacher.model.config
+    beside = teacher.layout.is_students and theirs.sequence_parallel == config.sequence_parallel
+    check_layers(losses, stages, beside=beside, sizes=(config.hidden_size, theirs.hidden_size))
     for loss in losses:
         chunk = _chunk_of(chunks, loss)
         if loss.projector and chunk is not None:

@@ -404,11 +404,7 @@ def _process_groups(
         # As Megatron lays them out: expert-tensor ranks side by side, then experts, within a pipeline stage.
         stage = sorted((p.dp, p.cp, p.tp, rank) for rank, p in enumerate(places) if p.pp == layout.place.pp)
         ranks = [rank for *_, rank in stage]
-        if len(ranks) % (tensor * experts):
-            raise ConfigError(
-                f"teacher.expert-model-parallel-size {experts} x expert-tensor-parallel-size {tensor} does not divide "
-                f"the {len(ranks)} ranks of a pipeline stage; make one of them smaller"
-            )
+        check_experts(len(ranks), experts, tensor)
         me = ranks.index(dist.get_rank())
         block = me - me % (tensor * experts)
         both = ranks[block : block + tensor * experts]
@@ -420,6 +416,24 @@ def _process_groups(
             ranks[me % (tensor * experts) :: tensor * experts], timeout
         )
     return groups
+
+
+def check_experts(num_ranks: int, experts: int, tensor: int) -> None:
+    """Refuse expert groups of the teacher that do not fit its ranks.
+
+    Args:
+        num_ranks: of one pipeline stage.
+        experts: expert-model-parallel-size.
+        tensor: expert-tensor-parallel-size.
+
+    Raises:
+        ConfigError: naming all three.
+    """
+    if num_ranks % (tensor * experts):
+        raise ConfigError(
+            f"teacher.expert-model-parallel-size {experts} x expert-tensor-parallel-size {tensor} does not divide "
+            f"the {num_ranks} ranks of a pipeline stage; make one of them smaller"
+        )
 
 
 def _head_apart(

@@ -1,6 +1,7 @@
 """A teacher for the student that Megatron is about to build: its arguments, its objective, its place in the step."""
 
 import argparse
+import functools
 import logging
 import sys
 import traceback
@@ -40,7 +41,7 @@ from abkd_megatron.distillation.attach import check_config, check_tokens
 from abkd_megatron.distillation.hidden import PROJECTORS
 from abkd_megatron.distillation.layout import neighbours_of
 from abkd_megatron.distillation.step import masked_loss
-from abkd_megatron.errors import ConfigError, HostError, on_every_rank
+from abkd_megatron.errors import AbkdError, ConfigError, HostError, on_every_rank
 from abkd_megatron.vocab_parallel import vocab_parallel_divergence
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,8 @@ UNSUPPORTED = {
 }
 
 
-def megatron_options() -> dict[str, argparse.Action]:
+@functools.cache
+def megatron_options() -> Mapping[str, argparse.Action]:
     """Every argument of the installed Megatron, by its spelling without the leading dashes."""
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     return {name.removeprefix("--"): action for name, action in parser._option_string_actions.items()}
@@ -107,17 +109,17 @@ def add_teacher(
     Collectives: one all_gather_object where torch.distributed is initialised; in the hook those of `build_teacher` and
     `attach`.
     """
-    kernels.use(_kernel(config))
+    kernels.use(kernel_of(config))
     scheduled = make_objective(config.distillation)
     objective = scheduled.objective
     vocab_size, timeout = args.vocab_size, timedelta(minutes=args.distributed_timeout_minutes)
     with on_every_rank():
         check_tokens(objective, vocab_size)
-        teacher_args = _teacher_args(megatron, config.teacher.megatron, options, args, unsupported)
+        teacher_args = teacher_arguments(megatron, config.teacher.megatron, options, args, unsupported)
         checkpoint = TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step)
         checkpoint.check_arguments(teacher_args, vocab_size, objective.shared_vocab)
-        _try_kernel(objective, config.device, args.params_dtype)
-        absent = _absent_projectors(args, objective.hidden_losses)
+        try_kernel(objective, config.device, args.params_dtype)
+        absent = absent_projectors(args, objective.hidden_losses)
     step = DistilledStep(forward_step, needs_input_ids=objective.shares_part_of(vocab_size))
 
     def with_projectors(student: list[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -238,7 +240,7 @@ def make_objective(config: DistillationConfig) -> ScheduledObjective:
     return ScheduledObjective(objective, {name: it for name, it in given.items() if isinstance(it, Schedule)})
 
 
-def _kernel(config: Config) -> str:
+def kernel_of(config: Config) -> str:
     """The kernel asked for; `auto` does not take one that every step would have to be compiled for."""
     gliding = config.distillation.gliding("triton")
     if config.distillation.kernel == "auto" and config.device == "cuda" and gliding:
@@ -260,13 +262,13 @@ def _set_progress(attachment: Attachment, training: bool) -> None:
     attachment.set_progress(Progress(iteration, samples, samples * args.seq_length))
 
 
-def _try_kernel(objective: Objective, device: str, dtype: torch.dtype) -> None:
+def try_kernel(objective: Objective, device: str, dtype: torch.dtype) -> None:
     """Have the kernel built, and refused if it has to be, before the first step."""
     logits = torch.zeros(1, 8, device=device, dtype=dtype)
     vocab_parallel_divergence(logits.requires_grad_(), logits.detach(), objective.passed_over).sum().backward()
 
 
-def _absent_projectors(args: Namespace, losses: Sequence[HiddenLoss]) -> list[str]:
+def absent_projectors(args: Namespace, losses: Sequence[HiddenLoss]) -> list[str]:
     """The projectors that the student's checkpoint does not have, as one of plain training; allowed to begin with.
 
     Raises:
@@ -292,18 +294,39 @@ def _absent_projectors(args: Namespace, losses: Sequence[HiddenLoss]) -> list[st
     return absent
 
 
-def _teacher_args(
+def teacher_settings(megatron: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Megatron's arguments of the teacher, as `to_argv` takes them: the student's, with the `teacher:` section on top.
+
+    Args:
+        megatron: of the student, as `to_argv` takes them.
+        own: of the `teacher:` section.
+    """
+    merged = {**{name: value for name, value in megatron.items() if name not in _STUDENT_ONLY}, **own}
+    if not merged.get("num-experts"):  # a dense teacher: Megatron refuses to spread experts that are not there
+        merged |= {"expert-model-parallel-size": None, "expert-tensor-parallel-size": None}
+    return merged
+
+
+def teacher_arguments(
     megatron: Mapping[str, Any],
     own: Mapping[str, Any],
     options: Mapping[str, argparse.Action],
     student: Namespace,
-    unsupported: Mapping[str, tuple[str, str]],
+    unsupported: Mapping[str, tuple[str, str]] = UNSUPPORTED,
 ) -> Namespace:
-    """Megatron's arguments for the teacher: the student's, with the `teacher:` section on top, derived anew."""
-    merged = {**{name: value for name, value in megatron.items() if name not in _STUDENT_ONLY}, **own}
-    if not merged.get("num-experts"):  # a dense teacher: Megatron refuses to spread experts that are not there
-        merged |= {"expert-model-parallel-size": None, "expert-tensor-parallel-size": None}
-    with megatron_assertions_named(), command_line(to_argv(merged, options)):
+    """Megatron's validated arguments of the teacher.
+
+    Args:
+        megatron: of the student, as `to_argv` takes them.
+        own: of the `teacher:` section.
+        options: as `megatron_options` returns them.
+        student: validated, with the `padded_vocab_size`.
+        unsupported: as `check_layout` takes it.
+
+    Raises:
+        ConfigError: what Megatron refuses of them, or a teacher that cannot lie beside this student.
+    """
+    with megatron_refusals_named(), command_line(to_argv(teacher_settings(megatron, own), options)):
         args = parse_args()
         check_layout(args, "teacher", unsupported)
         validate_args(args)
@@ -387,10 +410,12 @@ def command_line(argv: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def megatron_assertions_named() -> Iterator[None]:
-    """Megatron refuses arguments by assertion: pass its words on, without the traceback."""
+def megatron_refusals_named() -> Iterator[None]:
+    """Megatron refuses arguments by assertions and errors of Python: pass its words on, without the traceback."""
     try:
         yield
-    except AssertionError as error:
+    except AbkdError:
+        raise
+    except (AssertionError, ValueError, RuntimeError) as error:
         reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
         raise ConfigError(f"Megatron refuses these arguments: {reason}") from error

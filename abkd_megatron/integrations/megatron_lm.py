@@ -34,8 +34,8 @@ from abkd_megatron.integrations.add_teacher import (
     add_teacher,
     check_layout,
     command_line,
-    megatron_assertions_named,
     megatron_options,
+    megatron_refusals_named,
 )
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ _stimer = StragglerDetector()
 
 # And beside that, what this integration's own forward step and data do not do.
 _OWN_STEP = "this job's forward step does not make packed_seq_params (attach() takes a forward step that does)"
-_UNSUPPORTED = UNSUPPORTED | {
+UNSUPPORTED_IN_JOBS = UNSUPPORTED | {
     "sft": ("packed fine-tuning data", _OWN_STEP),
     "dataloader_inter_document_masking": ("packed pretraining data", _OWN_STEP),
     "fim_data": ("fill-in-the-middle data", "this job builds Megatron's plain GPT datasets"),
@@ -69,12 +69,12 @@ def run(config: Config, job: str) -> None:
     megatron.setdefault("log-timers-to-tensorboard", True)
     argv = to_argv(megatron, options)
     with on_every_rank(), command_line(argv):
-        check_layout(parse_args(), "student", _UNSUPPORTED)
-    with megatron_assertions_named(), command_line(argv):
+        check_layout(parse_args(), "student", UNSUPPORTED_IN_JOBS)
+    with megatron_refusals_named(), command_line(argv):
         args = parse_and_validate_args()
-    # Megatron saves its arguments with the checkpoint; this one lets a later student see whose vocabulary it was.
-    args.vocab_size = get_tokenizer().vocab_size
-    model_config = gpt_config_from_args(args)
+        # Megatron saves its arguments with the checkpoint; this one lets a later student see whose vocabulary it was.
+        args.vocab_size = get_tokenizer().vocab_size
+        model_config = gpt_config_from_args(args)
     if (writer := get_tensorboard_writer()) is not None:  # on the last rank
         shown = ("megatron", "teacher", "distillation", "data") if job == "distill" else ("megatron", "data")
         # Indented, which TensorBoard's Markdown takes for code.
@@ -82,7 +82,7 @@ def run(config: Config, job: str) -> None:
     plain = _ForwardStep()
     distilled = None
     if job == "distill":
-        distilled = add_teacher(config, megatron, options, args, model_config, plain, _UNSUPPORTED)
+        distilled = add_teacher(config, megatron, options, args, model_config, plain, UNSUPPORTED_IN_JOBS)
         plain.distilled = distilled
 
     try:

@@ -1,5 +1,6 @@
 """What the host tests share: a small text, a teacher and a student to start from, all made by the command line."""
 
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -82,3 +83,21 @@ def student(workspace: Path, config: Path) -> Path:
     path = workspace / "student"
     run_job("pretrain", config, {"megatron.train-iters": 1, "megatron.save": path, "megatron.save-interval": 1})
     return path
+
+
+@pytest.fixture(scope="session")
+def spoilt(workspace: Path, config: Path, teacher: Path) -> Path:
+    """Beside the teacher, in the workspace: an `empty` folder, a `truncated` teacher, a `headless` one.
+
+    Returns:
+        Data of a vocabulary of another size.
+    """
+    (workspace / "empty").mkdir()
+    for name in ("truncated", "headless"):
+        shutil.copytree(teacher, workspace / name)
+    largest = max((workspace / "truncated").rglob("*.distcp"), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1000])
+    next((workspace / "headless").rglob(".metadata")).unlink()
+    other = workspace / "other-vocabulary"
+    run_job("prepare", config, {"data.dir": other, "data.vocab_size": 420})
+    return other

@@ -19,8 +19,14 @@ def test_the_commands_run(tmp_path: Path) -> None:
     _, _, jobs = (ROOT / "README.md").read_text().partition("\n## The jobs\n")
     block = re.findall(r"```sh\n(.*?)```", jobs, re.DOTALL)[0]
     commands = [shlex.split(line) for line in block.splitlines()]
-    assert [command[0] for command in commands] == ["abkd-megatron", "torchrun", "torchrun", *["abkd-megatron"] * 2]
+    jobs = [command[command.index("abkd_megatron") + 1 if command[0] == "torchrun" else 1] for command in commands]
+    assert jobs == ["env", "prepare", "pretrain", "check", "distill", "show-config", "report", "compare"]
     for command in commands:
+        if "env" in command or "report" in command:
+            words = [str(tmp_path / "tiny_cpu") if word == "runs/demo/student" else word for word in command[1:]]
+            (rank,) = launch(["-m", "abkd_megatron", *words], 1)
+            assert rank.code == 0, f"{command}:\n{rank.output[-4000:]}"
+            continue
         num_ranks = 1
         if command[0] == "torchrun":
             num_ranks = int(command[2])
@@ -32,10 +38,13 @@ def test_the_commands_run(tmp_path: Path) -> None:
             run = tmp_path / Path(config).stem
             places += [f"megatron.save={run}", f"megatron.tensorboard-dir={run / 'tensorboard'}", *SMALL]
             places.append(f"teacher.load={tmp_path / 'tiny_cpu_teacher'}")
+        if "check" in command:
+            places += ["--world-size", "4"]  # launch() says 1
         if "compare" in command:
             places += [f"compare.out={tmp_path / 'compare'}", "compare.seeds=[1]", f"compare.losses={TWO}"]
         for number, rank in enumerate(launch(["-m", "abkd_megatron", *command[1:], *places], num_ranks)):
             assert rank.code == 0, f"rank {number} of {command}:\n{rank.output[-4000:]}"
         if "show-config" in command:
             assert "alpha: 0.2" in rank.output and "# tiny_cpu.yaml:" in rank.output
+    assert (tmp_path / "tiny_cpu/report.html").is_file()
     assert "| ToDi |" in rank.output

@@ -1,10 +1,9 @@
 """Bad input ends every rank before the first step, with one clear message and an exit code that is not 0."""
 
-import shutil
 from pathlib import Path
 
 import pytest
-from launch import launch, run_job
+from launch import launch
 from matrix import check_refused, run_refused
 
 PIPELINE = "megatron.pipeline-model-parallel-size=2"
@@ -79,20 +78,11 @@ CASES: dict[str, tuple[str, list[str], str]] = {
 
 
 @pytest.fixture(scope="module")
-def ended(workspace: Path, config: Path, teacher: Path) -> list[dict[str, tuple[int, str]]]:
+def ended(workspace: Path, config: Path, teacher: Path, spoilt: Path) -> list[dict[str, tuple[int, str]]]:
     """How each case ended, on each rank of one job."""
-    (workspace / "empty").mkdir()
-    for name in ("truncated", "headless"):
-        shutil.copytree(teacher, workspace / name)
-    largest = max((workspace / "truncated").rglob("*.distcp"), key=lambda file: file.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:-1000])
-    next((workspace / "headless").rglob(".metadata")).unlink()
-    other = workspace / "other-vocabulary"
-    run_job("prepare", config, {"data.dir": other, "data.vocab_size": 420})
-
     cases = {
         name: [job, "--config", str(config), f"teacher.load={teacher}"]
-        + [setting.format(workspace=workspace, other=other) for setting in overrides]
+        + [setting.format(workspace=workspace, other=spoilt) for setting in overrides]
         for name, (job, overrides, _) in CASES.items()
     }
     return run_refused(cases, 2, workspace)

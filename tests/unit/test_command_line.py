@@ -1,15 +1,42 @@
-"""What the command line refuses before it looks at a configuration."""
+"""The command line: its words, its help, its completion, what it refuses before it looks at a configuration."""
 
 import os
+import pty
+import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
 from abkd_megatron import cpu
+from abkd_megatron.__main__ import JOBS, main, make_parser, parse
+from abkd_megatron.completion import script
+from abkd_megatron.config import DistillationConfig
 from abkd_megatron.errors import HostError
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = [(name, line) for name, job in JOBS.items() for line in job.examples]
+
+
+def run(*words: str, path: str = str(ROOT), **how) -> subprocess.CompletedProcess:
+    """`python WORDS` in the repository."""
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **how
+    )
+
+
+def words_of(line: str) -> list[str]:
+    """What stands behind `abkd-megatron`, or behind what torchrun starts."""
+    words = shlex.split(line)
+    if words[0] == "torchrun":
+        assert words[1] == "--nproc-per-node" and words[2].isdigit() and words[3:5] == ["-m", "abkd_megatron"]
+        return words[5:]
+    assert words[0] == "abkd-megatron"
+    return words[1:]
 
 
 def test_the_stand_in_refuses_to_start_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,16 +46,224 @@ def test_the_stand_in_refuses_to_start_beside_a_gpu(monkeypatch: pytest.MonkeyPa
     assert not torch.cuda.is_initialized()
 
 
-def test_an_unrelated_apex_is_refused(tmp_path: Path) -> None:
+@pytest.fixture
+def foreign_apex(tmp_path: Path) -> str:
+    """Where to look for packages so that there is an `apex` that is not NVIDIA's."""
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex/__init__.py").write_text("")
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).resolve().parents[2])])
-    ended = subprocess.run(
-        [sys.executable, "-m", "abkd_megatron", "show-config"],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
+    return os.pathsep.join([str(tmp_path), str(ROOT)])
+
+
+def test_an_unrelated_apex_is_refused(foreign_apex: str) -> None:
+    ended = run("-m", "abkd_megatron", "show-config", path=foreign_apex)
     assert ended.returncode == 2
     assert "pip uninstall apex" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+# The words behind a job ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["a.yaml", "device=cpu", "data.dir=b", "--world-size", "4"],
+        ["--config", "a.yaml", "device=cpu", "data.dir=b", "--world-size=4"],
+        ["--world-size", "4", "a.yaml", "device=cpu", "data.dir=b"],
+        ["a.yaml", "device=cpu", "--world-size", "4", "data.dir=b"],
+        ["device=cpu", "--config", "a.yaml", "--world-size", "4", "data.dir=b"],
+    ],
+    ids=" ".join,
+)
+def test_the_configuration_and_settings(words: list[str]) -> None:
+    found = parse(["check", *words])
+    assert (found.config, found.overrides, found.world_size) == (Path("a.yaml"), ["device=cpu", "data.dir=b"], 4)
+
+
+def test_settings_alone_are_enough() -> None:
+    found = parse(["show-config", "device=cpu"])
+    assert (found.config, found.overrides) == (None, ["device=cpu"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["distill", "a.yaml", "--config", "b.yaml"], "expected one configuration, got --config b.yaml and 'a.yaml'"),
+        (["distill", "a.yaml", "--wrold-size", "2"], "unrecognized arguments: --wrold-size; see"),
+        (["env", "a.yaml"], "unrecognized arguments: a.yaml; see abkd-megatron env --help"),
+        (["check", "a.yaml", "--world-size", "0"], "expected a whole number above 0, got '0'"),
+        (["completion", "fish"], "invalid choice: 'fish'"),
+        ([], "the following arguments are required: JOB"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_read_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(words)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+# Help -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_overview_has_every_job_with_an_example(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    places = [text.index(f"\n  {name} ") for name in JOBS]
+    assert places == sorted(places)
+    for job in JOBS.values():
+        assert f"  {job.examples[0]}\n" in text
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_help_of_a_job(name: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert all(f"  {line}\n" in text for line in JOBS[name].examples)
+    assert "exit code  0" in text
+    assert text.startswith(f"usage: abkd-megatron {name} ")
+
+
+@pytest.mark.parametrize(("name", "line"), EXAMPLES)
+def test_an_example_is_of_its_job(name: str, line: str) -> None:
+    found = parse(words_of(line))
+    assert found.job == name
+    if JOBS[name].takes_config:
+        assert (ROOT / found.config).is_file()
+
+
+# Runs a command line, then says on stderr which of what takes seconds to import it has imported.
+IMPORTS = """
+import sys
+from abkd_megatron.__main__ import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as end:
+    code = end.code
+print("imported", *sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "megatron"}), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["distill", "--help"]], ids=str)
+def test_help_imports_neither_torch_nor_megatron(words: list[str]) -> None:
+    ended = run("-c", IMPORTS, *words)
+    assert ended.returncode == 0 and ended.stderr == "imported\n", ended.stderr
+
+
+# env ------------------------------------------------------------------------------------------------------------
+
+
+def test_env_says_what_is_here() -> None:
+    ended = run("-c", IMPORTS, "env")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stderr.endswith("imported torch\n")
+    assert f"torch: {torch.__version__.partition('+')[0]}" in ended.stdout
+    for name in ("Python", "megatron-core", "sentencepiece", "rich", "C++ compiler", "triton", "GPU", "NVIDIA apex"):
+        assert f"  {name}: " in ended.stdout
+    assert "what for: device: cuda" in ended.stdout
+    assert "https://github.com/NVIDIA/apex" in ended.stdout
+    assert ended.stdout.endswith("all that every job needs is here\n")
+
+
+def test_env_says_what_is_missing_where_everything_is() -> None:
+    """Without site-packages there is Python alone."""
+    ended = run("-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}){IMPORTS}", "env", path="")
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    for name in ("torch", "megatron-core", "sentencepiece", "PyYAML", "psutil", "rich"):
+        assert f"missing   {name}: " in ended.stdout, ended.stdout
+    assert "not here  triton: " in ended.stdout
+    assert "ok        Python: " in ended.stdout
+    assert "missing or wrong: torch, megatron-core" in ended.stdout
+    assert ended.stderr == "imported\n"
+
+
+def test_env_runs_beside_an_unrelated_apex(foreign_apex: str) -> None:
+    ended = run("-m", "abkd_megatron", "env", path=foreign_apex)
+    assert ended.returncode == 2
+    assert "wrong" in ended.stdout and "pip uninstall apex" in ended.stdout
+    assert ended.stdout.endswith("missing or wrong: NVIDIA apex\n")
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_terminal_gets_a_table() -> None:
+    code = """
+from abkd_megatron.tables import show
+show(("what", "found", "verdict"), [("data", "[0.3, a]", "ok"), ("ranks", "64", "refused")], {"ok": "green"})
+"""
+    outside, inside = pty.openpty()
+    with os.fdopen(outside, "rb") as terminal:
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TERM": "xterm"}, stdout=inside, check=True
+        )
+        os.close(inside)
+        shown = os.read(terminal.fileno(), 10_000).decode()
+    assert "\u2502 [0.3, a]" in shown  # a table, and brackets are text
+    assert "\x1b[32mok" in shown
+    piped = run("-c", code)
+    assert piped.stdout == "ok       data: [0.3, a]\nrefused  ranks: 64\n"
+
+
+# Completion -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("completion") / "script"
+    ended = run("-c", IMPORTS, "completion", "bash")
+    assert ended.returncode == 0 and ended.stderr.endswith("imported torch\n"), ended.stderr
+    path.write_text(ended.stdout)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "there", "absent"),
+    [
+        ("", {*JOBS, "--help"}, {"device="}),
+        ("di", {"distill"}, {"env"}),
+        ("distill con", {"configs/"}, {"setup.py"}),
+        ("distill configs/tiny_cpu_", {"configs/tiny_cpu_teacher.yaml", "configs/tiny_cpu_compare.yaml"}, set()),
+        ("distill --config configs/tiny_cpu_t", {"configs/tiny_cpu_teacher.yaml"}, set()),
+        ("distill a.yaml distillation.te", {"distillation.temperature="}, {"distillation.alpha="}),
+        ("distill a.yaml ", {"device=", "megatron.", "teacher.load=", "data.dir="}, {"configs/"}),
+        ("distill device=", {"cuda", "cpu"}, {"auto"}),
+        ("distill a.yaml distillation.divergence=skew_", {"skew_forward_kl", "skew_reverse_kl"}, {"todi"}),
+        ("distill a.yaml distillation.kernel=", {"auto", "eager", "cpp", "triton"}, {"fused"}),
+        ("distill a.yaml distillation.diagnostics=", {"true", "false"}, set()),
+        ("distill a.yaml teacher.load=con", {"configs"}, {"cuda"}),
+        ("check --", {"--world-size", "--config", "--help"}, {"distill"}),
+        ("check --world-size ", set(), {"device=", "configs/"}),
+        ("check --world-size 8 configs/tiny_cpu.yaml data.v", {"data.vocab_size="}, set()),
+        ("completion ", {"bash", "zsh"}, {"device="}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bash_completes(bash_script: Path, line: str, there: set[str], absent: set[str]) -> None:
+    line = f"abkd-megatron {line}"
+    asked = (
+        'source "$1"; complete -p abkd-megatron >&2 || exit 1\n'
+        'COMP_LINE=$2 COMP_POINT=${#2}; _abkd_megatron; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    ended = subprocess.run(
+        ["bash", "--norc", "-c", asked, "bash", bash_script, line], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = set(ended.stdout.split())
+    assert there <= found and not absent & found, found
+    assert there or not found, found
+
+
+def test_bash_completes_every_key(bash_script: Path) -> None:
+    text = bash_script.read_text()
+    assert all(f" distillation.{item.name}= " in text for item in fields(DistillationConfig))
+
+
+def test_the_script_for_zsh_is_whole() -> None:
+    text = script(make_parser(), "zsh")
+    assert text.startswith("#compdef abkd-megatron\n") and text.endswith("compdef _abkd_megatron abkd-megatron\n")
+    assert "@" not in text and "distillation.alpha=" in text and "--world-size" in text

@@ -41,6 +41,7 @@ class Call:
 STEP, ATTACH, HEAD = "distillation/step.py", "distillation/attach.py", "distillation/head.py"
 TEACHER, RUNNER, HIDDEN = "distillation/teacher.py", "distillation/runner.py", "distillation/hidden.py"
 ADD, JOB, STOCK = (f"integrations/{name}.py" for name in ("add_teacher", "megatron_lm", "stock"))
+DRY = "dry_run.py"
 GPT = "megatron.core.models.gpt:GPTModel"
 LINEAR = "megatron.core.tensor_parallel:ColumnParallelLinear"
 CHECKPOINTS = "megatron.core.dist_checkpointing"
@@ -148,6 +149,23 @@ CALLS = [
     Call("megatron.training:print_rank_0", ADD, ("message",)),
     Call("megatron.core.num_microbatches_calculator:get_current_running_global_batch_size", ADD),
     Call("megatron.core.utils:get_attr_wrapped_model", ADD, ("model", "attr")),
+    # A job without its ranks and its GPU.
+    *(
+        Call(f"megatron.core.transformer.{name}", "check.py", ("config", "vp_stage", "pp_rank"))
+        for name in ("transformer_block:get_num_layers_to_build", "transformer_layer:get_transformer_layer_offset")
+    ),
+    Call("megatron.training.checkpointing:load_args_from_checkpoint", DRY, ("args",), ("load_arg",)),
+    Call(
+        "megatron.core.num_microbatches_calculator:init_num_microbatches_calculator",
+        DRY,
+        (),
+        (
+            *("rank", "global_batch_size", "micro_batch_size", "data_parallel_size", "decrease_batch_size_if_needed"),
+            *("step_batch_size_schedule", "seq_length"),
+        ),
+    ),
+    Call("megatron.core.num_microbatches_calculator:destroy_num_microbatches_calculator", DRY),
+    Call("megatron.core.utils:get_te_version", DRY),
     # Batches and data.
     Call(
         "megatron.core.transformer.multi_token_prediction:mtp_on_this_rank",
@@ -257,6 +275,9 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
     (f"{CHECKPOINTS}.mapping:ShardedTensor", TEACHER, ("key", "global_shape", "allow_shape_mismatch")),
     ("megatron.core.enums:ModelType", JOB, ("encoder_or_decoder",)),
     (OPTIMIZER, "cpu.py", ("optimizer", "config", "init_state_fn")),
+    ("megatron.core.utils", DRY, ("_te_version",)),
+    ("megatron.core.models.common.embeddings.rope_utils", DRY, ("fused_apply_rotary_pos_emb",)),
+    ("megatron.core.transformer.moe.moe_utils", DRY, ("fused_permute", "fused_unpermute")),
     ("megatron.core.datasets.gpt_dataset:GPTDataset", JOB, ()),
     ("megatron.core.datasets.gpt_dataset:MockGPTDataset", JOB, ()),
 ]
@@ -294,7 +315,11 @@ def assigned(kind: type) -> Iterator[str]:
 @pytest.mark.parametrize(("target", "user", "names"), ATTRIBUTES, ids=lambda it: it if isinstance(it, str) else "")
 def test_it_has_what_we_look_at(target: str, user: str, names: tuple[str, ...]) -> None:
     kind = found(target, user)
-    has = {*dir(kind), *assigned(kind), *(item.name for item in (fields(kind) if is_dataclass(kind) else ()))}
+    has = {
+        *dir(kind),
+        *(assigned(kind) if isinstance(kind, type) else ()),
+        *(item.name for item in (fields(kind) if is_dataclass(kind) else ())),
+    }
     missing = [name for name in names if name not in has]
     assert not missing, f"megatron-core {__version__}: {target} has no {missing}; abkd_megatron/{user} uses them"
 
@@ -339,7 +364,7 @@ def test_megatron_has_the_arguments_we_read() -> None:
         for node in ast.walk(ast.parse((PACKAGE / user).read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("args", "student")
     }
-    read |= {(ADD, name) for name in add_teacher._SHARED} | {(JOB, name) for name in megatron_lm._UNSUPPORTED}
+    read |= {(ADD, name) for name in add_teacher._SHARED} | {(JOB, name) for name in megatron_lm.UNSUPPORTED_IN_JOBS}
     read |= {(TEACHER, name) for name in _ARCHITECTURE}
     assert len(read) > 40
     known = options | derived | {"padded_vocab_size"}

@@ -20,7 +20,7 @@ from megatron.training.arguments import add_megatron_arguments
 from torch.distributed.run import get_args_parser
 
 from abkd_megatron import cpu
-from abkd_megatron.__main__ import _JOBS, _parser
+from abkd_megatron.__main__ import JOBS, parse
 from abkd_megatron.config_file import load_config
 from abkd_megatron.integrations.add_teacher import megatron_options
 from abkd_megatron.integrations.stock import add_kd_arguments
@@ -46,7 +46,7 @@ def commands() -> list[tuple[str, str]]:
     for page in PAGES:
         plain = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
         found += [(page.name, line) for line in re.findall(indented, plain, re.MULTILINE)]
-        within = r"`(torchrun [^`]* -m [^`]*|abkd-megatron [\w-]+ --config [^`]*)`"
+        within = r"`(torchrun [^`]* -m [^`]*|abkd-megatron [\w-]+ (?:--config |configs/)[^`]*)`"
         found += [(page.name, line) for line in re.findall(within, plain)]
     return [(page, line.strip()) for page, line in found if line.strip() and not line.strip().startswith("#")]
 
@@ -56,7 +56,7 @@ def defaults(device: str) -> Mapping[str, Any]:
 
 
 def check_job(words: list[str]) -> None:
-    given = _parser().parse_args([FILES.get(word, word) for word in words])
+    given = parse([FILES.get(word, word) for word in words])
     path = getattr(given, "config", None)
     overrides = [word for word in getattr(given, "overrides", []) if not PLACEHOLDER.match(word)]
     if path is not None:
@@ -142,7 +142,7 @@ def test_a_configuration_is_taken(page: str, text: str, tmp_path: Path) -> None:
 
 def test_the_jobs_are_the_command_lines() -> None:
     """README's table names every one, and no page names another."""
-    known = set(_JOBS)
+    known = set(JOBS)
     shown = re.findall(r"^\| `abkd-megatron ([\w-]+)", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert set(shown) == known and len(shown) == len(known)
     for page in PAGES:

@@ -1,0 +1,298 @@
+"""What `check` finds without ranks: what a job refuses in the job's own words, and nothing where a job would run."""
+
+import asyncio
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from launch import ROOT, launch, run_job
+from matrix import REFERENCES, ROWS, of_teacher, overrides
+from test_refused import CASES
+
+from abkd_megatron.__main__ import JOBS
+
+REFUSED_ROWS = {str(row): row for row in ROWS if row.refused is not None}
+# What a job refuses and `check` does not: what may be on another machine, and training without a teacher.
+ELSEWHERE = {
+    "no teacher": r"ok +settings: training without a teacher",
+    "missing teacher": r"not here +teacher's checkpoint: .*nowhere",
+    "data not prepared": r"not here +data: .*unprepared: `prepare` writes",
+}
+
+EXAMPLES = [line for job in JOBS.values() if job.takes_config for line in job.examples]
+
+LLAMA = """\
+device: cuda
+megatron:
+  tensor-model-parallel-size: 8
+  pipeline-model-parallel-size: 2
+  sequence-parallel: true
+  num-layers: 16
+  hidden-size: 2048
+  ffn-hidden-size: 8192
+  num-attention-heads: 32
+  group-query-attention: true
+  num-query-groups: 8
+  kv-channels: 64
+  seq-length: 8192
+  max-position-embeddings: 8192
+  position-embedding-type: rope
+  rotary-base: 500000
+  normalization: RMSNorm
+  swiglu: true
+  disable-bias-linear: true
+  untie-embeddings-and-output-weights: true
+  bf16: true
+  use-distributed-optimizer: true
+  no-create-attention-mask-in-dataloader: true
+  micro-batch-size: 1
+  global-batch-size: 64
+  train-iters: 1000
+  lr: 1e-4
+  tokenizer-type: NullTokenizer
+  vocab-size: 128256
+  mock-data: true
+teacher:
+  load: /nowhere/teacher
+  num-layers: 80
+  hidden-size: 8192
+  ffn-hidden-size: 28672
+  num-attention-heads: 64
+  kv-channels: 128
+  pipeline-model-parallel-size: 4
+"""
+HIDDEN = "distillation.hidden_losses=[{{student_layer: {}, teacher_layer: {}, loss: cosine, projector: {}}}]"
+STAGES = "megatron.pipeline-model-parallel-size=2"
+
+# name: (words behind the configuration, what is found). On the configuration of the host tests, with its teacher:
+OF_TINY: dict[str, tuple[list[str], list[str]]] = {
+    "as it is": (
+        [],
+        [
+            r"ok +settings: a student with its teacher",
+            r"ok +data: tokens in .*train",
+            r"ok +ranks: 1: one of each group",
+            r"ok +batch: 8 sequences a step, 256 tokens: on each of DP 1 4 micro-batches of 2",
+            r"ok +vocabulary: 400 tokens, padded to 512 columns: 512 on each of TP 1",
+            r"ok +teacher's layout: the student's",
+            r"ok +teacher's checkpoint: .*whole, and of the model described",
+            r"ok +teacher's tokenizer: the student's",
+            r"0 not here, 0 refused",
+        ],
+    ),
+    "with the fewest ranks that two layouts allow": (
+        [STAGES, "teacher.pipeline-model-parallel-size=4"],
+        [r"ok +ranks: 4: PP 2 x DP 2", r"ok +teacher's layout: TP 1 x PP 4: 1 of it over each 2 of DP"],
+    ),
+    "with several teachers that take turns": (
+        [STAGES, "teacher.pipeline-model-parallel-size=1"],
+        [r"ok +teacher's layout: TP 1 x PP 1: 2 of it over each 1 of DP"],
+    ),
+    "several values and a layout": (
+        ["distillation.temperature=0", "distillation.lm_weight=-1", STAGES, "megatron.num-layers=3"],
+        [r"refused +settings: .*temperature", r"refused +settings: .*lm_weight", r"refused +student: .*3 layers"],
+    ),
+    "both models": (
+        [STAGES, "megatron.num-layers=3", "teacher.num-layers=5"],
+        [r"refused +student: .*3 layers", r"refused +teacher: .*5 layers"],
+    ),
+    "a batch that does not divide": (
+        ["--world-size", "3"],
+        [r"refused +student: Megatron refuses.*\(8\) must be divisible by.*\(2\) \* data_parallel_size \(3\)"],
+    ),
+    "ranks that do not divide": (
+        ["--world-size", "3", STAGES],
+        [r"refused +student: Megatron refuses.*world size \(3\) is not divisible"],
+    ),
+    "heads that do not divide": (
+        ["megatron.tensor-model-parallel-size=8"],
+        [r"refused +Megatron's models: Megatron refuses.*num_attention_heads \(4\) must be a multiple of tensor"],
+    ),
+    "a student's layer that is not there": (
+        [HIDDEN.format(3, 1, "true")],
+        [r"refused +hidden losses: .*expected a layer of the student, 1 to 2, got 3"],
+    ),
+    "layers of two stages": (
+        [STAGES, HIDDEN.format(1, 3, "true")],
+        [r"refused +hidden losses: .*the student's 1 on stage 0 and the teacher's 3 on stage 1"],
+    ),
+    "layers of two sizes": (
+        [HIDDEN.format(1, 1, "false")],
+        [r"refused +hidden losses: .*got 32 of the student and 48 of the teacher; give projector: true"],
+    ),
+    "hidden losses beside a teacher in another layout": (
+        ["teacher.tensor-model-parallel-size=2", HIDDEN.format(1, 1, "true")],
+        [r"refused +hidden losses: .*the teacher must lie as the student does"],
+    ),
+    "a part of the vocabulary that is more than all": (
+        ["distillation.shared_vocab=401"],
+        [r"refused +loss: shared_vocab is 401, the student has 400", r"refused +teacher's checkpoint: shared_vocab"],
+    ),
+    "a part of the vocabulary with context parallelism": (
+        ["distillation.shared_vocab=399", "megatron.context-parallel-size=2", "megatron.transformer-impl=local"],
+        [r"refused +loss: shared_vocab 399 .*context-parallel-size to 1"],
+    ),
+    "experts over too few ranks": (
+        [*["megatron.num-experts=4", "megatron.expert-model-parallel-size=4", "--world-size", "2"]],
+        [r"refused +(student|Megatron's models): Megatron refuses.*world_size \(2\) is not divisible by expert_tensor"],
+    ),
+    "a tokenizer that is somewhere else": (
+        ["data.dir=null", "megatron.tokenizer-type=HuggingFaceTokenizer", "megatron.tokenizer-model=nobody/nothing"],
+        [r"not here +tokenizer: expected the tokenizer HuggingFaceTokenizer nobody/nothing", r" 0 refused"],
+    ),
+    "a tokenizer that is somewhere else, its size given": (
+        [
+            *["data.dir=null", "megatron.tokenizer-type=SentencePieceTokenizer", "megatron.tokenizer-model=/nowhere"],
+            "megatron.vocab-size=401",
+        ],
+        [
+            r"not here +tokenizer: .*megatron.vocab-size serves",
+            r"refused +teacher's checkpoint: .* 400 tokens, the student one of 401",
+        ],
+    ),
+    "no data and no tokenizer": (
+        ["data.dir=null"],
+        [r"refused +tokenizer: Megatron refuses these arguments: tokenizer_type None is not supported", r" 1 refused"],
+    ),
+    "heads that do not divide, and hidden losses": (
+        ["megatron.tensor-model-parallel-size=8", HIDDEN.format(1, 1, "true")],
+        [r"refused +Megatron's models: ", r" 1 refused"],
+    ),
+    "data of Megatron's that are somewhere else": (
+        [
+            *["data.dir=null", "megatron.tokenizer-type=NullTokenizer", "megatron.vocab-size=400"],
+            "megatron.data-path=[0.3, /nowhere/a, 0.7, /nowhere/b]",
+        ],
+        [r"not here +data: /nowhere/a, /nowhere/b: with .bin and .idx", r" 0 refused"],
+    ),
+    "data that are spoilt": (["data.dir={workspace}/empty"], [r"refused +data: .*manifest.json.*`abkd-megatron prep"]),
+    "a teacher of another tokenizer": (
+        ["data.dir={workspace}/other-text"],
+        [r"refused +teacher's tokenizer: .*{workspace}/data/tokenizer.model, got another one"],
+    ),
+}
+
+# On a job of 64 GPUs.
+OF_LLAMA: dict[str, tuple[list[str], list[str]]] = {
+    "as it is": (
+        ["--world-size", "64"],
+        [
+            r"not here +GPU: none; looked at as on an H100",
+            r"ok +ranks: 64: TP 8 x PP 2 x DP 4, sequence parallel",
+            r"ok +batch: 64 sequences a step, 524288 tokens: on each of DP 4 16 micro-batches of 1",
+            r"ok +vocabulary: 128256 tokens, padded to 129024 columns: 16128 on each of TP 8",
+            r"ok +teacher: 80 layers of 8192, 64 heads, bfloat16",
+            r"ok +teacher's layout: TP 8 x PP 4: 1 of it over each 2 of DP",
+            r"not here +environment: CUDA_DEVICE_MAX_CONNECTIONS=1",
+            r"not here +apex: .*megatron.no-gradient-accumulation-fusion=true",
+            r"not here +teacher's checkpoint: /nowhere/teacher",
+            r" 0 refused",
+        ],
+    ),
+    "fp8": (["megatron.fp8-format=hybrid", "megatron.fp8-recipe=delayed"], [r"ok +ranks: 32:", r" 0 refused"]),
+    "a teacher over more than there is": (
+        ["--world-size", "16"],
+        [r"refused +teacher: Megatron refuses these arguments: world size \(16\) is not divisible by .*32"],
+    ),
+    "a teacher of fewer columns": (
+        ["teacher.tensor-model-parallel-size=4"],
+        [r"refused +teacher: .*is 4, which is no multiple of the student's 8"],
+    ),
+    "attention masks": (
+        ["megatron.no-create-attention-mask-in-dataloader=false"],
+        [r"refused +teacher: .*sent tokens, not attention masks"],
+    ),
+    "two precisions": (["megatron.fp16=true"], [r"refused +student: Megatron refuses these arguments: assert not"]),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(workspace: Path, config: Path, teacher: Path, spoilt: Path) -> dict[str, tuple[int, str, str]]:
+    """How each case ended: exit code, stdout and stderr; all in one process."""
+    other = workspace / "other-text"
+    run_job("prepare", config, {"data.source": f"[{Path(asyncio.__file__).parent}]", "data.dir": other})
+    llama = workspace / "llama.yaml"
+    llama.write_text(LLAMA)
+    tiny = [str(config), f"teacher.load={teacher}"]
+    # First, while the process has no stand-in for a GPU; and once more at the end, beside it.
+    cases = {f"llama {name}": [str(llama), *words] for name, (words, _) in OF_LLAMA.items()}
+    cases |= {f"config {path.name}": [str(path)] for path in sorted((ROOT / "configs").glob("*.yaml"))}
+    for name, (_, settings, _) in CASES.items():
+        filled = [setting.format(workspace=workspace, other=spoilt) for setting in settings]
+        cases[f"job {name}"] = [*tiny, *filled, "--world-size", "2"]
+    for name, row in REFUSED_ROWS.items():
+        of = of_teacher(REFERENCES[row.reference].teacher)
+        settings = [f"{key}={value}" for key, value in overrides({**of, **row.settings}).items()]
+        cases[f"row {name}"] = [str(config), "teacher.load=/nowhere", *settings, "--world-size", str(row.num_ranks)]
+    for line in EXAMPLES:
+        _, *words = shlex.split(line.partition("abkd-megatron ")[2] or line.partition("-m abkd_megatron ")[2])
+        cases[f"example {line}"] = words
+    for name, (words, _) in OF_TINY.items():
+        cases[f"tiny {name}"] = [*tiny, *(word.replace("{workspace}", str(workspace)) for word in words)]
+    cases["llama beside the stand-in"] = [str(llama), "--world-size", "64"]
+    path = workspace / "checked.json"
+    path.write_text(json.dumps(cases))
+    (rank,) = launch([Path(__file__).with_name("checked.py"), path], 1)
+    assert rank.code == 0, rank.output[-6000:]
+    found: dict[str, tuple[int, str, str]] = json.loads(rank.output.splitlines()[-1])
+    return found
+
+
+def look(ended: dict, name: str, wanted: list[str]) -> str:
+    """What a case printed, after a look at whether all of that is in it and the exit code says the same."""
+    code, stdout, stderr = ended[name]
+    assert "Traceback" not in stderr
+    refused = re.findall(r"^refused  ", stdout, re.MULTILINE)
+    assert code == (2 if refused else 0), stdout
+    assert f", {len(refused)} refused" in stdout, stdout
+    for pattern in wanted:
+        assert re.search(pattern, stdout), f"expected {pattern} in\n{stdout}"
+    return stdout
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_configurations_pass(ended: dict, path: Path) -> None:
+    look(ended, f"config {path.name}", [r" 0 refused"])
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_the_settings_in_the_help_pass(ended: dict, line: str) -> None:
+    look(ended, f"example {line}", [r"ok +student: ", r" 0 refused"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_job_refuses_is_refused_in_its_words(ended: dict, name: str) -> None:
+    code, stdout, stderr = ended[f"job {name}"]
+    if name in ELSEWHERE:
+        look(ended, f"job {name}", [ELSEWHERE[name]])
+        return
+    assert code == 2
+    refused = "\n".join(re.findall(r"^refused  .*(?:\n  .*)*", stdout, re.MULTILINE))  # some messages are lists
+    if not stdout:  # what cannot even be read
+        refused = stderr
+        assert stderr.startswith("abkd-megatron check: error: command line: ")
+    assert re.search(CASES[name][2], refused, re.DOTALL), f"{refused}\nfrom\n{stdout}{stderr}"
+
+
+@pytest.mark.parametrize("name", REFUSED_ROWS)
+def test_what_the_matrix_refuses_is_refused(ended: dict, name: str) -> None:
+    message = REFUSED_ROWS[name].refused
+    look(ended, f"row {name}", [rf"refused +[^\n]*{message}", r"not here +teacher's checkpoint: /nowhere"])
+
+
+@pytest.mark.parametrize("name", OF_TINY)
+def test_of_a_small_model(ended: dict, workspace: Path, name: str) -> None:
+    look(ended, f"tiny {name}", [pattern.replace("{workspace}", str(workspace)) for pattern in OF_TINY[name][1]])
+
+
+@pytest.mark.parametrize("name", OF_LLAMA)
+def test_of_a_job_on_gpus(ended: dict, name: str) -> None:
+    look(ended, f"llama {name}", OF_LLAMA[name][1])
+
+
+def test_a_job_on_gpus_is_the_same_beside_the_stand_in(ended: dict) -> None:
+    first, again = (ended[f"llama {name}"][1].splitlines() for name in ("as it is", "beside the stand-in"))
+    # The stand-in sets this variable.
+    assert [line for line in first if "CUDA_DEVICE_MAX_CONNECTIONS" not in line][:-1] == again[:-1]
