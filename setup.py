@@ -48,7 +48,7 @@ setup(
         "bench": bench,
         "dev": [*test, "ruff>=0.14", "mypy>=1.18", "types-PyYAML", "types-psutil"],
         "te": ["transformer-engine[pytorch]>=2.0"],
-        "bridge": ["megatron-bridge"],
+        "bridge": ["megatron-bridge>=0.6,<0.7"],
     },
     entry_points={"console_scripts": ["abkd-megatron = abkd_megatron.__main__:main"]},
 )

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -184,13 +184,13 @@ def install() -> None:
         "mem_get_info": lambda *_: (0, 0),
         "device_memory_used": zero,
     }.items():
-        setattr(torch.cuda, name, answer)
+        setattr(torch.cuda, name, _of_its_own(answer))
     # torch's optimizers ask here whether a graph is being captured, once they believe in a GPU.
     torch.accelerator.current_stream = lambda *_: stream  # type: ignore[assignment]
     for name in ("Float", "Double", "Half", "BFloat16", "Int", "Long", "Byte", "Bool"):
         setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
     for name in ("range_push", "range_pop", "mark"):
-        setattr(torch.cuda.nvtx, name, nothing)
+        setattr(torch.cuda.nvtx, name, _of_its_own(nothing))
     for name, answer in {
         "get_rng_state": get_rng_state,
         "set_rng_state": set_rng_state,
@@ -198,8 +198,9 @@ def install() -> None:
         # torch.manual_seed seeds the CPU itself and then calls this for the GPUs: there is none left to seed.
         "manual_seed_all": nothing,
     }.items():
-        setattr(torch.cuda, name, answer)
-        setattr(torch.cuda.random, name, answer)
+        own = _of_its_own(answer)
+        setattr(torch.cuda, name, own)
+        setattr(torch.cuda.random, name, own)
     _CudaMeansCpu().__enter__()
     # Megatron compiled its small fusions when it was imported; the compiler cannot look through this stand-in.
     torch.compiler.set_stance("force_eager")
@@ -211,6 +212,15 @@ def install() -> None:
     megatron_random._lazy_init = torch.cuda._lazy_init
     _fix_resumed_adam()
     _let_torch_norms_be_sequence_parallel()
+
+
+def _of_its_own(answer: Any) -> Any:
+    """A function that is nobody else's: torch.compile refuses a table in which one stands under two names."""
+    if not isinstance(answer, FunctionType):
+        return answer
+    own = FunctionType(answer.__code__, answer.__globals__, answer.__name__, answer.__defaults__, answer.__closure__)
+    own.__kwdefaults__ = answer.__kwdefaults__
+    return own
 
 
 def is_installed() -> bool:

@@ -355,7 +355,7 @@ def build_teacher(
     if apart:
         config = copy.copy(config)
         config.share_embeddings_and_output_weights = False  # the body needs no second copy of the embedding
-    with _random_states_kept():
+    with random_states_kept():
         (model,) = config.get_builder_cls()(config).build_distributed_models(
             groups, wrap_with_ddp=False, mixed_precision_wrapper=None
         )
@@ -522,7 +522,8 @@ def _iteration_directory(load: Path, ckpt_step: int | None) -> Path:
 
 
 @contextmanager
-def _random_states_kept() -> Iterator[None]:
+def random_states_kept() -> Iterator[None]:
+    """Run the block, and put every random state back: what is drawn in it, nobody outside sees."""
     tracker = get_cuda_rng_tracker()
     states = (random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state())
     tracked = tracker.get_states()

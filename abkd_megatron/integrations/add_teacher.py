@@ -197,26 +197,43 @@ class DistilledStep:
     def _loss(self, loss_func: Callable[..., Any], output_tensor: torch.Tensor, **kwargs: Any) -> Any:
         if kwargs:  # non_loss_data: what the caller collects is no loss
             return loss_func(output_tensor, **kwargs)
-        attachment = self.attachment
-        assert attachment is not None and attachment.report is not None
-        if attachment.loss_mask is None:
-            raise ConfigError(
-                "expected a forward step that gives the model its loss mask, by which the teacher's numbers are "
-                "summed, got None; call model(..., labels=labels, loss_mask=loss_mask)"
-            )
-        # First, since its checks say which of the losses is not finite.
-        *_, ours = masked_loss(
-            attachment.loss_mask,
-            output_tensor,
-            report=attachment.report,
-            of_selected=attachment.of_selected,
-            hidden=attachment.hidden,
-            scheduled=attachment.scheduled,
-            teacher_seconds=attachment.take_teacher_seconds,
-            check_for_nan=get_args().check_for_nan_in_loss_and_grad,
+        assert self.attachment is not None
+        return loss_with_report(self.attachment, loss_func, output_tensor, get_args().check_for_nan_in_loss_and_grad)
+
+
+def loss_with_report(
+    attachment: Attachment, loss_func: Callable[..., Any], output_tensor: torch.Tensor, check_for_nan: bool
+) -> tuple[Any, ...]:
+    """What a loss function returns of a micro-batch, with our numbers in its report.
+
+    Args:
+        attachment: of the model whose last forward gave `output_tensor`.
+        loss_func: of Megatron's kind: returns the loss, perhaps the number of tokens, and what it logs.
+        output_tensor: [b, s], the loss a token.
+        check_for_nan: as `masked_loss` takes it.
+
+    Raises:
+        ConfigError: the model was not given its loss mask.
+    """
+    assert attachment.report is not None
+    if attachment.loss_mask is None:
+        raise ConfigError(
+            "expected a forward step that gives the model its loss mask, by which the teacher's numbers are "
+            "summed, got None; call model(..., labels=labels, loss_mask=loss_mask)"
         )
-        *loss, logged = loss_func(output_tensor)
-        return (*loss, {**logged, **ours})
+    # First, since its checks say which of the losses is not finite.
+    *_, ours = masked_loss(
+        attachment.loss_mask,
+        output_tensor,
+        report=attachment.report,
+        of_selected=attachment.of_selected,
+        hidden=attachment.hidden,
+        scheduled=attachment.scheduled,
+        teacher_seconds=attachment.take_teacher_seconds,
+        check_for_nan=check_for_nan,
+    )
+    *loss, logged = loss_func(output_tensor)
+    return (*loss, {**logged, **ours})
 
 
 def make_objective(config: DistillationConfig) -> ScheduledObjective:

@@ -10,7 +10,7 @@ from abkd_megatron import AlphaBeta, ToDi
 from abkd_megatron.config import Config, DistillationConfig
 from abkd_megatron.distillation import Objective, Progress, Schedule, ScheduledObjective
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.integrations.add_teacher import _kernel
+from abkd_megatron.integrations.add_teacher import kernel_of
 
 TRAINED = ("lm loss", "kd loss", "total loss", "grad-norm")
 # Four micro-batches of 2 sequences of 32 tokens a step: the same for all three at each step but in other counts.
@@ -141,7 +141,7 @@ def test_auto_takes_no_kernel_that_each_step_would_compile() -> None:
         ("cuda", {"alpha": gliding, "kernel": "eager"}, "eager"),
         ("cpu", {"alpha": gliding}, "auto"),
     ):
-        assert _kernel(Config(device=device, distillation=DistillationConfig(**settings))) == wanted
+        assert kernel_of(Config(device=device, distillation=DistillationConfig(**settings))) == wanted
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,403 @@
+"""One job of Megatron Bridge on CPU ranks; `test_bridge.py` starts it: CASE FOLDER [OVERRIDES of the container].
+
+The models in FOLDER/hf are tiny and random; folders there named like models of the Hub serve Bridge's own recipes.
+Prints one line on the last rank: FACTS, and what was found as JSON.
+"""
+
+import importlib.machinery
+import json
+import os
+import re
+import sys
+import types
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+VOCABULARY = 256
+SNAPSHOT = "0" * 40
+LOCAL_SPEC = "megatron.bridge.models.gpt_provider.local_layer_spec"
+
+# How Megatron computes on a CPU: every fused kernel off.
+ON_CPU: dict[str, Any] = {
+    "transformer_impl": "local",
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "persist_layer_norm": False,
+    "attention_dropout": 0.0,
+}
+OF_PROVIDER = {**ON_CPU, "cross_entropy_loss_fusion": False}
+
+
+def import_bridge() -> None:
+    """Bridge imports TransformerEngine for adapters that fuse with it: let that one import find something."""
+    import megatron.core.extensions.transformer_engine
+    import megatron.training  # first, so that Megatron sees there is none
+
+    names = ("transformer_engine", "transformer_engine.pytorch")
+    absent = importlib.util.find_spec(names[0]) is None
+    if absent:
+        for name in names:
+            module = sys.modules[name] = types.ModuleType(name)
+            module.__spec__, module.__path__ = importlib.machinery.ModuleSpec(name, None), []
+        sys.modules[names[0]].pytorch = sys.modules[names[1]]  # type: ignore[attr-defined]
+        sys.modules[names[1]].ops = MagicMock()  # type: ignore[attr-defined]  # named in annotations
+    import megatron.bridge
+
+    if absent:
+        for name in names:
+            del sys.modules[name]
+    import megatron.bridge.recipes
+    import megatron.bridge.training.pretrain  # noqa: F401
+
+
+def make_models(folder: Path) -> None:
+    """A student and a teacher of Hugging Face, and a cache of the Hub that has them under their recipe's names."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+
+    def snapshot_of(name: str) -> Path:
+        cached = folder / "hub" / f"models--{name.replace('/', '--')}"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text(SNAPSHOT)
+        return cached / "snapshots" / SNAPSHOT
+
+    words = Tokenizer(models.WordLevel({str(word): word for word in range(VOCABULARY)}, unk_token="0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0", eos_token="1")
+    for name, of_hub, hidden, layers in (("student", "Llama-3.2-1B", 32, 2), ("teacher", "Llama-3.2-3B", 48, 4)):
+        torch.manual_seed(hidden)
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=name == "student",
+            initializer_range=0.3,  # so that no distribution is near the uniform one
+        )
+        snapshot = snapshot_of(f"meta-llama/{of_hub}")
+        LlamaForCausalLM(config).save_pretrained(snapshot)
+        tokenizer.save_pretrained(snapshot)
+        (folder / name).symlink_to(snapshot)
+    # What other recipes build their student from: a config alone.
+    others = {
+        "meta-llama/Meta-Llama-3.1-8B": LlamaConfig,
+        "Qwen/Qwen3-0.6B": Qwen3Config,
+        "Qwen/Qwen3-1.7B": Qwen3Config,
+    }
+    for of_hub, kind in others.items():
+        config = kind(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+        config.architectures = [kind.__name__.replace("Config", "ForCausalLM")]
+        config.save_pretrained(snapshot_of(of_hub))
+
+
+def small(config: Any, folder: Path) -> None:
+    """What a recipe needs to be a job of seconds on a CPU; the model and the teacher apart."""
+    import torch
+
+    config.dataset.seq_length, config.dataset.num_workers = 32, 0
+    config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = 3, 4, 2
+    config.validation.eval_iters, config.validation.eval_interval = 1, 100
+    config.scheduler.lr_warmup_iters, config.optimizer.lr = 0, 1e-2
+    config.logger.log_interval, config.logger.tensorboard_dir = 1, None
+    config.checkpoint.save, config.checkpoint.load, config.checkpoint.save_interval = str(folder / "saved"), None, 3
+    config.mixed_precision, config.optimizer.bf16 = None, False
+    config.dist.distributed_backend, config.dist.disable_jit_fuser = "gloo", True
+    config.dist.distributed_timeout_minutes = 3
+    config.ddp.overlap_grad_reduce = config.ddp.overlap_param_gather = config.ddp.average_in_collective = False
+    config.comm_overlap = None
+    of_model = ON_CPU if hasattr(config.model, "transformer") else OF_PROVIDER
+    given = {**of_model, "use_cpu_initialization": True, "seq_length": 32, "bf16": False}
+    for name, value in {**given, "params_dtype": torch.float32, "pipeline_dtype": torch.float32}.items():
+        setattr(config.model, name, value)
+    if not hasattr(config.model, "transformer"):
+        from megatron.bridge.models.gpt_provider import local_layer_spec
+
+        config.model.transformer_layer_spec = local_layer_spec
+
+
+def builder_config(vocab_size: int, **settings: Any) -> Any:
+    """A student in Bridge's newer kind of model config."""
+    import torch
+    from megatron.bridge.models.gpt.gpt_builder import GPTModelConfig
+    from megatron.bridge.models.transformer_config import TransformerConfig
+
+    transformer = TransformerConfig(
+        num_layers=2,
+        hidden_size=32,
+        ffn_hidden_size=64,
+        num_attention_heads=4,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        init_method_std=0.3,
+    )
+    given = {"vocab_size": vocab_size, "seq_length": 32, "position_embedding_type": "rope", **settings}
+    config = GPTModelConfig(transformer=transformer, **given)
+    config.transformer.seq_length = 32  # where Bridge 0.6.2 looks for it when it warms functions up
+    return config
+
+
+class Recording:
+    """A forward step of a user's own: Bridge's, on batches of which every third token does not count."""
+
+    def __init__(self) -> None:
+        self.training: list[dict[str, Any]] = []
+        self.validation: list[dict[str, Any]] = []
+
+    def __call__(self, state: Any, data_iterator: Any, model: Any) -> Any:
+        from megatron.bridge.training.gpt_step import forward_step
+
+        def batches() -> Any:
+            while True:
+                batch = next(data_iterator)
+                batch["loss_mask"][:, ::3] = 0
+                seen = {name: batch[name].clone() for name in ("tokens", "labels", "loss_mask")}
+                (self.training if model.training else self.validation).append(seen)
+                yield batch
+
+        return forward_step(state, batches() if data_iterator is not None else None, model)
+
+
+def dense_twin(folder: Path, micro_batches: list[dict[str, Any]], temperature: float) -> dict[str, float]:
+    """The first step's numbers, by Hugging Face's models and the specification of the loss."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from abkd_megatron.divergences.reference import reference_alpha_beta
+
+    student, teacher = (LlamaForCausalLM.from_pretrained(folder / name).double() for name in ("student", "teacher"))
+    sums = dict.fromkeys(("lm loss", "kd loss", "teacher lm loss"), 0.0)
+    total, count = torch.zeros((), dtype=torch.float64), 0.0
+    for batch in micro_batches:
+        mask, labels = batch["loss_mask"].double(), batch["labels"].unsqueeze(-1)
+        q, p = student(batch["tokens"]).logits, teacher(batch["tokens"]).logits.detach()
+        losses = {
+            "lm loss": -q.log_softmax(-1).gather(-1, labels).squeeze(-1),
+            "kd loss": reference_alpha_beta(q, p, 0.5, 0.7, temperature),
+            "teacher lm loss": -p.log_softmax(-1).gather(-1, labels).squeeze(-1),
+        }
+        # By default Megatron divides each micro-batch by its own count and averages; here all have the same.
+        count += mask.sum().item()
+        for name, value in losses.items():
+            sums[name] += (value * mask).sum().item()
+        total = total + ((losses["lm loss"] + losses["kd loss"]) * mask).sum()
+    (total / count).backward()
+    norm = torch.stack([it.grad.norm() for it in student.parameters()]).norm().item()
+    return {"grad norm": norm, **{name: value / count for name, value in sums.items()}}
+
+
+def train(
+    config: Any, forward_step: Any, after: Callable[[Any], None] | None = None, teacher: bool = True
+) -> dict[str, Any]:
+    """Train, and call `after` with the student while Megatron's groups are still there; returns what was reported."""
+    facts: dict[str, Any] = {}
+    from megatron.bridge.training.callbacks import Callback
+    from megatron.bridge.training.pretrain import pretrain
+
+    from abkd_megatron.integrations import bridge
+
+    class Watching(Callback):
+        def on_train_step_end(self, context: Any) -> None:
+            found = {name: float(value) for name, value in context.loss_dict.items()}
+            facts.setdefault("steps", []).append({**found, "grad norm": float(context.grad_norm)})
+
+        def on_train_end(self, context: Any) -> None:
+            facts["keys"] = sorted(context.model[0].state_dict())
+            if after is not None:
+                after(context.model)
+
+        def on_eval_end(self, context: Any) -> None:
+            facts["validation"] = {name: float(value) for name, value in context.total_loss_dict.items()}
+
+    (bridge.distill if teacher else pretrain)(config, forward_step, [Watching()])
+    return facts
+
+
+def recipe(folder: Path, overrides: list[str]) -> Any:
+    """The student of Hugging Face in a recipe of Bridge's, with its teacher."""
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.recipes.common import _pretrain_common
+    from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
+
+    from abkd_megatron.integrations import bridge
+
+    plain = _pretrain_common()
+    plain.model = AutoBridge.from_hf_pretrained(str(folder / "student")).to_megatron_provider()
+    plain.tokenizer.tokenizer_type, plain.tokenizer.use_tokenizer_vocab_size = "NullTokenizer", False
+    plain.tokenizer.vocab_size = VOCABULARY - 1
+    small(plain, folder)
+    teacher = {"hf": str(folder / "teacher"), "overrides": {**OF_PROVIDER, "transformer_layer_spec": LOCAL_SPEC}}
+    config = bridge.DistillConfigContainer.of(plain, bridge.TeacherConfig(**teacher))
+    given = ["distillation.temperature=2", "distillation.alpha=0.5", *overrides]
+    return process_config_with_overrides(config, cli_overrides=given)
+
+
+def hf(folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """A provider and a teacher of Hugging Face; beside a dense twin, on one rank."""
+    import torch
+
+    config, step = recipe(folder, overrides), Recording()
+    if torch.distributed.get_world_size() > 1:
+        config.checkpoint.save = None
+        return train(config, step)
+    facts = train(config, step, lambda student: keep(folder, student[0], step.training[0]["tokens"]))
+    facts["twin"] = dense_twin(folder, step.training[:2], 2.0)
+    return facts
+
+
+def watched(folder: Path, overrides: list[str], teacher: bool = True) -> dict[str, Any]:
+    """That student, and nothing is kept."""
+    config = recipe(folder, overrides)
+    config.checkpoint.save = None
+    return train(config, Recording(), teacher=teacher)
+
+
+def plain(folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """The same in Bridge alone."""
+    return watched(folder, overrides, teacher=False)
+
+
+def keep(folder: Path, student: Any, tokens: Any) -> None:
+    """The student's logits, to compare with, and the teacher in a checkpoint of Bridge's."""
+    import torch
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.models.gpt_provider import local_layer_spec
+    from megatron.bridge.training.model_load_save import save_megatron_model
+
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    with torch.no_grad():
+        torch.save((tokens, student.eval()(tokens, positions, None)), folder / "logits.pt")
+    student.train()
+    teacher = AutoBridge.from_hf_pretrained(str(folder / "teacher")).to_megatron_provider()
+    given = {**OF_PROVIDER, "transformer_layer_spec": local_layer_spec}
+    teacher.apply_overrides_and_finalize(dtype=torch.float32, overrides=given)
+    model = teacher.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
+    save_megatron_model(model, folder / "teacher-of-bridge")
+
+
+def builder(folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """A student that a builder builds, and a teacher's torch_dist checkpoint of Bridge's."""
+    config = recipe(folder, [])
+    config.model = builder_config(VOCABULARY)
+    small(config, folder / "builder")
+    config.teacher.hf, config.teacher.load = None, str(folder / "teacher-of-bridge")
+    config.teacher.overrides = {}
+    return train(config, Recording())
+
+
+def megatron_lm(folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """The same with a teacher that Megatron-LM's loop trained, on another vocabulary, with padding."""
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
+
+    config = recipe(folder, [])
+    config.model = builder_config(400, should_pad_vocab=True)
+    config.tokenizer.vocab_size = 399
+    small(config, folder / "megatron-lm")
+    config.teacher.hf, config.teacher.overrides = None, {}
+    return train(process_config_with_overrides(config, cli_overrides=overrides), forward_step)
+
+
+def export(folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """The distilled student as a model of Hugging Face."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from abkd_megatron.integrations.bridge import export_to_hf
+
+    torch.distributed.destroy_process_group()
+    export_to_hf(folder / "saved", folder / "student", folder / "exported")
+    tokens, logits = torch.load(folder / "logits.pt")
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder / name)(tokens).logits.detach() for name in ("student", "exported")
+    )
+    return {"from the student": (after - logits).abs().max().item(), "learnt": (after - before).abs().max().item()}
+
+
+def settings(folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """A container as Bridge writes it, read again by Bridge; then what is refused, by what was set beside the rest."""
+    from abkd_megatron.errors import AbkdError
+    from abkd_megatron.integrations import bridge
+
+    given = ["distillation.alpha={schedule: linear, from: 0.5, to: 0.2, end: 3}", "distillation.divergence=alpha_beta"]
+    config = recipe(folder, given)
+    bridge.add_teacher(config)
+    config.to_yaml(str(folder / "container.yaml"))
+    again = bridge.DistillConfigContainer.from_yaml(str(folder / "container.yaml"))
+    facts: dict[str, Any] = {
+        "text": (folder / "container.yaml").read_text(),
+        "equal": [again.teacher == config.teacher, again.distillation == config.distillation],
+        "refused": {},
+    }
+    attempts: dict[str, Callable[[], Any]] = {
+        "vocabulary": lambda: bridge._check_vocabulary(VOCABULARY, 400, None),
+        "shared vocabulary": lambda: bridge._check_vocabulary(VOCABULARY, 400, 300),
+        "export": lambda: bridge.export_to_hf(folder, folder, folder),
+        "no hook": lambda: bridge.DistilledStep(Recording())(None, None, None),  # type: ignore[arg-type]
+        "no such override": lambda: bridge._resolved({"depth": 2}, config.model),
+        "no such function": lambda: bridge._resolved({"transformer_layer_spec": "nowhere.spec"}, config.model),
+        **{setting: lambda it=setting: bridge.add_teacher(recipe(folder, [it])) for setting in overrides},
+    }
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except AbkdError as error:
+            facts["refused"][name] = f"{type(error).__name__}: {error}"
+    return facts
+
+
+def document(folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """The document's examples, the first one's last call on a configuration for a CPU; and every recipe."""
+    from abkd_megatron.integrations import bridge
+
+    example, of_any_recipe = re.findall(r"```python\n(.*?)```", Path(overrides[0]).read_text(), re.DOTALL)
+    first, last = example.split("\ndistill(")
+    names: dict[str, Any] = {}
+    exec(compile(of_any_recipe, "docs/bridge.md", "exec"), names)
+    facts: dict[str, Any] = {"any recipe's teacher": names["config"].teacher.hf}
+    for name in ("llama32_3b_to_1b", "llama31_70b_to_8b", "qwen3_8b_to_1p7b"):
+        config = getattr(bridge, f"{name}_distill_config")()
+        bridge.add_teacher(config)
+        facts[name] = [config.teacher.hf, config.tokenizer.tokenizer_model, config.model.tensor_model_parallel_size]
+        assert not config.tokenizer.use_tokenizer_vocab_size
+    exec(compile(first, "docs/bridge.md", "exec"), names)
+    config = names["config"]
+    facts["temperature"] = config.distillation.temperature
+    small(config, folder / "document")
+    config.teacher.overrides = {**OF_PROVIDER, "transformer_layer_spec": LOCAL_SPEC}
+    exec(compile(f"distill({last}", "docs/bridge.md", "exec"), names)
+    facts["saved"] = sorted(path.name for path in (folder / "document" / "saved").iterdir())
+    return facts
+
+
+def main(case: str, folder: Path, overrides: list[str]) -> None:
+    import torch
+
+    from abkd_megatron import cpu
+
+    cpu.install()
+    import_bridge()
+    if case == "models":
+        make_models(folder)
+        return
+    cpu.init_process_group(timedelta(minutes=3))
+    facts = globals()[case](folder, overrides)
+    if os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1):
+        print("FACTS", json.dumps(facts), flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,139 @@
+"""Megatron Bridge's own training loop with a teacher, on CPU ranks; skipped where Bridge is not installed.
+
+That a release of Bridge's still has all that is called is in `tests/unit/test_bridge_contracts.py`, for which it need
+not be installed.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import ROOT, launch
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("megatron.bridge") is None,
+    reason="Megatron Bridge is not installed; docs/bridge.md says how it is for these tests",
+)
+
+JOB = Path(__file__).with_name("bridge_job.py")
+
+
+def run(case: str, folder: Path, *overrides: str, num_ranks: int = 1) -> dict[str, Any]:
+    ranks = launch([JOB, case, folder, *overrides], num_ranks)
+    for number, rank in enumerate(ranks):
+        assert rank.code == 0, f"rank {number} of {case} ended with {rank.code}:\n{rank.output[-6000:]}"
+    return facts_in(ranks[-1].output)
+
+
+def facts_in(output: str) -> dict[str, Any]:
+    facts = [line.removeprefix("FACTS ") for line in output.splitlines() if line.startswith("FACTS ")]
+    return json.loads(facts[-1]) if facts else {}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds a tiny student and a tiny teacher of Hugging Face."""
+    folder = tmp_path_factory.mktemp("bridge")
+    run("models", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def distilled(folder: Path) -> dict[str, Any]:
+    return run("hf", folder)
+
+
+def test_the_first_step_is_that_of_the_definition(distilled: dict[str, Any]) -> None:
+    first, twin = distilled["steps"][0], distilled["twin"]
+    for name, value in twin.items():
+        assert first[name] == pytest.approx(value, rel=2e-6), name
+    assert first["total loss"] == pytest.approx(twin["lm loss"] + twin["kd loss"], rel=2e-6)
+    assert first["kd loss"] > 0.1, "a teacher of its own"
+    assert len(distilled["steps"]) == 3
+    assert distilled["steps"][2]["lm loss"] != first["lm loss"]
+    for name in ("kd loss", "kl to teacher", "top-1 agreement", "teacher lm loss"):
+        assert name in distilled["validation"]
+    assert not [key for key in distilled["keys"] if "teacher" in key]
+
+
+def test_watching_changes_nothing(folder: Path) -> None:
+    plain, watched = run("plain", folder), run("watched", folder, "distillation.kd_weight=0")
+    for mine, theirs in zip(watched["steps"], plain["steps"], strict=True):
+        assert {name: mine[name] for name in theirs} == theirs, "bit for bit"
+        assert mine["kd loss"] > 0
+    assert watched["keys"] == plain["keys"]
+
+
+@pytest.mark.parametrize("setting", ["tensor_model_parallel_size", "pipeline_model_parallel_size"])
+def test_two_ranks_are_as_one(folder: Path, distilled: dict[str, Any], setting: str) -> None:
+    found = run("hf", folder, f"model.{setting}=2", num_ranks=2)
+    for mine, theirs in zip(found["steps"], distilled["steps"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    assert found["validation"] == pytest.approx(distilled["validation"], rel=1e-4)
+
+
+def test_the_student_comes_back_to_hugging_face(folder: Path, distilled: dict[str, Any]) -> None:
+    found = run("export", folder)
+    assert found["from the student"] < 1e-4
+    assert found["learnt"] > 0.1, "not the model that it began as"
+
+
+def test_a_builders_student_learns_from_bridges_checkpoint(folder: Path, distilled: dict[str, Any]) -> None:
+    found = run("builder", folder)
+    for mine, theirs in zip(found["steps"], distilled["steps"], strict=True):
+        for name in ("teacher lm loss", "teacher entropy"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-6), "the teacher that was of Hugging Face before"
+        assert mine["lm loss"] != theirs["lm loss"]
+    assert found["steps"][2]["kd loss"] != found["steps"][0]["kd loss"]
+
+
+def test_a_teacher_of_megatron_lms_loop(folder: Path, teacher: Path) -> None:
+    found = run("megatron_lm", folder, f"teacher.load={teacher}")
+    assert len(found["steps"]) == 3
+    assert all(step["kd loss"] > 0 for step in found["steps"])
+
+
+def test_settings_travel_through_bridges_own_yaml(folder: Path) -> None:
+    refused = {
+        "distillation.temperature=0": "ConfigError: distillation.temperature: expected a number above 0, got 0.0",
+        "distillation.divergence=nope": "ConfigError: distillation.divergence: unknown divergence 'nope'",
+        "distillation.beta=abc": "ConfigError: distillation.beta: expected a finite number, got 'abc'",
+        "teacher.load=here": "got both; set one",
+        "teacher.hf=null": "got neither; set one",
+        "dist.use_megatron_fsdp=true": "ConfigError: dist.use_megatron_fsdp is not supported with a teacher",
+        "distillation.hidden_losses=[{student_layer: 1, teacher_layer: 2, loss: mse}]": "use `abkd-megatron distill`",
+    }
+    found = run("settings", folder, *refused)
+    refused |= {
+        "vocabulary": "CheckpointError: the teacher has a vocabulary of 256 tokens, the student one of 400",
+        "shared vocabulary": "shared_vocab is 300; the teacher has a vocabulary of 256 tokens",
+        "export": "HostError: expected a process without torch.distributed",
+        "no hook": "HostError: expected a teacher beside the student, got none",
+        "no such override": "ConfigError: teacher.overrides: a GPTModelProvider has no depth",
+        "no such function": "ConfigError: teacher.overrides.transformer_layer_spec: expected the dotted path",
+    }
+    for text in ("  temperature: 2\n", "    schedule: linear\n", f"  hf: {folder}/teacher\n"):
+        assert text in found["text"]
+    assert found["equal"] == [True, True]
+    for setting, message in refused.items():
+        assert message in found["refused"].get(setting, "nothing"), setting
+
+
+def test_the_documents_examples_run(folder: Path) -> None:
+    # In a process that nobody forked: where the Hub's cache is, is read from the environment at the first import.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "hub"), "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, JOB, "document", folder, ROOT / "docs" / "bridge.md"]
+    ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr[-6000:]
+    found = facts_in(ended.stdout)
+    assert found["any recipe's teacher"] == "Qwen/Qwen3-4B"
+    assert found["llama32_3b_to_1b"] == ["meta-llama/Llama-3.2-3B"] * 2 + [1]
+    assert found["llama31_70b_to_8b"] == ["meta-llama/Llama-3.1-70B"] * 2 + [8]
+    assert found["qwen3_8b_to_1p7b"] == ["Qwen/Qwen3-8B"] * 2 + [1]
+    assert found["temperature"] == 2
+    assert "iter_0000003" in found["saved"]
