@@ -402,9 +402,10 @@ def _teachers_layout(student: Namespace, teacher: Namespace) -> str:
     places = [Place(*place) for place in itertools.product(*map(range, sizes))]
     tensor, pipeline = teacher.tensor_model_parallel_size, teacher.pipeline_model_parallel_size
     layout = TeacherLayout(places, 0, tensor, pipeline, has_experts=bool(teacher.num_experts))
-    if layout.is_students:
-        return "the student's"
-    return f"TP {tensor} x PP {pipeline}: {layout.replicas} of it over each {layout.neighbours} of DP"
+    shown = "the student's"
+    if not layout.is_students:
+        shown = f"TP {tensor} x PP {pipeline}: {layout.replicas} of it over each {layout.neighbours} of DP"
+    return f"{shown}, EP {teacher.expert_model_parallel_size}" if teacher.num_experts else shown
 
 
 def _layers(args: Namespace) -> list[tuple[int, ...]]:

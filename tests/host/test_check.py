@@ -218,7 +218,9 @@ def ended(workspace: Path, config: Path, teacher: Path, spoilt: Path) -> dict[st
     tiny = [str(config), f"teacher.load={teacher}"]
     # First, while the process has no stand-in for a GPU; and once more at the end, beside it.
     cases = {f"llama {name}": [str(llama), *words] for name, (words, _) in OF_LLAMA.items()}
-    cases |= {f"config {path.name}": [str(path)] for path in sorted((ROOT / "configs").glob("*.yaml"))}
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        gpus = re.search(r"_(\d+)xH100", path.name)
+        cases[f"config {path.name}"] = [str(path), *(["--world-size", gpus[1]] if gpus else [])]
     for name, (_, settings, _) in CASES.items():
         filled = [setting.format(workspace=workspace, other=spoilt) for setting in settings]
         cases[f"job {name}"] = [*tiny, *filled, "--world-size", "2"]
@@ -254,7 +256,11 @@ def look(ended: dict, name: str, wanted: list[str]) -> str:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_configurations_pass(ended: dict, path: Path) -> None:
-    look(ended, f"config {path.name}", [r" 0 refused"])
+    wanted = [r" 0 refused"]
+    if gpus := re.search(r"_(\d+)xH100", path.name):
+        wanted += [rf"ok +ranks: {gpus[1]}: ", r"ok +vocabulary: \d+ tokens", r"ok +teacher's layout: "]
+        wanted += [r"teacher's layout: the student's, EP 8"] if "a3b" in path.name else []
+    look(ended, f"config {path.name}", wanted)
 
 
 @pytest.mark.parametrize("line", EXAMPLES)
