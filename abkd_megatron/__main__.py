@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from abkd_megatron.errors import AbkdError, HostError
+from abkd_megatron.errors import AbkdError, ConfigError, HostError
 
 if TYPE_CHECKING:
     from abkd_megatron.config import Config
@@ -169,6 +169,25 @@ def _check(arguments: Namespace) -> int:
     return check.main(config, arguments.world_size)
 
 
+def _estimate(arguments: Namespace) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # as `check`
+    picture = arguments.out / "estimate.png" if arguments.out else None
+    if picture is not None and picture.exists():
+        raise ConfigError(f"--out: expected a folder without {picture.name}, and {picture} is there; remove it first")
+    config = load(arguments)
+    from abkd_megatron.estimate import estimate
+    from abkd_megatron.estimate_view import show
+
+    found = estimate(
+        config,
+        arguments.world_size,
+        gpu_memory=arguments.gpu_memory,
+        alternatives=arguments.alternatives,
+        progress=lambda text: print(text, file=sys.stderr),
+    )
+    show(found, arguments.out)
+
+
 def _prepare(arguments: Namespace) -> None:
     config = load(arguments)
     config.check("prepare")
@@ -235,6 +254,13 @@ def _world_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _of_estimate(parser: argparse.ArgumentParser) -> None:
+    _world_size(parser)
+    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of a GPU (default: 80)")
+    parser.add_argument("--alternatives", action="store_true", help="other TP, PP and micro-batches, too: minutes")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to draw estimate.png")
+
+
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
@@ -277,6 +303,18 @@ JOBS = {
         writes="nothing; what it looked at to stdout: ok, not here (so not looked at), or refused, with a job's words",
         codes="0; 2 if anything is refused",
         options=_world_size,
+    ),
+    "estimate": Job(
+        _estimate,
+        "count what a rank will hold in memory and what a token takes, without a GPU",
+        (
+            f"{PROG} estimate configs/tiny_cpu.yaml",
+            f"{PROG} estimate configs/tiny_cpu.yaml --world-size 4 megatron.micro-batch-size=4",
+        ),
+        reads="CONFIG, and data.dir or a tokenizer if they are on this machine; no checkpoint, no network",
+        writes="a table to stdout; --out DIR: estimate.png",
+        codes="0; 2 and one message on stderr for what a job would refuse, and for what cannot be counted",
+        options=_of_estimate,
     ),
     "show-config": Job(
         _show_config,

@@ -277,6 +277,7 @@ class Attachment:
         Validation has those of the step before if nothing else is set. Without schedules this changes nothing.
         """
         if progress != self.progress:
+            self._runner.drain()  # gloo never says by itself that a message has left, and tensors would pile up
             self.progress = progress
             self.objective = self._scheduled_objective.at(progress)
             self.scheduled = self._scheduled_objective.values(progress)

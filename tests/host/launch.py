@@ -75,7 +75,9 @@ def _fork_server() -> multiprocessing.context.BaseContext:
     )
     # torch reads the number of threads when it is imported.
     places = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": places}):
+    # Nothing here needs the network, and Hugging Face's client reads whether it may when it is imported, too.
+    preset = {"OMP_NUM_THREADS": "1", "PYTHONPATH": places, "HF_HUB_OFFLINE": "1"}
+    with mock.patch.dict(os.environ, preset):
         forkserver.ensure_running()
     return context
 

@@ -73,7 +73,8 @@ def test_watching_changes_nothing(folder: Path) -> None:
 def test_two_ranks_are_as_one(folder: Path, distilled: dict[str, Any], setting: str) -> None:
     found = run("hf", folder, f"model.{setting}=2", num_ranks=2)
     for mine, theirs in zip(found["steps"], distilled["steps"], strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-4)
+        assert mine.pop("teacher seconds") > 0  # another time's
+        assert mine == pytest.approx({name: theirs[name] for name in theirs if name != "teacher seconds"}, rel=1e-4)
     assert found["validation"] == pytest.approx(distilled["validation"], rel=1e-4)
 
 

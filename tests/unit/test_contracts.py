@@ -41,7 +41,7 @@ class Call:
 STEP, ATTACH, HEAD = "distillation/step.py", "distillation/attach.py", "distillation/head.py"
 TEACHER, RUNNER, HIDDEN = "distillation/teacher.py", "distillation/runner.py", "distillation/hidden.py"
 ADD, JOB, STOCK, BRIDGE = (f"integrations/{name}.py" for name in ("add_teacher", "megatron_lm", "stock", "bridge"))
-DRY = "dry_run.py"
+DRY, PHANTOM = "dry_run.py", "phantom.py"
 GPT = "megatron.core.models.gpt:GPTModel"
 LINEAR = "megatron.core.tensor_parallel:ColumnParallelLinear"
 CHECKPOINTS = "megatron.core.dist_checkpointing"
@@ -167,6 +167,23 @@ CALLS = [
     ),
     Call("megatron.core.num_microbatches_calculator:destroy_num_microbatches_calculator", DRY),
     Call("megatron.core.utils:get_te_version", DRY),
+    # A rank without data.
+    Call(
+        "megatron.training:training.train_step",
+        PHANTOM,
+        (
+            *("forward_step_func", "data_iterator", "model", "optimizer", "opt_param_scheduler", "config"),
+            "forward_backward_func",
+        ),
+    ),
+    Call("megatron.training:training.get_num_microbatches", PHANTOM),
+    Call(f"{CHECKPOINTS}.dict_utils:dict_list_map_outplace", PHANTOM, ("f", "x")),
+    Call(
+        "megatron.core.models.gpt.gpt_layer_specs:get_gpt_layer_local_spec",
+        PHANTOM,
+        (),
+        ("qk_layernorm", "normalization"),
+    ),
     # Batches and data.
     Call(
         "megatron.core.transformer.multi_token_prediction:mtp_on_this_rank",
@@ -280,6 +297,9 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
     ("megatron.core.utils", DRY, ("_te_version",)),
     ("megatron.core.models.common.embeddings.rope_utils", DRY, ("fused_apply_rotary_pos_emb",)),
     ("megatron.core.transformer.moe.moe_utils", DRY, ("fused_permute", "fused_unpermute")),
+    ("megatron.core.transformer:transformer_block", PHANTOM, ("LayerNormImpl",)),
+    ("megatron.core.transformer.spec_utils:ModuleSpec", PHANTOM, ("submodules",)),
+    ("megatron.training.models:GPTModelConfig", PHANTOM, ("transformer",)),
     ("megatron.core.datasets.gpt_dataset:GPTDataset", JOB, ()),
     ("megatron.core.datasets.gpt_dataset:MockGPTDataset", JOB, ()),
 ]
@@ -307,7 +327,7 @@ def test_it_can_be_called_as_we_do(call: Call) -> None:
 
 def assigned(kind: type) -> Iterator[str]:
     """What the methods of a class and of its bases in Megatron set on self."""
-    for base in kind.__mro__:
+    for base in getattr(kind, "__mro__", ()):  # a module has none
         if base.__module__.startswith("megatron."):
             for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(base)))):
                 if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
