@@ -11,6 +11,7 @@ A script of one's own runs on it as it stands: `python -m abkd_megatron.cpu SCRI
 import copy
 import os
 import runpy
+import socket
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -231,7 +232,10 @@ def is_installed() -> bool:
 def init_process_group(timeout: timedelta) -> None:
     """Start torch.distributed over gloo, as torchrun's environment says; Megatron then finds it started."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
+    if "MASTER_PORT" not in os.environ:  # not by torchrun: one rank, and there may be another such job here
+        with socket.socket() as probe:
+            probe.bind((os.environ["MASTER_ADDR"], 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     torch.distributed.init_process_group(
         "gloo",
         rank=int(os.environ.get("RANK", "0")),

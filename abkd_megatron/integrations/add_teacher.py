@@ -401,6 +401,11 @@ def check_layout(args: Namespace, who: str, unsupported: Mapping[str, tuple[str,
             "teacher: virtual pipeline stages shorten the wait for a backward pass, and a teacher has none; remove "
             "num-layers-per-virtual-pipeline-stage and num-virtual-stages-per-pipeline-rank from `teacher:`"
         )
+    if who == "student" and args.eval_interval is None and not (args.full_validation or args.skip_train):
+        raise ConfigError(
+            "student: expected eval-interval, by which Megatron sizes the validation data, got nothing; set "
+            "megatron.eval-interval, beyond train-iters to validate at the end alone"
+        )
     stages = args.pipeline_model_parallel_size
     uneven = (
         args.decoder_first_pipeline_num_layers,

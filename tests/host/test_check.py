@@ -68,6 +68,10 @@ STAGES = "megatron.pipeline-model-parallel-size=2"
 
 # name: (words behind the configuration, what is found). On the configuration of the host tests, with its teacher:
 OF_TINY: dict[str, tuple[list[str], list[str]]] = {
+    "no validation": (
+        ["megatron.eval-interval=null"],
+        [r"refused +student: expected eval-interval, by which"],
+    ),
     "as it is": (
         [],
         [
