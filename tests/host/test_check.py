@@ -50,6 +50,7 @@ megatron:
   micro-batch-size: 1
   global-batch-size: 64
   train-iters: 1000
+  eval-interval: 100
   lr: 1e-4
   tokenizer-type: NullTokenizer
   vocab-size: 128256
