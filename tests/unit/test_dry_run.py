@@ -25,6 +25,7 @@ SETTINGS = {
     "micro-batch-size": 1,
     "global-batch-size": 32,
     "train-iters": 10,
+    "eval-interval": 10,
     "lr": 0.001,
     "tokenizer-type": "NullTokenizer",
     "vocab-size": 5000,
