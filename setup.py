@@ -31,10 +31,12 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["abkd_megatron", "abkd_megatron.*"]),
+    # So that an editable install is a path: the folder of a clone, seen from beside it, would hide a finder's package.
+    package_dir={"": "."},
     package_data={"abkd_megatron": ["py.typed", "kernels/*.cpp", "report.html", "report.js"]},
     python_requires=">=3.12",
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.6,<2.16",  # megatron-core has no upper bound, and torch 2.15 broke a part of it
         "megatron-core[training]>=0.19,<0.20",
         "sentencepiece>=0.2",
         "pyyaml>=6",

@@ -33,7 +33,7 @@ def _read_file(path: Path) -> list[Given]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"{path}: expected a readable YAML file, got: {error}; check --config") from error
+        raise ConfigError(f"{path}: expected a readable YAML file, got: {error}; check the path") from error
     top = load_yaml(text, path.name)
     if not isinstance(top, dict):
         got = "an empty file" if top is None else f"a {type(top).__name__}"

@@ -24,6 +24,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.training.models import GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from abkd_megatron.distillation.head import OutputLayer
 from abkd_megatron.distillation.lane import new_group
@@ -127,7 +128,8 @@ class TeacherCheckpoint:
             stored = FileSystemReader(directory).read_metadata().storage_data or {}
         except Exception as error:
             raise CheckpointError(
-                f"the index of the teacher's checkpoint in {directory} cannot be read ({error}); copy or save it again"
+                f"the index of the teacher's checkpoint in {directory} cannot be read ({error}); copy or save it "
+                "again, or read it with the torch that wrote it"
             ) from error
         sizes: dict[str, int] = {}
         for item in stored.values():
@@ -223,7 +225,7 @@ class TeacherCheckpoint:
         Raises:
             CheckpointError: naming the first few tensors, with both shapes.
         """
-        found = dist_checkpointing.load_tensors_metadata(str(self.directory))
+        found = tensor_shapes(self.directory)
         wrong = []
         for tensor in nested_values(wanted):
             if not isinstance(tensor, ShardedTensor):
@@ -233,7 +235,7 @@ class TeacherCheckpoint:
                 continue
             # The padded vocabulary follows the tensor-parallel size, so dimension 0 of an embedding may differ.
             first = 1 if tensor.allow_shape_mismatch else 0
-            shape, saved = tuple(tensor.global_shape), tuple(found[tensor.key].global_shape)
+            shape, saved = tuple(tensor.global_shape), found[tensor.key]
             if shape[first:] != saved[first:]:
                 wrong.append(f"{tensor.key}: configured {shape}, saved {saved}")
         if wrong:
@@ -262,7 +264,7 @@ class TeacherCheckpoint:
 
     def has(self, key: str) -> bool:
         """Whether there is a tensor of this name."""
-        return key in dist_checkpointing.load_tensors_metadata(str(self.directory))
+        return key in tensor_shapes(self.directory)
 
     def metadata(self, dp_cp_group: dist.ProcessGroup) -> dict[str, Any]:
         """What `sharded_state_dict` has to know: how the checkpoint was saved, and who else holds the same share."""
@@ -496,6 +498,16 @@ def _architecture(args: Namespace) -> dict[str, Any]:
     found = {name: getattr(args, name) for name in _ARCHITECTURE if hasattr(args, name)}
     without = {name for switch, names in _ONLY_WITH.items() if not found.get(switch) for name in names}
     return {name: value for name, value in found.items() if name not in without}
+
+
+def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """The whole shape of each tensor in a torch_dist checkpoint, by its key: what its index says.
+
+    Megatron's `load_tensors_metadata` makes an empty tensor of each with all properties in the index, of which torch
+    2.15 has one more than its `torch.empty` takes.
+    """
+    stored = FileSystemReader(directory).read_metadata().state_dict_metadata
+    return {key: tuple(item.size) for key, item in stored.items() if isinstance(item, TensorStorageMetadata)}
 
 
 def _iteration_directory(load: Path, ckpt_step: int | None) -> Path:

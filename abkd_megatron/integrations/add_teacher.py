@@ -3,6 +3,7 @@
 import argparse
 import functools
 import logging
+import re
 import sys
 import traceback
 from argparse import Namespace
@@ -41,6 +42,7 @@ from abkd_megatron.distillation.attach import check_config, check_tokens
 from abkd_megatron.distillation.hidden import PROJECTORS
 from abkd_megatron.distillation.layout import neighbours_of
 from abkd_megatron.distillation.step import masked_loss
+from abkd_megatron.distillation.teacher import tensor_shapes
 from abkd_megatron.errors import AbkdError, ConfigError, HostError, on_every_rank
 from abkd_megatron.vocab_parallel import vocab_parallel_divergence
 
@@ -301,7 +303,7 @@ def absent_projectors(args: Namespace, losses: Sequence[HiddenLoss]) -> list[str
     saved = str(args.ckpt_step or Path(load, "latest_checkpointed_iteration.txt").read_text().strip())
     directory = Path(load, f"iter_{int(saved):07d}" if saved.isdigit() else saved)
     if dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
-        found = set(dist_checkpointing.load_tensors_metadata(str(directory)))
+        found = set(tensor_shapes(directory))
     absent = [pair for pair in wanted if f"{PROJECTORS}.{pair}.weight" not in found]
     if absent and not (finetune or args.no_load_optim):
         raise ConfigError(
@@ -439,5 +441,15 @@ def megatron_refusals_named() -> Iterator[None]:
     except AbkdError:
         raise
     except (AssertionError, ValueError, RuntimeError) as error:
-        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        reason = str(error) or _assertion(error)
         raise ConfigError(f"Megatron refuses these arguments: {reason}") from error
+
+
+def _assertion(error: Exception) -> str:
+    """The line of an assertion that says no word, and what the arguments in it are."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    line = traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
+    args = frame.f_locals.get("args")
+    named = dict.fromkeys(re.findall(r"\bargs\.(\w+)", line))
+    given = [f"{name.replace('_', '-')} is {getattr(args, name)}" for name in named if hasattr(args, name)]
+    return f"{line} ({', '.join(given)})" if given else line

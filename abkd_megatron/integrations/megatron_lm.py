@@ -1,6 +1,7 @@
 """Megatron-LM's own training loop (`megatron.training.pretrain`), fed with our config, our data and our head."""
 
 import logging
+import signal
 from collections.abc import Iterator, Sequence
 from functools import partial
 from textwrap import indent
@@ -10,6 +11,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 from megatron.core.enums import ModelType
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import (
@@ -79,6 +81,8 @@ def run(config: Config, job: str) -> None:
         shown = ("megatron", "teacher", "distillation", "data") if job == "distill" else ("megatron", "data")
         # Indented, which TensorBoard's Markdown takes for code.
         writer.add_text(CONFIG_TEXT, indent(render(config, shown), " " * 4))
+    if args.save and args.exit_signal_handler:
+        _keep_checkpoint_writer_from_signals()
     plain = _ForwardStep()
     distilled = None
     if job == "distill":
@@ -108,6 +112,19 @@ def run(config: Config, job: str) -> None:
                 f"outputs of the teacher's layers: those of at most {attachment.most_waiting_of_layers} "
                 "micro-batches at a time waited for the student's layer here"
             )
+
+
+def _keep_checkpoint_writer_from_signals() -> None:
+    """Start the process through which Megatron's checkpoint writer reports, deaf to SIGTERM.
+
+    torchrun and schedulers send the signal to a rank's children, too, and without that process, which stays from the
+    first save on, the save that the signal asks for fails.
+    """
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is ignored is inherited
+    try:
+        get_write_results_queue()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _ForwardStep:

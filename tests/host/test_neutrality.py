@@ -34,10 +34,9 @@ def run_stock(config: Path, *first: object, num_ranks: int = 1, **overrides: obj
 
 
 def saved_tensors(checkpoint: Path) -> dict[str, tuple[int, ...]]:
-    from megatron.core import dist_checkpointing
+    from abkd_megatron.distillation.teacher import tensor_shapes
 
-    found = dist_checkpointing.load_tensors_metadata(str(checkpoint / "iter_0000005"))
-    return {key: tuple(tensor.global_shape) for key, tensor in found.items()}
+    return tensor_shapes(checkpoint / "iter_0000005")
 
 
 def test_watching_equals_plain_training_bit_for_bit(

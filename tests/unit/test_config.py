@@ -385,7 +385,7 @@ def test_check_lets_schedules_pass(load, settings):
 
 
 def test_unreadable_files(tmp_path):
-    with pytest.raises(ConfigError, match=r"expected a readable YAML file.*check --config"):
+    with pytest.raises(ConfigError, match=r"expected a readable YAML file.*check the path"):
         load_config(tmp_path / "none.yaml", [], OPTIONS)
     with pytest.raises(ConfigError, match="expected a readable YAML file"):
         load_config(tmp_path, [], OPTIONS)

@@ -97,7 +97,6 @@ CALLS = [
     # The teacher's checkpoint.
     Call(f"{CHECKPOINTS}:check_is_distributed_checkpoint", TEACHER, ("checkpoint_dir",)),
     Call(f"{CHECKPOINTS}:load_common_state_dict", TEACHER, ("checkpoint_dir",)),
-    Call(f"{CHECKPOINTS}:load_tensors_metadata", TEACHER, ("checkpoint_dir",)),
     Call(f"{CHECKPOINTS}:load_content_metadata", TEACHER, (), ("preloaded_state_dict",)),
     Call(f"{CHECKPOINTS}:load", TEACHER, ("sharded_state_dict", "checkpoint_dir")),
     Call(f"{CHECKPOINTS}.dict_utils:nested_values", TEACHER, ("x",)),
@@ -135,6 +134,7 @@ CALLS = [
     ),
     Call("megatron.training.checkpointing:checkpoint_exists", ADD, ("checkpoints_path",)),
     # Arguments and the training loop.
+    Call(f"{CHECKPOINTS}.strategies.filesystem_async:get_write_results_queue", JOB),
     Call("megatron.training.arguments:add_megatron_arguments", ADD, ("parser",)),
     Call("megatron.training.arguments:parse_args", ADD),
     Call("megatron.training.arguments:parse_and_validate_args", STOCK, (), ("extra_args_provider", "args_defaults")),
