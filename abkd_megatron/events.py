@@ -100,8 +100,8 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _names(directories: Sequence[Path]) -> dict[Path, str]:
-    """What tells them apart: the last part of the path that is not `tensorboard`, or as many as it takes."""
-    parts = {it: [part for part in it.parts if part != "tensorboard"] or [it.name] for it in directories}
+    """What tells them apart: the last part of the path that is not `tensorboard` or `tb`, or as many as it takes."""
+    parts = {it: [part for part in it.parts if part not in ("tensorboard", "tb")] or [it.name] for it in directories}
     for length in range(1, max(map(len, parts.values())) + 1):
         names = {it: "/".join(of[-length:]) for it, of in parts.items()}
         if len(set(names.values())) == len(names):
