@@ -4,7 +4,6 @@ Nothing is written, no network is used and no GPU is needed; what is looked at i
 configuration, see `dry_run`. What a file that is not on this machine would have shown is left open and said.
 """
 
-import hashlib
 import importlib.util
 import itertools
 import os
@@ -30,7 +29,7 @@ from abkd_megatron.distillation.attach import check_fused, check_shared_vocab, c
 from abkd_megatron.distillation.head import obstacles_of
 from abkd_megatron.distillation.hidden import Layers, check_layers
 from abkd_megatron.distillation.layout import Place, TeacherLayout
-from abkd_megatron.errors import AbkdError, CheckpointError, ConfigError, DataError
+from abkd_megatron.errors import AbkdError, ConfigError, DataError
 from abkd_megatron.integrations.add_teacher import (
     absent_projectors,
     check_layout,
@@ -334,11 +333,7 @@ class _Look:
             missing = ", ".join(path for path in (theirs, ours) if not Path(path).is_file())
             self.add("teacher's tokenizer", f"{missing}: whether both are one is not looked at", ABSENT)
             return
-        if _sha256(theirs) != _sha256(ours):
-            raise CheckpointError(
-                f"expected the tokenizer that the teacher was trained with, {theirs}, got another one, {ours}; train "
-                "on data of the teacher's tokenizer, or give distillation.shared_vocab=N if the first N tokens are one"
-            )
+        checkpoint.check_tokenizer(ours)
         self.add("teacher's tokenizer", "the student's")
 
 
@@ -354,11 +349,6 @@ def _is_number(word: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _sha256(path: str) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _model(args: Namespace) -> str:

@@ -1,6 +1,7 @@
 """The teacher: built in its own layout, loaded from its own checkpoint, then frozen."""
 
 import copy
+import filecmp
 import logging
 import random
 from argparse import Namespace
@@ -217,6 +218,29 @@ class TeacherCheckpoint:
             raise CheckpointError(
                 f"the teacher in {self.directory} has {padded} padded vocabulary columns; the student's {vocab_size} "
                 f"tokens would have given {expected}; {remedy}"
+            )
+
+    def check_tokenizer(self, tokenizer_model: str | None) -> None:
+        """Refuse a teacher that was trained on another tokenizer's tokens: vocabularies of one size may still be two.
+
+        Of its tokenizer a checkpoint has the path alone, so nothing is said where that, or ours, is not a file here.
+
+        Args:
+            tokenizer_model: the student's, as Megatron's argument of that name.
+
+        Raises:
+            CheckpointError: the files differ.
+        """
+        theirs = getattr(self.common.get("args"), "tokenizer_model", None)
+        if theirs is None or tokenizer_model is None or Path(theirs) == Path(tokenizer_model):
+            return
+        if not all(Path(path).is_file() for path in (theirs, tokenizer_model)):
+            return
+        if not filecmp.cmp(theirs, tokenizer_model, shallow=False):
+            raise CheckpointError(
+                f"expected the tokenizer that the teacher was trained with, {theirs}, got another one, "
+                f"{tokenizer_model}; train on data of the teacher's tokenizer, or give distillation.shared_vocab=N if "
+                "the first N tokens are one"
             )
 
     def check_tensors(self, wanted: Mapping[str, Any]) -> None:

@@ -120,6 +120,8 @@ def add_teacher(
         teacher_args = teacher_arguments(megatron, config.teacher.megatron, options, args, unsupported)
         checkpoint = TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step)
         checkpoint.check_arguments(teacher_args, vocab_size, objective.shared_vocab)
+        if objective.shared_vocab is None:
+            checkpoint.check_tokenizer(args.tokenizer_model)
         try_kernel(objective, config.device, args.params_dtype)
         absent = absent_projectors(args, objective.hidden_losses)
     step = DistilledStep(forward_step, needs_input_ids=objective.shares_part_of(vocab_size))

@@ -87,7 +87,7 @@ def student(workspace: Path, config: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def spoilt(workspace: Path, config: Path, teacher: Path) -> Path:
-    """Beside the teacher, in the workspace: an `empty` folder, a `truncated` teacher, a `headless` one.
+    """Beside the teacher, in the workspace: folders `empty`, `truncated`, `headless` (teachers), data of `other-text`.
 
     Returns:
         Data of a vocabulary of another size.
@@ -100,4 +100,6 @@ def spoilt(workspace: Path, config: Path, teacher: Path) -> Path:
     next((workspace / "headless").rglob(".metadata")).unlink()
     other = workspace / "other-vocabulary"
     run_job("prepare", config, {"data.dir": other, "data.vocab_size": 420})
+    text = Path(sysconfig.get_path("stdlib")) / "asyncio"
+    run_job("prepare", config, {"data.dir": workspace / "other-text", "data.source": f"[{text}]"})
     return other

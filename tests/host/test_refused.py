@@ -66,6 +66,7 @@ CASES: dict[str, tuple[str, list[str], str]] = {
         [PIPELINE, "teacher.tensor-model-parallel-size=2", "teacher.pipeline-model-parallel-size=1"],
         r"spans 2 data-parallel ranks of the student, whose 1 it does not divide",
     ),
+    "teacher of another tokenizer": ("distill", ["data.dir={workspace}/other-text"], r"got another one, .*other-text"),
     "data not prepared": ("distill", ["data.dir={workspace}/unprepared"], r"unprepared.*prepare"),
     "Megatron's own refusal": ("pretrain", ["megatron.num-attention-heads=5"], r"Megatron refuses"),
     # The last one, since it is found when Megatron has built the models, and on the last pipeline stage alone.

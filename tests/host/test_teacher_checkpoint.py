@@ -66,3 +66,15 @@ def test_a_teacher_as_configured_is_taken() -> None:
 def test_another_teacher_is_refused(problem: dict, message: str) -> None:
     with pytest.raises(CheckpointError, match=f"(?s){message}"):
         check(**problem)
+
+
+def test_a_tokenizer_of_the_same_size_may_be_another(tmp_path: Path) -> None:
+    for name, text in (("theirs", "a"), ("copied", "a"), ("other", "b")):
+        (tmp_path / name).write_text(text)
+    saved = Namespace(**SAVED, tokenizer_model=str(tmp_path / "theirs"))
+    checkpoint = TeacherCheckpoint(Path("teacher"), {"args": saved})
+    for fine in ("theirs", "copied", "not here"):
+        checkpoint.check_tokenizer(str(tmp_path / fine))
+    checkpoint.check_tokenizer(None)
+    with pytest.raises(CheckpointError, match=r"trained with, .*theirs, got another one, .*other; train on data"):
+        checkpoint.check_tokenizer(str(tmp_path / "other"))
