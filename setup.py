@@ -36,7 +36,8 @@ setup(
     package_data={"abkd_megatron": ["py.typed", "kernels/*.cpp", "report.html", "report.js"]},
     python_requires=">=3.12",
     install_requires=[
-        "torch>=2.6,<2.16",  # megatron-core has no upper bound, and torch 2.15 broke a part of it
+        # megatron-core 0.19 has no upper bound, and cannot read its own checkpoints with torch 2.15.
+        "torch>=2.6,<2.15",
         "megatron-core[training]>=0.19,<0.20",
         "sentencepiece>=0.2",
         "pyyaml>=6",

@@ -20,7 +20,8 @@
 # last checkpoint, as the same file names one folder to save in and to load from. What comes after the file is given on.
 set -euo pipefail
 
-MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR="${hosts[0]}"
 MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"
 export MASTER_ADDR MASTER_PORT
 
