@@ -39,8 +39,8 @@ def short_documents(workspace: Path, config: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(workspace: Path, config: Path):
-    """Trains and saves a model for a reference that needs one of its own."""
+def made(workspace: Path, config: Path, short_documents: Path):
+    """Trains and saves a model for a reference; the text of all of them has one tokenizer."""
 
     @cache
     def made(kind: str, name: str) -> Path:
@@ -49,15 +49,15 @@ def made(workspace: Path, config: Path):
             settings = {**REFERENCES[name].student, "train-iters": 1, "save-interval": 1}
         else:
             settings = {**TEACHER, **REFERENCES[name].teacher, "train-iters": 8, "save-interval": 8}
-        run_job("pretrain", config, overrides({**settings, "save": path}))
+        run_job("pretrain", config, overrides({**settings, "data.dir": short_documents, "save": path}))
         return path
 
     return made
 
 
 @pytest.fixture(scope="module")
-def teacher_of(made, teacher: Path):
-    return lambda name: made("teacher", name) if REFERENCES[name].teacher else teacher
+def teacher_of(made):
+    return lambda name: made("teacher", name if REFERENCES[name].teacher else "default")
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +94,14 @@ def on_one_rank(train):
 
 
 @pytest.fixture(scope="module")
-def ended(workspace: Path, config: Path, teacher_of) -> list[dict[str, tuple[int, str]]]:
+def ended(workspace: Path, config: Path, teacher_of, short_documents: Path) -> list[dict[str, tuple[int, str]]]:
     """How every refused row ended, on the ranks of one job."""
     cases = {}
     (num_ranks,) = {row.num_ranks for row in REFUSED}
     for row in REFUSED:
         of = of_teacher(REFERENCES[row.reference].teacher)
-        settings = overrides({"teacher.load": teacher_of(row.reference), **of, **row.settings})
+        shared = {"data.dir": short_documents, "teacher.load": teacher_of(row.reference)}
+        settings = overrides({**shared, **of, **row.settings})
         words = [f"{key}={value}" for key, value in settings.items()]
         cases[str(row)] = ["distill", "--config", str(config), *words]
     return run_refused(cases, num_ranks, workspace)
