@@ -24,6 +24,7 @@ Number = float | Schedule
 DEVICES = ("cuda", "cpu")
 HEADS = ("auto", "fused", "materialised")
 KERNELS = ("auto", "eager", "compiled", "cpp", "triton")
+PREFLIGHT = ("teacher_weights", "gradient", "batch", "teacher_loss")
 SECTIONS = ("device", "megatron", "teacher", "distillation", "data", "compare")
 
 # The keys of `distillation` that say which divergence and not how it is used.
@@ -88,6 +89,8 @@ class DistillationConfig:
     hidden_losses: list[dict[str, Scalar]] = field(default_factory=list)
     """Losses between layers: each a `student_layer`, a `teacher_layer`, a `loss` (``cosine`` or ``mse``), a `weight` (1
     if left out) and `projector` (true if left out)."""
+    skip_preflight: list[str] = field(default_factory=list)
+    """Checks before the first step to leave out: ``teacher_weights``, ``gradient``, ``batch``, ``teacher_loss``."""
 
     def make_divergence(self) -> Divergence | None:
         """The divergence that these settings describe, of several terms their sum; with schedules, at their beginning.
@@ -276,6 +279,8 @@ class Config:
                 yield from require(finite, f"{section}.{item.name}", "a finite number", value)
         yield from require_name(kd.kernel, KERNELS, "distillation.kernel")
         yield from require_name(kd.head, HEADS, "distillation.head")
+        for name in kd.skip_preflight:
+            yield from require_name(name, PREFLIGHT, "distillation.skip_preflight")
         yield from require(
             kd.chunk_tokens is None or kd.chunk_tokens >= 1, "distillation.chunk_tokens", "1 or more", kd.chunk_tokens
         )

@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from abkd_megatron import cpu, kernels
-from abkd_megatron.config import Config, Value
+from abkd_megatron.config import PREFLIGHT, Config, Value
 from abkd_megatron.distillation import head, runner
 from abkd_megatron.distillation.attach import Attachment
 from abkd_megatron.distillation.layout import Place
@@ -426,6 +426,7 @@ def _without_files(config: Config, vocab_size: int, global_batch_size: int) -> C
         config,
         megatron=megatron,
         teacher=replace(config.teacher, load="none", megatron=teacher),
+        distillation=replace(config.distillation, skip_preflight=list(PREFLIGHT)),
         data=replace(config.data, dir=None),
     )
 

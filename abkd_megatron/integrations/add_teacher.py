@@ -41,6 +41,7 @@ from abkd_megatron.distillation import (
 from abkd_megatron.distillation.attach import check_config, check_tokens
 from abkd_megatron.distillation.hidden import PROJECTORS
 from abkd_megatron.distillation.layout import neighbours_of
+from abkd_megatron.distillation.preflight import FirstStep, check_models
 from abkd_megatron.distillation.step import masked_loss
 from abkd_megatron.distillation.teacher import tensor_shapes
 from abkd_megatron.errors import AbkdError, ConfigError, HostError, on_every_rank
@@ -108,8 +109,8 @@ def add_teacher(
     Raises:
         AbkdError: on every rank, when something cannot be run; without torch.distributed, on those that see it.
 
-    Collectives: one all_gather_object where torch.distributed is initialised; in the hook those of `build_teacher` and
-    `attach`.
+    Collectives: one all_gather_object where torch.distributed is initialised; in the hook those of `build_teacher`,
+    `attach` and `check_models`.
     """
     kernels.use(kernel_of(config))
     scheduled = make_objective(config.distillation)
@@ -154,6 +155,13 @@ def add_teacher(
             pg_collection=pg_collection,
             timeout=timeout,
         )
+        step.first_step = check_models(
+            student,
+            step.attachment,
+            vocab_size=vocab_size,
+            pg_collection=pg_collection,
+            skip=config.distillation.skip_preflight,
+        )
         return student
 
     if objective.hidden_losses:
@@ -170,11 +178,13 @@ class DistilledStep:
 
     Attributes:
         attachment: the teacher's, once the model is built.
+        first_step: what is looked at in the first training step, once the model is built.
         needs_input_ids: whether the step has to give the model its input ids on the last pipeline stage, too.
     """
 
     def __init__(self, forward_step: Callable[..., tuple[Any, Any]], needs_input_ids: bool) -> None:
         self.attachment: Attachment | None = None
+        self.first_step: FirstStep | None = None
         self.needs_input_ids = needs_input_ids
         self._forward_step = forward_step
 
@@ -194,6 +204,9 @@ class DistilledStep:
                 "expected a teacher beside the student, got none: the model was not built from the model config that "
                 "was to add it; give pretrain() that one"
             )
+        assert self.first_step is not None
+        if model.training:
+            self.first_step.begin()
         _set_progress(self.attachment, model.training)
         output, loss_func = self._forward_step(data_iterator, model, *args, **kwargs)
         return output, partial(self._loss, loss_func) if loss_func is not None else None
@@ -201,17 +214,23 @@ class DistilledStep:
     def _loss(self, loss_func: Callable[..., Any], output_tensor: torch.Tensor, **kwargs: Any) -> Any:
         if kwargs:  # non_loss_data: what the caller collects is no loss
             return loss_func(output_tensor, **kwargs)
-        assert self.attachment is not None
-        return loss_with_report(self.attachment, loss_func, output_tensor, get_args().check_for_nan_in_loss_and_grad)
+        assert self.attachment is not None and self.first_step is not None
+        check_for_nan = get_args().check_for_nan_in_loss_and_grad
+        return loss_with_report(self.attachment, self.first_step, loss_func, output_tensor, check_for_nan)
 
 
 def loss_with_report(
-    attachment: Attachment, loss_func: Callable[..., Any], output_tensor: torch.Tensor, check_for_nan: bool
+    attachment: Attachment,
+    first_step: FirstStep,
+    loss_func: Callable[..., Any],
+    output_tensor: torch.Tensor,
+    check_for_nan: bool,
 ) -> tuple[Any, ...]:
     """What a loss function returns of a micro-batch, with our numbers in its report.
 
     Args:
         attachment: of the model whose last forward gave `output_tensor`.
+        first_step: is told the teacher's loss.
         loss_func: of Megatron's kind: returns the loss, perhaps the number of tokens, and what it logs.
         output_tensor: [b, s], the loss a token.
         check_for_nan: as `masked_loss` takes it.
@@ -236,6 +255,7 @@ def loss_with_report(
         teacher_seconds=attachment.take_teacher_seconds,
         check_for_nan=check_for_nan,
     )
+    first_step.note_loss(ours["teacher lm loss"])
     *loss, logged = loss_func(output_tensor)
     return (*loss, {**logged, **ours})
 

@@ -26,6 +26,7 @@ from abkd_megatron.config_file import load_config
 from abkd_megatron.config_yaml import flow
 from abkd_megatron.distillation import Attachment, Objective, Progress, Teacher, TeacherCheckpoint, attach
 from abkd_megatron.distillation.attach import check_tokens
+from abkd_megatron.distillation.preflight import FirstStep, check_models
 from abkd_megatron.distillation.teacher import build_teacher, random_states_kept
 from abkd_megatron.errors import CheckpointError, ConfigError, HostError, on_every_rank
 from abkd_megatron.integrations.add_teacher import kernel_of, loss_with_report, make_objective, try_kernel
@@ -113,7 +114,7 @@ def distill(
     Raises:
         AbkdError: on every rank, before the first step, when something cannot be run.
 
-    Collectives: Bridge's, and those of `build_teacher` and `attach`.
+    Collectives: Bridge's, and those of `build_teacher`, `attach` and `check_models`.
     """
     pretrain(config, add_teacher(config, forward_step), callbacks)
 
@@ -172,6 +173,13 @@ def add_teacher(
         step.attachment = attach(
             student, teacher, scheduled, vocab_size=vocab_size, pg_collection=groups, timeout=timeout
         )
+        step.first_step = check_models(
+            student,
+            step.attachment,
+            vocab_size=vocab_size,
+            pg_collection=groups,
+            skip=ours.distillation.skip_preflight,
+        )
         return student
 
     if isinstance(config.model, ModelConfig):
@@ -190,10 +198,12 @@ class DistilledStep:
 
     Attributes:
         attachment: the teacher's, once the model is built.
+        first_step: what is looked at in the first training step, once the model is built.
     """
 
     def __init__(self, forward_step: Callable[..., Any]) -> None:
         self.attachment: Attachment | None = None
+        self.first_step: FirstStep | None = None
         self._forward_step = forward_step
         self._takes_state = needs_global_state_injection(forward_step)
         self._batch: Mapping[str, Any] = {}
@@ -214,6 +224,9 @@ class DistilledStep:
                 "expected a teacher beside the student, got none: the model was not built from the container that was "
                 "to add it; give pretrain() that one"
             )
+        assert self.first_step is not None
+        if model.training:
+            self.first_step.begin()
         self._set_progress(state, model.training)
         step = maybe_inject_state(self._forward_step, state, needs_injection=self._takes_state)
         self._batch = {}
@@ -257,8 +270,8 @@ class DistilledStep:
     def _loss(self, loss_func: Callable[..., Any], check_for_nan: bool, output_tensor: Any, **kwargs: Any) -> Any:
         if kwargs:  # non_loss_data: what the caller collects is no loss
             return loss_func(output_tensor, **kwargs)
-        assert self.attachment is not None
-        return loss_with_report(self.attachment, loss_func, output_tensor, check_for_nan)
+        assert self.attachment is not None and self.first_step is not None
+        return loss_with_report(self.attachment, self.first_step, loss_func, output_tensor, check_for_nan)
 
 
 def export_to_hf(checkpoint: str | Path, hf_reference: str | Path, out: str | Path) -> None:

@@ -38,6 +38,7 @@ class Call:
         return self.target
 
 
+PREFLIGHT = "distillation/preflight.py"
 STEP, ATTACH, HEAD = "distillation/step.py", "distillation/attach.py", "distillation/head.py"
 TEACHER, RUNNER, HIDDEN = "distillation/teacher.py", "distillation/runner.py", "distillation/hidden.py"
 ADD, JOB, STOCK, BRIDGE = (f"integrations/{name}.py" for name in ("add_teacher", "megatron_lm", "stock", "bridge"))
@@ -254,6 +255,7 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
             *("output_layer", "compute_language_model_loss", "pg_collection", "vp_stage"),
         ),
     ),
+    ("megatron.core.model_parallel_config:ModelParallelConfig", PREFLIGHT, ("finalize_model_grads_func",)),
     ("megatron.core.transformer.transformer_block:TransformerBlock", RUNNER, ("input_tensor",)),
     ("megatron.core.transformer.transformer_block:TransformerBlock", HIDDEN, ("layers",)),
     ("megatron.core.transformer.transformer_layer:TransformerLayer", HIDDEN, ("layer_number",)),
