@@ -41,6 +41,7 @@ from abkd_megatron.integrations.add_teacher import (
     try_kernel,
 )
 from abkd_megatron.integrations.megatron_lm import UNSUPPORTED_IN_JOBS
+from abkd_megatron.integrations.provenance import check_resumed, record
 from abkd_megatron.tables import show
 
 OK, ABSENT, REFUSED = "ok", "not here", "refused"
@@ -320,6 +321,10 @@ class _Look:
         self.add("teacher's checkpoint", f"{checkpoint.directory}: whole, and of the model described")
         with self.at("teacher's tokenizer"):
             self._same_tokenizer(student, checkpoint)
+        with self.at("going on"):
+            changed = check_resumed(student, record(self.config, checkpoint), self.config.distillation.on_change)
+            if changed is not None:
+                self.add("going on", changed, ABSENT)
 
     def _same_tokenizer(self, student: Namespace, checkpoint: TeacherCheckpoint) -> None:
         """Vocabularies of one size may still be two; of the checkpoint only the path of the tokenizer is known."""

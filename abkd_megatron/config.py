@@ -25,6 +25,7 @@ DEVICES = ("cuda", "cpu")
 HEADS = ("auto", "fused", "materialised")
 KERNELS = ("auto", "eager", "compiled", "cpp", "triton")
 PREFLIGHT = ("teacher_weights", "gradient", "batch", "teacher_loss")
+ON_CHANGE = ("refuse", "warn")
 SECTIONS = ("device", "megatron", "teacher", "distillation", "data", "compare")
 
 # The keys of `distillation` that say which divergence and not how it is used.
@@ -91,6 +92,8 @@ class DistillationConfig:
     if left out) and `projector` (true if left out)."""
     skip_preflight: list[str] = field(default_factory=list)
     """Checks before the first step to leave out: ``teacher_weights``, ``gradient``, ``batch``, ``teacher_loss``."""
+    on_change: str = "refuse"
+    """What to do where a run would go on from a checkpoint of another teacher or loss: ``refuse``, or ``warn``."""
 
     def make_divergence(self) -> Divergence | None:
         """The divergence that these settings describe, of several terms their sum; with schedules, at their beginning.
@@ -281,6 +284,7 @@ class Config:
         yield from require_name(kd.head, HEADS, "distillation.head")
         for name in kd.skip_preflight:
             yield from require_name(name, PREFLIGHT, "distillation.skip_preflight")
+        yield from require_name(kd.on_change, ON_CHANGE, "distillation.on_change")
         yield from require(
             kd.chunk_tokens is None or kd.chunk_tokens >= 1, "distillation.chunk_tokens", "1 or more", kd.chunk_tokens
         )

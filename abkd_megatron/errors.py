@@ -21,6 +21,10 @@ class DataError(AbkdError):
     """Text, tokenizer or prepared data that cannot be used as it stands."""
 
 
+class NumericalError(AbkdError, ArithmeticError):
+    """A loss that is NaN or infinite before Megatron's own checks have begun."""
+
+
 class HostError(AbkdError):
     """The installed Megatron, or this machine, lacks what the job needs."""
 

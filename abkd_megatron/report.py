@@ -435,7 +435,7 @@ def _distillation(run: Run) -> dict[str, Any]:
 # What of `distillation:` is no parameter of the divergence.
 _NO_PARAMETERS = (
     *("divergence", "losses", "temperature", "kd_weight", "lm_weight", "hidden_losses", "head", "chunk_tokens"),
-    *("kernel", "gradient_in_place", "shared_vocab", "tokens", "diagnostics"),
+    *("kernel", "gradient_in_place", "shared_vocab", "tokens", "diagnostics", "on_change"),
 )
 
 

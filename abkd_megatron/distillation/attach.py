@@ -251,6 +251,7 @@ class Attachment:
         self.report: dict[str, torch.Tensor] | None = None
         self.loss_mask: torch.Tensor | None = None
         self.most_waiting = self.most_waiting_bytes = 0
+        self._tensors: dict[str, torch.Tensor] = {}
         self._vocab_size = vocab_size
         self._tp_group = pg_collection.tp
         self._cp_group: dist.ProcessGroup | None = getattr(pg_collection, "cp", None)
@@ -300,6 +301,15 @@ class Attachment:
         tokens = self.objective.tokens
         of_all = self.objective.diagnostics and not torch.is_grad_enabled()  # a diagnosis is of all tokens
         return METRICS if tokens is not None and tokens.by_position and not of_all else ()
+
+    def take_tensors(self) -> dict[str, torch.Tensor]:
+        """Both models' last hidden states of the last micro-batch, on the last pipeline stage, once.
+
+        [s, b, h], with sequence parallelism this rank's [s/TP, b, h]. They are kept until they are taken, or until the
+        next micro-batch; `masked_loss` has statistics of them where a loss is not finite.
+        """
+        tensors, self._tensors = self._tensors, {}
+        return tensors
 
     def take_teacher_seconds(self) -> tuple[float, float] | None:
         """What the teacher's passes of training have taken on this rank since the last call: (seconds, passes).
@@ -377,6 +387,10 @@ class Attachment:
     ) -> torch.Tensor:
         """The per-token loss [b, s] from both models' hidden states; called by GPTModel."""
         self.loss_mask = loss_mask
+        self._tensors = {
+            "student hidden states": hidden_states.detach(),
+            "teacher hidden states": context.hidden_states,
+        }
         student = OutputLayer(hidden_states, output_layer, output_weight, scale_logits)
         loss = compute_loss(
             student,

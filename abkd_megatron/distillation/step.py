@@ -1,15 +1,20 @@
 """The loss contract with Megatron's schedules: sums over tokens, and the numbers to log beside them."""
 
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 
 import torch
-from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+from abkd_megatron.distillation.faults import check_losses
 
 # Of a report, per token: 1.0 where the divergence is trained, else 0.0; logged as a share.
 SELECTED = "selected tokens"
 
 # How long the teacher's pass on a micro-batch took, in seconds.
 TEACHER_SECONDS = "teacher seconds"
+
+# Losses that are no part of `kd loss`.
+_NO_PARTS = ("lm loss", "kd loss", "teacher lm loss", "total loss")
 
 # In place of a count of 0 that something is divided by: lost beside any other in fp32.
 NOTHING = 1e-12
@@ -25,6 +30,9 @@ def masked_loss(
     hidden: Mapping[str, tuple[float, torch.Tensor]] | None = None,
     teacher_seconds: Callable[[], tuple[float, float] | None] = lambda: None,
     check_for_nan: bool = True,
+    check_for_spikes: bool = False,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+    save: str | Path | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Return what Megatron's schedules expect of a loss function for one micro-batch.
 
@@ -41,13 +49,19 @@ def masked_loss(
         hidden: {name: (weight, sum over the same counted tokens)} of losses between layers, `Attachment.hidden`. Their
             gradients are on their way already; here they are only logged.
         teacher_seconds: `Attachment.take_teacher_seconds`: (seconds, passes) of the teacher to log, or None.
-        check_for_nan: stop on NaN or Inf through Megatron's rerun state machine, as its own loss function does.
+        check_for_nan: stop on NaN or Inf in a loss through Megatron's rerun state machine, see `check_losses`.
+        check_for_spikes: with that, also tell of a loss far above what it was.
+        tensors: what else there are to be statistics of when such a loss was found, `Attachment.take_tensors`.
+        save: Megatron's: a file of these statistics, and of those of `report`, is written there.
 
     Returns:
         (sum of the loss over counted tokens, their number as int, {name: [sum, number]}). Without a report the only
         name is `lm loss`. With one, `lm loss` is still the student's cross entropy, `total loss` is what is trained.
         `teacher seconds` is [seconds, passes]. What is scheduled is [value] alone, of which Megatron takes the mean
         over micro-batches. The same names on every rank and micro-batch.
+
+    Raises:
+        NumericalError: as `check_losses`.
 
     Collectives: none; Megatron reduces each name once an iteration.
     """
@@ -66,9 +80,18 @@ def masked_loss(
         sums[name] = of_layers
         sums["total loss"] = sums.get("total loss", loss).detach() + weight * of_layers
     if check_for_nan:
-        for name in ("lm loss", "kd loss", *(hidden or ()), "total loss"):
-            if name in sums:
-                _stop_unless_finite(sums[name], name)
+        between = list(hidden or ())
+        losses = {name: value.detach() for name, value in sums.items() if name.endswith(" loss") or name in between}
+        # Parts before what they are part of, since the first that is found is named.
+        parts = [name for name in losses if name not in (*_NO_PARTS, *between)]
+        checked = [name for name in ("lm loss", *parts, "kd loss", *between, "total loss") if name in losses]
+
+        def details() -> dict[str, torch.Tensor]:
+            counted = {name: torch.where(loss_mask == 0, 0.0, it) for name, it in (report or {}).items()}
+            return {**counted, **(tensors or {})}
+
+        folder = Path(save) if save is not None else None
+        check_losses(losses, checked, details, folder=folder, spikes=check_for_spikes)
     logged = {
         name: torch.cat([value.detach().clone().view(1), counts.get(name, num_tokens).view(1)])
         for name, value in sums.items()
@@ -83,14 +106,3 @@ def masked_loss(
 def _masked_sum(per_token: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The sum over counted tokens; one that does not count adds nothing, even if it is NaN or infinite."""
     return torch.where(mask == 0, 0.0, per_token.reshape(-1).float() * mask).sum()
-
-
-def _stop_unless_finite(value: torch.Tensor, name: str) -> None:
-    for rejection, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-        get_rerun_state_machine().validate_result(
-            result=value,
-            rejection_func=rejection,
-            message=f"found {what} in the {name} of a micro-batch",
-            tolerance=0.0,  # a forward pass is deterministic
-            fatal=True,
-        )

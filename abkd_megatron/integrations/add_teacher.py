@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
-from megatron.training.checkpointing import checkpoint_exists
 
 import abkd_megatron.kernels as kernels
 from abkd_megatron.config import SCHEDULED, Config, DistillationConfig
@@ -45,6 +43,7 @@ from abkd_megatron.distillation.preflight import FirstStep, check_models
 from abkd_megatron.distillation.step import masked_loss
 from abkd_megatron.distillation.teacher import tensor_shapes
 from abkd_megatron.errors import AbkdError, ConfigError, HostError, on_every_rank
+from abkd_megatron.integrations import provenance
 from abkd_megatron.vocab_parallel import vocab_parallel_divergence
 
 logger = logging.getLogger(__name__)
@@ -97,7 +96,8 @@ def add_teacher(
         config: checked for "distill"; `device`, `teacher` and `distillation` are used.
         megatron: the student's Megatron arguments, as `to_argv` takes them: the teacher's are derived from them.
         options: as `megatron_options` returns them.
-        args: Megatron's arguments of the student, validated, with the true `vocab_size`.
+        args: Megatron's arguments of the student, validated, with the true `vocab_size`; get a record of the
+            distillation, `provenance.RECORD`, which Megatron saves with the checkpoint.
         model_config: the student's GPTModelConfig; gets hooks, in which projectors are added and the teacher
             is built and attached.
         forward_step: of Megatron's kind, with a model that is called with labels and the loss mask.
@@ -125,6 +125,9 @@ def add_teacher(
             checkpoint.check_tokenizer(args.tokenizer_model)
         try_kernel(objective, config.device, args.params_dtype)
         absent = absent_projectors(args, objective.hidden_losses)
+        record = provenance.record(config, checkpoint)
+        changed = provenance.check_resumed(args, record, config.distillation.on_change)
+    setattr(args, provenance.RECORD, record)
     step = DistilledStep(forward_step, needs_input_ids=objective.shares_part_of(vocab_size))
 
     def with_projectors(student: list[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -140,6 +143,8 @@ def add_teacher(
         print_rank_0(f"distilling with {', '.join(losses)} from the teacher in {checkpoint.directory}")
         for name, schedule in scheduled.schedules.items():
             print_rank_0(f"scheduled {name}: {schedule}")
+        if changed is not None:
+            print_rank_0(f"WARNING: {changed}")
         pg_collection = get_attr_wrapped_model(student[0], "pg_collection")
         step.attachment = attach(
             student,
@@ -215,8 +220,16 @@ class DistilledStep:
         if kwargs:  # non_loss_data: what the caller collects is no loss
             return loss_func(output_tensor, **kwargs)
         assert self.attachment is not None and self.first_step is not None
-        check_for_nan = get_args().check_for_nan_in_loss_and_grad
-        return loss_with_report(self.attachment, self.first_step, loss_func, output_tensor, check_for_nan)
+        args = get_args()
+        return loss_with_report(
+            self.attachment,
+            self.first_step,
+            loss_func,
+            output_tensor,
+            args.check_for_nan_in_loss_and_grad,
+            check_for_spikes=args.check_for_spiky_loss,
+            save=args.save,
+        )
 
 
 def loss_with_report(
@@ -225,6 +238,9 @@ def loss_with_report(
     loss_func: Callable[..., Any],
     output_tensor: torch.Tensor,
     check_for_nan: bool,
+    *,
+    check_for_spikes: bool = False,
+    save: str | None = None,
 ) -> tuple[Any, ...]:
     """What a loss function returns of a micro-batch, with our numbers in its report.
 
@@ -234,6 +250,8 @@ def loss_with_report(
         loss_func: of Megatron's kind: returns the loss, perhaps the number of tokens, and what it logs.
         output_tensor: [b, s], the loss a token.
         check_for_nan: as `masked_loss` takes it.
+        check_for_spikes: likewise.
+        save: likewise.
 
     Raises:
         ConfigError: the model was not given its loss mask.
@@ -254,6 +272,9 @@ def loss_with_report(
         scheduled=attachment.scheduled,
         teacher_seconds=attachment.take_teacher_seconds,
         check_for_nan=check_for_nan,
+        check_for_spikes=check_for_spikes,
+        tensors=attachment.take_tensors(),
+        save=save,
     )
     first_step.note_loss(ours["teacher lm loss"])
     *loss, logged = loss_func(output_tensor)
@@ -300,7 +321,10 @@ def _set_progress(attachment: Attachment, training: bool) -> None:
         samples = max(args.consumed_train_samples - get_current_running_global_batch_size(), 0)
     else:
         return
-    attachment.set_progress(Progress(iteration, samples, samples * args.seq_length))
+    progress = Progress(iteration, samples, samples * args.seq_length)
+    attachment.set_progress(progress)
+    if training:
+        provenance.note_progress(args, progress, attachment.scheduled)
 
 
 def try_kernel(objective: Objective, device: str, dtype: torch.dtype) -> None:
@@ -316,18 +340,14 @@ def absent_projectors(args: Namespace, losses: Sequence[HiddenLoss]) -> list[str
         ConfigError: if Megatron would also resume the optimizer from it, which has no state of theirs.
     """
     wanted = [loss.pair for loss in losses if loss.projector]
-    load, finetune = args.load, args.finetune
-    if not checkpoint_exists(load) and args.pretrained_checkpoint is not None:
-        load, finetune = args.pretrained_checkpoint, True
-    if not wanted or not checkpoint_exists(load):  # what else there may be to refuse is Megatron's
+    directory, goes_on = provenance.checkpoint_to_load(args)
+    if not wanted or directory is None:
         return []
     found: set[str] = set()
-    saved = str(args.ckpt_step or Path(load, "latest_checkpointed_iteration.txt").read_text().strip())
-    directory = Path(load, f"iter_{int(saved):07d}" if saved.isdigit() else saved)
     if dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
         found = set(tensor_shapes(directory))
     absent = [pair for pair in wanted if f"{PROJECTORS}.{pair}.weight" not in found]
-    if absent and not (finetune or args.no_load_optim):
+    if absent and goes_on and not args.no_load_optim:
         raise ConfigError(
             f"expected the projectors of the hidden losses {', '.join(absent)} in {directory}, where this run would go "
             "on; give megatron.finetune=true to begin with its weights and new projectors"

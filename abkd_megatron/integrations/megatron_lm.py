@@ -166,7 +166,15 @@ class _ForwardStep:
         self, loss_mask: torch.Tensor | None, output_tensor: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         assert loss_mask is not None  # Megatron asks for the loss on the last stage alone
-        return masked_loss(loss_mask, output_tensor, check_for_nan=get_args().check_for_nan_in_loss_and_grad)
+        args = get_args()
+        # With a teacher it is the step around this one that looks at the losses, and knows them by name.
+        return masked_loss(
+            loss_mask,
+            output_tensor,
+            check_for_nan=args.check_for_nan_in_loss_and_grad and self.distilled is None,
+            check_for_spikes=args.check_for_spiky_loss,
+            save=args.save,
+        )
 
 
 def get_batch(

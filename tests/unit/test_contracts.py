@@ -39,9 +39,10 @@ class Call:
 
 
 PREFLIGHT = "distillation/preflight.py"
-STEP, ATTACH, HEAD = "distillation/step.py", "distillation/attach.py", "distillation/head.py"
+FAULTS, ATTACH, HEAD = "distillation/faults.py", "distillation/attach.py", "distillation/head.py"
 TEACHER, RUNNER, HIDDEN = "distillation/teacher.py", "distillation/runner.py", "distillation/hidden.py"
 ADD, JOB, STOCK, BRIDGE = (f"integrations/{name}.py" for name in ("add_teacher", "megatron_lm", "stock", "bridge"))
+PROVENANCE = "integrations/provenance.py"
 DRY, PHANTOM = "dry_run.py", "phantom.py"
 GPT = "megatron.core.models.gpt:GPTModel"
 LINEAR = "megatron.core.tensor_parallel:ColumnParallelLinear"
@@ -98,6 +99,8 @@ CALLS = [
     # The teacher's checkpoint.
     Call(f"{CHECKPOINTS}:check_is_distributed_checkpoint", TEACHER, ("checkpoint_dir",)),
     Call(f"{CHECKPOINTS}:load_common_state_dict", TEACHER, ("checkpoint_dir",)),
+    Call(f"{CHECKPOINTS}:check_is_distributed_checkpoint", PROVENANCE, ("checkpoint_dir",)),
+    Call(f"{CHECKPOINTS}:load_common_state_dict", PROVENANCE, ("checkpoint_dir",)),
     Call(f"{CHECKPOINTS}:load_content_metadata", TEACHER, (), ("preloaded_state_dict",)),
     Call(f"{CHECKPOINTS}:load", TEACHER, ("sharded_state_dict", "checkpoint_dir")),
     Call(f"{CHECKPOINTS}.dict_utils:nested_values", TEACHER, ("x",)),
@@ -117,12 +120,19 @@ CALLS = [
         ("tp", "pp", "cp", "dp", "dp_cp", "embd", "pos_embd"),
     ),
     # Losses.
-    Call("megatron.core.rerun_state_machine:get_rerun_state_machine", STEP),
+    Call("megatron.core.rerun_state_machine:get_rerun_state_machine", FAULTS),
     Call(
         "megatron.core.rerun_state_machine:RerunStateMachine.validate_result",
-        STEP,
+        FAULTS,
         ("self",),
         ("result", "rejection_func", "message", "tolerance", "fatal"),
+    ),
+    Call("megatron.core.rerun_state_machine:RerunStateMachine.get_mode", FAULTS, ("self",)),
+    Call(
+        "megatron.core.rerun_state_machine:RerunStateMachine.is_unexpectedly_large",
+        FAULTS,
+        ("self", "result"),
+        ("threshold", "context"),
     ),
     # Losses between layers.
     Call("megatron.core.num_microbatches_calculator:get_num_microbatches", HIDDEN),
@@ -133,7 +143,7 @@ CALLS = [
         ("state_dict", "prefix", "tensor_parallel_layers_axis_map", "sharded_offsets"),
         ("tp_group", "dp_cp_group"),
     ),
-    Call("megatron.training.checkpointing:checkpoint_exists", ADD, ("checkpoints_path",)),
+    Call("megatron.training.checkpointing:checkpoint_exists", PROVENANCE, ("checkpoints_path",)),
     # Arguments and the training loop.
     Call(f"{CHECKPOINTS}.strategies.filesystem_async:get_write_results_queue", JOB),
     Call("megatron.training.arguments:add_megatron_arguments", ADD, ("parser",)),
@@ -247,6 +257,13 @@ CALLS = [
 
 # What we read or write of objects: fields of dataclasses, methods, and what their classes set on self.
 ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
+    (
+        "megatron.core.rerun_state_machine:RerunStateMachine",
+        FAULTS,
+        ("first_iteration_complete", "current_iteration", "state"),
+    ),
+    ("megatron.core.rerun_state_machine:RerunMode", FAULTS, ("VALIDATE_RESULTS",)),
+    ("megatron.core.rerun_state_machine:RerunState", FAULTS, ("INITIAL_RUN",)),
     (
         GPT,
         f"{ATTACH}, {TEACHER}, {RUNNER}",
@@ -384,7 +401,7 @@ def test_megatron_has_the_arguments_we_read() -> None:
     options = {action.dest for action in add_teacher.megatron_options().values()}
     read = {
         (user, node.attr)
-        for user in (ADD, JOB)
+        for user in (ADD, JOB, PROVENANCE)
         for node in ast.walk(ast.parse((PACKAGE / user).read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("args", "student")
     }
