@@ -42,8 +42,8 @@ from abkd_megatron import cpu, kernels
 from abkd_megatron.config import PREFLIGHT, Config, Value
 from abkd_megatron.distillation import head, runner
 from abkd_megatron.distillation.attach import Attachment
+from abkd_megatron.distillation.checkpoint import TeacherCheckpoint
 from abkd_megatron.distillation.layout import Place
-from abkd_megatron.distillation.teacher import TeacherCheckpoint
 from abkd_megatron.divergences import AlphaBeta, Divergence, ToDi
 from abkd_megatron.integrations import add_teacher, megatron_lm
 from abkd_megatron.vocab_parallel.head import automatic_chunk_tokens

@@ -37,11 +37,11 @@ from abkd_megatron.distillation import (
     build_teacher,
 )
 from abkd_megatron.distillation.attach import check_config, check_tokens
+from abkd_megatron.distillation.checkpoint import tensor_shapes
 from abkd_megatron.distillation.hidden import PROJECTORS
 from abkd_megatron.distillation.layout import neighbours_of
 from abkd_megatron.distillation.preflight import FirstStep, check_models
 from abkd_megatron.distillation.step import masked_loss
-from abkd_megatron.distillation.teacher import tensor_shapes
 from abkd_megatron.errors import AbkdError, ConfigError, HostError, on_every_rank
 from abkd_megatron.integrations import provenance
 from abkd_megatron.vocab_parallel import vocab_parallel_divergence

@@ -34,7 +34,7 @@ def run_stock(config: Path, *first: object, num_ranks: int = 1, **overrides: obj
 
 
 def saved_tensors(checkpoint: Path) -> dict[str, tuple[int, ...]]:
-    from abkd_megatron.distillation.teacher import tensor_shapes
+    from abkd_megatron.distillation.checkpoint import tensor_shapes
 
     return tensor_shapes(checkpoint / "iter_0000005")
 

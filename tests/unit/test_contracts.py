@@ -40,7 +40,8 @@ class Call:
 
 PREFLIGHT = "distillation/preflight.py"
 FAULTS, ATTACH, HEAD = "distillation/faults.py", "distillation/attach.py", "distillation/head.py"
-TEACHER, RUNNER, HIDDEN = "distillation/teacher.py", "distillation/runner.py", "distillation/hidden.py"
+CHECKPOINT, TEACHER, RUNNER = "distillation/checkpoint.py", "distillation/teacher.py", "distillation/runner.py"
+HIDDEN = "distillation/hidden.py"
 ADD, JOB, STOCK, BRIDGE = (f"integrations/{name}.py" for name in ("add_teacher", "megatron_lm", "stock", "bridge"))
 PROVENANCE = "integrations/provenance.py"
 DRY, PHANTOM = "dry_run.py", "phantom.py"
@@ -97,16 +98,16 @@ CALLS = [
     Call("megatron.core.tensor_parallel:copy_to_tensor_model_parallel_region", HEAD, ("input_",), ("group",)),
     Call("megatron.core.tensor_parallel:gather_from_sequence_parallel_region", HEAD, ("input_",), ("group",)),
     # The teacher's checkpoint.
-    Call(f"{CHECKPOINTS}:check_is_distributed_checkpoint", TEACHER, ("checkpoint_dir",)),
-    Call(f"{CHECKPOINTS}:load_common_state_dict", TEACHER, ("checkpoint_dir",)),
+    Call(f"{CHECKPOINTS}:check_is_distributed_checkpoint", CHECKPOINT, ("checkpoint_dir",)),
+    Call(f"{CHECKPOINTS}:load_common_state_dict", CHECKPOINT, ("checkpoint_dir",)),
     Call(f"{CHECKPOINTS}:check_is_distributed_checkpoint", PROVENANCE, ("checkpoint_dir",)),
     Call(f"{CHECKPOINTS}:load_common_state_dict", PROVENANCE, ("checkpoint_dir",)),
-    Call(f"{CHECKPOINTS}:load_content_metadata", TEACHER, (), ("preloaded_state_dict",)),
-    Call(f"{CHECKPOINTS}:load", TEACHER, ("sharded_state_dict", "checkpoint_dir")),
-    Call(f"{CHECKPOINTS}.dict_utils:nested_values", TEACHER, ("x",)),
+    Call(f"{CHECKPOINTS}:load_content_metadata", CHECKPOINT, (), ("preloaded_state_dict",)),
+    Call(f"{CHECKPOINTS}:load", CHECKPOINT, ("sharded_state_dict", "checkpoint_dir")),
+    Call(f"{CHECKPOINTS}.dict_utils:nested_values", CHECKPOINT, ("x",)),
     Call(
         "megatron.training.vocab_utils:calculate_padded_vocab_size",
-        TEACHER,
+        CHECKPOINT,
         ("vocab_size", "make_vocab_size_divisible_by", "tensor_model_parallel_size"),
         ("logging_enabled",),
     ),
@@ -309,7 +310,7 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
         f"{ATTACH}, {TEACHER}",
         ("tp", "pp", "cp", "dp", "dp_cp", "ep", "expt_tp", "tp_ep", "expt_dp", "expt_dp_gtp_remat"),
     ),
-    (f"{CHECKPOINTS}.mapping:ShardedTensor", TEACHER, ("key", "global_shape", "allow_shape_mismatch")),
+    (f"{CHECKPOINTS}.mapping:ShardedTensor", CHECKPOINT, ("key", "global_shape", "allow_shape_mismatch")),
     ("megatron.training.models.base:ModelConfig", BRIDGE, ("post_wrap_hooks",)),
     ("megatron.core.enums:ModelType", JOB, ("encoder_or_decoder",)),
     (OPTIMIZER, "cpu.py", ("optimizer", "config", "init_state_fn")),
@@ -389,7 +390,7 @@ def test_megatron_has_the_arguments_we_read() -> None:
     """As options of its command line, or as what its own code derives from them."""
     from megatron.training import arguments, global_vars, training
 
-    from abkd_megatron.distillation.teacher import _ARCHITECTURE
+    from abkd_megatron.distillation.checkpoint import _ARCHITECTURE
     from abkd_megatron.integrations import add_teacher, megatron_lm
 
     derived = {
@@ -406,7 +407,7 @@ def test_megatron_has_the_arguments_we_read() -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("args", "student")
     }
     read |= {(ADD, name) for name in add_teacher._SHARED} | {(JOB, name) for name in megatron_lm.UNSUPPORTED_IN_JOBS}
-    read |= {(TEACHER, name) for name in _ARCHITECTURE}
+    read |= {(CHECKPOINT, name) for name in _ARCHITECTURE}
     assert len(read) > 40
     known = options | derived | {"padded_vocab_size"}
     missing = [f"args.{name}, which abkd_megatron/{user} reads" for user, name in sorted(read) if name not in known]
