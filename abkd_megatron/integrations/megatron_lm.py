@@ -20,7 +20,7 @@ from megatron.core.utils import (
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
-from megatron.training import get_args, get_tensorboard_writer, get_timers, get_tokenizer, pretrain
+from megatron.training import get_args, get_tensorboard_writer, get_timers, get_tokenizer, pretrain, print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
@@ -39,6 +39,7 @@ from abkd_megatron.integrations.add_teacher import (
     megatron_options,
     megatron_refusals_named,
 )
+from abkd_megatron.integrations.provenance import check_resumed_alone
 
 logger = logging.getLogger(__name__)
 _stimer = StragglerDetector()
@@ -85,6 +86,11 @@ def run(config: Config, job: str) -> None:
         _keep_checkpoint_writer_from_signals()
     plain = _ForwardStep()
     distilled = None
+    if job == "pretrain":
+        with on_every_rank():
+            alone = check_resumed_alone(args)
+        if alone is not None:
+            print_rank_0(f"WARNING: {alone}")
     if job == "distill":
         distilled = add_teacher(config, megatron, options, args, model_config, plain, UNSUPPORTED_IN_JOBS)
         plain.distilled = distilled

@@ -70,17 +70,9 @@ def check_resumed(args: Namespace, now: dict[str, Any], on_change: str) -> str |
         ConfigError: for "refuse", saying what changed, from what to what, and how to go on.
         CheckpointError: the checkpoint cannot be read.
     """
-    directory, goes_on = checkpoint_to_load(args)
-    if directory is None or not goes_on or not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
+    directory, before = _record_in_checkpoint(args)
+    if directory is None:
         return None
-    try:
-        common = dist_checkpointing.load_common_state_dict(str(directory))
-    except Exception as error:
-        raise CheckpointError(
-            f"the common state of the student's checkpoint in {directory} cannot be read ({error}); give "
-            "megatron.ckpt-step of an earlier iteration, or copy it again"
-        ) from error
-    before = getattr(common.get("args"), RECORD, None)
     if before is None:
         return (
             f"the checkpoint in {directory} does not say what it was distilled with, if it was: whether this run goes "
@@ -101,6 +93,39 @@ def check_resumed(args: Namespace, now: dict[str, Any], on_change: str) -> str |
         )
     now["before"] = [*before.get("before", []), {name: it for name, it in before.items() if name != "before"}]
     return said
+
+
+def check_resumed_alone(args: Namespace) -> str | None:
+    """What there is to warn of where a run without a teacher goes on from a checkpoint of a distilled student.
+
+    Args:
+        args: Megatron's, validated.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+    """
+    directory, before = _record_in_checkpoint(args)
+    if before is None:
+        return None
+    return (
+        f"this run goes on from {directory}, which was distilled from {_shown(before['teacher'])}, without a "
+        "teacher: on cross entropy alone"
+    )
+
+
+def _record_in_checkpoint(args: Namespace) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint that this run goes on from, if it does, and the record in it, if there is one."""
+    directory, goes_on = checkpoint_to_load(args)
+    if directory is None or not goes_on or not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
+        return None, None
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(directory))
+    except Exception as error:
+        raise CheckpointError(
+            f"the common state of the student's checkpoint in {directory} cannot be read ({error}); give "
+            "megatron.ckpt-step of an earlier iteration, or copy it again"
+        ) from error
+    return directory, getattr(common.get("args"), RECORD, None)
 
 
 def _settings(config: Config) -> dict[str, str]:

@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from megatron.training import get_tokenizer
+from megatron.training import get_tokenizer, print_rank_0
 
 from abkd_megatron import cpu
 from abkd_megatron.config import DistillationConfig
 from abkd_megatron.config_file import from_argv, load_config
 from abkd_megatron.errors import AbkdError, ConfigError, on_every_rank
 from abkd_megatron.integrations.add_teacher import UNSUPPORTED, add_teacher, check_layout, megatron_options
+from abkd_megatron.integrations.provenance import check_resumed_alone
 
 # By its name without the prefix: the section.key that an argument sets, its metavar and its help.
 _TEACHER = {
@@ -87,7 +88,7 @@ def distil[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_st
 
     Raises:
         ConfigError: an argument of ours without a teacher, a value that cannot be, or a feature that is not supported.
-        CheckpointError: a teacher that is missing, damaged or not the one configured.
+        CheckpointError: a teacher that is missing, damaged or not the one configured; or what Megatron is to load.
 
     Collectives: without a teacher none, with one those of `add_teacher` and one all_gather_object where
     torch.distributed is initialised. In stock scripts it is not yet: a rank then raises what it sees itself.
@@ -101,6 +102,8 @@ def distil[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_st
                 "expected --kd-teacher-load with the teacher's checkpoint, got only "
                 f"{', '.join(_option(name) for name in names)}; add it, or remove them to train without a teacher"
             )
+        if (alone := check_resumed_alone(args)) is not None:
+            print_rank_0(f"WARNING: {alone}; give --kd-teacher-load to go on with a teacher")
         return forward_step
     options = megatron_options()
     with _told_as_options():

@@ -239,7 +239,9 @@ def recipe(folder: Path, overrides: list[str]) -> Any:
     small(plain, folder)
     teacher = {"hf": str(folder / "teacher"), "overrides": {**OF_PROVIDER, "transformer_layer_spec": LOCAL_SPEC}}
     config = bridge.DistillConfigContainer.of(plain, bridge.TeacherConfig(**teacher))
-    given = ["distillation.temperature=2", "distillation.alpha=0.5", *overrides]
+    # The teachers here are untrained.
+    untrained = "distillation.skip_preflight=[teacher_loss]"
+    given = ["distillation.temperature=2", "distillation.alpha=0.5", untrained, *overrides]
     return process_config_with_overrides(config, cli_overrides=given)
 
 
@@ -375,6 +377,7 @@ def document(folder: Path, overrides: list[str]) -> dict[str, Any]:
     config = names["config"]
     facts["temperature"] = config.distillation.temperature
     small(config, folder / "document")
+    config.distillation.skip_preflight = ["teacher_loss"]  # the model is untrained
     config.teacher.overrides = {**OF_PROVIDER, "transformer_layer_spec": LOCAL_SPEC}
     exec(compile(f"distill({last}", "docs/bridge.md", "exec"), names)
     facts["saved"] = sorted(path.name for path in (folder / "document" / "saved").iterdir())

@@ -11,7 +11,7 @@ import torch
 from launch import Rank, launch, run_job, scalars
 from matrix import check_refused, run_refused
 from megatron.core import dist_checkpointing
-from test_stock_script import SCRIPT, command_line, kd_arguments
+from test_stock_script import SCRIPT, command_line, kd_arguments, run_script
 
 ALPHA = "{schedule: linear, from: 0.5, to: 0.3, end: 4}"
 RECORD = "abkd_distillation"
@@ -136,6 +136,22 @@ def test_going_on_with_leave_warns_and_keeps_what_was(gone_on: tuple[Path, list[
     assert after["before"] == [before]
     assert after["distillation"]["temperature"] == "2.0"
     assert after["teacher"]["sha256"] == before["teacher"]["sha256"] and "copied" in after["teacher"]["path"]
+
+
+ALONE = r"WARNING: this run goes on from \S*iter_0000002, which was distilled from \S*iter_0000008 .* without a teacher"
+
+
+def test_going_on_without_a_teacher_is_warned_of(config: Path, begun: Path) -> None:
+    settings = {"megatron.load": begun, "megatron.ckpt-step": 2, "megatron.train-iters": 4}
+    for rank in run_job("pretrain", config, settings, num_ranks=2)[:1]:
+        assert re.search(ALONE, rank.output), rank.output[-6000:]
+
+
+def test_so_is_a_script_of_ones_own(config: Path, begun: Path) -> None:
+    settings = {"load": begun, "ckpt-step": 2, "train-iters": 4}
+    (rank,) = run_script(SCRIPT, command_line(config, settings))
+    assert rank.code == 0, rank.output[-6000:]
+    assert re.search(ALONE + r".*give --kd-teacher-load", rank.output), rank.output[-6000:]
 
 
 def test_begun_anew_nothing_is_compared(begun: Path) -> None:
