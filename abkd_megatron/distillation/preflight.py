@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
@@ -19,6 +20,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
 from abkd_megatron.distillation.attach import Attachment
+from abkd_megatron.distillation.head import obstacles
 from abkd_megatron.distillation.objective import Objective
 from abkd_megatron.distillation.teacher import Teacher, random_states_kept
 from abkd_megatron.divergences import Divergence
@@ -31,7 +33,7 @@ from abkd_megatron.vocab_parallel import (
 
 logger = logging.getLogger(__name__)
 
-CHECKS = ("teacher_weights", "gradient", "batch", "teacher_loss")
+CHECKS = ("teacher_weights", "memory", "gradient", "batch", "teacher_loss")
 
 # Nats around ln V, what a teacher that knows nothing costs. Below it by less than the first a teacher is worth a
 # warning. Above it by more than the second it is refused: logits of variance v that say nothing of the text cost v/2
@@ -54,15 +56,17 @@ def check_models(
     *,
     vocab_size: int,
     pg_collection: ProcessGroupCollection,
+    tokens: int,
     skip: Collection[str] = (),
 ) -> "FirstStep":
-    """Check the teacher's weights and the loss over the live process groups.
+    """Check the teacher's weights, the room for logits, and the loss over the live process groups.
 
     Args:
         student: this rank's model as Megatron built it.
         attachment: of that student.
         vocab_size: true size of its vocabulary.
         pg_collection: its process groups; `tp` is used.
+        tokens: of a micro-batch on one rank.
         skip: those of `CHECKS` to leave out, in the first step, too.
 
     Returns:
@@ -70,9 +74,10 @@ def check_models(
 
     Raises:
         CheckpointError: on every rank, if a weight of the teacher is NaN or infinite, or a matrix all zero, on any.
-        ConfigError: on every rank, if the sharded loss or its gradient is not the dense one on any.
+        ConfigError: on every rank, if logits of a micro-batch have no room in what the models leave of the memory, or
+            if the sharded loss or its gradient is not the dense one, on any.
 
-    Collectives: two all_gather_object; those of the loss on a few tokens, and an all-gather of their logits.
+    Collectives: three all_gather_object; those of the loss on a few tokens, and an all-gather of their logits.
     """
     objective = attachment.objective
     known = min(objective.shared_vocab or vocab_size, vocab_size)
@@ -86,6 +91,15 @@ def check_models(
                     "teacher.load a checkpoint that was converted or saved whole" + hint.format("teacher_weights")
                 )
     last = unwrap_model(student[-1])
+    if "memory" not in skip:
+        with on_every_rank():
+            needed = bytes_of_logits(last, attachment, vocab_size, tokens) if last.post_process else 0
+            if needed > (free := free_bytes(next(last.parameters()).device)):
+                raise ConfigError(
+                    f"expected room for {needed / 2**30:.3g} GiB of logits, both models' of {tokens} tokens and their "
+                    f"gradient, got {free / 2**30:.3g} GiB beside the models on rank {dist.get_rank()}; give a smaller "
+                    "micro-batch, more tensor-parallel ranks or distillation.head=fused" + hint.format("memory")
+                )
     if "gradient" not in skip:
         wrong = []
         if last.post_process:
@@ -103,6 +117,32 @@ def check_models(
                     "vocabulary by `columns`, otherwise try distillation.kernel=eager" + hint.format("gradient")
                 )
     return FirstStep(student, attachment.teacher, pg_collection, known, skip)
+
+
+def bytes_of_logits(last: GPTModel, attachment: Attachment, vocab_size: int, tokens: int) -> int:
+    """What the logits of a micro-batch take at the least; 0 where the head may be fused: chunks go by what is free.
+
+    Args:
+        last: the student's last stage.
+        attachment: of that student.
+        vocab_size: true size of its vocabulary.
+        tokens: of a micro-batch on this rank.
+    """
+    objective = attachment.objective
+    fusible = not obstacles(last.output_layer, attachment.teacher.head, objective, vocab_size)
+    if objective.head != "materialised" and fusible:
+        return 0
+    every = objective.tokens.n if objective.tokens is not None and objective.tokens.n is not None else 1
+    rows = (1 if objective.gradient_in_place else 2) * tokens + tokens // every
+    return rows * last.output_layer.output_size_per_partition * next(last.parameters()).element_size()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process can still have; other ranks of a CPU may take it."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def wrong_weights(teacher: Teacher, vocab_size: int, tp_group: dist.ProcessGroup) -> list[str]:

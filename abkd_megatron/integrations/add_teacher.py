@@ -165,6 +165,7 @@ def add_teacher(
             step.attachment,
             vocab_size=vocab_size,
             pg_collection=pg_collection,
+            tokens=args.micro_batch_size * args.seq_length // args.context_parallel_size,
             skip=config.distillation.skip_preflight,
         )
         return student

@@ -178,6 +178,7 @@ def add_teacher(
             step.attachment,
             vocab_size=vocab_size,
             pg_collection=groups,
+            tokens=config.train.micro_batch_size * config.model.seq_length // groups.cp.size(),
             skip=ours.distillation.skip_preflight,
         )
         return student

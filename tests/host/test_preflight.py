@@ -84,6 +84,16 @@ def test_a_teacher_of_zeros_is_refused(config: Path, zeroed: Path) -> None:
     )
 
 
+def test_logits_without_room_are_refused(config: Path, teacher: Path) -> None:
+    words = ["distill", "--config", config, f"teacher.load={teacher}", "distillation.head=materialised", PIPELINE]
+    ranks = launch([Path(__file__).with_name("little_memory.py"), *words], 2)
+    message = (
+        r"error: expected room for \S+ GiB of logits, both models' of \d+ tokens and their gradient, got \S+ GiB "
+        r"beside the models on rank 1; .*skip_preflight=\[memory\]"
+    )
+    check_none_trained(ranks, message)
+
+
 def test_a_number_that_is_none_is_refused_where_others_do_not_see_it(
     workspace: Path, config: Path, teacher: Path
 ) -> None:
