@@ -213,6 +213,7 @@ def install() -> None:
     megatron_random._lazy_init = torch.cuda._lazy_init
     _fix_resumed_adam()
     _let_torch_norms_be_sequence_parallel()
+    _keep_data_loaders_from_the_generator()
 
 
 def _of_its_own(answer: Any) -> Any:
@@ -263,6 +264,23 @@ def _let_torch_norms_be_sequence_parallel() -> None:
         return norm
 
     WrappedTorchNorm.__new__ = make_marked
+
+
+def _keep_data_loaders_from_the_generator() -> None:
+    """Let an iterator of a data loader leave the random generator as it was, which here is the GPU's, too.
+
+    It draws a seed for its workers when it is made, on the ranks that read data alone and again after resuming. Dropout
+    outside of attention, which has to be the same on all tensor-parallel ranks, would then differ between them.
+    """
+    from torch.utils.data import DataLoader
+
+    iterate = DataLoader.__iter__
+
+    def iterate_apart(self: DataLoader) -> Any:
+        with torch.random.fork_rng(devices=()):
+            return iterate(self)
+
+    DataLoader.__iter__ = iterate_apart  # type: ignore[method-assign]
 
 
 def _fix_resumed_adam() -> None:
