@@ -365,6 +365,11 @@ class _NoCheckpoint(TeacherCheckpoint):
 
     def check_arguments(self, *_: Any) -> None: ...
 
+    def verify(self) -> None: ...
+
+    def identity(self) -> dict[str, Any]:
+        return {"path": "", "iteration": None, "sha256": ""}
+
     def has(self, key: str) -> bool:
         return True
 

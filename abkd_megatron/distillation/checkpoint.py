@@ -11,12 +11,14 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 from megatron.training.vocab_utils import calculate_padded_vocab_size
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from abkd_megatron.distillation.safe_reading import plain_values, read_common, read_index
 from abkd_megatron.errors import CheckpointError, on_every_rank
 
 logger = logging.getLogger(__name__)
@@ -116,13 +118,7 @@ class TeacherCheckpoint:
                 f"expected a torch_dist checkpoint of the teacher in {directory}, found none; save it with "
                 "--ckpt-format torch_dist, or convert it with Megatron's --ckpt-convert-format"
             )
-        try:
-            stored = FileSystemReader(directory).read_metadata().storage_data or {}
-        except Exception as error:
-            raise CheckpointError(
-                f"the index of the teacher's checkpoint in {directory} cannot be read ({error}); copy or save it "
-                "again, or read it with the torch that wrote it"
-            ) from error
+        stored = read_index(directory).storage_data or {}
         sizes: dict[str, int] = {}
         for item in stored.values():
             sizes[item.relative_path] = max(sizes.get(item.relative_path, 0), item.offset + item.length)
@@ -134,14 +130,7 @@ class TeacherCheckpoint:
                     f"the teacher's checkpoint is damaged: {file} should hold {size} bytes and "
                     f"{'is missing' if found is None else f'holds {found}'}; copy or save it again"
                 )
-        try:
-            common = dist_checkpointing.load_common_state_dict(str(directory))
-        except Exception as error:
-            raise CheckpointError(
-                f"the common state of the teacher's checkpoint in {directory} cannot be read ({error}); "
-                "copy or save it again"
-            ) from error
-        return cls(directory, common)
+        return cls(directory, read_common(directory))
 
     def check_arguments(self, args: Namespace, vocab_size: int, shared_vocab: int | None = None) -> None:
         """Refuse a teacher whose saved arguments contradict the configured ones.
@@ -270,12 +259,27 @@ class TeacherCheckpoint:
         """
         with on_every_rank():
             self.check_tensors(wanted)
-        with on_every_rank():
-            try:
-                loaded: dict[str, Any] = dist_checkpointing.load({"wanted": wanted}, str(self.directory))
-            except Exception as error:
-                raise CheckpointError(f"the teacher in {self.directory} cannot be loaded: {error}") from error
+        with on_every_rank(), plain_values(self.directory):
+            loaded: dict[str, Any] = dist_checkpointing.load({"wanted": wanted}, str(self.directory))
         return loaded.get("wanted") or {}  # a rank may want nothing
+
+    def verify(self) -> None:
+        """Compare every file with the SHA-256 that Megatron's --verify-integrity had written beside it at the save.
+
+        Rank 0 reads all of the checkpoint. That tells damage: who can change a file can change its hash.
+
+        Raises:
+            CheckpointError: on every rank, when there are no hashes, or a file has another.
+
+        Collectives: one broadcast_object_list over the whole job; none where torch.distributed is not initialised.
+        """
+        try:
+            verify_integrity_manifest(str(self.directory))
+        except CheckpointingException as error:
+            raise CheckpointError(
+                f"the teacher's checkpoint is not known to be whole: {error}\ncopy it again; or, of one saved without "
+                "verify-integrity, give teacher.verify-integrity=false"
+            ) from error
 
     def identity(self) -> dict[str, Any]:
         """Which teacher this is: {"path": of the iteration's folder, "iteration", "sha256"}.
@@ -319,7 +323,7 @@ def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     Megatron's `load_tensors_metadata` makes an empty tensor of each with all properties in the index, of which torch
     2.15 has one more than its `torch.empty` takes.
     """
-    stored = FileSystemReader(directory).read_metadata().state_dict_metadata
+    stored = read_index(directory).state_dict_metadata
     return {key: tuple(item.size) for key, item in stored.items() if isinstance(item, TensorStorageMetadata)}
 
 

@@ -109,7 +109,8 @@ def add_teacher(
     Raises:
         AbkdError: on every rank, when something cannot be run; without torch.distributed, on those that see it.
 
-    Collectives: one all_gather_object where torch.distributed is initialised; in the hook those of `build_teacher`,
+    Collectives: one all_gather_object where torch.distributed is initialised, and that of
+    `TeacherCheckpoint.verify` for --verify-integrity; in the hook those of `build_teacher`,
     `attach` and `check_models`.
     """
     kernels.use(kernel_of(config))
@@ -127,6 +128,8 @@ def add_teacher(
         absent = absent_projectors(args, objective.hidden_losses)
         record = provenance.record(config, checkpoint)
         changed = provenance.check_resumed(args, record, config.distillation.on_change)
+    if teacher_args.verify_integrity:
+        checkpoint.verify()
     setattr(args, provenance.RECORD, record)
     step = DistilledStep(forward_step, needs_input_ids=objective.shares_part_of(vocab_size))
 

@@ -15,6 +15,7 @@ from megatron.training.checkpointing import checkpoint_exists
 from abkd_megatron.config import Config, DistillationConfig
 from abkd_megatron.config_yaml import flow
 from abkd_megatron.distillation import Progress, TeacherCheckpoint
+from abkd_megatron.distillation.safe_reading import read_common
 from abkd_megatron.errors import CheckpointError, ConfigError
 
 # The attribute of Megatron's arguments. Plain dicts, text and numbers, which weights_only loading takes.
@@ -119,12 +120,9 @@ def _record_in_checkpoint(args: Namespace) -> tuple[Path | None, dict[str, Any] 
     if directory is None or not goes_on or not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
         return None, None
     try:
-        common = dist_checkpointing.load_common_state_dict(str(directory))
-    except Exception as error:
-        raise CheckpointError(
-            f"the common state of the student's checkpoint in {directory} cannot be read ({error}); give "
-            "megatron.ckpt-step of an earlier iteration, or copy it again"
-        ) from error
+        common = read_common(directory)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; or give megatron.ckpt-step of an earlier iteration") from error
     return directory, getattr(common.get("args"), RECORD, None)
 
 

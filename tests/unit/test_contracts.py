@@ -40,6 +40,7 @@ class Call:
 
 PREFLIGHT = "distillation/preflight.py"
 FAULTS, ATTACH, HEAD = "distillation/faults.py", "distillation/attach.py", "distillation/head.py"
+SAFE_READING = "distillation/safe_reading.py"
 CHECKPOINT, TEACHER, RUNNER = "distillation/checkpoint.py", "distillation/teacher.py", "distillation/runner.py"
 HIDDEN = "distillation/hidden.py"
 ADD, JOB, STOCK, BRIDGE = (f"integrations/{name}.py" for name in ("add_teacher", "megatron_lm", "stock", "bridge"))
@@ -99,9 +100,9 @@ CALLS = [
     Call("megatron.core.tensor_parallel:gather_from_sequence_parallel_region", HEAD, ("input_",), ("group",)),
     # The teacher's checkpoint.
     Call(f"{CHECKPOINTS}:check_is_distributed_checkpoint", CHECKPOINT, ("checkpoint_dir",)),
-    Call(f"{CHECKPOINTS}:load_common_state_dict", CHECKPOINT, ("checkpoint_dir",)),
+    Call(f"{CHECKPOINTS}:load_common_state_dict", SAFE_READING, ("checkpoint_dir",)),
+    Call(f"{CHECKPOINTS}.validation:verify_integrity_manifest", CHECKPOINT, ("checkpoint_dir",)),
     Call(f"{CHECKPOINTS}:check_is_distributed_checkpoint", PROVENANCE, ("checkpoint_dir",)),
-    Call(f"{CHECKPOINTS}:load_common_state_dict", PROVENANCE, ("checkpoint_dir",)),
     Call(f"{CHECKPOINTS}:load_content_metadata", CHECKPOINT, (), ("preloaded_state_dict",)),
     Call(f"{CHECKPOINTS}:load", CHECKPOINT, ("sharded_state_dict", "checkpoint_dir")),
     Call(f"{CHECKPOINTS}.dict_utils:nested_values", CHECKPOINT, ("x",)),
@@ -258,6 +259,7 @@ CALLS = [
 
 # What we read or write of objects: fields of dataclasses, methods, and what their classes set on self.
 ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
+    (f"{CHECKPOINTS}.core:CheckpointingException", CHECKPOINT, ()),
     (
         "megatron.core.rerun_state_machine:RerunStateMachine",
         FAULTS,
