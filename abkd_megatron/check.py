@@ -30,6 +30,7 @@ from abkd_megatron.distillation.head import obstacles_of
 from abkd_megatron.distillation.hidden import Layers, check_layers
 from abkd_megatron.distillation.layout import Place, TeacherLayout
 from abkd_megatron.errors import AbkdError, ConfigError, DataError
+from abkd_megatron.indexed import check_datasets, prefixes_of
 from abkd_megatron.integrations.add_teacher import (
     absent_projectors,
     check_layout,
@@ -174,6 +175,14 @@ class _Look:
         else:
             self.add("data", f"{len(prefixes)} indexed datasets of Megatron's")
 
+    def _datasets(self, args: Namespace, vocab_size: int | None) -> None:
+        """Of those that are here; that others are not has been said."""
+        here = [it for it in prefixes_of(args) if all(Path(it + end).is_file() for end in (".bin", ".idx"))]
+        if here:
+            count = sum(tokens.count for tokens in check_datasets(here, vocab_size).values())
+            known = f"a sample of ids is below {vocab_size}" if vocab_size is not None else "their ids are open"
+            self.add("datasets", f"{len(here)} whole, {count} tokens; {known}")
+
     def models(self, options: Mapping[str, Action], world_size: int | None) -> None:
         config = self.config
         try:
@@ -192,6 +201,8 @@ class _Look:
             teacher, knows = None, False
             if student is not None:
                 knows = self._vocabulary(student)
+                with self.at("datasets"):
+                    self._datasets(student, student.vocab_size if knows else None)
                 teacher = self._teacher(student, megatron, options)
                 can_be_made = False
                 with self.at("Megatron's models"):

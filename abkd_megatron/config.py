@@ -10,7 +10,7 @@ from typing import Any
 
 from abkd_megatron.divergences import Divergence, Sum, registry
 from abkd_megatron.divergences.base import finite_number
-from abkd_megatron.errors import ConfigError, check_name
+from abkd_megatron.errors import ConfigError, brief, check_name
 from abkd_megatron.hidden_loss import HiddenLoss, refuse_twins
 from abkd_megatron.logit_losses import LogitLoss
 from abkd_megatron.logit_losses.registry import build
@@ -27,6 +27,9 @@ KERNELS = ("auto", "eager", "compiled", "cpp", "triton")
 PREFLIGHT = ("teacher_weights", "memory", "gradient", "batch", "teacher_loss")
 ON_CHANGE = ("refuse", "warn")
 SECTIONS = ("device", "megatron", "teacher", "distillation", "data", "compare")
+
+# Of a message about losses, which quotes names that are anyone's.
+_MOST_CHARACTERS = 2000
 
 # The keys of `distillation` that say which divergence and not how it is used.
 _OF_DIVERGENCE = ("divergence", "alpha", "beta", "scale", "detach", "skew", "mixture", "losses")
@@ -265,7 +268,7 @@ class Config:
 
         def require(holds: bool, key: str, expected: str, got: object) -> Iterator[ConfigError]:
             if not holds:
-                yield ConfigError(f"{origin(key)}: {key}: expected {expected}, got {got}")
+                yield ConfigError(f"{origin(key)}: {key}: expected {expected}, got {brief(str(got))}")
 
         def require_name(name: object, known: Iterable[str], key: str) -> Iterator[ConfigError]:
             try:
@@ -371,7 +374,7 @@ class Config:
             except ConfigError as error:
                 is_known = False
                 origin = self.origins.get(f"distillation.{chosen}", "default")
-                yield ConfigError(f"{origin}: distillation.{chosen}: {error}")
+                yield ConfigError(f"{origin}: distillation.{chosen}: {brief(str(error), _MOST_CHARACTERS)}")
             if kd.head == "fused" and logit_losses:
                 origin = self.origins.get("distillation.head", "default")
                 yield ConfigError(
@@ -382,7 +385,7 @@ class Config:
             kd.make_hidden_losses()
         except ConfigError as error:
             origin = self.origins.get("distillation.hidden_losses", "default")
-            yield ConfigError(f"{origin}: distillation.hidden_losses: {error}")
+            yield ConfigError(f"{origin}: distillation.hidden_losses: {brief(str(error), _MOST_CHARACTERS)}")
         for name in self.without_effect() if is_known and is_finite else ():
             if self.is_given(name):
                 taken = ", ".join(registry.parameters(kd.divergence)) or "no parameters"

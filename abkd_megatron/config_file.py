@@ -23,7 +23,7 @@ from abkd_megatron.config import (
 )
 from abkd_megatron.config_values import Given, MegatronOptions, Options, field_value, option_value, wrong
 from abkd_megatron.config_yaml import flow, load_yaml, plain
-from abkd_megatron.errors import ConfigError, check_name
+from abkd_megatron.errors import ConfigError, brief, check_name, shown
 
 # What a job's own configuration is called in TensorBoard.
 CONFIG_TEXT = "abkd_megatron/config"
@@ -32,7 +32,7 @@ CONFIG_TEXT = "abkd_megatron/config"
 def _read_file(path: Path) -> list[Given]:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no path at all
         raise ConfigError(f"{path}: expected a readable YAML file, got: {error}; check the path") from error
     top = load_yaml(text, path.name)
     if not isinstance(top, dict):
@@ -47,19 +47,20 @@ def _read_file(path: Path) -> list[Given]:
         elif isinstance(entry.value, dict):
             given += [Given.spelt(section, k, e.value, f"{path.name}:{e.line}") for k, e in entry.value.items()]
         elif entry.value is not None:
-            raise ConfigError(f"{origin}: {section}: expected `key: value` lines, got {entry.value!r}")
+            raise ConfigError(f"{origin}: {section}: expected `key: value` lines, got {shown(plain(entry.value))}")
     return given
 
 
 def _read_override(text: str) -> Given:
     name, equals, value = text.partition("=")
     section, dot, key = name.strip().partition(".")
-    if not equals or (bool(dot and key) == (section == "device")):
+    if not equals or (bool(dot and key) == (section == "device")) or not name.isprintable():
         raise ConfigError(
-            f"command line: expected section.key=value or device=NAME, got {text!r}; for example megatron.num-layers=4"
+            f"command line: expected section.key=value or device=NAME, got {shown(text)}; for example "
+            "megatron.num-layers=4"
         )
     check_name(section, SECTIONS, "command line", "section")
-    return Given.spelt(section, key, load_yaml(value, f"command line: {name}"), "command line")
+    return Given.spelt(section, key, load_yaml(value, f"command line: {brief(name)}"), "command line")
 
 
 def load_config(

@@ -9,9 +9,11 @@ from typing import Any
 
 from abkd_megatron.config import Number, Scalar, Value
 from abkd_megatron.config_yaml import dashed, flow, load_yaml, plain
-from abkd_megatron.errors import ConfigError, check_name, shown
+from abkd_megatron.errors import ConfigError, brief, check_name, shown
 from abkd_megatron.schedule import COUNTS, KINDS, Schedule
 from abkd_megatron.selection import KEYS, TokenSelection
+
+_MOST_DIGITS = 100  # of a whole number; Python itself reads no more than some thousand
 
 type Options = Mapping[str, argparse.Action]
 
@@ -45,7 +47,7 @@ class Given:
 def wrong(item: Given, expected: str, value: object, remedy: str = "") -> ConfigError:
     """The error of a value that is of no use."""
     end = f"; {remedy}" if remedy else ""
-    return ConfigError(f"{item.origin}: {item.name}: expected {expected}, got {shown(value)}{end}")
+    return ConfigError(f"{item.origin}: {item.name}: expected {expected}, got {shown(plain(value))}{end}")
 
 
 def _boolean(item: Given, value: object) -> bool:
@@ -58,7 +60,7 @@ def _boolean(item: Given, value: object) -> bool:
 def _integer(item: Given, value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(_\d+)*", value):
+    if isinstance(value, str) and len(value) <= _MOST_DIGITS and re.fullmatch(r"[-+]?\d+(_\d+)*", value):
         return int(value)
     raise wrong(item, "a whole number", value, "write it in digits" if isinstance(value, str) else "")
 
@@ -185,7 +187,7 @@ def _term(item: Given, entry: object) -> dict[str, Scalar]:
     term: dict[str, Scalar] = {}
     for key, value in ((key.replace("-", "_"), one.value) for key, one in entry.items()):
         if isinstance(value, dict | list):
-            raise wrong(item, f"a plain value of {key}", value)
+            raise wrong(item, f"a plain value of {brief(key)}", value)
         try:
             term[key] = value if isinstance(value, bool | None) or key == "name" else _number(item, value, finite=True)
         except ConfigError:
@@ -200,7 +202,7 @@ def _settings(item: Given) -> dict[str, list[str]]:
     settings: dict[str, list[str]] = {}
     for name, entry in item.value.items():
         if not isinstance(entry.value, dict):
-            raise wrong(item, f"{name} to be a mapping such as {{divergence: todi}}", entry.value)
+            raise wrong(item, f"{brief(name)} to be a mapping such as {{divergence: todi}}", entry.value)
         settings[name] = []
         for key, one in entry.value.items():
             section, _, rest = key.rpartition(".")

@@ -1,19 +1,24 @@
 """The YAML of configurations: keys once and with their lines, and scalars that stay text.
 
 A plain scalar other than true, false and null stays text until the type of its field or action is known, so ``1e-4`` is
-a number where one is expected, and a name such as ``1.10`` keeps its zero.
+a number where one is expected, and a name such as ``1.10`` keeps its zero. Tags of other types are refused, and so is
+what anchors multiply beyond any configuration.
 """
 
 import math
 import re
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import yaml
 
-from abkd_megatron.errors import ConfigError
+from abkd_megatron.errors import ConfigError, brief, shown
 from abkd_megatron.schedule import Schedule
 from abkd_megatron.selection import TokenSelection
+
+# Of one text: values once aliases are written out, and levels. The largest file here has some hundred values, 4 levels.
+_MOST_VALUES, _MOST_LEVELS = 20_000, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,43 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own attribute)
 
+    def get_single_node(self) -> yaml.Node | None:
+        """The document, once it is known that there is nothing in it but what a configuration is made of.
+
+        PyYAML would construct dates, sets and the like, which fail on odd values with errors of their own, and a few
+        anchors that name each other can stand for more values than there is memory.
+        """
+        node = super().get_single_node()
+        if node is not None:
+            self._measure(node, {})
+        return node
+
+    def _measure(self, node: yaml.Node, known: dict[yaml.Node, tuple[int, int] | None]) -> tuple[int, int]:
+        """How many values there are within `node` once aliases are written out, and on how many levels."""
+        if node in known:
+            measured = known[node]
+            if measured is None:
+                raise yaml.MarkedYAMLError(
+                    problem="an anchor stands for a value within itself", problem_mark=node.start_mark
+                )
+            return measured
+        if node.tag not in (
+            self.resolve(type(node), node.value, (True, False)),
+            yaml.resolver.Resolver.DEFAULT_SCALAR_TAG,
+        ):
+            raise yaml.MarkedYAMLError(problem=f"the tag {shown(node.tag)}; leave it out", problem_mark=node.start_mark)
+        known[node] = None
+        within = []
+        if not isinstance(node, yaml.ScalarNode):
+            children = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+            within = [self._measure(child, known) for child in children]
+        values, levels = 1 + sum(count for count, _ in within), 1 + max((level for _, level in within), default=0)
+        if values > _MOST_VALUES or levels > _MOST_LEVELS:
+            problem = f"more than {_MOST_VALUES} values, or {_MOST_LEVELS} within each other"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        known[node] = values, levels
+        return values, levels
+
 
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
@@ -36,11 +78,11 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Ent
         line = key_node.start_mark.line + 1
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
-            raise ConfigError(f"{loader.name}:{line}: expected a name as key, got {key!r}; quote it")
+            raise ConfigError(f"{loader.name}:{line}: expected a name as key, got {shown(plain(key))}; quote it")
         key = dashed(key)
         if key in entries:
             raise ConfigError(
-                f"{loader.name}: '{key}' is given twice, on lines {entries[key].line} and {line}; remove one"
+                f"{loader.name}: {shown(key)} is given twice, on lines {entries[key].line} and {line}; remove one"
             )
         entries[key] = Entry(loader.construct_object(value_node, deep=True), line)
     return entries
@@ -66,7 +108,8 @@ def load_yaml(text: str, name: str) -> Any:
     except ConfigError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{name}: expected readable YAML, got: {error}") from error
+        lines = [brief(line) for line in str(error).split("\n")]
+        raise ConfigError("\n".join([f"{name}: expected readable YAML, got: {lines[0]}", *lines[1:]])) from error
 
 
 def plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from abkd_megatron.config import DataConfig
-from abkd_megatron.errors import DataError
+from abkd_megatron.errors import DataError, brief
 
 SPLITS = ("train", "valid", "test")
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
@@ -242,9 +242,9 @@ def _read_jsonl(file: Path) -> Iterator[tuple[str, str]]:
             if not isinstance(text, str):
                 raise TypeError(f"text is {type(text).__name__}")
             text.encode()  # refuses lone surrogates
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
-                f'{file}:{number}: expected {{"text": "..."}}, got {line[:60]!r} ({error!r}); mend the line'
+                f'{file}:{number}: expected {{"text": "..."}}, got {line[:60]!r} ({brief(repr(error))}); mend the line'
             ) from error
         yield f"{file}:{number:09}", text
 

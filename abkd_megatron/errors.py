@@ -87,4 +87,11 @@ def shown(value: object) -> str:
         return "a nested mapping"
     if isinstance(value, bool):
         return f"the boolean {str(value).lower()}"
-    return "nothing (null)" if value is None else repr(value)
+    return "nothing (null)" if value is None else brief(repr(value))
+
+
+def brief(text: str, most: int = 400) -> str:
+    """Someone's text as a message can hold it: what is too long without its middle, what is not printable escaped."""
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")

@@ -109,6 +109,8 @@ class AlphaBeta(Divergence):
         new_value = weigh(mass, self.value(log_p, log_q, log_ratio))
         new_value -= weigh(slope, _difference(at_alpha, at_lam, b, log_ratio))
         new_value += weigh(value, at_lam.exp())
+        # No term is below 0, so none takes back an infinite one: there the slopes are infinite too, times 0 or less.
+        new_value = torch.where(value == math.inf, value, new_value)
         new_slope = weigh(slope, at_alpha) + weigh(mass, self.slope(log_p, log_q, log_ratio))
         return weigh(mass, _exponent(0.0, log_p, lam, log_q).exp()), new_slope, new_value
 

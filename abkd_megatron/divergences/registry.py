@@ -66,12 +66,14 @@ def make(name: str, settings: Mapping[str, object], known: Mapping[str, Callable
         inspect.signature(made_by).bind(**settings)
     except TypeError as error:
         raise ConfigError(f"{name}: {error}; it takes {inspect.signature(made_by)}") from error
+    except ValueError as error:
+        raise ConfigError(f"{name}: expected a subclass of Divergence, got {made_by!r}; name the class") from error
     return made_by(**settings)
 
 
 def _imported(path: str, known: Mapping[str, Callable[..., object]]) -> Callable[..., object]:
     module, _, attribute = path.rpartition(".")
-    if not module:
+    if not module or not all(part.isidentifier() for part in path.split(".")):
         near = difflib.get_close_matches(path, known, n=1, cutoff=0.7)
         hint = f"did you mean '{near[0]}'? " if near else ""
         raise ConfigError(

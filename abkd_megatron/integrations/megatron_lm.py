@@ -30,6 +30,7 @@ from abkd_megatron.config_file import CONFIG_TEXT, render, to_argv
 from abkd_megatron.data import PreparedData
 from abkd_megatron.distillation.step import masked_loss
 from abkd_megatron.errors import on_every_rank
+from abkd_megatron.indexed import check_datasets, prefixes_of
 from abkd_megatron.integrations.add_teacher import (
     UNSUPPORTED,
     DistilledStep,
@@ -78,6 +79,9 @@ def run(config: Config, job: str) -> None:
         # Megatron saves its arguments with the checkpoint; this one lets a later student see whose vocabulary it was.
         args.vocab_size = get_tokenizer().vocab_size
         model_config = gpt_config_from_args(args)
+    with on_every_rank():
+        if args.rank == 0:  # the others hear of it, and thousands of them do not read the same files
+            check_datasets(prefixes_of(args), args.vocab_size)
     if (writer := get_tensorboard_writer()) is not None:  # on the last rank
         shown = ("megatron", "teacher", "distillation", "data") if job == "distill" else ("megatron", "data")
         # Indented, which TensorBoard's Markdown takes for code.

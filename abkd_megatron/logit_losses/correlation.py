@@ -112,10 +112,11 @@ def _rounding(dtype: torch.dtype) -> float:
 def _distance(tt: Tensor, ss: Tensor, ts: Tensor, td: Tensor, dd: Tensor, defined: Tensor) -> Tensor:
     """1 - ts / sqrt(tt ss), of sums of products of t, s and d = s - t; 1 where it is not defined.
 
-    By the identity tt ss - ts^2 = tt dd - td^2, which keeps its digits where t and s are near each other.
+    By the identity tt ss - ts^2 = tt dd - td^2, which keeps its digits where t and s are near each other, and loses all
+    of them where one is much shorter than the other.
     """
     tt, ss = tt.where(defined, 1.0), ss.where(defined, 1.0)
     norms = tt.sqrt() * ss.sqrt()
-    near = defined & (dd < tt) & (ts > 0)
+    near = defined & (dd < tt) & (dd < ss) & (ts > 0)
     by_difference = (tt * dd - td * td).where(near, 0.0) / (norms * (norms + ts)).where(near, 1.0)
     return torch.where(near, by_difference, 1.0 - (ts / norms).where(defined, 0.0))

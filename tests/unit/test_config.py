@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abkd_megatron.config import (
@@ -631,6 +631,7 @@ def test_render_shows_origins_and_loads_again(load):
 texts = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=12)
 
 
+@settings(deadline=None)
 @given(
     name=texts,
     paths=st.lists(texts, max_size=3),
