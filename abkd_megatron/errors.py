@@ -1,8 +1,9 @@
 """What can go wrong before the first step, by cause. Each message says what was expected, what was got, the remedy."""
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class AbkdError(Exception):
@@ -57,6 +58,29 @@ def on_every_rank() -> Iterator[None]:
     if first is not None:
         rank, (kind, message) = first
         raise kind(f"{message} (found on rank {rank})")
+
+
+def from_rank_0[T](function: Callable[[], T]) -> T:
+    """What `function` returns on rank 0, on every rank of the job; so an `AbkdError` that it raises there.
+
+    For what is read from files that all ranks see: at thousands of ranks the file system is spared.
+
+    Collectives: one broadcast_object_list over the whole job. torch.distributed has to be initialised.
+    """
+    import torch.distributed as dist
+
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = function()
+        except AbkdError as error:
+            told[1] = type(error), str(error)
+    dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        kind, message = told[1]
+        raise kind(message)
+    result: T = told[0]
+    return result
 
 
 def check_name(name: object, known: Iterable[str], origin: str, what: str) -> None:

@@ -33,6 +33,7 @@ from megatron.training import get_args, training
 from megatron.training.models import GPTModelConfig
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed import fake_pg
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -319,7 +320,8 @@ def _replacements(config: Config, ledger: Ledger, watch: _Watch, memory: float) 
     yield attaching, "compute_loss", within(HEADS, head.compute_loss)
     yield add_teacher.DistilledStep, "__call__", within(ACTIVATIONS, add_teacher.DistilledStep.__call__)
     yield dist, "all_gather_object", _all_gather_object
-    yield TeacherCheckpoint, "open", classmethod(lambda cls, *_: _NoCheckpoint(Path(), {}))
+    yield add_teacher, "from_rank_0", lambda function: function()
+    yield TeacherCheckpoint, "open", classmethod(lambda cls, *_: _NoCheckpoint(Path(), {}, Metadata({})))
     yield kernels, "_automatic", lambda divergence, *_: _automatic_kernel(config, divergence)
     yield kernels, "get", lambda name: _SIZES if name in ("cpp", "triton") else get_kernel(name)
     yield head, "automatic_chunk_tokens", lambda _, of_token: size_chunks(_Device(config.device), of_token)
@@ -376,7 +378,7 @@ class _NoCheckpoint(TeacherCheckpoint):
     def metadata(self, dp_cp_group: Any) -> dict[str, Any]:
         return {"dp_cp_group": dp_cp_group}
 
-    def load(self, wanted: dict[str, Any]) -> dict[str, Any]:
+    def load(self, wanted: dict[str, Any], replicas: Any) -> dict[str, Any]:
         loaded: dict[str, Any] = dict_list_map_outplace(lambda tensor: tensor.data, wanted)
         return loaded
 

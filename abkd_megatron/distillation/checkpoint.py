@@ -14,9 +14,12 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 from megatron.training.vocab_utils import calculate_padded_vocab_size
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from abkd_megatron.distillation.safe_reading import plain_values, read_common, read_index
 from abkd_megatron.errors import CheckpointError, on_every_rank
@@ -100,6 +103,8 @@ class TeacherCheckpoint:
     """The folder of the iteration itself."""
     common: Mapping[str, Any]
     """What Megatron saved beside the tensors; `args` among it."""
+    index: Metadata
+    """Where each tensor lies in the files."""
 
     @classmethod
     def open(cls, load: str | Path, ckpt_step: int | None = None) -> "TeacherCheckpoint":
@@ -118,7 +123,9 @@ class TeacherCheckpoint:
                 f"expected a torch_dist checkpoint of the teacher in {directory}, found none; save it with "
                 "--ckpt-format torch_dist, or convert it with Megatron's --ckpt-convert-format"
             )
-        stored = read_index(directory).storage_data or {}
+        CachedMetadataFileSystemReader.clear_metadata_cache()  # what was here before may have been another
+        index = read_index(directory)
+        stored = index.storage_data or {}
         sizes: dict[str, int] = {}
         for item in stored.values():
             sizes[item.relative_path] = max(sizes.get(item.relative_path, 0), item.offset + item.length)
@@ -130,7 +137,7 @@ class TeacherCheckpoint:
                     f"the teacher's checkpoint is damaged: {file} should hold {size} bytes and "
                     f"{'is missing' if found is None else f'holds {found}'}; copy or save it again"
                 )
-        return cls(directory, read_common(directory))
+        return cls(directory, read_common(directory, index), index)
 
     def check_arguments(self, args: Namespace, vocab_size: int, shared_vocab: int | None = None) -> None:
         """Refuse a teacher whose saved arguments contradict the configured ones.
@@ -229,7 +236,7 @@ class TeacherCheckpoint:
         Raises:
             CheckpointError: naming the first few tensors, with both shapes.
         """
-        found = tensor_shapes(self.directory)
+        found = _shapes(self.index)
         wrong = []
         for tensor in nested_values(wanted):
             if not isinstance(tensor, ShardedTensor):
@@ -249,18 +256,30 @@ class TeacherCheckpoint:
                 + (f"\n  ... and {len(wrong) - 5} more" if len(wrong) > 5 else "")
             )
 
-    def load(self, wanted: dict[str, Any]) -> dict[str, Any]:
+    def load(self, wanted: dict[str, Any], replicas: dist.ProcessGroup) -> dict[str, Any]:
         """Read this rank's share of the weights that a sharded state dict asks for, from whatever layout they lie in.
+
+        The ranks that want the same weights read a part of them each, and send it to the others.
+
+        Args:
+            wanted: of this rank; may be empty.
+            replicas: ranks that want the same, or some of it (experts), of one size over the whole job: Megatron's
+                data- and context-parallel group.
 
         Raises:
             CheckpointError: on every rank, when something is missing or does not fit on any.
 
-        Collectives: those of Megatron's distributed load, over the whole job; two all_gather_object.
+        Collectives: three or four all_gather_object over the whole job, one over the group, and a broadcast within it
+            for each tensor that more than one rank wants.
         """
         with on_every_rank():
             self.check_tensors(wanted)
+        strategy = FullyParallelLoadStrategyWrapper(_ReadOnEveryRank(cache_metadata=True), replicas)
         with on_every_rank(), plain_values(self.directory):
-            loaded: dict[str, Any] = dist_checkpointing.load({"wanted": wanted}, str(self.directory))
+            # Validated, all ranks would tell each other of all their tensors, and rank 0 alone would refuse them.
+            loaded: dict[str, Any] = dist_checkpointing.load(
+                {"wanted": wanted}, str(self.directory), strategy, validate_access_integrity=False
+            )
         return loaded.get("wanted") or {}  # a rank may want nothing
 
     def verify(self) -> None:
@@ -303,12 +322,21 @@ class TeacherCheckpoint:
 
     def has(self, key: str) -> bool:
         """Whether there is a tensor of this name."""
-        return key in tensor_shapes(self.directory)
+        return key in _shapes(self.index)
 
     def metadata(self, dp_cp_group: dist.ProcessGroup) -> dict[str, Any]:
         """What `sharded_state_dict` has to know: how the checkpoint was saved, and who else holds the same share."""
         saved = dist_checkpointing.load_content_metadata(preloaded_state_dict=self.common)
         return {**(saved or {}), "dp_cp_group": dp_cp_group}
+
+
+class _ReadOnEveryRank(TorchDistLoadShardedStrategy):
+    """Reads this rank's part. Where that fails on any rank, none goes on to wait for what that one was to send."""
+
+    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, *args: Any) -> dict[str, Any]:
+        with on_every_rank(), plain_values(checkpoint_dir):
+            read: dict[str, Any] = super().load(sharded_state_dict, checkpoint_dir, *args)
+        return read
 
 
 def _architecture(args: Namespace) -> dict[str, Any]:
@@ -323,7 +351,11 @@ def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     Megatron's `load_tensors_metadata` makes an empty tensor of each with all properties in the index, of which torch
     2.15 has one more than its `torch.empty` takes.
     """
-    stored = read_index(directory).state_dict_metadata
+    return _shapes(read_index(directory))
+
+
+def _shapes(index: Metadata) -> dict[str, tuple[int, ...]]:
+    stored = index.state_dict_metadata
     return {key: tuple(item.size) for key, item in stored.items() if isinstance(item, TensorStorageMetadata)}
 
 

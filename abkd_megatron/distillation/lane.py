@@ -1,7 +1,7 @@
 """Tensors from rank to rank beside Megatron's own traffic."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch
@@ -19,6 +19,21 @@ def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup | N
     """
     wanted: list[tuple[int, ...]] = [()] * dist.get_world_size()
     dist.all_gather_object(wanted, tuple(ranks))
+    return new_group_of(wanted, ranks, timeout)
+
+
+def new_group_of(
+    wanted: Iterable[tuple[int, ...]], ranks: Sequence[int], timeout: timedelta
+) -> dist.ProcessGroup | None:
+    """`new_group`, where every rank knows already which sets are asked for.
+
+    Args:
+        wanted: global ranks of each of the groups, alike on every rank; twice the same is one group.
+        ranks: of this rank's.
+        timeout: see there.
+
+    Collectives: one new group a set, over the whole job.
+    """
     # Every rank must create every group, in the same order.
     groups = {of: dist.new_group(of, timeout=timeout) for of in sorted(set(wanted)) if of}
     group = groups.get(tuple(ranks))

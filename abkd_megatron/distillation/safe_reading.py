@@ -79,13 +79,17 @@ def read_index(directory: Path) -> Metadata:
     return cast(Metadata, index)
 
 
-def read_common(directory: Path) -> dict[str, Any]:
+def read_common(directory: Path, index: Metadata | None = None) -> dict[str, Any]:
     """What Megatron saved beside the tensors; `args` among it.
+
+    Args:
+        directory: of one iteration.
+        index: its own, if it was read already.
 
     Raises:
         CheckpointError: it would call something, it cannot be read, or its content is not what its checksum is of.
     """
-    index = read_index(directory)
+    index = index or read_index(directory)
     with plain_values(directory):
         _check_sums(directory, index)
         common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(directory))

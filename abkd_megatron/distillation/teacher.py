@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from megatron.training.models import GPTModelConfig
 
 from abkd_megatron.distillation.checkpoint import TeacherCheckpoint
 from abkd_megatron.distillation.head import OutputLayer
-from abkd_megatron.distillation.lane import new_group
+from abkd_megatron.distillation.lane import new_group, new_group_of
 from abkd_megatron.distillation.layout import Place, TeacherLayout
 from abkd_megatron.errors import ConfigError
 
@@ -119,7 +120,8 @@ def build_teacher(
     if apart and model.post_process:
         model.post_process = False  # of the model, not of its decoder: the last norm stays
         del model.output_layer
-    model.load_state_dict(checkpoint.load(model.sharded_state_dict(metadata=checkpoint.metadata(groups.dp_cp))))
+    wanted = model.sharded_state_dict(metadata=checkpoint.metadata(groups.dp_cp))
+    model.load_state_dict(checkpoint.load(wanted, groups.dp_cp))
     if apart:
         _load_head(head, checkpoint, pg_collection)
     for module in (model, head):
@@ -141,8 +143,11 @@ def _process_groups(
     if not layout.is_students:
         shares: list[tuple[int, int]] = [(0, 0)] * len(places)
         dist.all_gather_object(shares, (layout.stage, layout.index))
-        same = [rank for rank, share in enumerate(shares) if share == (layout.stage, layout.index)]
-        copies = new_group(same, timeout)
+        # Of a large job they are many ranks in few groups: who is in one is not told again, by each to each.
+        same: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for rank, share in enumerate(shares):
+            same[share].append(rank)
+        copies = new_group_of(map(tuple, same.values()), same[layout.stage, layout.index], timeout)
         groups = ProcessGroupCollection(
             tp=new_group(layout.host, timeout),
             pp=new_group(layout.pipeline, timeout),
@@ -222,7 +227,7 @@ def _load_head(
         if not checkpoint.has("output_layer.weight"):
             weight.key = "embedding.word_embeddings.weight"
         wanted["weight"] = weight
-    loaded = checkpoint.load(wanted)
+    loaded = checkpoint.load(wanted, students.dp_cp)
     if head is not None:
         with torch.no_grad():
             head.weight.copy_(loaded["weight"])

@@ -42,7 +42,7 @@ from abkd_megatron.distillation.hidden import PROJECTORS
 from abkd_megatron.distillation.layout import neighbours_of
 from abkd_megatron.distillation.preflight import FirstStep, check_models
 from abkd_megatron.distillation.step import masked_loss
-from abkd_megatron.errors import AbkdError, ConfigError, HostError, on_every_rank
+from abkd_megatron.errors import AbkdError, ConfigError, HostError, from_rank_0, on_every_rank
 from abkd_megatron.integrations import provenance
 from abkd_megatron.vocab_parallel import vocab_parallel_divergence
 
@@ -96,10 +96,10 @@ def add_teacher(
         config: checked for "distill"; `device`, `teacher` and `distillation` are used.
         megatron: the student's Megatron arguments, as `to_argv` takes them: the teacher's are derived from them.
         options: as `megatron_options` returns them.
-        args: Megatron's arguments of the student, validated, with the true `vocab_size`; get a record of the
-            distillation, `provenance.RECORD`, which Megatron saves with the checkpoint.
-        model_config: the student's GPTModelConfig; gets hooks, in which projectors are added and the teacher
-            is built and attached.
+        args: Megatron's arguments of the student, validated, with the true `vocab_size`.
+        model_config: the student's GPTModelConfig; gets hooks, in which projectors are added, the teacher is built and
+            attached, and `args` get a record of the distillation, `provenance.RECORD`, which Megatron saves with the
+            checkpoint.
         forward_step: of Megatron's kind, with a model that is called with labels and the loss mask.
         unsupported: as `check_layout` takes it, for the teacher.
 
@@ -109,9 +109,9 @@ def add_teacher(
     Raises:
         AbkdError: on every rank, when something cannot be run; without torch.distributed, on those that see it.
 
-    Collectives: one all_gather_object where torch.distributed is initialised, and that of
-    `TeacherCheckpoint.verify` for --verify-integrity; in the hook those of `build_teacher`,
-    `attach` and `check_models`.
+    Collectives: one all_gather_object and one broadcast_object_list where torch.distributed is initialised, else the
+    second in the hooks; there those of `TeacherCheckpoint.verify` for --verify-integrity, `build_teacher`, `attach` and
+    `check_models`.
     """
     kernels.use(kernel_of(config))
     scheduled = make_objective(config.distillation)
@@ -126,12 +126,14 @@ def add_teacher(
             checkpoint.check_tokenizer(args.tokenizer_model)
         try_kernel(objective, config.device, args.params_dtype)
         absent = absent_projectors(args, objective.hidden_losses)
-        record = provenance.record(config, checkpoint)
-        changed = provenance.check_resumed(args, record, config.distillation.on_change)
-    if teacher_args.verify_integrity:
-        checkpoint.verify()
-    setattr(args, provenance.RECORD, record)
     step = DistilledStep(forward_step, needs_input_ids=objective.shares_part_of(vocab_size))
+
+    def recorded() -> tuple[dict[str, Any], str | None]:
+        record = provenance.record(config, checkpoint)
+        return record, provenance.check_resumed(args, record, config.distillation.on_change)
+
+    # Rank 0 reads and tells the others: now if it can, else once Megatron has initialised torch.distributed.
+    early = from_rank_0(recorded) if torch.distributed.is_initialized() else None
 
     def with_projectors(student: list[torch.nn.Module]) -> list[torch.nn.Module]:
         pg_collection, size = get_attr_wrapped_model(student[0], "pg_collection"), teacher_args.hidden_size
@@ -146,9 +148,13 @@ def add_teacher(
         print_rank_0(f"distilling with {', '.join(losses)} from the teacher in {checkpoint.directory}")
         for name, schedule in scheduled.schedules.items():
             print_rank_0(f"scheduled {name}: {schedule}")
+        record, changed = early or from_rank_0(recorded)
+        setattr(args, provenance.RECORD, record)
         if changed is not None:
             print_rank_0(f"WARNING: {changed}")
         pg_collection = get_attr_wrapped_model(student[0], "pg_collection")
+        if teacher_args.verify_integrity:
+            checkpoint.verify()
         step.attachment = attach(
             student,
             build_teacher(

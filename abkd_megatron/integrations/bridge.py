@@ -436,7 +436,7 @@ def _build_teacher(
         )
     if checkpoint is not None:
         wanted = built.sharded_state_dict(metadata=checkpoint.metadata(groups.dp_cp))
-        built.load_state_dict(checkpoint.load(wanted))
+        built.load_state_dict(checkpoint.load(wanted, groups.dp_cp))
     return Teacher.of(built.to(dtype), groups)
 
 

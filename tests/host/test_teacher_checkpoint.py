@@ -4,6 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint.metadata import Metadata
 
 from abkd_megatron.distillation import TeacherCheckpoint
 from abkd_megatron.errors import CheckpointError
@@ -26,7 +27,7 @@ SAVED = {
 def check(
     vocab_size: int = 500, saved: dict | None = None, shared_vocab: int | None = None, **configured: object
 ) -> None:
-    checkpoint = TeacherCheckpoint(Path("teacher"), {"args": Namespace(**{**SAVED, **(saved or {})})})
+    checkpoint = TeacherCheckpoint(Path("teacher"), {"args": Namespace(**{**SAVED, **(saved or {})})}, Metadata({}))
     checkpoint.check_arguments(Namespace(**{**SAVED, **configured}), vocab_size, shared_vocab)
 
 
@@ -37,7 +38,7 @@ def test_a_teacher_as_configured_is_taken() -> None:
     check(saved={"vocab_size": 500})
     check(vocab_size=600, shared_vocab=500)
     check(vocab_size=600, saved={"vocab_size": 500}, shared_vocab=500)
-    TeacherCheckpoint(Path("teacher"), {}).check_arguments(Namespace(), 500)  # saved without arguments
+    TeacherCheckpoint(Path("teacher"), {}, Metadata({})).check_arguments(Namespace(), 500)  # saved without arguments
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_a_tokenizer_of_the_same_size_may_be_another(tmp_path: Path) -> None:
     for name, text in (("theirs", "a"), ("copied", "a"), ("other", "b")):
         (tmp_path / name).write_text(text)
     saved = Namespace(**SAVED, tokenizer_model=str(tmp_path / "theirs"))
-    checkpoint = TeacherCheckpoint(Path("teacher"), {"args": saved})
+    checkpoint = TeacherCheckpoint(Path("teacher"), {"args": saved}, Metadata({}))
     for fine in ("theirs", "copied", "not here"):
         checkpoint.check_tokenizer(str(tmp_path / fine))
     checkpoint.check_tokenizer(None)

@@ -49,6 +49,7 @@ DRY, PHANTOM = "dry_run.py", "phantom.py"
 GPT = "megatron.core.models.gpt:GPTModel"
 LINEAR = "megatron.core.tensor_parallel:ColumnParallelLinear"
 CHECKPOINTS = "megatron.core.dist_checkpointing"
+STRATEGIES = f"{CHECKPOINTS}.strategies"
 BUILDER = "megatron.training.models.gpt:GPTModelBuilder"
 INDEXED = "megatron.core.datasets.indexed_dataset:"
 OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
@@ -104,7 +105,28 @@ CALLS = [
     Call(f"{CHECKPOINTS}.validation:verify_integrity_manifest", CHECKPOINT, ("checkpoint_dir",)),
     Call(f"{CHECKPOINTS}:check_is_distributed_checkpoint", PROVENANCE, ("checkpoint_dir",)),
     Call(f"{CHECKPOINTS}:load_content_metadata", CHECKPOINT, (), ("preloaded_state_dict",)),
-    Call(f"{CHECKPOINTS}:load", CHECKPOINT, ("sharded_state_dict", "checkpoint_dir")),
+    Call(
+        f"{CHECKPOINTS}:load",
+        CHECKPOINT,
+        ("sharded_state_dict", "checkpoint_dir", "sharded_strategy"),
+        ("validate_access_integrity",),
+    ),
+    Call(
+        f"{STRATEGIES}.fully_parallel:FullyParallelLoadStrategyWrapper",
+        CHECKPOINT,
+        ("strategy", "parallelization_group"),
+    ),
+    Call(f"{STRATEGIES}.torch:TorchDistLoadShardedStrategy", CHECKPOINT, (), ("cache_metadata",)),
+    Call(
+        f"{STRATEGIES}.torch:TorchDistLoadShardedStrategy.load",
+        CHECKPOINT,
+        ("self", "sharded_state_dict", "checkpoint_dir"),
+    ),
+    Call(f"{STRATEGIES}.cached_metadata_filesystem_reader:CachedMetadataFileSystemReader", CHECKPOINT, ("path",)),
+    Call(
+        f"{STRATEGIES}.cached_metadata_filesystem_reader:CachedMetadataFileSystemReader.clear_metadata_cache",
+        CHECKPOINT,
+    ),
     Call(f"{CHECKPOINTS}.dict_utils:nested_values", CHECKPOINT, ("x",)),
     Call(
         "megatron.training.vocab_utils:calculate_padded_vocab_size",
