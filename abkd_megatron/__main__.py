@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import textwrap
+import traceback
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ A job that takes CONFIG takes settings behind it that beat the file's: section.k
 are device, megatron (any argument of Megatron's, without its dashes), teacher, distillation, data, compare.
 `abkd-megatron JOB --help` has more examples."""
 _CODES = "0; 2 and one message on stderr if something cannot be run, before the first step"
+_CODES_OF_TRAINING = f"{_CODES}; 1 and a message below the traceback if it ends by any other error"
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,21 @@ class Job:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one job; returns the exit code.
 
-    That is 0; 2, with one message on stderr, when something cannot be run; 130 for an interrupted comparison. Some jobs
-    have more, see their help.
+    That is 0; 2, with one message on stderr, when something cannot be run; 1, with a message below the traceback, when
+    training ends by an error that was not foreseen; 130 for an interrupted comparison. Some jobs have more, see their
+    help.
     """
     arguments = parse(argv)
     try:
         return JOBS[arguments.job].run(arguments) or 0
     except AbkdError as error:
-        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"{rank}{PROG} {arguments.job}: error: {error}", file=sys.stderr, flush=True)
+        _say(arguments.job, f"error: {error}")
         return 2
+
+
+def _say(job: str, message: str) -> None:
+    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    print(f"{rank}{PROG} {job}: {message}", file=sys.stderr, flush=True)
 
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
@@ -196,11 +203,12 @@ def _prepare(arguments: Namespace) -> None:
     prepare(config.data)
 
 
-def _train(arguments: Namespace) -> None:
+def _train(arguments: Namespace) -> int:
     config = load(arguments)
     config.check(arguments.job)
     from abkd_megatron import cpu
     from abkd_megatron.integrations import megatron_lm
+    from abkd_megatron.integrations.last_words import UNFORESEEN, last_words
 
     if config.device == "cpu":
         cpu.install()
@@ -209,7 +217,15 @@ def _train(arguments: Namespace) -> None:
     else:
         _require_gpu()
     _show_log()
-    megatron_lm.run(config, arguments.job)
+    try:
+        megatron_lm.run(config, arguments.job)
+    except AbkdError:
+        raise
+    except UNFORESEEN as error:
+        traceback.print_exc()
+        _say(arguments.job, last_words(error))
+        return 1
+    return 0
 
 
 def _compare(arguments: Namespace) -> int:
@@ -336,6 +352,7 @@ JOBS = {
         ),
         reads="data.dir (or Megatron's own data arguments), megatron.load if it is given",
         writes="megatron.save, megatron.tensorboard-dir; Megatron's log to stdout",
+        codes=_CODES_OF_TRAINING,
     ),
     "distill": Job(
         _train,
@@ -347,6 +364,7 @@ JOBS = {
         ),
         reads="teacher.load, data.dir (or Megatron's own data arguments), megatron.load if it is given",
         writes="megatron.save, megatron.tensorboard-dir; Megatron's log to stdout",
+        codes=_CODES_OF_TRAINING,
     ),
     "compare": Job(
         _compare,

@@ -24,7 +24,7 @@ Number = float | Schedule
 DEVICES = ("cuda", "cpu")
 HEADS = ("auto", "fused", "materialised")
 KERNELS = ("auto", "eager", "compiled", "cpp", "triton")
-PREFLIGHT = ("teacher_weights", "memory", "gradient", "batch", "teacher_loss")
+PREFLIGHT = ("teacher_checksums", "teacher_weights", "memory", "gradient", "batch", "teacher_loss")
 ON_CHANGE = ("refuse", "warn")
 SECTIONS = ("device", "megatron", "teacher", "distillation", "data", "compare")
 
@@ -94,8 +94,8 @@ class DistillationConfig:
     """Losses between layers: each a `student_layer`, a `teacher_layer`, a `loss` (``cosine`` or ``mse``), a `weight` (1
     if left out) and `projector` (true if left out)."""
     skip_preflight: list[str] = field(default_factory=list)
-    """Checks before the first step to leave out: ``teacher_weights``, ``memory``, ``gradient``, ``batch``,
-    ``teacher_loss``."""
+    """Checks before the first step to leave out: ``teacher_checksums``, ``teacher_weights``, ``memory``, ``gradient``,
+    ``batch``, ``teacher_loss``."""
     on_change: str = "refuse"
     """What to do where a run would go on from a checkpoint of another teacher or loss: ``refuse``, or ``warn``."""
 

@@ -20,6 +20,8 @@ from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
 from abkd_megatron.distillation.attach import Attachment
+from abkd_megatron.distillation.checkpoint import TeacherCheckpoint
+from abkd_megatron.distillation.checksums import check_contents
 from abkd_megatron.distillation.head import obstacles
 from abkd_megatron.distillation.objective import Objective
 from abkd_megatron.distillation.teacher import Teacher, random_states_kept
@@ -33,7 +35,7 @@ from abkd_megatron.vocab_parallel import (
 
 logger = logging.getLogger(__name__)
 
-CHECKS = ("teacher_weights", "memory", "gradient", "batch", "teacher_loss")
+CHECKS = ("teacher_checksums", "teacher_weights", "memory", "gradient", "batch", "teacher_loss")
 
 # Nats around ln V, what a teacher that knows nothing costs. Below it by less than the first a teacher is worth a
 # warning. Above it by more than the second it is refused: logits of variance v that say nothing of the text cost v/2
@@ -48,6 +50,23 @@ TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torc
 
 # Parameters whose rows are the vocabulary's columns, of which some ranks may hold padding alone.
 _OF_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def check_files(checkpoint: TeacherCheckpoint, skip: Collection[str] = ()) -> None:
+    """Hold the teacher's tensors to the checksums beside them. The ranks read all of it once between them.
+
+    Args:
+        checkpoint: the teacher's.
+        skip: those of `CHECKS` to leave out.
+
+    Raises:
+        CheckpointError: on every rank, if a tensor is not what was written.
+
+    Collectives: one all_gather_object.
+    """
+    if "teacher_checksums" not in skip:
+        with on_every_rank():
+            check_contents(checkpoint.directory, checkpoint.index, dist.get_rank(), dist.get_world_size())
 
 
 def check_models(

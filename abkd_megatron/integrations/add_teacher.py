@@ -40,7 +40,7 @@ from abkd_megatron.distillation.attach import check_config, check_tokens
 from abkd_megatron.distillation.checkpoint import tensor_shapes
 from abkd_megatron.distillation.hidden import PROJECTORS
 from abkd_megatron.distillation.layout import neighbours_of
-from abkd_megatron.distillation.preflight import FirstStep, check_models
+from abkd_megatron.distillation.preflight import FirstStep, check_files, check_models
 from abkd_megatron.distillation.step import masked_loss
 from abkd_megatron.errors import AbkdError, ConfigError, HostError, from_rank_0, on_every_rank
 from abkd_megatron.integrations import provenance
@@ -110,8 +110,8 @@ def add_teacher(
         AbkdError: on every rank, when something cannot be run; without torch.distributed, on those that see it.
 
     Collectives: one all_gather_object and one broadcast_object_list where torch.distributed is initialised, else the
-    second in the hooks; there those of `TeacherCheckpoint.verify` for --verify-integrity, `build_teacher`, `attach` and
-    `check_models`.
+    second in the hooks; there those of `TeacherCheckpoint.verify` for --verify-integrity, `check_files`,
+    `build_teacher`, `attach` and `check_models`.
     """
     kernels.use(kernel_of(config))
     scheduled = make_objective(config.distillation)
@@ -155,6 +155,7 @@ def add_teacher(
         pg_collection = get_attr_wrapped_model(student[0], "pg_collection")
         if teacher_args.verify_integrity:
             checkpoint.verify()
+        check_files(checkpoint, config.distillation.skip_preflight)
         step.attachment = attach(
             student,
             build_teacher(

@@ -26,7 +26,7 @@ from abkd_megatron.config_file import load_config
 from abkd_megatron.config_yaml import flow
 from abkd_megatron.distillation import Attachment, Objective, Progress, Teacher, TeacherCheckpoint, attach
 from abkd_megatron.distillation.attach import check_tokens
-from abkd_megatron.distillation.preflight import FirstStep, check_models
+from abkd_megatron.distillation.preflight import FirstStep, check_files, check_models
 from abkd_megatron.distillation.teacher import build_teacher, random_states_kept
 from abkd_megatron.errors import CheckpointError, ConfigError, HostError, on_every_rank
 from abkd_megatron.integrations.add_teacher import kernel_of, loss_with_report, make_objective, try_kernel
@@ -416,6 +416,8 @@ def _build_teacher(
             "should_pad_vocab": False,
             **_resolved(config.teacher.overrides, model),
         }
+    if checkpoint is not None:
+        check_files(checkpoint, config.distillation.skip_preflight)
     dtype = transformer.params_dtype
     if isinstance(model, ModelConfig):
         assert checkpoint is not None  # AutoBridge makes providers

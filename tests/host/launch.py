@@ -6,11 +6,13 @@ Ranks are forked from a server that has Megatron imported: importing it takes a 
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import connection, forkserver
@@ -26,10 +28,17 @@ ROOT = Path(__file__).resolve().parents[2]
 class Rank:
     code: int
     output: str
+    ended: float
+    """When, as time.time() has it; of a rank that had to be killed, when that was."""
 
 
-def launch(arguments: Sequence[object], num_ranks: int, *, timeout_seconds: float = 240) -> list[Rank]:
-    """Run `python ARGUMENTS` as one job of `num_ranks` processes; a rank that fails ends the others."""
+def launch(
+    arguments: Sequence[object], num_ranks: int, *, timeout_seconds: float = 240, seconds_after_failure: float = 20
+) -> list[Rank]:
+    """Run `python ARGUMENTS` as one job of `num_ranks` processes.
+
+    A rank that fails leaves the others `seconds_after_failure` to end by themselves, before they are killed.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -53,14 +62,18 @@ def launch(arguments: Sequence[object], num_ranks: int, *, timeout_seconds: floa
         try:
             for process in ranks:
                 process.start()
-            _wait(ranks, time.monotonic() + timeout_seconds)
+            ended = _wait(ranks, time.monotonic() + timeout_seconds, seconds_after_failure)
         finally:
             for process in ranks:
                 if process.is_alive():
                     process.kill()
                     process.join()
+                # What a killed rank has left behind: Megatron's writer of checkpoints has a process of its own.
+                if process.pid is not None:
+                    with suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
         return [
-            Rank(process.exitcode, output.read_text(errors="replace"))
+            Rank(process.exitcode, output.read_text(errors="replace"), ended.get(process, time.time()))
             for process, output in zip(ranks, outputs, strict=True)
         ]
 
@@ -84,6 +97,7 @@ def _fork_server() -> multiprocessing.context.BaseContext:
 
 def _be_rank(words: Sequence[str], environment: Mapping[str, str], output: Path) -> None:
     """Become `python WORDS`, with file descriptors, environment and command line of its own."""
+    os.setpgrp()
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
@@ -100,12 +114,18 @@ def _be_rank(words: Sequence[str], environment: Mapping[str, str], output: Path)
         runpy.run_path(words[0], run_name="__main__")
 
 
-def _wait(ranks: Sequence[multiprocessing.Process], deadline: float) -> None:
-    running = {process.sentinel: process for process in ranks}
+def _wait(
+    ranks: Sequence[multiprocessing.Process], deadline: float, seconds_after_failure: float
+) -> dict[multiprocessing.Process, float]:
+    """When which of them have ended, at the deadline at the latest."""
+    running, ended = {process.sentinel: process for process in ranks}, {}
     while running and time.monotonic() < deadline:
         for sentinel in connection.wait(running, timeout=deadline - time.monotonic()):
-            if running.pop(sentinel).exitcode != 0:
-                deadline = min(deadline, time.monotonic() + 20)
+            process = running.pop(sentinel)
+            ended[process] = time.time()
+            if process.exitcode != 0:
+                deadline = min(deadline, time.monotonic() + seconds_after_failure)
+    return ended
 
 
 def run_job(job: str, config: Path, overrides: Mapping[str, object] | None = None, *, num_ranks: int = 1) -> list[Rank]:

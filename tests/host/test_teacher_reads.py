@@ -13,7 +13,8 @@ import pytest
 from launch import ROOT, launch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-STEPS = ["megatron.train-iters=1", "megatron.eval-iters=0"]
+# Without the pass over the checksums, which reads all of it once more.
+STEPS = ["megatron.train-iters=1", "megatron.eval-iters=0", "distillation.skip_preflight=[teacher_checksums]"]
 
 
 def weights(directory: Path) -> list:
@@ -57,5 +58,5 @@ def test_a_read_that_fails_on_one_rank_ends_all(config: Path, teacher: Path, tmp
     ended = launch(["-m", "abkd_megatron", "distill", "--config", config, f"teacher.load={broken}", *STEPS], 4)
     assert [rank.code for rank in ended] == [2] * 4, ended[-1].output[-6000:]
     for rank in ended:
-        assert re.search(r"the teacher in \S*broken\S* cannot be loaded", rank.output), rank.output[-3000:]
+        assert re.search(r"\S*broken\S* cannot be read", rank.output), rank.output[-3000:]
     assert sum("(found on rank" in rank.output for rank in ended) == 3, "one reads it"
