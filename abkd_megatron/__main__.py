@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from abkd_megatron.errors import AbkdError, ConfigError, HostError
+from abkd_megatron.errors import AbkdError, ConfigError, HostError, check_name
 
 if TYPE_CHECKING:
     from abkd_megatron.config import Config
@@ -57,16 +58,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     training ends by an error that was not foreseen; 130 for an interrupted comparison. Some jobs have more, see their
     help.
     """
-    arguments = parse(argv)
+    job = None
     try:
-        return JOBS[arguments.job].run(arguments) or 0
-    except AbkdError as error:
-        _say(arguments.job, f"error: {error}")
-        return 2
+        try:
+            arguments = parse(argv)
+            job = JOBS[arguments.job]
+            return job.run(arguments) or 0
+        except AbkdError as error:
+            _say(arguments.job, f"error: {error}")
+            return 2
+        finally:
+            sys.stdout.flush()  # here, where it can be told that nobody reads any more
+    except BrokenPipeError:
+        if job is not None and job.run is _train:  # cut short, and it may have been another pipe
+            raise
+        # Who read our output has seen enough, as `head` has; what is left of it has to go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _say(job: str, message: str) -> None:
-    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+    rank = f"[rank {os.environ['RANK']}] " if several else ""
     print(f"{rank}{PROG} {job}: {message}", file=sys.stderr, flush=True)
 
 
@@ -77,7 +90,13 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         `job`; for jobs that take a configuration `config` (a path or None) and `overrides`; and what the job adds.
     """
     parser = make_parser()
-    arguments, behind = parser.parse_known_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    if given and not given[0].startswith("-"):
+        try:
+            check_name(given[0], JOBS, "command line", "job")
+        except ConfigError as error:
+            parser.error(str(error))
+    arguments, behind = parser.parse_known_args(given)
     # Settings may stand on both sides of an option, which argparse has no word for.
     unknown = [word for word in behind if word.startswith("-") or not JOBS[arguments.job].takes_config]
     if unknown:
@@ -204,6 +223,7 @@ def _prepare(arguments: Namespace) -> None:
 
 
 def _train(arguments: Namespace) -> int:
+    _check_launch()
     config = load(arguments)
     config.check(arguments.job)
     from abkd_megatron import cpu
@@ -272,7 +292,7 @@ def _world_size(parser: argparse.ArgumentParser) -> None:
 
 def _of_estimate(parser: argparse.ArgumentParser) -> None:
     _world_size(parser)
-    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of a GPU (default: 80)")
+    parser.add_argument("--gpu-memory", type=_gib, default=80.0, metavar="GIB", help="of a GPU (default: 80)")
     parser.add_argument("--alternatives", action="store_true", help="other TP, PP and micro-batches, too: minutes")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to draw estimate.png")
 
@@ -281,6 +301,16 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
+
+
+def _gib(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
 
 
 def _shell(parser: argparse.ArgumentParser) -> None:
@@ -411,6 +441,26 @@ def _show_log() -> None:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
+
+
+def _check_launch() -> None:
+    """The variables by which torchrun and its like tell a rank which one it is.
+
+    Raises:
+        HostError: one of them is no number, is missing, or is not of the job.
+    """
+    given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+    shown = ", ".join(f"{name}={value}" for name, value in given.items())
+    remedy = "start ranks by torchrun, or unset both for a job of one process"
+    if not all(value.isdecimal() for value in given.values()):
+        raise HostError(f"expected whole numbers in RANK and WORLD_SIZE, got {shown}; {remedy}")
+    world_size = int(given.get("WORLD_SIZE", 1))
+    if world_size > 1 and "RANK" not in given:
+        raise HostError(f"expected RANK beside WORLD_SIZE={world_size}, got none; {remedy}")
+    if not int(given.get("RANK", 0)) < world_size:
+        raise HostError(f"expected RANK below WORLD_SIZE, got {shown or 'neither'}; {remedy}")
+    if world_size > 1 and "MASTER_PORT" not in os.environ:
+        raise HostError(f"expected MASTER_ADDR and MASTER_PORT beside {shown}, got none; {remedy}")
 
 
 def _require_gpu() -> None:

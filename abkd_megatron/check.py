@@ -43,6 +43,7 @@ from abkd_megatron.integrations.add_teacher import (
 )
 from abkd_megatron.integrations.megatron_lm import UNSUPPORTED_IN_JOBS
 from abkd_megatron.integrations.provenance import check_resumed, record
+from abkd_megatron.integrations.student_checkpoint import check_student
 from abkd_megatron.tables import show
 
 OK, ABSENT, REFUSED = "ok", "not here", "refused"
@@ -284,7 +285,9 @@ class _Look:
             if path is None:
                 continue
             if checkpoint_exists(path):
-                self.add("student's checkpoint", f"in {path}")
+                with self.at("student's checkpoint"):
+                    check_student(args)
+                    self.add("student's checkpoint", f"in {path}")
             else:
                 self.add("student's checkpoint", f"none in {path}", ABSENT)
 

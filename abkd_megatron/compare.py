@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -85,12 +86,17 @@ class Run:
         """Make the directory, or find what an earlier call left there.
 
         Raises:
-            ConfigError: if that was another configuration.
+            ConfigError: if that was another configuration, or nothing can be written there.
         """
         path = self.directory / "config.yaml"
         if not path.exists():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.config)
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                path.write_text(self.config)
+            except OSError as error:
+                raise ConfigError(
+                    f"compare.out: expected a directory that can be written, got: {error}; choose another compare.out"
+                ) from error
         elif (found := path.read_text()) != self.config:
             there, here = set(found.splitlines()), set(self.config.splitlines())
             differ = "; ".join(sorted(line.strip() for line in there ^ here)[:6])
@@ -129,6 +135,11 @@ def compare(config: Config, load: Callable[[Sequence[str]], Config]) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise HostError("expected matplotlib for the picture, found none; pip install 'abkd-megatron[plots]'")
     of, out = config.compare, Path(config.compare.out).expanduser().resolve()
+    if of.launch is not None and shutil.which(next(iter(shlex.split(of.launch)), "")) is None:
+        raise ConfigError(
+            f"compare.launch: expected a command that can be started, got {of.launch!r}; for example torchrun "
+            "--standalone --nproc-per-node 8"
+        )
     planned = plan(config, load)
     for run in planned:
         run.prepare()

@@ -32,12 +32,22 @@ CONFIG_TEXT = "abkd_megatron/config"
 def _read_file(path: Path) -> list[Given]:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no path at all
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: expected a readable YAML file, got: {error.strerror}; check the path (a setting is "
+            "section.key=value, in one word)"
+        ) from error
+    except UnicodeError as error:
+        raise ConfigError(f"{path}: expected a YAML file in UTF-8, got: {error}; save it as UTF-8") from error
+    except ValueError as error:  # no path at all
         raise ConfigError(f"{path}: expected a readable YAML file, got: {error}; check the path") from error
     top = load_yaml(text, path.name)
     if not isinstance(top, dict):
-        got = "an empty file" if top is None else f"a {type(top).__name__}"
-        raise ConfigError(f"{path}: expected the sections {', '.join(SECTIONS)}, got {got}")
+        got = "an empty file" if top is None else f"a {'list' if isinstance(top, list) else 'single value'}"
+        raise ConfigError(
+            f"{path}: expected the sections {', '.join(SECTIONS)}, got {got}; write `section:` and below it, indented, "
+            "`key: value`"
+        )
     given = []
     for section, entry in top.items():
         origin = f"{path.name}:{entry.line}"

@@ -108,8 +108,9 @@ def load_yaml(text: str, name: str) -> Any:
     except ConfigError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        lines = [brief(line) for line in str(error).split("\n")]
-        raise ConfigError("\n".join([f"{name}: expected readable YAML, got: {lines[0]}", *lines[1:]])) from error
+        first, *rest = [brief(line) for line in str(error).split("\n")]
+        remedy = "; indent with spaces" if r"'\t'" in str(error) else ""
+        raise ConfigError("\n".join([f"{name}: expected readable YAML, got: {first}", *rest]) + remedy) from error
 
 
 def plain(value: Any) -> Any:

@@ -113,12 +113,14 @@ def ranks_of(config: Config, megatron: Mapping[str, Any], options: Mapping[str, 
     """How many ranks the job has: as given, as in $WORLD_SIZE, or the fewest that the layouts of both models allow.
 
     Raises:
-        ConfigError: arguments that Megatron's parser does not take.
+        ConfigError: arguments that Megatron's parser does not take, or $WORLD_SIZE is no number of ranks.
     """
     if world_size is not None:
         return world_size
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
+    if (given := os.environ.get("WORLD_SIZE")) is not None:
+        if not given.isdecimal() or int(given) < 1:
+            raise ConfigError(f"expected a whole number above 0 in WORLD_SIZE, got {given!r}; unset it or mend it")
+        return int(given)
     models = [megatron]
     if describes_teacher(config):
         models.append(teacher_settings(megatron, config.teacher.megatron))

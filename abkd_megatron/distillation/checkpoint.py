@@ -125,18 +125,7 @@ class TeacherCheckpoint:
             )
         CachedMetadataFileSystemReader.clear_metadata_cache()  # what was here before may have been another
         index = read_index(directory)
-        stored = index.storage_data or {}
-        sizes: dict[str, int] = {}
-        for item in stored.values():
-            sizes[item.relative_path] = max(sizes.get(item.relative_path, 0), item.offset + item.length)
-        for name, size in sorted(sizes.items()):
-            file = directory / name
-            found = file.stat().st_size if file.is_file() else None
-            if found is None or found < size:
-                raise CheckpointError(
-                    f"the teacher's checkpoint is damaged: {file} should hold {size} bytes and "
-                    f"{'is missing' if found is None else f'holds {found}'}; copy or save it again"
-                )
+        check_whole(directory, index, "teacher")
         return cls(directory, read_common(directory, index), index)
 
     def check_arguments(self, args: Namespace, vocab_size: int, shared_vocab: int | None = None) -> None:
@@ -339,6 +328,30 @@ class _ReadOnEveryRank(TorchDistLoadShardedStrategy):
         return read
 
 
+def check_whole(directory: Path, index: Metadata, whose: str) -> None:
+    """See that every file of a torch_dist checkpoint is there and as long as its index says.
+
+    Args:
+        directory: of the iteration.
+        index: its own.
+        whose: "teacher" or "student".
+
+    Raises:
+        CheckpointError: a file missing or shorter than recorded.
+    """
+    sizes: dict[str, int] = {}
+    for item in (index.storage_data or {}).values():
+        sizes[item.relative_path] = max(sizes.get(item.relative_path, 0), item.offset + item.length)
+    for name, size in sorted(sizes.items()):
+        file = directory / name
+        found = file.stat().st_size if file.is_file() else None
+        if found is None or found < size:
+            raise CheckpointError(
+                f"the {whose}'s checkpoint is damaged: {file} should hold {size} bytes and "
+                f"{'is missing' if found is None else f'holds {found}'}; copy or save it again"
+            )
+
+
 def _architecture(args: Namespace) -> dict[str, Any]:
     found = {name: getattr(args, name) for name in _ARCHITECTURE if hasattr(args, name)}
     without = {name for switch, names in _ONLY_WITH.items() if not found.get(switch) for name in names}
@@ -365,18 +378,29 @@ def _iteration_directory(load: Path, ckpt_step: int | None) -> Path:
     if not load.is_dir():
         raise CheckpointError(f"expected the teacher's checkpoint in {load}, found no such folder; set teacher.load")
     tracker = load / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file() and (load / "config.json").is_file():
+        raise CheckpointError(
+            f"expected a torch_dist checkpoint of the teacher in {load}, found one of Hugging Face; convert it, for "
+            "example with AutoBridge.import_ckpt of NeMo's Megatron Bridge, and set teacher.load to the result"
+        )
     if ckpt_step is None:
         if not tracker.is_file():
             raise CheckpointError(
                 f"expected {tracker.name} in {load}, found none: no checkpoint was finished there; set teacher.load to "
                 "a folder that Megatron's --save wrote, or teacher.ckpt-step to an iteration"
             )
-        step = tracker.read_text().strip()
+        step = tracker.read_text(errors="replace").strip()
     else:
         step = str(ckpt_step)
     if step != "release" and not step.isdigit():
-        raise CheckpointError(f"expected an iteration or `release` in {tracker}, got {step!r}")
+        raise CheckpointError(
+            f"expected an iteration or `release` in {tracker}, got {step!r}; write the iteration into it, or give "
+            "teacher.ckpt-step"
+        )
     directory = load / (step if step == "release" else f"iter_{int(step):07d}")
     if not directory.is_dir():
-        raise CheckpointError(f"expected iteration {step} of the teacher in {directory}, found no such folder")
+        raise CheckpointError(
+            f"expected iteration {step} of the teacher in {directory}, found no such folder; give teacher.ckpt-step of "
+            "one that is there"
+        )
     return directory

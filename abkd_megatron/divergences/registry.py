@@ -100,7 +100,8 @@ def checked(name: str, divergence: object) -> Divergence:
         return divergence
     if not isinstance(divergence, Divergence):
         raise ConfigError(
-            f"{name}: expected a Divergence, got {divergence!r}; derive it from abkd_megatron.divergences.Divergence"
+            f"{name}: expected a Divergence, got {type(divergence).__name__}; derive it from "
+            "abkd_megatron.divergences.Divergence"
         )
     generator = torch.Generator().manual_seed(0)
     log_p, log_q = (2.0 * torch.randn(2, 8, 32, generator=generator, dtype=torch.float64)).log_softmax(dim=-1)

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import logging
+import math
 import re
 import sys
 import traceback
@@ -461,6 +462,7 @@ def check_layout(args: Namespace, who: str, unsupported: Mapping[str, tuple[str,
             "student: expected eval-interval, by which Megatron sizes the validation data, got nothing; set "
             "megatron.eval-interval, beyond train-iters to validate at the end alone"
         )
+    _check_sizes(args, who)
     stages = args.pipeline_model_parallel_size
     uneven = (
         args.decoder_first_pipeline_num_layers,
@@ -473,6 +475,46 @@ def check_layout(args: Namespace, who: str, unsupported: Mapping[str, tuple[str,
         raise ConfigError(
             f"{who}: {args.num_layers} layers do not divide over {stages} pipeline stages; change num-layers or "
             "pipeline-model-parallel-size, or say decoder-first-pipeline-num-layers"
+        )
+
+
+def _check_sizes(args: Namespace, who: str) -> None:
+    """Of sizes that do not divide Megatron says the names of its variables, or nothing.
+
+    Raises:
+        ConfigError: naming them, and what to change.
+    """
+    sizes = {
+        "tensor": args.tensor_model_parallel_size,
+        "pipeline": args.pipeline_model_parallel_size,
+        "context": args.context_parallel_size,
+    }
+    if min(sizes.values()) < 1:
+        return  # Megatron says so
+    ranks = math.prod(sizes.values())
+    if args.world_size % ranks:
+        shown = " x ".join(f"{name}-parallel {size}" for name, size in sizes.items() if size > 1)
+        raise ConfigError(
+            f"{who}: expected a multiple of {ranks} ranks ({shown}), got {args.world_size}; start that many, or "
+            "change these sizes"
+        )
+    heads, tensor = args.num_attention_heads, args.tensor_model_parallel_size
+    if heads and args.hidden_size and args.kv_channels is None and args.hidden_size % heads:
+        raise ConfigError(
+            f"{who}: hidden-size {args.hidden_size} does not divide over {heads} attention heads; change hidden-size "
+            "or num-attention-heads, or give kv-channels, the size of a head"
+        )
+    if heads and heads % tensor:
+        raise ConfigError(
+            f"{who}: {heads} attention heads do not divide over {tensor} tensor-parallel ranks; change "
+            "num-attention-heads or tensor-model-parallel-size"
+        )
+    micro, batch, data = args.micro_batch_size, args.global_batch_size, args.world_size // ranks
+    divides = not (micro and batch and micro > 0) or batch % (micro * data) == 0
+    if not divides and not args.decrease_batch_size_if_needed:
+        raise ConfigError(
+            f"{who}: global-batch-size {batch} does not divide into micro-batches of {micro} on {data} data-parallel "
+            f"ranks; give a multiple of {micro * data}, or another micro-batch-size"
         )
 
 

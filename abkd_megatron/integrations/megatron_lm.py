@@ -41,6 +41,7 @@ from abkd_megatron.integrations.add_teacher import (
     megatron_refusals_named,
 )
 from abkd_megatron.integrations.provenance import check_resumed_alone
+from abkd_megatron.integrations.student_checkpoint import check_folders, check_student, other_schedule_named
 
 logger = logging.getLogger(__name__)
 _stimer = StragglerDetector()
@@ -72,6 +73,8 @@ def run(config: Config, job: str) -> None:
     # The time of a step, for the report: Megatron measures it for its log in any case.
     megatron.setdefault("log-timers-to-tensorboard", True)
     argv = to_argv(megatron, options)
+    with on_every_rank():
+        check_folders(megatron)
     with on_every_rank(), command_line(argv):
         check_layout(parse_args(), "student", UNSUPPORTED_IN_JOBS)
     with megatron_refusals_named(), command_line(argv):
@@ -81,7 +84,10 @@ def run(config: Config, job: str) -> None:
         model_config = gpt_config_from_args(args)
     with on_every_rank():
         if args.rank == 0:  # the others hear of it, and thousands of them do not read the same files
+            check_student(args)
             check_datasets(prefixes_of(args), args.vocab_size)
+            if job == "pretrain" and (alone := check_resumed_alone(args)) is not None:
+                print_rank_0(f"WARNING: {alone}")
     if (writer := get_tensorboard_writer()) is not None:  # on the last rank
         shown = ("megatron", "teacher", "distillation", "data") if job == "distill" else ("megatron", "data")
         # Indented, which TensorBoard's Markdown takes for code.
@@ -90,22 +96,18 @@ def run(config: Config, job: str) -> None:
         _keep_checkpoint_writer_from_signals()
     plain = _ForwardStep()
     distilled = None
-    if job == "pretrain":
-        with on_every_rank():
-            alone = check_resumed_alone(args)
-        if alone is not None:
-            print_rank_0(f"WARNING: {alone}")
     if job == "distill":
         distilled = add_teacher(config, megatron, options, args, model_config, plain, UNSUPPORTED_IN_JOBS)
         plain.distilled = distilled
 
     try:
-        pretrain(
-            pretrain_cfg_container_from_args(args, model_config),
-            _DatasetsProvider(plain),
-            ModelType.encoder_or_decoder,
-            distilled or plain,
-        )
+        with other_schedule_named():
+            pretrain(
+                pretrain_cfg_container_from_args(args, model_config),
+                _DatasetsProvider(plain),
+                ModelType.encoder_or_decoder,
+                distilled or plain,
+            )
     finally:
         # TensorBoard's writer thread ends with the process and what is still in its queue: the last validation.
         if (writer := get_tensorboard_writer()) is not None:

@@ -46,13 +46,22 @@ def checkpoint_to_load(args: Namespace) -> tuple[Path | None, bool]:
 
     Returns:
         The folder, and whether the run goes on from there; if not, it begins with those weights.
+
+    Raises:
+        CheckpointError: the file that names the iteration does not.
     """
     load, begins = args.load, args.finetune
     if not checkpoint_exists(load) and args.pretrained_checkpoint is not None:
         load, begins = args.pretrained_checkpoint, True
     if not checkpoint_exists(load):  # what else there may be to refuse is Megatron's
         return None, False
-    saved = str(args.ckpt_step or Path(load, "latest_checkpointed_iteration.txt").read_text().strip())
+    tracker = Path(load, "latest_checkpointed_iteration.txt")
+    saved = str(args.ckpt_step or tracker.read_text(errors="replace").strip())
+    if saved != "release" and not saved.isdigit():
+        raise CheckpointError(
+            f"expected an iteration or `release` in {tracker}, got {saved!r}; write the iteration into it, or give "
+            "megatron.ckpt-step"
+        )
     return Path(load, f"iter_{int(saved):07d}" if saved.isdigit() else saved), not begins
 
 

@@ -86,12 +86,14 @@ def student(workspace: Path, config: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def spoilt(workspace: Path, config: Path, teacher: Path) -> Path:
-    """Beside the teacher, in the workspace: folders `empty`, `truncated`, `headless` (teachers), data of `other-text`.
+def spoilt(workspace: Path, config: Path, teacher: Path, student: Path) -> Path:
+    """Beside teacher and student, in the workspace: what the cases of bad_input.py name.
 
     Returns:
         Data of a vocabulary of another size.
     """
+    from bad_input import spoil  # imports test modules, which pytest has to have seen
+
     (workspace / "empty").mkdir()
     for name in ("truncated", "headless"):
         shutil.copytree(teacher, workspace / name)
@@ -102,4 +104,5 @@ def spoilt(workspace: Path, config: Path, teacher: Path) -> Path:
     run_job("prepare", config, {"data.dir": other, "data.vocab_size": 420})
     text = Path(sysconfig.get_path("stdlib")) / "asyncio"
     run_job("prepare", config, {"data.dir": workspace / "other-text", "data.source": f"[{text}]"})
+    spoil(workspace, teacher, workspace / "data")
     return other

@@ -363,7 +363,8 @@ def run_refused(cases: Mapping[str, Sequence[str]], num_ranks: int, folder: Path
     """How each of these command lines ended on each rank of one job: its exit code and what it said on stderr."""
     path = folder / f"refused-{num_ranks}.json"
     path.write_text(json.dumps(cases))
-    ranks = launch([Path(__file__).with_name("refused.py"), path], num_ranks)
+    seconds = 120 + 15 * len(cases)  # a second each, on a machine of its own
+    ranks = launch([Path(__file__).with_name("refused.py"), path], num_ranks, timeout_seconds=seconds)
     for rank in ranks:
         assert rank.code == 0, rank.output[-6000:]
     return [json.loads(rank.output.splitlines()[-1]) for rank in ranks]

@@ -6,18 +6,26 @@ import shlex
 from pathlib import Path
 
 import pytest
+from bad_input import CASES
 from launch import ROOT, launch
 from matrix import REFERENCES, ROWS, of_teacher, overrides
-from test_refused import CASES
 
 from abkd_megatron.__main__ import JOBS
 
 REFUSED_ROWS = {str(row): row for row in ROWS if row.refused is not None}
-# What a job refuses and `check` does not: what may be on another machine, and training without a teacher.
+# What a job refuses and `check` does not: what may be on another machine, training without a teacher, what is written,
+# and what is found when the models are built.
 ELSEWHERE = {
     "no teacher": r"ok +settings: training without a teacher",
     "missing teacher": r"not here +teacher's checkpoint: .*nowhere",
     "data not prepared": r"not here +data: .*unprepared: `prepare` writes",
+    "student's checkpoint missing": r"not here +student's checkpoint: none in .*nowhere",
+    "student's checkpoint of Hugging Face": r"not here +student's checkpoint: none in .*hugging-face",
+    "save folder that is a file": " 0 refused",
+    "save folder that cannot be made": " 0 refused",
+    "TensorBoard folder in a file": " 0 refused",
+    "teacher of zeros": " 0 refused",
+    "resumed with another train-iters": " 0 refused",
 }
 
 EXAMPLES = [line for job in JOBS.values() if job.takes_config for line in job.examples]
@@ -104,15 +112,15 @@ OF_TINY: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a batch that does not divide": (
         ["--world-size", "3"],
-        [r"refused +student: Megatron refuses.*\(8\) must be divisible by.*\(2\) \* data_parallel_size \(3\)"],
+        [r"refused +student: student: global-batch-size 8 does not divide into micro-batches of 2 on 3 data-parallel"],
     ),
     "ranks that do not divide": (
         ["--world-size", "3", STAGES],
-        [r"refused +student: Megatron refuses.*world size \(3\) is not divisible"],
+        [r"refused +student: student: expected a multiple of 2 ranks \(pipeline-parallel 2\), got 3"],
     ),
     "heads that do not divide": (
         ["megatron.tensor-model-parallel-size=8"],
-        [r"refused +Megatron's models: Megatron refuses.*num_attention_heads \(4\) must be a multiple of tensor"],
+        [r"refused +student: student: 4 attention heads do not divide over 8 tensor-parallel ranks"],
     ),
     "a student's layer that is not there": (
         [HIDDEN.format(3, 1, "true")],
@@ -162,7 +170,7 @@ OF_TINY: dict[str, tuple[list[str], list[str]]] = {
     ),
     "heads that do not divide, and hidden losses": (
         ["megatron.tensor-model-parallel-size=8", HIDDEN.format(1, 1, "true")],
-        [r"refused +Megatron's models: ", r" 1 refused"],
+        [r"refused +student: ", r"refused +teacher: ", r" 2 refused"],
     ),
     "data of Megatron's that are somewhere else": (
         [
@@ -198,7 +206,7 @@ OF_LLAMA: dict[str, tuple[list[str], list[str]]] = {
     "fp8": (["megatron.fp8-format=hybrid", "megatron.fp8-recipe=delayed"], [r"ok +ranks: 32:", r" 0 refused"]),
     "a teacher over more than there is": (
         ["--world-size", "16"],
-        [r"refused +teacher: Megatron refuses these arguments: world size \(16\) is not divisible by .*32"],
+        [r"refused +teacher: teacher: expected a multiple of 32 ranks .*got 16"],
     ),
     "a teacher of fewer columns": (
         ["teacher.tensor-model-parallel-size=4"],
@@ -223,8 +231,8 @@ def ended(workspace: Path, config: Path, teacher: Path, spoilt: Path) -> dict[st
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         gpus = re.search(r"_(\d+)xH100", path.name)
         cases[f"config {path.name}"] = [str(path), *(["--world-size", gpus[1]] if gpus else [])]
-    for name, (_, settings, _) in CASES.items():
-        filled = [setting.format(workspace=workspace, other=spoilt) for setting in settings]
+    for name, case in CASES.items():
+        filled = [setting.format(workspace=workspace, other=spoilt) for setting in case.settings]
         cases[f"job {name}"] = [*tiny, *filled, "--world-size", "2"]
     for name, row in REFUSED_ROWS.items():
         of = of_teacher(REFERENCES[row.reference].teacher)
@@ -281,7 +289,7 @@ def test_what_a_job_refuses_is_refused_in_its_words(ended: dict, name: str) -> N
     if not stdout:  # what cannot even be read
         refused = stderr
         assert stderr.startswith("abkd-megatron check: error: command line: ")
-    assert re.search(CASES[name][2], refused, re.DOTALL), f"{refused}\nfrom\n{stdout}{stderr}"
+    assert re.search(CASES[name].message, refused, re.DOTALL), f"{refused}\nfrom\n{stdout}{stderr}"
 
 
 @pytest.mark.parametrize("name", REFUSED_ROWS)

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import shlex
 import subprocess
 import sys
@@ -44,6 +45,54 @@ def test_the_stand_in_refuses_to_start_beside_a_gpu(monkeypatch: pytest.MonkeyPa
     with pytest.raises(HostError, match=r"this machine has a GPU.*device: cuda"):
         cpu.install()
     assert not torch.cuda.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("job", "message"), [("distil", "did you mean 'distill'?"), ("finetune", "known: env, prepare")]
+)
+def test_an_unknown_job_is_told(job: str, message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse([job, "config.yaml"])
+    assert ended.value.code == 2
+    assert f"abkd-megatron: error: command line: unknown job '{job}'; " in (said := capsys.readouterr().err)
+    assert message in said
+
+
+@pytest.mark.parametrize("words", [["env"], ["--help"]])
+def test_a_reader_may_leave(words: list[str]) -> None:
+    """As `head` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "abkd_megatron", *words]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment, timeout=300)
+    os.close(writer)
+    assert ended.returncode == 0
+    assert "BrokenPipe" not in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "first", "WORLD_SIZE": "2"}, r"whole numbers in RANK and WORLD_SIZE, got RANK=first, WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2"}, r"expected RANK beside WORLD_SIZE=2, got none; start ranks by torchrun"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, r"expected RANK below WORLD_SIZE, got RANK=2, WORLD_SIZE=2"),
+        ({"RANK": "1"}, r"expected RANK below WORLD_SIZE, got RANK=1; "),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            r"expected MASTER_ADDR and MASTER_PORT beside RANK=0, WORLD_SIZE=2, got none",
+        ),
+    ],
+)
+def test_ranks_that_do_not_know_their_place(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["pretrain", "no-such.yaml"]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.fixture

@@ -45,6 +45,7 @@ CHECKPOINT, TEACHER, RUNNER = "distillation/checkpoint.py", "distillation/teache
 HIDDEN = "distillation/hidden.py"
 ADD, JOB, STOCK, BRIDGE = (f"integrations/{name}.py" for name in ("add_teacher", "megatron_lm", "stock", "bridge"))
 PROVENANCE = "integrations/provenance.py"
+STUDENT = "integrations/student_checkpoint.py"
 DRY, PHANTOM = "dry_run.py", "phantom.py"
 GPT = "megatron.core.models.gpt:GPTModel"
 LINEAR = "megatron.core.tensor_parallel:ColumnParallelLinear"
@@ -104,6 +105,7 @@ CALLS = [
     Call(f"{CHECKPOINTS}:load_common_state_dict", SAFE_READING, ("checkpoint_dir",)),
     Call(f"{CHECKPOINTS}.validation:verify_integrity_manifest", CHECKPOINT, ("checkpoint_dir",)),
     Call(f"{CHECKPOINTS}:check_is_distributed_checkpoint", PROVENANCE, ("checkpoint_dir",)),
+    Call(f"{CHECKPOINTS}:check_is_distributed_checkpoint", STUDENT, ("checkpoint_dir",)),
     Call(f"{CHECKPOINTS}:load_content_metadata", CHECKPOINT, (), ("preloaded_state_dict",)),
     Call(
         f"{CHECKPOINTS}:load",
@@ -430,7 +432,7 @@ def test_megatron_has_the_arguments_we_read() -> None:
     options = {action.dest for action in add_teacher.megatron_options().values()}
     read = {
         (user, node.attr)
-        for user in (ADD, JOB, PROVENANCE)
+        for user in (ADD, JOB, PROVENANCE, STUDENT)
         for node in ast.walk(ast.parse((PACKAGE / user).read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("args", "student")
     }

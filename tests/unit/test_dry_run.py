@@ -64,6 +64,9 @@ def test_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "32")
     assert megatron_arguments(config(*TEACHER))[0].world_size == 32
     assert megatron_arguments(config(*TEACHER), 64)[0].world_size == 64
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ConfigError, match="a whole number above 0 in WORLD_SIZE, got 'two'; unset it"):
+        megatron_arguments(config(*TEACHER))
 
 
 def sizes(tensor=1, pipeline=1, context=1, experts=None, expert=1, expert_tensor=None) -> Namespace:
@@ -97,7 +100,8 @@ def test_the_fewest_ranks(student: Namespace, teacher: Namespace | None, ranks: 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["megatron.num-attention-heads=6"], "Megatron refuses these arguments: assert args.hidden_size"),
+        (["megatron.num-attention-heads=6"], "student: hidden-size 512 does not divide over 6 attention heads; change"),
+        (["megatron.bf16=true", "megatron.fp16=true"], "Megatron refuses these arguments: assert not args.(bf|fp)16"),
         (["megatron.checkpoint-activations=true"], "checkpoint-activations is no longer valid"),
         (["teacher.tensor-model-parallel-size=2"], "no multiple of the student's 4"),
         (["megatron.num-experts=16", "megatron.expert-model-parallel-size=16"], r"world_size \(64\).*expert"),
