@@ -205,7 +205,7 @@ def test_of_a_spoilt_index_there_is_a_message_or_nothing_to_say(copied: Path) ->
 
 
 def test_a_flipped_weight_is_noticed_where_hashes_were_saved(config: Path, copied: Path) -> None:
-    """And not without: nothing that is read at the start tells one weight from another."""
+    """Opening it, which reads no weight, does not tell."""
     verify = ["teacher.verify-integrity=true", f"teacher.load={copied}"]
     job = ["-m", "abkd_megatron", "distill", "--config", config, *verify, "megatron.train-iters=1"]
     save_integrity_manifest(str(copied))
