@@ -15,6 +15,8 @@ set -euo pipefail
 # Megatron's way to have communication start before the computation that it hides behind.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# What torchrun gives the ranks between SIGTERM, at which they save, and SIGKILL; its own 30 s are short for that.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 
 endpoint="${ENDPOINT:-localhost:29500}"
 exec torchrun \

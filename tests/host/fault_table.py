@@ -296,7 +296,8 @@ def run_by_torchrun(words: Sequence[object], num_ranks: int, logs: Path) -> list
     """The same under torchrun; each rank has torchrun's exit code and, behind its own output, torchrun's."""
     options = ["--standalone", "--nproc-per-node", num_ranks, "--log-dir", logs, "--redirects", 3]
     command = [str(word) for word in (sys.executable, "-m", "torch.distributed.run", *options, *words)]
-    mark = {"FAULT_TABLE_LOGS": str(logs)}
+    # A busy machine may take longer to save than torchrun waits.
+    mark = {"FAULT_TABLE_LOGS": str(logs), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **mark}
     agent = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
     ended = time.time()
