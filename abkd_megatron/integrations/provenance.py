@@ -124,8 +124,8 @@ def check_resumed_alone(args: Namespace) -> str | None:
 
 
 def _record_in_checkpoint(args: Namespace) -> tuple[Path | None, dict[str, Any] | None]:
-    """The checkpoint that this run goes on from, if it does, and the record in it, if there is one."""
-    directory, goes_on = checkpoint_to_load(args)
+    """The checkpoint that this run goes on training from, if it does, and the record in it, if there is one."""
+    directory, goes_on = (None, False) if args.skip_train else checkpoint_to_load(args)
     if directory is None or not goes_on or not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
         return None, None
     try:

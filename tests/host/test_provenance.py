@@ -13,6 +13,8 @@ from matrix import check_refused, run_refused
 from megatron.core import dist_checkpointing
 from test_stock_script import SCRIPT, command_line, kd_arguments, run_script
 
+from abkd_megatron.errors import ConfigError
+
 ALPHA = "{schedule: linear, from: 0.5, to: 0.3, end: 4}"
 RECORD = "abkd_distillation"
 
@@ -154,8 +156,20 @@ def test_so_is_a_script_of_ones_own(config: Path, begun: Path) -> None:
     assert re.search(ALONE + r".*give --kd-teacher-load", rank.output), rank.output[-6000:]
 
 
-def test_begun_anew_nothing_is_compared(begun: Path) -> None:
+@pytest.mark.parametrize("given", [{"finetune": True}, {"skip_train": True}, {}], ids=str)
+def test_begun_anew_or_evaluated_nothing_is_compared(begun: Path, given: dict) -> None:
     from abkd_megatron.integrations.provenance import check_resumed
 
-    anew = Namespace(load=str(begun), finetune=True, pretrained_checkpoint=None, ckpt_step=None)
-    assert check_resumed(anew, {"distillation": {}, "teacher": {"sha256": ""}}, "refuse") is None
+    plain = {
+        "skip_train": False,
+        "load": str(begun),
+        "finetune": False,
+        "pretrained_checkpoint": None,
+        "ckpt_step": None,
+    }
+    now = {"distillation": {}, "teacher": {"path": "", "iteration": 1, "sha256": ""}}
+    if given:
+        assert check_resumed(Namespace(**plain | given), now, "refuse") is None
+    else:
+        with pytest.raises(ConfigError, match="would go on"):
+            check_resumed(Namespace(**plain), now, "refuse")

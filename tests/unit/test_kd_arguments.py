@@ -46,9 +46,9 @@ def test_what_is_not_given_leaves_no_trace(parser: ArgumentParser) -> None:
 def test_without_a_teacher_the_forward_step_is_the_same_object() -> None:
     def forward_step() -> None: ...
 
-    args = Namespace(seed=1, load=None, finetune=False, pretrained_checkpoint=None)
+    args = Namespace(seed=1, skip_train=False, load=None, finetune=False, pretrained_checkpoint=None)
     assert distil(args, None, forward_step) is forward_step
-    assert args == Namespace(seed=1, load=None, finetune=False, pretrained_checkpoint=None)
+    assert args == Namespace(seed=1, skip_train=False, load=None, finetune=False, pretrained_checkpoint=None)
     with pytest.raises(ConfigError, match="got only --kd-alpha, --kd-teacher-args; add it, or remove them"):
         distil(Namespace(kd_alpha="1", kd_teacher_args=["num-layers=4"]), None, forward_step)
 
