@@ -151,7 +151,7 @@ def test_empty_sections_and_source_forms(load):
     [
         ("", (), "got an empty file"),
         ("- a\n", (), "expected the sections device, megatron.*got a list"),
-        ("just text", (), "got a str"),
+        ("just text", (), "got a single value"),
         ("a: [", (), "expected readable YAML"),
         ("a: \x07", (), "expected readable YAML"),
         ("a: !!python/object:os.system {}", (), "expected readable YAML"),
@@ -390,7 +390,7 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(ConfigError, match="expected a readable YAML file"):
         load_config(tmp_path, [], OPTIONS)
     (tmp_path / "latin.yaml").write_bytes(b"data: {dir: \xe9}")
-    with pytest.raises(ConfigError, match="expected a readable YAML file"):
+    with pytest.raises(ConfigError, match=r"expected a YAML file in UTF-8.*save it as UTF-8"):
         load_config(tmp_path / "latin.yaml", [], OPTIONS)
 
 

@@ -226,7 +226,7 @@ REFUSED = {
     ),
     "a long key twice": (f"data: {{{'k' * 900}: a, {'k' * 900}: b}}\n", "kkk ... kkk"),
     "no character": ("device: \x00\n", "special characters are not allowed"),
-    "half a character": ("device: \ud800\n", "expected a readable YAML file, got: 'utf-8' codec"),
+    "half a character": ("device: \ud800\n", "expected a YAML file in UTF-8, got: 'utf-8' codec"),
     "half a character, escaped": ('device: "\\ud800"\n', r"unknown device '\ud800'"),
     "a number of too many digits": (f"data: {{vocab_size: {'9' * 5000}}}\n", "expected a whole number, got '999"),
     "a very long value": (f"data: {{vocab_size: {'x' * 100_000}}}\n", "expected a whole number, got 'xxx"),
