@@ -49,7 +49,8 @@ def main() -> None:
     ended, path = {}, sys.argv[1]  # a script has a command line of its own
     job = f"{path}.{os.environ['MASTER_PORT']}"
     for number, (name, arguments) in enumerate(json.loads(Path(path).read_text()).items()):
-        os.environ["MASTER_PORT"] = new_port(f"{job}.{number}.port")
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun's store is where it is
+            os.environ["MASTER_PORT"] = new_port(f"{job}.{number}.port")
         before = dict(os.environ)
         while "=" in arguments[0]:
             variable, _, value = arguments.pop(0).partition("=")
