@@ -114,7 +114,7 @@ def distill(
     Raises:
         AbkdError: on every rank, before the first step, when something cannot be run.
 
-    Collectives: Bridge's, and those of `build_teacher`, `attach` and `check_models`.
+    Collectives: Bridge's, and those of `check_files`, `build_teacher`, `attach` and `check_models`.
     """
     pretrain(config, add_teacher(config, forward_step), callbacks)
 

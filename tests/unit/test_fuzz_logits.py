@@ -153,8 +153,15 @@ def test_divergences(name, kernel, seed):
         wanted, slope = twin_of_divergence(divergence, *(logits.float() for logits in rounded))
         there = wanted.isfinite() & (wanted < 1e4) & (slope.abs().amax(dim=-1) < 1e4)
         assert value[there].isfinite().all() and gradient[there].isfinite().all()
-        torch.testing.assert_close(value[there].double(), wanted[there], rtol=1e-5, atol=0.1)
-        assert ((gradient.double() - slope).abs() <= 0.01 * slope.abs() + 0.1)[there].all()
+        # Computed in fp32 from these very logits; the gradient is rounded to their dtype at the end.
+        rounding = 32 * torch.finfo(torch.float32).eps * size_of(*rounded).double()
+        assert ((value.double() - wanted).abs() <= 1e-5 * wanted.abs() + rounding)[there].all()
+        largest = slope.abs().amax(dim=-1, keepdim=True)
+        allowed = torch.finfo(dtype).eps * slope.abs() + 1e-5 * largest + rounding[:, None] + torch.finfo(dtype).tiny
+        if isinstance(divergence, TotalVariation):  # as above
+            q, p = (logits.double().softmax(-1) for logits in rounded)
+            there &= (q - p).abs().amax(-1) > 1e-12
+        assert ((gradient.double() - slope).abs() <= allowed)[there].all()
 
 
 @pytest.mark.parametrize("name", NAMED)
