@@ -38,7 +38,7 @@ TP, PP, CP = "tensor-model-parallel-size", "pipeline-model-parallel-size", "cont
 
 # What each file starts collectives for; what others start belongs to Megatron and the student.
 KINDS = {
-    "distillation/lane.py": "teacher's messages",
+    "distillation/channel.py": "teacher's messages",
     "distillation/runner.py": "teacher's pass",
     "distillation/head.py": "LM heads",
     "vocab_parallel/": "loss",

@@ -146,6 +146,19 @@ def _checked_student(
             "a teacher that spans data-parallel neighbours runs all their micro-batches, which must have one length: "
             "turn variable_seq_lengths off, or give the teacher the student's tensor parallelism"
         )
+    if chunks[0].config.variable_seq_lengths and teacher.layout.student_stages > 1:
+        if not teacher.layout.is_students:
+            raise ConfigError(
+                "variable_seq_lengths over pipeline stages is not supported with a teacher in a layout of its own: its "
+                "messages pass stages that do not know their length; pad micro-batches to one length, or remove the "
+                "teacher's tensor and pipeline parallelism"
+            )
+        if len(chunks) > 1:
+            raise ConfigError(
+                "variable_seq_lengths is not supported with a teacher and virtual pipeline stages: a stage cannot tell "
+                "in time which activations a message of the teacher comes with; pad micro-batches to one length, or "
+                "remove the virtual stages"
+            )
     last = chunks[-1]
     if last.post_process:
         assert teacher.head is not None
@@ -256,7 +269,7 @@ class Attachment:
         self._tp_group = pg_collection.tp
         self._cp_group: dist.ProcessGroup | None = getattr(pg_collection, "cp", None)
         self._waiting: deque[torch.Tensor] = deque()
-        self._runner = TeacherRunner(chunks[0], teacher, timeout)
+        self._runner = TeacherRunner(chunks, teacher, timeout)
         # Only where there is a loss to report it with.
         device = next(chunks[-1].parameters()).device
         self._stopwatch = Stopwatch(device) if chunks[-1].post_process else None
@@ -278,7 +291,9 @@ class Attachment:
         Validation has those of the step before if nothing else is set. Without schedules this changes nothing.
         """
         if progress != self.progress:
-            self._runner.drain()  # gloo never says by itself that a message has left, and tensors would pile up
+            self._runner.drain()
+            if self._hidden is not None:
+                self._hidden.drain()
             self.progress = progress
             self.objective = self._scheduled_objective.at(progress)
             self.scheduled = self._scheduled_objective.values(progress)
@@ -292,7 +307,7 @@ class Attachment:
             hook.remove()
         if self._hidden is not None:
             self._hidden.remove()
-        self._runner.drain()
+        self._runner.close()
         self._waiting.clear()
 
     @property

@@ -21,7 +21,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from abkd_megatron.distillation.lane import Lane, new_group
+from abkd_megatron.distillation.channel import Channel, new_group
 from abkd_megatron.distillation.teacher import Teacher
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.hidden_loss import HiddenLoss
@@ -353,8 +353,9 @@ class HiddenLosses:
         # Of the earlier stages, in order: (rank, names of what it sends).
         self._sources = [(pipeline[at], names[at]) for at in sorted(stages) if at < self._last and names[at]]
         group = new_group(pipeline if self._sources else (), timeout)
-        self._lane = Lane(group) if group is not None else None
-        self._greet()
+        # A few numbers per micro-batch, which leave without their receiver, so they need not wait for Megatron's send.
+        links = [(rank, self._last_rank) for rank, _ in self._sources]
+        self._channel = Channel(group, links, self._device, 64) if group is not None else None
         if self._stage == self._last:
             # After the hooks above, for they run in this order: its own pairs are done.
             self._hooks.append(chunks[-1].register_forward_hook(self._collect, with_kwargs=True))
@@ -367,29 +368,22 @@ class HiddenLosses:
     @property
     def num_in_flight(self) -> int:
         """Messages started here and not known to have arrived."""
-        return self._lane.num_in_flight if self._lane is not None else 0
+        return self._channel.num_in_flight if self._channel is not None else 0
+
+    def drain(self) -> None:
+        """Wait until every message has left. Only between steps."""
+        if self._channel is not None:
+            self._channel.drain()
 
     def remove(self) -> None:
         """Take all of it off, the projectors too. Only between steps."""
         for hook in self._hooks:
             hook.remove()
-        if self._lane is not None:
-            self._lane.drain()
+        self.drain()
         for chunk in self._all_chunks:
             if hasattr(chunk, PROJECTORS):
                 delattr(chunk, PROJECTORS)
         self._chunks.clear()
-
-    def _greet(self) -> None:
-        """One number from each stage: NCCL connects two ranks in their first message, for which it wants both."""
-        if self._lane is None:
-            return
-        for rank, _ in self._sources:
-            if self._stage == self._last:
-                self._lane.receive((1,), torch.float32, self._device, rank)
-            elif rank == dist.get_rank():
-                self._lane.send(torch.zeros(1, device=self._device), self._last_rank)
-                self._lane.drain()
 
     def _watch(self, chunk: _Chunk, teacher: Teacher) -> None:
         self._chunks.append(chunk)
@@ -468,10 +462,10 @@ class HiddenLosses:
             dist.all_reduce(sums, group=self._tp_group)
         chunk.done.append(dict(zip(names, sums, strict=True)))
         if chunk is self._chunks[-1] and self._stage != self._last:
-            assert self._lane is not None
+            assert self._channel is not None
             found = self._own()
             here = next(names for rank, names in self._sources if rank == dist.get_rank())
-            self._lane.send(torch.stack([found[name] for name in here]), self._last_rank)
+            self._channel.send(torch.stack([found[name] for name in here]), self._last_rank)
 
     def _own(self) -> dict[str, Tensor]:
         """This rank's sums of the next micro-batch; its chunks see them in one order."""
@@ -482,7 +476,7 @@ class HiddenLosses:
             return
         found = self._own()
         for rank, names in self._sources:
-            assert self._lane is not None
-            sums = self._lane.receive((len(names),), torch.float32, self._device, rank)
+            assert self._channel is not None
+            sums = self._channel.receive((len(names),), torch.float32, rank)
             found |= dict(zip(names, sums, strict=True))
         self.report = {loss.name: (loss.weight, found[loss.name]) for loss in self._losses}

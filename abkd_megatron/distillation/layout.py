@@ -1,5 +1,6 @@
 """Where the teacher's stages lie on the student's ranks, whatever parallelism either has."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -155,6 +156,47 @@ class TeacherLayout:
     def destination(self, neighbour: int, tp: int) -> int:
         """Rank `tp` of this neighbour's last stage, where the loss is."""
         return self._rank(self.student_stages - 1, neighbour, tp)
+
+    def route(self, source: int, to: int) -> list[int]:
+        """The ranks that a message passes, both ends included: no hop is longer than to the student's next stage.
+
+        A message that skipped stages would be open until the stage that receives it has come to the micro-batch, and
+        any synchronization of the device on the sender would wait as long: the stages would run one after another.
+        """
+        here, there = self._places[source], self._places[to]
+        return [source, *(self._rank_at[replace(there, pp=pp)] for pp in range(here.pp + 1, there.pp)), to]
+
+    def links(self, kind: str) -> set[tuple[int, int]]:
+        """(from, to) of every message of one kind in this rank's cell; the same on all its ranks.
+
+        Args:
+            kind: "tokens", "hidden" (between stages of the teacher) or "results".
+        """
+        found: set[tuple[int, int]] = set()
+        for replica, hosts in enumerate(self._stages):
+            if kind == "hidden":
+                found |= {link for of in zip(*hosts, strict=True) for link in itertools.pairwise(of)}
+                continue
+            for neighbour in range(self.neighbours):
+                ends = self.results_of(replica, neighbour)
+                if kind == "tokens":
+                    ends = [(a, b) for a, b in self.tokens_of(replica, neighbour) if self.student_stage_of(b) > 0]
+                found |= {link for source, to in ends for link in itertools.pairwise(self.route(source, to))}
+        return {(source, to) for source, to in found if source != to}
+
+    def tokens_of(self, replica: int, neighbour: int) -> list[tuple[int, int]]:
+        """(from, to) of this neighbour's tokens, for each rank of the replica's first host; to itself where they are.
+
+        Between ranks of the student's first stage they are exchanged in one batch, see `TeacherRunner`.
+        """
+        return [(self.source_of_tokens(neighbour, at), to) for at, to in enumerate(self.first_host(replica))]
+
+    def results_of(self, replica: int, neighbour: int) -> list[tuple[int, int]]:
+        """(from, to) of the last hidden states of this neighbour's micro-batch, for each of its tensor ranks."""
+        return [
+            (self.source_of_result(replica, neighbour, tp), self.destination(neighbour, tp))
+            for tp in range(self.student_tensor_parallel)
+        ]
 
     @property
     def cell(self) -> list[int]:

@@ -18,9 +18,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, get_cuda_rng_tra
 from megatron.core.transformer import TransformerConfig
 from megatron.training.models import GPTModelConfig
 
+from abkd_megatron.distillation.channel import new_group, new_group_of
 from abkd_megatron.distillation.checkpoint import TeacherCheckpoint
 from abkd_megatron.distillation.head import OutputLayer
-from abkd_megatron.distillation.lane import new_group, new_group_of
 from abkd_megatron.distillation.layout import Place, TeacherLayout
 from abkd_megatron.errors import ConfigError
 

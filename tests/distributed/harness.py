@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import strict
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -70,6 +71,7 @@ def _rank_main(
 ) -> None:
     faulthandler.dump_traceback_later(0.9 * timeout_seconds)  # where a hung rank stood, on its stderr
     torch.set_num_threads(1)
+    strict.install()
     try:
         dist.init_process_group(
             "gloo",

@@ -19,6 +19,7 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from unittest import mock
 
+import strict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +88,7 @@ def _fork_server() -> multiprocessing.context.BaseContext:
         [__name__, "abkd_megatron.integrations.megatron_lm", "abkd_megatron.data", "torch.utils.tensorboard"]
     )
     # torch reads the number of threads when it is imported.
-    places = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    places = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
     # Nothing here needs the network, and Hugging Face's client reads whether it may when it is imported, too.
     preset = {"OMP_NUM_THREADS": "1", "PYTHONPATH": places, "HF_HUB_OFFLINE": "1"}
     with mock.patch.dict(os.environ, preset):
@@ -104,6 +105,8 @@ def _be_rank(words: Sequence[str], environment: Mapping[str, str], output: Path)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
+    if environment["WORLD_SIZE"] != "1":
+        strict.install()
     # What the program starts itself, it starts as if nobody had forked it.
     multiprocessing.set_start_method(None, force=True)
     if words[0] == "-m":

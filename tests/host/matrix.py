@@ -31,6 +31,8 @@ FULL_RECOMPUTATION = {
     "recompute-num-layers": 1,
 }
 SELECTIVE_RECOMPUTATION = {"recompute-granularity": "selective"}
+TP_PP_DP = {"use-tp-pp-dp-mapping": "true"}
+FP32_RESIDUAL = {"fp32-residual-connection": "true"}
 BF16 = {"bf16": "true", "accumulate-allreduce-grads-in-fp32": "true"}
 LAYOUT = {
     "TP": "tensor-model-parallel-size",
@@ -38,6 +40,9 @@ LAYOUT = {
     "EP": "expert-model-parallel-size",
 }
 
+PP4 = {"pipeline-model-parallel-size": 4}
+# Every timer of a forward and backward pass then synchronizes the device.
+TIMED = {"timing-log-level": 2}
 VPP = {**PP, "num-layers-per-virtual-pipeline-stage": 1}
 SP = TP | {"sequence-parallel": "true"}
 EP = {"expert-model-parallel-size": 2}
@@ -88,6 +93,7 @@ REFERENCES: dict[str, Reference] = {
         f"{batches} micro-batches": Reference(student={"num-layers": 4}, beside={"global-batch-size": 2 * batches})
         for batches in (6, 7, 8)
     },
+    "8 layers": Reference(student={"num-layers": 8}, beside={"global-batch-size": 16}),
     "6 layers": Reference(student={"num-layers": 6}, beside={"teacher.num-layers": 4}),
     "MTP": Reference(student={"mtp-num-layers": 1}),
     "MoE": Reference(student=MOE, beside={"teacher.num-experts": "null"}),
@@ -209,6 +215,7 @@ def teacher(*, tensor: int | None = None, pipeline: int | None = None) -> Settin
 
 
 OWN = "teacher in a layout of its own"
+SYNCHRONIZED = "the device synchronized around every pass and message, `timing-log-level: 2`"
 DIFFERS = "teacher of another kind: heads, positions, norm, activation, biases, tied embeddings"
 HIDDEN = "losses between layers, with projectors"
 ACCUMULATION = "gradient accumulation: micro-batches of 1 and 4 in place of 2"
@@ -260,6 +267,14 @@ ROWS = [
     Row(OWN, 4, TP | teacher(tensor=4), "other kind"),
     Row(OWN, 4, PP | teacher(tensor=2, pipeline=1)),
     Row(OWN, 4, PP | teacher(pipeline=4)),
+    Row(SYNCHRONIZED, 2, PP | TIMED),
+    Row(SYNCHRONIZED, 4, PP4 | TIMED, "8 micro-batches"),
+    Row(SYNCHRONIZED, 2, VPP | TIMED, "8 micro-batches"),
+    Row(SYNCHRONIZED, 4, VPP | PP4 | TIMED, "8 layers"),
+    Row(SYNCHRONIZED, 2, PP | TIMED | teacher(pipeline=1)),
+    Row(SYNCHRONIZED, 4, PP4 | TIMED | teacher(pipeline=1), "8 micro-batches"),
+    Row(SYNCHRONIZED, 4, VPP | PP4 | TIMED | teacher(pipeline=2), "8 layers"),
+    Row(SYNCHRONIZED, 4, PP | TIMED | teacher(pipeline=4)),
     Row(DIFFERS, 2, TP, "other kind"),
     Row(DIFFERS, 2, PP, "other kind"),
     Row("teacher in bf16, student in fp32", 2, PP, "bf16 teacher"),
@@ -278,6 +293,11 @@ ROWS = [
     Row("full recomputation", 4, TP | PP | FULL_RECOMPUTATION),
     Row("selective recomputation", 1, SELECTIVE_RECOMPUTATION),
     Row("bf16, gradients accumulated in fp32, beside fp32", 4, TP | PP | BF16),
+    Row("residual stream in fp32, the rest in bf16", 2, PP | BF16 | FP32_RESIDUAL, "bf16"),
+    Row("residual stream in fp32, the rest in bf16", 2, PP | BF16 | FP32_RESIDUAL | teacher(pipeline=1), "bf16"),
+    Row("ranks in the order tp-pp-dp", 4, PP | TP_PP_DP),
+    Row("ranks in the order tp-pp-dp", 4, PP | TP_PP_DP | teacher(pipeline=4)),
+    Row("ranks in the order tp-pp-dp", 4, TP | TP_PP_DP | teacher(tensor=4)),
     Row("fused LM head", 1, FUSED),
     Row("fused LM head", 2, TP | FUSED),
     Row("fused LM head", 2, PP | FUSED),
