@@ -27,7 +27,7 @@ from abkd_megatron.config_yaml import flow
 from abkd_megatron.distillation import Attachment, Objective, Progress, Teacher, TeacherCheckpoint, attach
 from abkd_megatron.distillation.attach import check_tokens
 from abkd_megatron.distillation.preflight import FirstStep, check_files, check_models
-from abkd_megatron.distillation.teacher import build_teacher, random_states_kept
+from abkd_megatron.distillation.teacher import build_teacher, random_states_kept, to_params_dtype
 from abkd_megatron.errors import CheckpointError, ConfigError, HostError, on_every_rank
 from abkd_megatron.integrations.add_teacher import kernel_of, loss_with_report, make_objective, try_kernel
 
@@ -439,7 +439,7 @@ def _build_teacher(
     if checkpoint is not None:
         wanted = built.sharded_state_dict(metadata=checkpoint.metadata(groups.dp_cp))
         built.load_state_dict(checkpoint.load(wanted, groups.dp_cp))
-    return Teacher.of(built.to(dtype), groups)
+    return Teacher.of(to_params_dtype(built, dtype), groups)
 
 
 def _resolved(overrides: Mapping[str, Any], model: Any) -> dict[str, Any]:

@@ -289,6 +289,11 @@ CALLS = [
 ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
     (f"{CHECKPOINTS}.core:CheckpointingException", CHECKPOINT, ()),
     (
+        "megatron.core.transformer.moe.router:TopKRouter",
+        f"{TEACHER}, {BRIDGE}",
+        ("_maintain_float32_expert_bias",),
+    ),
+    (
         "megatron.core.rerun_state_machine:RerunStateMachine",
         FAULTS,
         ("first_iteration_complete", "current_iteration", "state"),
