@@ -181,8 +181,10 @@ class _Look:
         here = [it for it in prefixes_of(args) if all(Path(it + end).is_file() for end in (".bin", ".idx"))]
         if here:
             count = sum(tokens.count for tokens in check_datasets(here, vocab_size).values())
-            known = f"a sample of ids is below {vocab_size}" if vocab_size is not None else "their ids are open"
-            self.add("datasets", f"{len(here)} whole, {count} tokens; {known}")
+            known = f"ids below {vocab_size}" if vocab_size is not None else "ids of an unknown vocabulary"
+            self.add(
+                "datasets", f"{len(here)} of the expected sizes, {count} tokens; in samples: index entries, {known}"
+            )
 
     def models(self, options: Mapping[str, Action], world_size: int | None) -> None:
         config = self.config
