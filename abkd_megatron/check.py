@@ -273,8 +273,7 @@ class _Look:
         if self.config.device == "cpu":
             return
         parallel = args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1
-        shards = args.use_torch_fsdp2 or args.use_megatron_fsdp
-        if parallel and not shards and self._connections != "1":
+        if parallel and self._connections != "1":
             found = "CUDA_DEVICE_MAX_CONNECTIONS=1, which Megatron needs for TP and CP on GPUs before Blackwell"
             self.add("environment", found, ABSENT)
         if args.gradient_accumulation_fusion and not importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):

@@ -25,7 +25,7 @@ from abkd_megatron.config import DistillationConfig
 from abkd_megatron.config_file import load_config
 from abkd_megatron.config_yaml import flow
 from abkd_megatron.distillation import Attachment, Objective, Progress, Teacher, TeacherCheckpoint, attach
-from abkd_megatron.distillation.attach import check_tokens
+from abkd_megatron.distillation.attach import UNSUPPORTED, check_tokens
 from abkd_megatron.distillation.preflight import FirstStep, check_files, check_models
 from abkd_megatron.distillation.teacher import build_teacher, random_states_kept, to_params_dtype
 from abkd_megatron.errors import CheckpointError, ConfigError, HostError, on_every_rank
@@ -347,8 +347,8 @@ def _check_host(config: DistillConfigContainer, objective: Objective) -> None:
     """Refuse what of Bridge was never run with a teacher, by name."""
     refused = {
         "peft": (config.peft, "an adapter changes the layers that the loss reads"),
-        "dist.use_megatron_fsdp": (config.dist.use_megatron_fsdp, "it takes the student's weights apart"),
-        "dist.use_torch_fsdp2": (config.dist.use_torch_fsdp2, "it takes the student's weights apart"),
+        "dist.use_megatron_fsdp": (config.dist.use_megatron_fsdp, UNSUPPORTED["use_megatron_fsdp"][1]),
+        "dist.use_torch_fsdp2": (config.dist.use_torch_fsdp2, UNSUPPORTED["use_torch_fsdp2"][1]),
         "dist.eval_context_parallel_size": (
             config.dist.eval_context_parallel_size,
             "validation would move the student to other process groups than the teacher's",

@@ -287,6 +287,8 @@ CALLS = [
 # What we read or write of objects: fields of dataclasses, methods, and what their classes set on self.
 ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
     (f"{CHECKPOINTS}.core:CheckpointingException", CHECKPOINT, ()),
+    ("megatron.core.distributed:TorchFullyShardedDataParallel", ATTACH, ()),
+    ("megatron.core.distributed.fsdp.mcore_fsdp_adapter:FullyShardedDataParallel", ATTACH, ()),
     (
         "megatron.core.transformer.moe.router:TopKRouter",
         f"{TEACHER}, {BRIDGE}",
