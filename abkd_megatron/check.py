@@ -38,9 +38,9 @@ from abkd_megatron.integrations.add_teacher import (
     make_objective,
     megatron_options,
     teacher_arguments,
-    teacher_settings,
     try_kernel,
 )
+from abkd_megatron.integrations.inherited import teacher_settings
 from abkd_megatron.integrations.megatron_lm import UNSUPPORTED_IN_JOBS
 from abkd_megatron.integrations.provenance import check_resumed, record
 from abkd_megatron.integrations.student_checkpoint import check_student
@@ -222,7 +222,7 @@ class _Look:
             elif dry_run.describes_teacher(config):
                 with (
                     self.at("teacher"),
-                    dry_run.parsed(teacher_settings(megatron, config.teacher.megatron), options) as args,
+                    dry_run.parsed(teacher_settings(megatron, config.teacher.megatron, options), options) as args,
                 ):
                     check_layout(args, "teacher", UNSUPPORTED_IN_JOBS)
             if config.teacher.load is not None:

@@ -181,6 +181,7 @@ def check_fused(objective: Objective, reasons: Sequence[str]) -> None:
 
 
 _SHARDED = "it shards the student's weights over data-parallel ranks; the loss reads the output layer's as one"
+_KEEPS_NONE = "a teacher keeps no activations for a backward pass"
 # What goes around the hooks, whoever builds the models: (feature, reason), by the name of Megatron's setting.
 UNSUPPORTED = {
     "overlap_moe_expert_parallel_comm": (
@@ -199,7 +200,13 @@ UNSUPPORTED = {
     "use_megatron_fsdp": ("Megatron FSDP", _SHARDED),
     "use_torch_fsdp2": ("torch FSDP2", _SHARDED),
 }
-# How a model shows the last two that was built elsewhere.
+# Of these a process has one, made for the student's sizes or its backward pass.
+_UNSUPPORTED_OF_TEACHER = {
+    "tp_comm_overlap": ("overlapped tensor-parallel communication", "its buffers have the student's sizes"),
+    "cpu_offloading_num_layers": ("offloading activations", _KEEPS_NONE),
+    "fine_grained_activation_offloading": ("offloading activations", _KEEPS_NONE),
+}
+# How a model shows the last two of `UNSUPPORTED` that was built elsewhere.
 _WRAPPERS = {
     MegatronFSDP: "use_megatron_fsdp",
     TorchFullyShardedDataParallel: "use_torch_fsdp2",
@@ -230,6 +237,8 @@ def check_config(config: Any, who: str, unsupported: Mapping[str, tuple[str, str
     Raises:
         ConfigError: naming the feature, the reason and what to change.
     """
+    if who == "teacher":
+        unsupported = {**unsupported, **_UNSUPPORTED_OF_TEACHER}
     for name, (feature, reason) in unsupported.items():
         value = getattr(config, name, None)
         if value and value != "none":

@@ -30,6 +30,7 @@ from abkd_megatron.distillation.preflight import FirstStep, check_files, check_m
 from abkd_megatron.distillation.teacher import build_teacher, random_states_kept, to_params_dtype
 from abkd_megatron.errors import CheckpointError, ConfigError, HostError, on_every_rank
 from abkd_megatron.integrations.add_teacher import kernel_of, loss_with_report, make_objective, try_kernel
+from abkd_megatron.integrations.inherited import forget_run_of
 
 try:
     from megatron.bridge import AutoBridge
@@ -400,16 +401,11 @@ def _build_teacher(
                 checkpoint.check_arguments(args, config.model.vocab_size, objective.shared_vocab)
             else:
                 _check_vocabulary(model.vocab_size, config.model.vocab_size, objective.shared_vocab)
+        forget_run_of(model)
         settings = {name: getattr(transformer, name) for name in _SHARED}
         if getattr(model, "num_moe_experts", None):
             settings |= {name: getattr(transformer, name) for name in ("expert_model_parallel_size",)}
         settings |= {
-            "virtual_pipeline_model_parallel_size": None,
-            "pipeline_model_parallel_layout": None,
-            "num_layers_in_first_pipeline_stage": None,
-            "num_layers_in_last_pipeline_stage": None,
-            "mtp_num_layers": None,
-            "recompute_granularity": None,
             "seq_length": config.model.seq_length,
             # A rank holds the same ids of both models, however the teacher was padded: loading pads or drops the rest.
             "vocab_size": columns,
