@@ -38,9 +38,9 @@ from abkd_megatron.integrations.add_teacher import (
     make_objective,
     megatron_options,
     teacher_arguments,
-    teacher_settings,
     try_kernel,
 )
+from abkd_megatron.integrations.inherited import teacher_settings
 from abkd_megatron.integrations.megatron_lm import UNSUPPORTED_IN_JOBS
 from abkd_megatron.integrations.provenance import check_resumed, record
 from abkd_megatron.integrations.student_checkpoint import check_student
@@ -181,8 +181,10 @@ class _Look:
         here = [it for it in prefixes_of(args) if all(Path(it + end).is_file() for end in (".bin", ".idx"))]
         if here:
             count = sum(tokens.count for tokens in check_datasets(here, vocab_size).values())
-            known = f"a sample of ids is below {vocab_size}" if vocab_size is not None else "their ids are open"
-            self.add("datasets", f"{len(here)} whole, {count} tokens; {known}")
+            known = f"ids below {vocab_size}" if vocab_size is not None else "ids of an unknown vocabulary"
+            self.add(
+                "datasets", f"{len(here)} of the expected sizes, {count} tokens; in samples: index entries, {known}"
+            )
 
     def models(self, options: Mapping[str, Action], world_size: int | None) -> None:
         config = self.config
@@ -220,7 +222,7 @@ class _Look:
             elif dry_run.describes_teacher(config):
                 with (
                     self.at("teacher"),
-                    dry_run.parsed(teacher_settings(megatron, config.teacher.megatron), options) as args,
+                    dry_run.parsed(teacher_settings(megatron, config.teacher.megatron, options), options) as args,
                 ):
                     check_layout(args, "teacher", UNSUPPORTED_IN_JOBS)
             if config.teacher.load is not None:
@@ -271,8 +273,7 @@ class _Look:
         if self.config.device == "cpu":
             return
         parallel = args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1
-        shards = args.use_torch_fsdp2 or args.use_megatron_fsdp
-        if parallel and not shards and self._connections != "1":
+        if parallel and self._connections != "1":
             found = "CUDA_DEVICE_MAX_CONNECTIONS=1, which Megatron needs for TP and CP on GPUs before Blackwell"
             self.add("environment", found, ABSENT)
         if args.gradient_accumulation_fusion and not importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):

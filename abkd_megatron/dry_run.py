@@ -48,8 +48,8 @@ from abkd_megatron.integrations.add_teacher import (
     megatron_options,
     megatron_refusals_named,
     teacher_arguments,
-    teacher_settings,
 )
+from abkd_megatron.integrations.inherited import teacher_settings
 from abkd_megatron.integrations.megatron_lm import UNSUPPORTED_IN_JOBS
 
 # What a job on GPUs is taken to have, where this machine has no GPU (an H100) or no TransformerEngine (the newest
@@ -123,7 +123,7 @@ def ranks_of(config: Config, megatron: Mapping[str, Any], options: Mapping[str, 
         return int(given)
     models = [megatron]
     if describes_teacher(config):
-        models.append(teacher_settings(megatron, config.teacher.megatron))
+        models.append(teacher_settings(megatron, config.teacher.megatron, options))
     found = []
     for settings in models:
         with as_in_a_job(config, 1), parsed(settings, options) as args:

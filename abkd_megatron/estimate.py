@@ -120,7 +120,7 @@ def estimate(
 
     Raises:
         ConfigError: what a job refuses, or what cannot be run without data: experts, latent attention, fp8, multi-token
-            prediction, FSDP, hidden losses.
+            prediction, hidden losses.
         HostError: what else does not run without data.
     """
     student, teacher = megatron_arguments(config, world_size)
@@ -171,8 +171,6 @@ def _check(config: Config, student: Namespace, teacher: Namespace) -> None:
             "fp8": args.fp8,
             "fp4": args.fp4,
             "multi-token prediction": args.mtp_num_layers,
-            "Megatron's FSDP": args.use_megatron_fsdp,
-            "torch's FSDP": args.use_torch_fsdp2,
         }
         for feature, is_on in features.items():
             if is_on:

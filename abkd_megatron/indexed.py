@@ -9,10 +9,9 @@ from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+from megatron.core.datasets.indexed_dataset import DType
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training.utils import get_blend_and_blend_per_split
 
@@ -22,8 +21,10 @@ _REMEDY = "copy both files whole from where they were made, or prepare the data 
 # The beginning of an index: magic, version, code of the dtype, number of sequences, of ends of documents.
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC, _VERSION = b"MMIDIDX\x00\x00", 1
-_BLOCK = 1 << 20  # sequences looked at together: an index may be larger than what memory is left
-_SAMPLE_BYTES, _PARTS = 4 << 20, 64
+# Of each file the sample is so many parts, from its first entry to its last. Many datasets share the budget: a job's
+# other ranks wait meanwhile.
+_PARTS, _FEWEST_PARTS, _PARTS_OF_ALL = 64, 4, 4096
+_PART_ENTRIES, _PART_BYTES = 4096, 1 << 16  # of an index and of tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +60,12 @@ def prefixes_of(args: Namespace) -> list[str]:
 
 
 def check_datasets(prefixes: Iterable[str], vocab_size: int | None) -> dict[str, Tokens]:
-    """Look at indexed datasets: at all of each index, and at a sample of the tokens.
+    """Check indexed datasets: files and sizes, and samples of the entries of each index and of the tokens.
 
-    Datasets in object storage are passed over.
+    Header, file sizes, first and last entry are always checked. Of the entries between (lengths and places of
+    sequences, ends of documents) 64 parts of 4096 each are read, spread evenly, and of the tokens 64 parts of 64 KiB;
+    what is no larger than that is read whole. With more than 64 datasets there are fewer parts of each, but at least 4.
+    So a wrong entry between the parts of a large index is not found. Datasets in object storage are passed over.
 
     Args:
         prefixes: as `prefixes_of` gives them.
@@ -74,27 +78,34 @@ def check_datasets(prefixes: Iterable[str], vocab_size: int | None) -> dict[str,
         DataError: an index that is none or contradicts itself or its tokens' file; a token id that is below 0, or not
             below `vocab_size`.
 
-    Collectives: none. It takes time and reads bytes in proportion to the indices; let one rank do it.
+    Collectives: none; let one rank do it. At most 10 MiB of a dataset are read, whatever its size.
     """
-    return {prefix: _check(prefix, vocab_size) for prefix in prefixes if not is_object_storage_path(prefix)}
+    here = [prefix for prefix in prefixes if not is_object_storage_path(prefix)]
+    parts = min(_PARTS, max(_FEWEST_PARTS, _PARTS_OF_ALL // max(len(here), 1)))
+    return {prefix: _check(prefix, vocab_size, parts) for prefix in here}
 
 
-def _check(prefix: str, vocab_size: int | None) -> Tokens:
+def _check(prefix: str, vocab_size: int | None, parts: int) -> Tokens:
     index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     try:
-        _check_header(index, tokens)
-        # No memory is mapped for the tokens: numpy cannot map a file of 0 bytes.
-        dataset = IndexedDataset(prefix, mmap=False)
-    except AssertionError as error:  # the one that is left to Megatron
-        raise DataError(f"{index}: expected its documents to end with its last sequence; {_REMEDY}") from error
+        dtype, sequences, documents = _check_header(index, tokens)
+        count = _check_sequences(index, tokens, dtype.itemsize, sequences, parts)
+        _check_documents(index, sequences, documents, parts)
+        return Tokens(count, _check_tokens(tokens, count, dtype, vocab_size, parts))
     except OSError as error:
         raise DataError(f"{prefix}: expected an indexed dataset that can be read, got: {error}; {_REMEDY}") from error
-    count, dtype = _check_index(dataset, index, tokens)
-    return Tokens(count, _check_tokens(tokens, count, dtype, vocab_size))
 
 
-def _check_header(index: Path, tokens: Path) -> None:
-    """What has to hold before Megatron's reader can be asked."""
+def _parts_of(count: int, size: int, parts: int) -> list[tuple[int, int]]:
+    """First and one past the last of so many parts of a file's entries, spread from begin to end; or of all at once."""
+    if count <= size * parts:
+        return [(0, count)]
+    starts = ((count - size) * number // (parts - 1) for number in range(parts))
+    return [(start, start + size) for start in starts]
+
+
+def _check_header(index: Path, tokens: Path) -> tuple[np.dtype, int, int]:
+    """The dtype of the tokens, and how many sequences and ends of documents there are."""
     for file in (index, tokens):
         if not file.is_file():
             raise DataError(f"{file}: expected a file of an indexed dataset, got none; check the path, or {_REMEDY}")
@@ -122,45 +133,56 @@ def _check_header(index: Path, tokens: Path) -> None:
         raise DataError(
             f"{index}: expected sequences and documents, got {sequences} sequences and {documents} ends; {_REMEDY}"
         )
+    return np.dtype(DType.dtype_from_code(code)), sequences, documents
 
 
-def _check_index(dataset: IndexedDataset, index: Path, tokens: Path) -> tuple[int, Any]:
-    """How many tokens there are, and their dtype."""
-    item, end, held = int(DType.size(dataset.index.dtype)), 0, tokens.stat().st_size
-    for first in range(0, len(dataset), _BLOCK):
-        lengths = dataset.sequence_lengths[first : first + _BLOCK].astype(np.int64)
-        ends = end + np.cumsum(lengths * item)
-        wrong = (lengths < 0) | (dataset.index.sequence_pointers[first : first + _BLOCK] != ends - lengths * item)
+def _check_sequences(index: Path, tokens: Path, item: int, sequences: int, parts: int) -> int:
+    """How many tokens there are."""
+    held, pointers = tokens.stat().st_size, _HEADER.size + 4 * sequences
+    end = read = 0  # the byte at which the part before ended, and its last sequence
+    for first, last in _parts_of(sequences, _PART_ENTRIES, parts):
+        sizes = _read(index, np.int32, _HEADER.size, first, last).astype(np.int64) * item
+        places = _read(index, np.int64, pointers, first, last)
+        ends = places[0] + np.cumsum(sizes)
+        wrong = (sizes < 0) | (places != ends - sizes)
+        wrong[0] |= places[0] != end if first == read else places[0] < end
         if wrong.any():
             raise DataError(
                 f"{index}: expected each sequence behind the one before, got one elsewhere or of a negative length: "
-                f"sequence {first + int(wrong.argmax())} of {len(dataset)}; {_REMEDY}"
+                f"sequence {first + int(wrong.argmax())} of {sequences}; {_REMEDY}"
             )
-        end = int(ends[-1])
+        end, read = int(ends[-1]), last
     if end != held:
         raise DataError(f"{tokens}: expected {end} bytes, as its index says, got {held}; {_REMEDY}")
     if not end:
         raise DataError(f"{tokens}: expected tokens, got none; {_REMEDY}")
-    last = 0
-    for first in range(0, len(dataset.document_indices), _BLOCK):
-        documents = dataset.document_indices[first : first + _BLOCK]
-        if documents[0] < last or (documents[1:] < documents[:-1]).any():
+    return end // item
+
+
+def _check_documents(index: Path, sequences: int, documents: int, parts: int) -> None:
+    begin, before = _HEADER.size + 12 * sequences, 0
+    for first, last in _parts_of(documents, _PART_ENTRIES, parts):
+        ends = _read(index, np.int64, begin, first, last)
+        if ends[0] < before or (ends[1:] < ends[:-1]).any():
             raise DataError(f"{index}: expected ends of documents in ascending order, got others; {_REMEDY}")
-        last = int(documents[-1])
-    if dataset.document_indices[0] != 0:
-        raise DataError(f"{index}: expected documents from sequence 0 on, got {dataset.document_indices[0]}; {_REMEDY}")
-    return end // item, dataset.index.dtype
+        if not first and ends[0]:
+            raise DataError(f"{index}: expected documents from sequence 0 on, got {ends[0]}; {_REMEDY}")
+        before = int(ends[-1])
+    if before != sequences:
+        raise DataError(f"{index}: expected its documents to end with its last sequence; {_REMEDY}")
 
 
-def _check_tokens(tokens: Path, count: int, dtype: Any, vocab_size: int | None) -> int:
-    """The largest id of a sample: of parts of equal length from begin to end, or of everything if that is less."""
-    item = int(DType.size(dtype))
-    part = _SAMPLE_BYTES // _PARTS // item
-    starts = [0] if count <= part * _PARTS else [(count - part) * number // (_PARTS - 1) for number in range(_PARTS)]
-    largest = 0
-    for start in starts:
-        length = count if len(starts) == 1 else part
-        ids = np.fromfile(tokens, dtype=dtype, count=length, offset=start * item)
+def _read(index: Path, dtype: type, begin: int, first: int, last: int) -> np.ndarray:
+    """These entries of the array that begins at this byte of the index."""
+    kind = np.dtype(dtype).newbyteorder("<")
+    return np.fromfile(index, kind, last - first, offset=begin + first * kind.itemsize)
+
+
+def _check_tokens(tokens: Path, count: int, dtype: np.dtype, vocab_size: int | None, parts: int) -> int:
+    """The largest id of a sample."""
+    item, largest = dtype.itemsize, 0
+    for start, stop in _parts_of(count, _PART_BYTES // item, parts):
+        ids = np.fromfile(tokens, dtype=dtype, count=stop - start, offset=start * item)
         smallest, largest = int(ids.min()), max(largest, int(ids.max()))
         if smallest < 0 or (vocab_size is not None and largest >= vocab_size):
             at = start + int(ids.argmin() if smallest < 0 else ids.argmax())

@@ -1,19 +1,24 @@
 """Attaching a teacher to a student that Megatron trains: one hook before its forward, one head in place of its loss."""
 
 import inspect
+import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import TorchFullyShardedDataParallel
+from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel as MegatronFSDP
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
+from torch.distributed.fsdp import FSDPModule
 
 from abkd_megatron.distillation.head import OutputLayer, compute_loss, obstacles
 from abkd_megatron.distillation.hidden import HiddenLosses, Layers, check_pairs, layers_of_stages
@@ -130,7 +135,9 @@ def check_tokens(objective: Objective, vocab_size: int) -> None:
 def _checked_student(
     student: torch.nn.Module | Sequence[torch.nn.Module], teacher: Teacher, objective: Objective, vocab_size: int
 ) -> list[GPTModel]:
-    chunks = unwrap_model(list(student) if isinstance(student, Sequence) else [student])
+    chunks = list(student) if isinstance(student, Sequence) else [student]
+    check_wrappers(chunks)
+    chunks = unwrap_model(chunks)
     for model in chunks:
         if not isinstance(model, GPTModel) or "output_processor" not in inspect.signature(model.forward).parameters:
             raise HostError(
@@ -186,8 +193,10 @@ def check_fused(objective: Objective, reasons: Sequence[str]) -> None:
         raise ConfigError(f"head: fused is not possible ({reasons[0]}); give head: materialised, or auto")
 
 
+_SHARDED = "it shards the student's weights over data-parallel ranks; the loss reads the output layer's as one"
+_KEEPS_NONE = "a teacher keeps no activations for a backward pass"
 # What goes around the hooks, whoever builds the models: (feature, reason), by the name of Megatron's setting.
-_UNSUPPORTED = {
+UNSUPPORTED = {
     "overlap_moe_expert_parallel_comm": (
         "combined 1F1B, which overlaps expert communication,",
         "it runs a schedule plan in place of the model's forward, past the teacher",
@@ -201,10 +210,36 @@ _UNSUPPORTED = {
         "it would not replay the teacher's messages and its queue, and it was never run",
     ),
     "hybrid_layer_pattern": ("HybridModel", "its forward takes no output_processor"),
+    "use_megatron_fsdp": ("Megatron FSDP", _SHARDED),
+    "use_torch_fsdp2": ("torch FSDP2", _SHARDED),
+}
+# Of these a process has one, made for the student's sizes or its backward pass.
+_UNSUPPORTED_OF_TEACHER = {
+    "tp_comm_overlap": ("overlapped tensor-parallel communication", "its buffers have the student's sizes"),
+    "cpu_offloading_num_layers": ("offloading activations", _KEEPS_NONE),
+    "fine_grained_activation_offloading": ("offloading activations", _KEEPS_NONE),
+}
+# How a model shows the last two of `UNSUPPORTED` that was built elsewhere.
+_WRAPPERS = {
+    MegatronFSDP: "use_megatron_fsdp",
+    TorchFullyShardedDataParallel: "use_torch_fsdp2",
+    FSDPModule: "use_torch_fsdp2",
 }
 
 
-def check_config(config: Any, who: str, unsupported: Mapping[str, tuple[str, str]] = _UNSUPPORTED) -> None:
+def check_wrappers(student: Sequence[torch.nn.Module]) -> None:
+    """Refuse a model whose weights are sharded over data-parallel ranks.
+
+    Raises:
+        ConfigError: naming the feature, the reason and what to change.
+    """
+    for module in itertools.chain.from_iterable(chunk.modules() for chunk in student):
+        for wrapper, name in _WRAPPERS.items():
+            if isinstance(module, wrapper):
+                check_config(SimpleNamespace(**{name: True}), "student")
+
+
+def check_config(config: Any, who: str, unsupported: Mapping[str, tuple[str, str]] = UNSUPPORTED) -> None:
     """Refuse what is set of some features, by name.
 
     Args:
@@ -215,6 +250,8 @@ def check_config(config: Any, who: str, unsupported: Mapping[str, tuple[str, str
     Raises:
         ConfigError: naming the feature, the reason and what to change.
     """
+    if who == "teacher":
+        unsupported = {**unsupported, **_UNSUPPORTED_OF_TEACHER}
     for name, (feature, reason) in unsupported.items():
         value = getattr(config, name, None)
         if value and value != "none":

@@ -8,6 +8,7 @@ import io
 import zipfile
 from collections import defaultdict
 from pathlib import Path
+from typing import IO, Any, cast
 
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -17,7 +18,7 @@ from abkd_megatron.errors import CheckpointError
 def check_contents(directory: Path, index: Metadata, rank: int = 0, num_ranks: int = 1) -> None:
     """Refuse a torch_dist checkpoint in which a tensor is not what was written.
 
-    All of it is read once; ranks share that.
+    All of it is read once; ranks share that. Memory stays at a few MiB, however large a tensor is.
 
     Args:
         directory: of one iteration, with all of its files.
@@ -37,18 +38,44 @@ def check_contents(directory: Path, index: Metadata, rank: int = 0, num_ranks: i
     for name, parts in of_file.items():
         with (directory / name).open("rb") as file:
             for offset, length in parts:
-                file.seek(offset)
-                if (found := _fault(file.read(length))) is not None:
+                if (found := _fault(_Part(file, offset, length))) is not None:
                     raise CheckpointError(
                         f"the teacher's checkpoint is damaged: {directory / name} holds other bytes than were written, "
                         f"in the {length} from {offset} on ({found}); copy or save it again"
                     )
 
 
-def _fault(archive: bytes) -> str | None:
+class _Part(io.RawIOBase):
+    """A part of an open file, read as a file of its own."""
+
+    def __init__(self, file: io.BufferedReader, offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if start + offset < 0:
+            raise ValueError(f"negative seek position {start + offset}")  # as io.BytesIO does
+        self._at = start + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(min(len(buffer), self._length - self._at), 0)
+        self._file.seek(self._offset + self._at)
+        count: int = self._file.readinto(memoryview(buffer)[:wanted])
+        self._at += count
+        return count
+
+
+def _fault(archive: _Part) -> str | None:
     try:
-        with zipfile.ZipFile(io.BytesIO(archive)) as opened:
-            wrong = opened.testzip()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        return str(error)
+        with zipfile.ZipFile(cast(IO[bytes], archive)) as opened:
+            wrong = opened.testzip()  # in blocks of 1 MiB
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
+        return str(error) or type(error).__name__
     return None if wrong is None else f"{wrong}: checksum"

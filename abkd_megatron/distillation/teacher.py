@@ -126,8 +126,32 @@ def build_teacher(
         _load_head(head, checkpoint, pg_collection)
     for module in (model, head):
         if module is not None:
-            _freeze(module.to(transformer.params_dtype))
+            _freeze(to_params_dtype(module, transformer.params_dtype))
     return Teacher(model, layout, groups, head)
+
+
+def to_params_dtype(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Cast a loaded model as Megatron casts one for training: all of it but the biases of MoE routers.
+
+    Float16Module casts parameters and buffers. Routers then make their biases fp32 again, since top-k routing depends
+    on their last bits. Megatron loads them after that; here they are loaded already and keep every bit.
+
+    Args:
+        module: changed in place.
+        dtype: Megatron's `params_dtype`.
+
+    Returns:
+        The same module.
+    """
+    routers: list[Any] = [router for router in module.modules() if hasattr(router, "_maintain_float32_expert_bias")]
+    loaded = [dict(router.named_buffers(recurse=False)) for router in routers]
+    module.to(dtype)
+    for router, buffers in zip(routers, loaded, strict=True):
+        router._maintain_float32_expert_bias()
+        for name, before in buffers.items():
+            if (buffer := getattr(router, name)) is not before and buffer.dtype == before.dtype:
+                buffer.copy_(before)
+    return module
 
 
 def _process_groups(

@@ -45,27 +45,13 @@ from abkd_megatron.distillation.preflight import FirstStep, check_files, check_m
 from abkd_megatron.distillation.step import masked_loss
 from abkd_megatron.errors import AbkdError, ConfigError, HostError, from_rank_0, on_every_rank
 from abkd_megatron.integrations import provenance
+from abkd_megatron.integrations.inherited import teacher_settings
 from abkd_megatron.vocab_parallel import vocab_parallel_divergence
 
 logger = logging.getLogger(__name__)
 
 # What teacher and student share: they see the same tokens, each on the rank that holds them.
 _SHARED = ("context_parallel_size", "seq_length", "micro_batch_size", "tokenizer_type", "tokenizer_model")
-
-# What a teacher does not take over from the student: how its layers are spread, and what only training knows.
-_STUDENT_ONLY = (
-    "num-layers-per-virtual-pipeline-stage",
-    "num-virtual-stages-per-pipeline-rank",
-    "microbatch-group-size-per-virtual-pipeline-stage",
-    "pipeline-model-parallel-layout",
-    "decoder-first-pipeline-num-layers",
-    "decoder-last-pipeline-num-layers",
-    "account-for-embedding-in-pipeline-split",
-    "account-for-loss-in-pipeline-split",
-    "mtp-num-layers",
-    "recompute-granularity",
-    "recompute-activations",
-)
 
 # What no forward step here does: (feature, reason); each is off by default.
 UNSUPPORTED = {
@@ -367,19 +353,6 @@ def absent_projectors(args: Namespace, losses: Sequence[HiddenLoss]) -> list[str
     return absent
 
 
-def teacher_settings(megatron: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Megatron's arguments of the teacher, as `to_argv` takes them: the student's, with the `teacher:` section on top.
-
-    Args:
-        megatron: of the student, as `to_argv` takes them.
-        own: of the `teacher:` section.
-    """
-    merged = {**{name: value for name, value in megatron.items() if name not in _STUDENT_ONLY}, **own}
-    if not merged.get("num-experts"):  # a dense teacher: Megatron refuses to spread experts that are not there
-        merged |= {"expert-model-parallel-size": None, "expert-tensor-parallel-size": None}
-    return merged
-
-
 def teacher_arguments(
     megatron: Mapping[str, Any],
     own: Mapping[str, Any],
@@ -390,7 +363,7 @@ def teacher_arguments(
     """Megatron's validated arguments of the teacher.
 
     Args:
-        megatron: of the student, as `to_argv` takes them.
+        megatron: of the student, as `to_argv` takes them; what a teacher has no use for is not inherited.
         own: of the `teacher:` section.
         options: as `megatron_options` returns them.
         student: validated, with the `padded_vocab_size`.
@@ -399,7 +372,7 @@ def teacher_arguments(
     Raises:
         ConfigError: what Megatron refuses of them, or a teacher that cannot lie beside this student.
     """
-    with megatron_refusals_named(), command_line(to_argv(teacher_settings(megatron, own), options)):
+    with megatron_refusals_named(), command_line(to_argv(teacher_settings(megatron, own, options), options)):
         args = parse_args()
         check_layout(args, "teacher", unsupported)
         validate_args(args)

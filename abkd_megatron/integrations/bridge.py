@@ -25,11 +25,12 @@ from abkd_megatron.config import DistillationConfig
 from abkd_megatron.config_file import load_config
 from abkd_megatron.config_yaml import flow
 from abkd_megatron.distillation import Attachment, Objective, Progress, Teacher, TeacherCheckpoint, attach
-from abkd_megatron.distillation.attach import check_tokens
+from abkd_megatron.distillation.attach import UNSUPPORTED, check_tokens
 from abkd_megatron.distillation.preflight import FirstStep, check_files, check_models
-from abkd_megatron.distillation.teacher import build_teacher, random_states_kept
+from abkd_megatron.distillation.teacher import build_teacher, random_states_kept, to_params_dtype
 from abkd_megatron.errors import CheckpointError, ConfigError, HostError, on_every_rank
 from abkd_megatron.integrations.add_teacher import kernel_of, loss_with_report, make_objective, try_kernel
+from abkd_megatron.integrations.inherited import forget_run_of
 
 try:
     from megatron.bridge import AutoBridge
@@ -347,8 +348,8 @@ def _check_host(config: DistillConfigContainer, objective: Objective) -> None:
     """Refuse what of Bridge was never run with a teacher, by name."""
     refused = {
         "peft": (config.peft, "an adapter changes the layers that the loss reads"),
-        "dist.use_megatron_fsdp": (config.dist.use_megatron_fsdp, "it takes the student's weights apart"),
-        "dist.use_torch_fsdp2": (config.dist.use_torch_fsdp2, "it takes the student's weights apart"),
+        "dist.use_megatron_fsdp": (config.dist.use_megatron_fsdp, UNSUPPORTED["use_megatron_fsdp"][1]),
+        "dist.use_torch_fsdp2": (config.dist.use_torch_fsdp2, UNSUPPORTED["use_torch_fsdp2"][1]),
         "dist.eval_context_parallel_size": (
             config.dist.eval_context_parallel_size,
             "validation would move the student to other process groups than the teacher's",
@@ -400,16 +401,11 @@ def _build_teacher(
                 checkpoint.check_arguments(args, config.model.vocab_size, objective.shared_vocab)
             else:
                 _check_vocabulary(model.vocab_size, config.model.vocab_size, objective.shared_vocab)
+        forget_run_of(model)
         settings = {name: getattr(transformer, name) for name in _SHARED}
         if getattr(model, "num_moe_experts", None):
             settings |= {name: getattr(transformer, name) for name in ("expert_model_parallel_size",)}
         settings |= {
-            "virtual_pipeline_model_parallel_size": None,
-            "pipeline_model_parallel_layout": None,
-            "num_layers_in_first_pipeline_stage": None,
-            "num_layers_in_last_pipeline_stage": None,
-            "mtp_num_layers": None,
-            "recompute_granularity": None,
             "seq_length": config.model.seq_length,
             # A rank holds the same ids of both models, however the teacher was padded: loading pads or drops the rest.
             "vocab_size": columns,
@@ -439,7 +435,7 @@ def _build_teacher(
     if checkpoint is not None:
         wanted = built.sharded_state_dict(metadata=checkpoint.metadata(groups.dp_cp))
         built.load_state_dict(checkpoint.load(wanted, groups.dp_cp))
-    return Teacher.of(built.to(dtype), groups)
+    return Teacher.of(to_params_dtype(built, dtype), groups)
 
 
 def _resolved(overrides: Mapping[str, Any], model: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One bit of a checkpoint's tensors that is another is found, on the rank that reads it."""
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,27 @@ def test_what_is_no_archive_is_refused(saved: Path) -> None:
     file.write_bytes(bytes(file.stat().st_size))
     with pytest.raises(CheckpointError, match="holds other bytes"):
         check_contents(saved, read_index(saved))
+
+
+def test_a_large_tensor_is_read_in_blocks(tmp_path: Path) -> None:
+    """One of 64 MiB, in a few MiB of memory."""
+    dcp.save({"a": torch.zeros(2**24), "b": torch.ones(3)}, checkpoint_id=tmp_path)
+    index = read_index(tmp_path)
+    tracemalloc.start()
+    try:
+        check_contents(tmp_path, index)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**23, f"{peak} bytes"
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_another_bit_anywhere_in_a_large_tensor_is_found(tmp_path: Path, share: float) -> None:
+    dcp.save({"a": torch.zeros(2**21)}, checkpoint_id=tmp_path)
+    (file,) = tmp_path.glob("*.distcp")
+    with file.open("r+b") as opened:
+        opened.seek(int(file.stat().st_size * share))
+        opened.write(b"\1")
+    with pytest.raises(CheckpointError, match="checksum"):
+        check_contents(tmp_path, read_index(tmp_path))

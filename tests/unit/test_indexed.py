@@ -20,6 +20,7 @@ pytest.importorskip("megatron.training")
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from abkd_megatron import indexed
 from abkd_megatron.errors import DataError
 from abkd_megatron.indexed import Tokens, check_datasets, prefixes_of
 
@@ -175,6 +176,68 @@ def test_a_large_dataset_is_sampled_from_begin_to_end(tmp_path, at):
         file.write(struct.pack("<H", VOCAB) * min(count // 63, count - at))
     with pytest.raises(DataError, match=rf"got {VOCAB} at token \d+ of {count}"):
         check(prefix)
+
+
+SPARSE_STRETCH = 2**22 + 4096
+SPARSE = 2**28  # sequences of no token but the last: 3.5 GB that take no room on the disk
+
+
+@pytest.fixture
+def sparse(tmp_path) -> str:
+    """A huge index of zeros, which contradicts nothing."""
+    prefix, documents = str(tmp_path / "data"), SPARSE // 8
+    np.full(9, 7, np.uint16).tofile(f"{prefix}.bin")
+    with open(f"{prefix}.idx", "wb") as file:
+        file.write(struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, SPARSE, documents))
+        file.truncate(HEADER + 12 * SPARSE + 8 * documents)
+    put(prefix, HEADER + 4 * (SPARSE - 1), struct.pack("<i", 9))
+    put(prefix, HEADER + 12 * SPARSE + 8 * (documents - 1), struct.pack("<q", SPARSE))
+    return prefix
+
+
+def put(prefix: str, at: int, written: bytes) -> None:
+    with open(f"{prefix}.idx", "r+b") as file:
+        file.seek(at)
+        file.write(written)
+
+
+def test_little_of_a_large_index_is_read(sparse, monkeypatch):
+    counted = []
+
+    def counting(*args, **kwargs):
+        read = fromfile(*args, **kwargs)
+        counted.append(read.nbytes)
+        return read
+
+    fromfile = np.fromfile
+    monkeypatch.setattr(np, "fromfile", counting)
+    assert check(sparse) == Tokens(9, 7)
+    assert sum(counted) == 64 * 4096 * (4 + 8 + 8) + 2 * 9
+
+
+@pytest.mark.parametrize(
+    ("at", "written", "message"),
+    [
+        (HEADER, struct.pack("<i", 1), r"sequence 1 of"),
+        (HEADER + 4 * (SPARSE - 1), struct.pack("<i", 8), r"expected 16 bytes, as its index says, got 18"),
+        (HEADER + 4 * (SPARSE // 2), bytes([255]) * 4 * SPARSE_STRETCH, r"negative length: sequence \d+ of"),
+        (HEADER + 4 * SPARSE + 8 * (SPARSE // 2), bytes([1]) * 8 * SPARSE_STRETCH, r"elsewhere .* sequence \d+ of"),
+        (HEADER + 12 * SPARSE + 8, bytes([1]) * 8, r"ascending order"),
+    ],
+)
+def test_what_a_sample_of_a_large_index_shows(sparse, at, written, message):
+    put(sparse, at, written)
+    with pytest.raises(DataError, match=message):
+        check(sparse)
+
+
+def test_many_datasets_are_sampled_less_each(whole, monkeypatch):
+    read = []
+    monkeypatch.setattr(indexed, "_check", lambda prefix, vocab_size, parts: read.append(parts))
+    for count, parts in ((1, 64), (64, 64), (128, 32), (5000, 4)):
+        check_datasets([f"{whole}-{number}" for number in range(count)], VOCAB)
+        assert set(read) == {parts} and len(read) == count
+        read.clear()
 
 
 @settings(
