@@ -100,9 +100,9 @@ class Batch:
         self.num_tokens = self.student.num_rows
 
     def chunks(self, kernel: kernels.Kernel, overlap: bool = True) -> list[slice]:
-        """The kernel's chunks; small ones where rows have to be copied together."""
+        """The kernel's chunks."""
         copied = self.student.copied or self.teacher.copied
-        return kernel.chunks(self.num_tokens, self.student.num_columns, small=copied, overlap=overlap)
+        return kernel.chunks(self.num_tokens, self.student.num_columns, self.student.logits.device, copied, overlap)
 
 
 @dataclass(frozen=True)

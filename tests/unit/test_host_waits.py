@@ -125,6 +125,28 @@ def test_divergence(shard, divergence, temperature):
     assert_none(run)
 
 
+@pytest.mark.parametrize("every", [None, 4])
+@pytest.mark.parametrize("columns", [16032, 128256])
+def test_eager_passes_over_logits_of_a_gpu_are_few(columns, every):
+    """An operation on 2^24 of them takes a GPU some 50 microseconds, and a launch 5 to 10; a chunk is 300 launches."""
+
+    def run() -> None:
+        selected, num_compared = None, 8192
+        if every:
+            selected, num_compared = torch.arange(8192) % every == 0, 8192 // every
+        terms = vocab_parallel_distillation(
+            logits(8192, columns).requires_grad_(),
+            logits(num_compared, columns),
+            JensenShannon(),
+            ints(8192),
+            VocabShard.megatron(columns),
+            selected=selected,
+        )
+        (terms.divergence + terms.cross_entropy).sum().backward()
+
+    assert assert_none(run).launches < 350 * 8192 * columns / 2**24
+
+
 def strided() -> Tensor:
     """Rows that are not one stride apart."""
     return logits(*TOKENS[::-1], WIDTH).transpose(0, 1)
