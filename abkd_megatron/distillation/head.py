@@ -31,6 +31,7 @@ from abkd_megatron.vocab_parallel import (
 )
 from abkd_megatron.vocab_parallel.diagnostics import diagnose
 from abkd_megatron.vocab_parallel.head import automatic_chunk_tokens, bytes_of_a_token
+from abkd_megatron.vocab_parallel.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,8 @@ def compute_loss(
         tp_group: the tensor-parallel group.
         megatron_cross_entropy: Megatron's own [s, b] from logits; it may overwrite them.
         input_ids: [s, b]; looked at where the student has tokens beyond `objective.shared_vocab`.
-        positions: [s], where the tokens stand in their sequences; looked at where `objective.tokens` goes by it.
+        positions: [s], where the tokens stand in their sequences; looked at where `objective.tokens` goes by it. On the
+            CPU, or the host waits for them.
 
     Raises:
         ConfigError: for head: fused where there is an obstacle, or without input ids where they are needed.
@@ -180,7 +182,9 @@ def compute_loss(
     selected = None
     if tokens is not None and tokens.by_position:
         assert positions is not None
-        selected = tokens.at(positions).unsqueeze(-1).expand(labels.shape)  # on the CPU, where a GPU need not wait
+        # On the CPU, where the number of selected tokens is known without waiting for a GPU. Where the ends of packed
+        # sequences are on a GPU the host waits for it here, once.
+        selected = tokens.at(positions.cpu()).unsqueeze(-1).expand(labels.shape)
     by_models = tokens.of if tokens is not None and not tokens.by_position else None
     chunk_tokens = _fused_chunk(student, teacher, objective, labels.numel(), shard)
     if chunk_tokens:
@@ -212,7 +216,7 @@ def compute_loss(
             teacher_logits = teacher.logits()
         else:
             rows = selected.reshape(-1).nonzero().squeeze(-1)
-            teacher_logits = teacher.logits_of(rows.to(labels.device), tp_group)
+            teacher_logits = teacher.logits_of(to_device(rows, labels.device), tp_group)
     compared = shard
     if objective.shares_part_of(shard.size):
         compared = VocabShard.megatron(student_logits.shape[-1], tp_group, objective.shared_vocab)
@@ -281,7 +285,7 @@ def _trained(tokens: TokenSelection | None, terms: DistillationTerms, by_positio
     """Which tokens are distilled, on their device."""
     if tokens is not None and not tokens.by_position:
         return tokens.of(terms.metrics)
-    return by_position.to(terms.divergence.device) if by_position is not None else None
+    return to_device(by_position, terms.divergence.device) if by_position is not None else None
 
 
 def _logit_losses(
