@@ -12,7 +12,8 @@ the log.
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -115,6 +116,16 @@ def use(choice: str) -> str:
         raise ConfigError(f"expected a kernel out of {', '.join(CHOICES)}, got {choice!r}")
     before, _choice = _choice, choice
     return before
+
+
+@contextmanager
+def using(choice: str | None) -> Iterator[None]:
+    """`use` within the block: two attachments in one process each have their own. None leaves the choice as it is."""
+    before = use(_choice if choice is None else choice)
+    try:
+        yield
+    finally:
+        use(before)
 
 
 def select(divergence: Divergence, student: Tensor, teacher: Tensor) -> Kernel:

@@ -67,7 +67,8 @@ def vocab_parallel_distillation_head(
             backward, for any weights.
         student_scale: multiplies the student's logits.
         teacher_scale: multiplies the teacher's.
-        chunk_tokens: tokens of a chunk; None for `automatic_chunk_tokens`.
+        chunk_tokens: tokens of a chunk, the same on all ranks; None for `automatic_chunk_tokens`, which the ranks must
+            agree in: their GPUs then have to be of one kind.
         into_main_grad: add the weight's gradient to its `main_grad`, in its dtype, as Megatron's layers do with
             gradient accumulation fusion, if it has one; its `grad_added_to_main_grad` is set and what autograd gets
             for it means nothing.
@@ -172,16 +173,16 @@ def bytes_of_a_token(weight: Tensor, shard: VocabShard) -> int:
     return 2 * weight.shape[0] * weight.dtype.itemsize * (2 if shard.num_ranks > 1 else 1)
 
 
-@functools.cache  # as memory fills up the chunks keep their size, and so do the sums their order
 def automatic_chunk_tokens(device: torch.device, of_token: int) -> int:
-    """Tokens of a chunk, a power of 2 whose logits, `of_token` bytes a token, fit a share of the device's memory.
+    """Tokens of a chunk, a power of 2 whose logits, `of_token` bytes per token, fit a share of the device's memory.
 
-    On a GPU up to 2048 tokens, whose products keep its matrix units busy, and at most an eighth of the memory that is
-    free; on a CPU up to 512 tokens and 64 MiB, of which the caches hold a good part.
+    On a GPU up to 2048 tokens, whose products keep its matrix units busy, and at most a 64th of its memory; on a CPU
+    up to 512 tokens and 64 MiB, of which the caches hold a good part. What is free has no say: it differs between
+    ranks, which must have chunks of one size, and between a run and its resume.
     """
     most, least, room = 512, 16, 2**26
     if device.type == "cuda":
-        most, least, room = 2048, 128, torch.cuda.mem_get_info(device)[0] // 8
+        most, least, room = 2048, 128, torch.cuda.mem_get_info(device)[1] // 64
     fitting = room // max(of_token, 1)
     return max(least, min(most, 2 ** (fitting.bit_length() - 1) if fitting else least))
 

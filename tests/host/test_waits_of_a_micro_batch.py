@@ -94,6 +94,7 @@ def test_the_loss_of_a_micro_batch(group, name, head, packed):
             lambda logits: logits.float().logsumexp(-1),
             ids,
             positions.to(GPU) if packed == "packed on the GPU" else positions,
+            8 if head == "fused" else None,
         )
         loss.total.sum().backward()
 
