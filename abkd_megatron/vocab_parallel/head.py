@@ -16,7 +16,7 @@ import functools
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -91,7 +91,8 @@ def vocab_parallel_distillation_head(
 
     Collectives: those of vocab_parallel_distillation, a chunk.
 
-    With `selected`, chunks of the selected tokens come first, then chunks of the others.
+    With `selected`, chunks of the selected tokens come first, then chunks of the others. Under torch.autocast products
+    are in the dtype of the hidden states all the same.
 
     Memory: two [chunk_tokens, W] of logits, four in a group of more than one rank; with token_weights the gradients
     of hidden states and weight from forward on, else from backward on, the weight's in fp32 at least (on a CPU also a
@@ -313,10 +314,25 @@ def _accumulates_in_place(device: torch.device, of_sum: torch.dtype, of_factors:
     return True
 
 
+def _without_autocast[F: Callable[..., Any]](function: F) -> F:
+    """Decorate a forward or backward, (ctx, tensor, ...), whose products are in their operands' dtype."""
+
+    @functools.wraps(function)
+    def call(ctx: Any, first: Tensor, *others: Any) -> Any:
+        device = first.device.type
+        if not torch.amp.is_autocast_available(device):
+            return function(ctx, first, *others)
+        with torch.autocast(device, enabled=False):
+            return function(ctx, first, *others)
+
+    return cast(F, call)
+
+
 class _DistillationHead(torch.autograd.Function):
     """(loss, divergence, cross entropy, metrics [len(METRICS), N]), of which only the loss is differentiable."""
 
     @staticmethod
+    @_without_autocast
     def forward(
         ctx: Any,
         student_hidden: Tensor,
@@ -370,6 +386,7 @@ class _DistillationHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, of_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 6
         head: _Head = ctx.head

@@ -139,7 +139,7 @@ def pack(record: Tensor, layout: Layout) -> Tensor:
     """
     maxima = record[layout.maxima]
     if not layout.has_labels:
-        return maxima
+        return maxima.clone()  # it is reduced in place, and the record is needed
     ids = record[layout.tops].clamp_max(2.0**_ID_BITS - 1).long()
     bits = (maxima + 0.0).view(torch.int64)  # + 0.0: -0.0 is as large as 0.0
     bits = bits | torch.where(maxima >= 0, 2**_ID_BITS - 1 - ids, ids)

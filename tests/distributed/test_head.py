@@ -226,6 +226,23 @@ def test_a_product_of_halves_is_exact_to_fp32(dtype):
     assert ((total - exact).abs() <= 2**-22 * magnitude).all()
 
 
+@pytest.mark.parametrize("token_weights", [torch.ones(64), None], ids=["in forward", "in backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype, token_weights):
+    of_hidden, weight, teacher_hidden, teacher_weight = hidden_states_and_weights(dtype, 64, 32)
+    leaves = of_hidden.requires_grad_(), weight.requires_grad_()
+    labels, shard, found = torch.arange(64) % 32, VocabShard.megatron(32), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss, _ = vocab_parallel_distillation_head(
+                *(*leaves, teacher_hidden, teacher_weight, ToDi(), labels, shard),
+                token_weights=token_weights,
+                chunk_tokens=16,
+            )
+            found.append((loss, *torch.autograd.grad(loss.sum(), leaves)))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 class Event:
     """What a GPU has not come to yet."""
 

@@ -41,6 +41,16 @@ def test_a_reduction_finds_what_a_gathering_does(shards):
     torch.testing.assert_close(sums, LAYOUT.additive(gathered), rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("has_labels", [True, False])
+def test_what_is_packed_is_a_copy(has_labels):
+    layout = Layout(AlphaBeta(0.2, 0.7), has_labels, 1.0)
+    record = torch.ones(layout.size, 3, dtype=torch.float64)
+    packed = pack(record, layout)
+    assert packed.is_contiguous()
+    packed.zero_()
+    assert (record == 1).all()
+
+
 def test_rebasing_to_its_own_maxima_changes_nothing():
     record = records([[1.5, -0.25]], [[3, 4]])[0]
     same = rebase(record, record, AlphaBeta(0.2, 0.7), LAYOUT)
