@@ -8,6 +8,7 @@ Prints one table and writes one JSON file. Without a GPU, or with ``--dry-run``,
 Exit status:
     0: every stage that can run on this machine passed; or nothing ran (no GPU, ``--dry-run``).
     1: a stage failed, timed out, or was not started for lack of time.
+    2: the command line is wrong; or there may be a GPU, but torch cannot be imported or does not find it.
 
 This file imports neither torch nor the package, so that a broken installation is a result too. The stages are in
 ``gpu_stages.py``.
@@ -93,7 +94,7 @@ class Machine:
     gpus: tuple[str, ...]
     """Their names."""
     problem: str = ""
-    """Why no GPU was found."""
+    """What is wrong, if that is why no GPU was found."""
 
 
 TRAINING = ("megatron.training", "sentencepiece", "psutil")
@@ -367,7 +368,7 @@ def result_table(outcomes: Sequence[Outcome]) -> str:
     return table(rows, ("stage", "result", "time", "what was found"))
 
 
-def plan_table(chosen: Sequence[Stage], machine: Machine) -> str:
+def plan_table(chosen: Sequence[Stage]) -> str:
     """What would run on a machine with GPUs, and what of it this one lacks."""
     rows = []
     for stage in chosen:
@@ -398,9 +399,19 @@ def look(device: str) -> Machine:
         return Machine("cuda", (), "torch did not answer within 120 s")
     if ended.returncode != 0:
         lines = ended.stderr.strip().splitlines()
-        return Machine("cuda", (), lines[-1] if lines else ended_by(ended.returncode))
-    names = re.findall(r"'([^']*)'", ended.stdout.strip().splitlines()[-1])
-    return Machine("cuda", tuple(names), "" if names else "torch finds none")
+        return Machine("cuda", (), f"torch: {lines[-1] if lines else ended_by(ended.returncode)}")
+    names = tuple(re.findall(r"'([^']*)'", ended.stdout.strip().splitlines()[-1]))
+    hidden = "" if names or os.environ.get("CUDA_VISIBLE_DEVICES") == "" else listed_by_driver()
+    return Machine("cuda", names, f"torch finds none, nvidia-smi lists {hidden}" if hidden else "")
+
+
+def listed_by_driver() -> str:
+    """The GPUs that nvidia-smi lists; empty without any."""
+    try:
+        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return ", ".join(re.findall(r"^GPU \d+: (.*?)(?: \(UUID|$)", said, re.MULTILINE))
 
 
 def choose(names: Sequence[str] | None) -> list[Stage]:
@@ -445,12 +456,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = look(given.device)
     budget = given.budget_seconds or (BUDGET_OF_SEVERAL if len(machine.gpus) > 1 else BUDGET_OF_ONE)
     if given.dry_run or not machine.gpus:
-        if not machine.gpus:
-            print(f"No NVIDIA GPU was found on this machine ({machine.problem}), so nothing was run.")
+        if machine.problem:
+            print(f"Nothing was run: {machine.problem}.")
+        elif not machine.gpus:
+            print("No NVIDIA GPU was found on this machine, so nothing was run.")
         found = f"; found: {', '.join(machine.gpus)}" if machine.gpus else ""
         print(f"What would run, within {budget:.0f} seconds{found}:\n")
-        print(plan_table(chosen, machine))
-        return 0
+        print(plan_table(chosen))
+        return 2 if machine.problem else 0
 
     out = given.out or Path(__file__).parent / "results" / "gpu.json"
     out.parent.mkdir(parents=True, exist_ok=True)

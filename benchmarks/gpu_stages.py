@@ -173,13 +173,15 @@ def kernel(report: Report, place: Place, given: argparse.Namespace) -> None:
             try:
                 found = kernel_errors(divergence, vocab, ROWS[place.size], torch.device(device), group)
             except Exception as error:
+                if group is not None:  # the other ranks wait for this one
+                    raise
                 traceback.print_exc()
                 report.problems.append(f"V {vocab}, {divergence}: {type(error).__name__}: {first_line(error)}")
                 continue
             of_vocab[str(divergence)] = found
             print(f"{given.kernel}, V {vocab}, {divergence}: {found}", flush=True)
             for name, of in found.items():
-                worst[name] = max(worst.get(name, 0.0), of)
+                worst[name] = larger(worst.get(name, 0.0), of)
                 if not of <= LIMIT:
                     report.problems.append(f"V {vocab}, {divergence}: {name} off by {of:.1e}, allowed {LIMIT:.0e}")
         report.numbers[f"V {vocab}"] = of_vocab
@@ -187,9 +189,7 @@ def kernel(report: Report, place: Place, given: argparse.Namespace) -> None:
     report.summary = "largest errors: " + ", ".join(f"{name} {of:.1e}" for name, of in worst.items())
 
 
-def kernel_errors(
-    divergence: Any, vocab: int, rows: int, device: "torch.device", group: Any
-) -> dict[str, float]:
+def kernel_errors(divergence: Any, vocab: int, rows: int, device: "torch.device", group: Any) -> dict[str, float]:
     """Largest errors of a loss and its gradient on this rank's columns, in units that `LIMIT` is given in."""
     import torch
 
@@ -211,15 +211,20 @@ def kernel_errors(
         wanted = reference_divergence(divergence, exact, teacher[part]), reference_cross_entropy(exact, labels[part])
         (of_exact,) = torch.autograd.grad((wanted[0] + 0.5 * wanted[1]).sum(), exact)
         for name, got, dense in zip(worst, (terms.divergence, terms.cross_entropy), wanted, strict=False):
-            worst[name] = max(worst[name], (got[part].double() / dense - 1).abs().max().item())
+            worst[name] = larger(worst[name], (got[part].double() / dense - 1).abs().max().item())
         scale = of_exact.abs().amax(-1, keepdim=True)
         of_exact = of_exact[:, columns]
-        rounding = torch.finfo(torch.bfloat16).eps / 2 * of_exact.abs()
+        # Triton's interpreter cuts off where a GPU rounds.
+        cut = 1 if os.environ.get("TRITON_INTERPRET") == "1" else 2
+        rounding = torch.finfo(torch.bfloat16).eps / cut * of_exact.abs()
         beyond = ((gradient[part].double() - of_exact).abs() - rounding) / scale
-        # A NaN has to fail, and max() of Python may drop it.
-        largest = beyond.max().item()
-        worst["gradient"] = largest if math.isnan(largest) else max(worst["gradient"], largest)
+        worst["gradient"] = larger(worst["gradient"], beyond.max().item())
     return worst
+
+
+def larger(*values: float) -> float:
+    """The largest; NaN if one is, which max() may drop."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def logits(rows: int, vocab: int, device: "torch.device") -> "tuple[Tensor, Tensor, Tensor]":
@@ -468,7 +473,7 @@ def head(report: Report, place: Place, given: argparse.Namespace) -> None:
             report.problems.append(f"{name}: {report.numbers[name]['why']}")
             continue
         pairs = zip(case.gradients(one), expected, strict=True)
-        row["error"] = max(((x - y).abs().max() / y.abs().max()).item() for x, y in pairs)
+        row["error"] = larger(*(((x - y).abs().max() / y.abs().max()).item() for x, y in pairs))
         # The student's product thrice, the teacher's once; a fourth time where logits are formed again.
         again = (h + wide) if name == RECOMPUTED else 0
         row["TFLOP/s"] = 2 * tokens * vocab * (3 * h + wide + again) / row["seconds"] / 1e12
@@ -512,7 +517,7 @@ TRAINING = {
 }
 RATE = {"full": 1e-3, "tiny": 1e-2}
 VOCABULARY = {"full": 2000, "tiny": 400}  # both are padded alike at TP 1 and 2
-STEPS = {"full": 10, "tiny": 4}
+STEPS = {"full": 10, "tiny": 3}  # as in tests/host/matrix.py; after more of them rounding shows
 TEACHER_STEPS = {"full": 60, "tiny": 6}
 COMPARED = ("lm loss", "kd loss", "total loss", "grad norm")
 TOLERANCE = 2e-2  # as tests/host/matrix.py allows bf16
@@ -675,8 +680,9 @@ def compared(
     """Largest relative differences from one rank's numbers, and which are too large."""
     differences = {}
     for name, values in found.items():
-        pairs = list(zip(values, reference[name], strict=False))
-        differences[name] = max((abs(got - wanted) / abs(wanted) for got, wanted in pairs), default=math.inf)
+        pairs = zip(values, reference[name], strict=False)
+        off = [abs(got - wanted) / abs(wanted) for got, wanted in pairs]
+        differences[name] = larger(*off) if off else math.inf
     wrong = [
         f"{name} differs from one GPU's by {of:.1e}, allowed {TOLERANCE:.0e}: {list(found[name])} against "
         f"{list(reference[name])}"
@@ -798,34 +804,32 @@ def main() -> int:
     report = Report()
     try:
         FUNCTIONS[given.stage](report, place, given)
+        report.problems = of_all_ranks(report.problems, place)
     except JobFailed as error:
         report.problems.append(str(error))
     except Exception as error:
         traceback.print_exc()
-        report.problems.append(f"{type(error).__name__}: {first_line(error)}")
-    if place.num_ranks > 1:
-        report.problems = with_all_ranks(report.problems, place)
-    if place.rank == 0:
-        given.result.write_text(json.dumps(asdict(report), default=str))
+        report.problems.append(f"rank {place.rank}: {type(error).__name__}: {first_line(error)}")
+    # The others will not end well either, and may be killed before they can say so.
+    if place.rank == 0 or report.problems:
+        partial = given.result.with_suffix(f".{place.rank}")
+        partial.write_text(json.dumps(asdict(report), default=str))
+        partial.replace(given.result)
     for problem in report.problems:
         print(f"problem: {problem}", flush=True)
     return 1 if report.problems else 0
 
 
-def with_all_ranks(problems: list[str], place: Place) -> list[str]:
-    """The problems of every rank, on every rank; only this one's where the ranks cannot be asked."""
+def of_all_ranks(problems: list[str], place: Place) -> list[str]:
+    """The problems of every rank, on every rank."""
     import torch.distributed as dist
 
-    if problems or not dist.is_initialized():  # the others may be waiting elsewhere
+    if place.num_ranks == 1:
         return problems
     found: list[list[str] | None] = [None] * place.num_ranks
-    try:
-        dist.all_gather_object(found, problems)
-    except Exception as error:
-        return [f"rank {place.rank}: {type(error).__name__}: {first_line(error)}"]
-    finally:
-        dist.destroy_process_group()
-    return [problem for some in found if some for problem in some]
+    dist.all_gather_object(found, problems)
+    dist.destroy_process_group()
+    return list(dict.fromkeys(problem for some in found if some for problem in some))
 
 
 if __name__ == "__main__":
