@@ -170,7 +170,9 @@ def stages() -> list[Stage]:
 # ---- one stage
 
 
-def run_stage(stage: Stage, seconds: float, work: Path, device: str, size: str, python: str = sys.executable) -> Outcome:
+def run_stage(
+    stage: Stage, seconds: float, work: Path, device: str, size: str, python: str = sys.executable
+) -> Outcome:
     """Run a stage in a process group of its own; kill all of it after `seconds`."""
     outcome = Outcome(stage.name, stage.shows, FAILED)
     name = re.sub(r"\W+", "-", stage.name)
@@ -407,8 +409,11 @@ def look(device: str) -> Machine:
 
 def listed_by_driver() -> str:
     """The GPUs that nvidia-smi lists; empty without any."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ""
     try:
-        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout
+        said = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return ", ".join(re.findall(r"^GPU \d+: (.*?)(?: \(UUID|$)", said, re.MULTILINE))
@@ -441,7 +446,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/gpu.json")
-    parser.add_argument("--only", action="append", metavar="NAME", help="this stage and those it needs; may be repeated")
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="this stage and those it needs; may be repeated"
+    )
     parser.add_argument("--budget-seconds", type=float, metavar="N", help="default: 600 with one GPU, 1500 with more")
     parser.add_argument("--work", type=Path, metavar="DIR", help="where to leave logs, data and checkpoints")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and end")

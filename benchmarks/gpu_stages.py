@@ -353,12 +353,7 @@ def loss(report: Report, place: Place, given: argparse.Namespace) -> None:
 
         return action
 
-    target = torch.empty_like(student)
-    copy = measure(report, COPY, lambda: target.copy_(student.detach()), place)
-    del target
-    assert copy is not None
-    moved = 2 * student.nbytes
-    report.numbers[COPY]["GB/s"] = moved / copy["seconds"] / 1e9
+    copy = measure_copy(report, student.detach(), place)
     clone = measure(report, "clone", lambda: student.detach().clone(), place)
     contestants: dict[str, Callable[[], Callable[[], object]]] = {}
     names = ("eager",) if place.device == "cpu" else ("triton", "compiled", "eager")
@@ -380,8 +375,9 @@ def loss(report: Report, place: Place, given: argparse.Namespace) -> None:
 
     def with_megatron() -> Callable[[], object]:
         if not torch.distributed.is_initialized():
-            backend, store = "nccl" if place.device == "cuda" else "gloo", torch.distributed.HashStore()
-            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+            backend, where = "nccl" if place.device == "cuda" else "gloo", f"file://{place.work / 'store of loss'}"
+            (place.work / "store of loss").unlink(missing_ok=True)
+            torch.distributed.init_process_group(backend, init_method=where, rank=0, world_size=1)
         return of(megatron_cross_entropy(place.num_ranks))
 
     fused_name = "Megatron fused cross entropy, one tensor"
@@ -418,6 +414,22 @@ def loss(report: Report, place: Place, given: argparse.Namespace) -> None:
     parts = [f"{found[key]:.2f} x {name}" for key, name in shown.items() if key in found]
     report.summary = f"{tokens} x {vocab}: {found['seconds'] * 1e3:.2f} ms = " + " = ".join(parts)
     report.summary += f"; copy {report.numbers[COPY]['GB/s']:.0f} GB/s"
+
+
+def measure_copy(report: Report, source: "Tensor", place: Place) -> dict[str, Any]:
+    """The speed that everything else is held against.
+
+    Raises:
+        RuntimeError: if not even a copy can be made.
+    """
+    import torch
+
+    target = torch.empty_like(source)
+    row = measure(report, COPY, lambda: target.copy_(source), place)
+    if row is None:
+        raise RuntimeError(f"a plain copy of {source.nbytes} bytes cannot run: {report.numbers[COPY]['why']}")
+    row["GB/s"] = 2 * source.nbytes / row["seconds"] / 1e9
+    return row
 
 
 def ratios(report: Report, to: Mapping[str, str]) -> None:
@@ -638,7 +650,9 @@ def train(report: Report, place: Place, given: argparse.Namespace) -> None:
     else:
         report.problems.append("the same on one GPU, to compare with, is not there")
     if found["kd loss"]:
-        report.summary = f"kd loss {found['kd loss'][0]:.4f} -> {found['kd loss'][-1]:.4f} in {len(found['kd loss'])} steps"
+        report.summary = (
+            f"kd loss {found['kd loss'][0]:.4f} -> {found['kd loss'][-1]:.4f} in {len(found['kd loss'])} steps"
+        )
     if differences := report.numbers.get("largest differences"):
         report.summary += f"; off one GPU's by at most {max(differences.values()):.1e}"
 
@@ -780,9 +794,7 @@ def memory(output: str) -> dict[str, float]:
 
 # ---- the command line
 
-FUNCTIONS: dict[str, Function] = {
-    one.__name__: one for one in (versions, tests, kernel, loss, head, data, train, step)
-}
+FUNCTIONS: dict[str, Function] = {one.__name__: one for one in (versions, tests, kernel, loss, head, data, train, step)}
 
 
 def main() -> int:
