@@ -560,23 +560,21 @@ class JobFailed(Exception):
 
 
 def run_job(job: str, settings: Mapping[str, object], place: Place, ranks: int = 1) -> str:
-    """One job of the command line; its output."""
-    command = [sys.executable]
+    """One job of the command line; the output of its ranks, one after the other."""
+    command, logs = [sys.executable], place.work / "ranks"
     if job != "prepare":
+        shutil.rmtree(logs, ignore_errors=True)
+        # A file for each rank, since their lines run into each other on one pipe; and all of it to the stage's own
+        # output as it comes, which is kept if the stage is killed.
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += ["--log-dir", str(logs), "--tee", "3"]
     command += ["-m", "abkd_megatron", job, *(f"{key}={text(value)}" for key, value in settings.items())]
     print(f"\n$ {' '.join(command[1:])}", flush=True)
-    # To the stage's own output as it comes, which is kept if the stage is killed.
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert child.stdout is not None
-    lines = []
-    for line in child.stdout:
-        print(line, end="", flush=True)
-        lines.append(line)
-    output = "".join(lines)
-    if child.wait() != 0:
-        own = re.split(r"^E\d{4} .* failed \(exitcode: ", output, maxsplit=1, flags=re.MULTILINE)[0]
-        said = [line for line in own.splitlines() if "error" in line.lower()]
+    code = subprocess.run(command, cwd=ROOT, stderr=subprocess.STDOUT).returncode
+    files = sorted(logs.glob("*/attempt_0/*/*.log"))
+    output = "\n".join(file.read_text(errors="replace") for file in files)
+    if code != 0:
+        said = [line for line in output.splitlines() if "error" in line.lower()]
         raise JobFailed(f"{job} over {ranks} rank{'s' if ranks > 1 else ''}: " + (said or ["failed"])[-1].strip()[:400])
     return output
 
