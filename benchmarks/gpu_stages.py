@@ -574,9 +574,16 @@ def run_job(job: str, settings: Mapping[str, object], place: Place, ranks: int =
     files = sorted(logs.glob("*/attempt_0/*/*.log"))
     output = "\n".join(file.read_text(errors="replace") for file in files)
     if code != 0:
-        said = [line for line in output.splitlines() if "error" in line.lower()]
-        raise JobFailed(f"{job} over {ranks} rank{'s' if ranks > 1 else ''}: " + (said or ["failed"])[-1].strip()[:400])
+        raise JobFailed(f"{job} over {ranks} rank{'s' if ranks > 1 else ''}: {cause(output)}")
     return output
+
+
+def cause(output: str) -> str:
+    """Why a job ended: this package's own last line about it, else an exception's, else the last one."""
+    for pattern in (r"^.*\babkd-megatron \w+: .+$", r"^[\w.]*(?:Error|Exception)\b.*$", r"^.*\S.*$"):
+        if said := re.findall(pattern, output, re.MULTILINE):
+            return str(said[-1]).strip()[:500]
+    return "it said nothing"
 
 
 def text(value: object) -> str:

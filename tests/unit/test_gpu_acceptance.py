@@ -334,6 +334,16 @@ def test_what_a_log_says():
         assert len(gpu_stages.problems_of_head(log)) == 1
 
 
+def test_the_cause_of_a_job_that_failed():
+    noise = "  logits_load_ignore_errors .............. False"
+    ours = "[rank 1] abkd-megatron distill: error: head: fused is not possible (has hooks)"
+    assert gpu_stages.cause("\n".join(["ValueError: x", ours, noise])) == ours
+    assert (
+        gpu_stages.cause("\n".join(["torch.AcceleratorError: no driver", noise])) == "torch.AcceleratorError: no driver"
+    )
+    assert gpu_stages.cause("Killed\n\n") == "Killed" and gpu_stages.cause("") == "it said nothing"
+
+
 def test_other_losses_than_one_gpus_are_seen():
     one = {"kd loss": [1.0, 0.5], "grad norm": [2.0, 2.0]}
     differences, wrong = gpu_stages.compared({"kd loss": [1.0, 0.505], "grad norm": [2.0, 2.1]}, one)
