@@ -414,6 +414,8 @@ def loss(report: Report, place: Place, given: argparse.Namespace) -> None:
     parts = [f"{found[key]:.2f} x {name}" for key, name in shown.items() if key in found]
     report.summary = f"{tokens} x {vocab}: {found['seconds'] * 1e3:.2f} ms = " + " = ".join(parts)
     report.summary += f"; copy {report.numbers[COPY]['GB/s']:.0f} GB/s"
+    absent = [f"{name} cannot run ({row['why']})" for name, row in report.numbers.items() if "why" in row]
+    report.summary = "; ".join([report.summary, *absent])
 
 
 def measure_copy(report: Report, source: "Tensor", place: Place) -> dict[str, Any]:

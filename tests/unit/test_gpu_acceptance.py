@@ -8,6 +8,7 @@ themselves are run on CPU ranks, those that need no Megatron here, the others in
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -89,7 +90,7 @@ def test_the_stages_are_sane():
         assert set(one.after) <= set(names[:number]), "what a stage needs comes before it"
         assert one.ranks <= one.gpus
         assert all(next(s for s in stages if s.name == before).gpus <= one.gpus for before in one.after)
-    files = {gpu.re.sub(r"\W+", "-", name) for name in names}
+    files = {re.sub(r"\W+", "-", name) for name in names}
     assert len(files) == len(names), "logs and results do not overwrite each other"
 
 
@@ -221,7 +222,7 @@ def test_table_and_json_say_what_happened(stand_in, monkeypatch, capsys):
     assert list(out.parent.iterdir()) == [out]
     shown = capsys.readouterr().out
     for line in (r"pass +passed +\d+ s +some numbers", r"check +failed .* off by 1; off by 2", r"wide +skipped +needs"):
-        assert gpu.re.search(line, shown), shown
+        assert re.search(line, shown), shown
     assert "about to check" in shown and "about to pass" not in shown
 
 
@@ -250,7 +251,7 @@ def test_without_a_gpu_it_says_what_it_would_do(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("No NVIDIA GPU was found on this machine, so nothing was run.\nWhat would run")
     for one in gpu.stages():
-        assert gpu.re.search(rf"^{gpu.re.escape(one.name)} +{one.gpus} GPU", done.stdout, gpu.re.MULTILINE)
+        assert re.search(rf"^{re.escape(one.name)} +{one.gpus} GPU", done.stdout, re.MULTILINE)
     assert not (tmp_path / "gpu.json").exists() and sorted((ROOT / "benchmarks/results").iterdir()) == before
 
 
@@ -283,6 +284,23 @@ def test_make_gpu_needs_no_network(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     subprocess.run([*command, "GPU_FLAGS=--dry-run"], cwd=ROOT, check=True, capture_output=True)
     assert (tmp_path / "calls").read_text() == "benchmarks/gpu.py\nbenchmarks/gpu.py --dry-run\n"
+
+
+def test_the_page_has_the_stages_and_the_wheels():
+    page = (ROOT / "docs/gpu.md").read_text()
+    listed = (ROOT / "benchmarks/gpu_wheels.txt").read_text()
+    groups = re.split(r"^# .*?: (\d+) wheels, ([\d.]+) MB$", listed, flags=re.MULTILINE)[1:]
+    assert len(groups) == 9
+    for count, total, text in zip(groups[::3], groups[1::3], groups[2::3], strict=True):
+        sizes = [float(size) for size in re.findall(r"^\S+==\S+ +# ([\d.]+) MB$", text, re.MULTILINE)]
+        assert len(sizes) == int(count) and sum(sizes) == pytest.approx(float(total), abs=0.1)
+        assert f"{count}, {total} MB" in page or f"{count} wheels, {total} MB" in page
+    needed = re.findall(r"^(\S+)==(\S+) +# ([\d.]+) MB$", groups[2], re.MULTILINE)
+    rows = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert rows == needed
+    for one in gpu.stages():
+        kind = one.name.split()[0].rstrip(",")
+        assert f"`{kind}" in page, one.name
 
 
 @pytest.fixture(scope="module")
