@@ -374,7 +374,7 @@ def install() -> None:
     if hasattr(dist.Backend, "STRICT"):
         return
     dist.Backend.register_backend("strict", _create, extended_api=True, devices=["cpu"])
-    initialize, batch = dist.init_process_group, dist.batch_isend_irecv
+    initialize, batch, name_of = dist.init_process_group, dist.batch_isend_irecv, dist.get_backend
 
     def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
         initialize("strict" if backend == "gloo" else backend, *args, **kwargs)
@@ -386,6 +386,11 @@ def install() -> None:
         finally:
             _state.batched = False
 
+    def get_backend(group: dist.ProcessGroup | None = None) -> str:
+        name = name_of(group)
+        return "gloo" if name == "strict" else name
+
+    dist.get_backend = get_backend  # Megatron asks for it, and knows gloo alone to be on the CPU
     for module in (dist, distributed_c10d):
         module.init_process_group = init_process_group
         module.batch_isend_irecv = batch_isend_irecv
