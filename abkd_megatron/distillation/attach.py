@@ -448,7 +448,7 @@ class Attachment:
         }
         student = OutputLayer(hidden_states, output_layer, output_weight, scale_logits)
         assert self.plan is not None
-        with kernels.using(self.plan.kernel):
+        with kernels.using(self.plan.choice):
             loss = compute_loss(
                 student,
                 context,

@@ -32,8 +32,10 @@ class Plan:
     would sum in another order.
     """
 
+    choice: str
+    """One of `kernels.CHOICES`: what is in use while the loss is computed."""
     kernel: str
-    """Which of `kernels.NAMES` carries out the passes."""
+    """Which of `kernels.NAMES` that is for the trained divergence."""
     chunk_tokens: int | None
     """Tokens per chunk of the fused head; None where both models' logits are materialized."""
     why: str
@@ -74,7 +76,7 @@ def propose_plan(
     reasons = ["as chosen"] if objective.head == "materialised" else []
     reasons += obstacles(student, teacher, objective, shard.size)
     check_fused(objective, reasons)
-    with kernels.using(kernel):
+    with kernels.using(kernel) as choice:
         name = try_kernel(objective, weight)
     of_token = bytes_of_a_token(weight, shard)
     chunk_tokens = objective.chunk_tokens or automatic_chunk_tokens(weight.device, of_token)
@@ -90,10 +92,9 @@ def propose_plan(
             chunks = chunk_tokens * of_token
             reasons = nothing_to_gain(weight, tokens, chunk_tokens, chunks, objective.gradient_in_place, compared)
     if reasons:
-        return Plan(name, None, f"{whole} ({reasons[0]})")
-    return Plan(
-        name, chunk_tokens, f"chunks of {chunk_tokens} tokens, {_mib(chunk_tokens * of_token)}, in place of {whole}"
-    )
+        return Plan(choice, name, None, f"{whole} ({reasons[0]})")
+    chunk = f"{chunk_tokens} tokens, {_mib(chunk_tokens * of_token)}"
+    return Plan(choice, name, chunk_tokens, f"chunks of {chunk}, in place of {whole}")
 
 
 def agree(proposed: Plan | None) -> Plan | None:

@@ -126,7 +126,7 @@ def check_models(
             shard = VocabShard.megatron(last.output_layer.output_size_per_partition, pg_collection.tp, known)
             with random_states_kept():
                 assert attachment.plan is not None
-                with kernels.using(attachment.plan.kernel):
+                with kernels.using(attachment.plan.choice):
                     wrong = wrong_losses(
                         objective, shard, last.output_layer.output_size_per_partition, like.dtype, like.device
                     )

@@ -119,11 +119,15 @@ def use(choice: str) -> str:
 
 
 @contextmanager
-def using(choice: str | None) -> Iterator[None]:
-    """`use` within the block: two attachments in one process each have their own. None leaves the choice as it is."""
+def using(choice: str | None) -> Iterator[str]:
+    """`use` within the block: two attachments in one process each have their own. None leaves the choice as it is.
+
+    Yields:
+        The choice within the block.
+    """
     before = use(_choice if choice is None else choice)
     try:
-        yield
+        yield _choice
     finally:
         use(before)
 

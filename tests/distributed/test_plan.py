@@ -17,9 +17,9 @@ from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation
 def proposals(rank: int) -> dict[str, Plan | None]:
     """Of rank 0, which is on another stage, and of two that differ."""
     of_rank = {
-        "chunks": (None, Plan("eager", 512, "large"), Plan("eager", 256, "small")),
-        "heads": (None, Plan("eager", 512, "large"), Plan("eager", None, "no room")),
-        "kernels": (None, Plan("eager", 512, "large"), Plan("cpp", 512, "large")),
+        "chunks": (None, Plan("auto", "eager", 512, "large"), Plan("auto", "eager", 256, "small")),
+        "heads": (None, Plan("auto", "eager", 512, "large"), Plan("auto", "eager", None, "no room")),
+        "kernels": (None, Plan("auto", "eager", 512, "large"), Plan("auto", "cpp", 512, "large")),
         "nobody": (None, None, None),
     }
     return {name: plans[rank] for name, plans in of_rank.items()}
@@ -38,8 +38,8 @@ def agreed(rank: int, world_size: int) -> dict[str, Plan | str | None]:
 def test_all_ranks_have_one_plan() -> None:
     ranks = run_distributed(agreed, 3)
     assert ranks[0] == ranks[1] == ranks[2]
-    assert ranks[0]["chunks"] == Plan("eager", 256, "small")
-    assert ranks[0]["heads"] == Plan("eager", None, "no room")
+    assert ranks[0]["chunks"] == Plan("auto", "eager", 256, "small")
+    assert ranks[0]["heads"] == Plan("auto", "eager", None, "no room")
     assert ranks[0]["nobody"] is None
     assert str(ranks[0]["kernels"]).startswith(
         "expected one kernel on all ranks of the last pipeline stage, got cpp, eager"
