@@ -61,6 +61,7 @@ _COLLECTIVES = (
 )
 # Ranks may give these different amounts.
 _UNEVEN = ("alltoall", "alltoall_base", "all_to_all_single")
+_INTO_TENSOR = ("_allgather_base", "all_gather_single")
 _GATHERING = ("allgather", "allgather_coalesced")
 
 
@@ -71,6 +72,9 @@ _NOT_SHOWN = (__file__, f"{os.sep}torch{os.sep}", f"{os.sep}multiprocessing{os.s
 class StrictError(RuntimeError):
     """What NCCL or CUDA would not forgive."""
 
+
+ISSUED: list[str] = []
+"""The collectives that this rank has issued so far: "allgather", "allreduce" and so on."""
 
 _open: dict[int, "_Message | Future"] = {}
 """Messages and collectives of this rank that nobody has seen complete."""
@@ -260,6 +264,7 @@ class StrictGroup(dist.ProcessGroup):
 
     def collective(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run one, after a look at what the others run."""
+        ISSUED.append("allgather" if name in _INTO_TENSOR else name)
         if self.size() == 1:
             return getattr(self.whole, name)(*args, **kwargs)
         self.number += 1

@@ -34,9 +34,16 @@ class Rank:
 
 
 def launch(
-    arguments: Sequence[object], num_ranks: int, *, timeout_seconds: float = 240, seconds_after_failure: float = 20
+    arguments: Sequence[object],
+    num_ranks: int,
+    *,
+    timeout_seconds: float = 240,
+    seconds_after_failure: float = 20,
+    plain: bool = False,
 ) -> list[Rank]:
-    """Run `python ARGUMENTS` as one job of `num_ranks` processes.
+    """Run `python ARGUMENTS` as one job of `num_ranks` processes, under the rules of `strict`.
+
+    `plain` leaves gloo as it is, for jobs whose memory is measured: `strict` keeps copies of messages.
 
     A rank that fails leaves the others `seconds_after_failure` to end by themselves, before they are killed.
     """
@@ -50,6 +57,7 @@ def launch(
         "WORLD_SIZE": str(num_ranks),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
+        "STRICT": str(int(num_ranks > 1 and not plain)),
     }
     words = [str(word) for word in arguments]
     with tempfile.TemporaryDirectory() as folder:
@@ -108,7 +116,7 @@ def _be_rank(words: Sequence[str], environment: Mapping[str, str], output: Path)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
-    if environment["WORLD_SIZE"] != "1":
+    if environment["STRICT"] == "1":
         strict.install()
     # What the program starts itself, it starts as if nobody had forked it.
     multiprocessing.set_start_method(None, force=True)

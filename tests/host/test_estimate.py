@@ -28,7 +28,7 @@ def test_estimate_is_within_a_tenth_of_what_a_job_takes(
         (["-m", "abkd_megatron", "pretrain", *benchmark.teacher_settings_of(name, teacher)], 1),
         ([benchmark.__file__, "--rank", tmp_path, "distill", *benchmark.settings_of(name, teacher)], ranks),
     ):
-        ended = launch(words, number)
+        ended = launch(words, number, plain=True)
         assert all(rank.code == 0 for rank in ended), ended[-1].output[-6000:]
     # In a process of its own, which gets the stand-in for a GPU for good.
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

@@ -36,7 +36,7 @@ def grown(workspace: Path, config: Path, teacher: Path):
         }
         words = [f"megatron.{key}={value}" for key, value in megatron.items()]
         words += [f"teacher.load={teacher}", *settings]
-        ranks = launch([SOAK, "rank", out / "samples", 10, "distill", "--config", config, *words], 2)
+        ranks = launch([SOAK, "rank", out / "samples", 10, "distill", "--config", config, *words], 2, plain=True)
         assert [rank.code for rank in ranks] == [0, 0], ranks[-1].output[-6000:]
         found = soak.read(out / "samples")
         assert list(found) == ["0", "1"]
