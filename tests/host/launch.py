@@ -85,7 +85,10 @@ def _fork_server() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     # What a rank imports, apart from the command line itself, which runpy wants to import; none of it starts a thread.
     context.set_forkserver_preload(
-        [__name__, "abkd_megatron.integrations.megatron_lm", "abkd_megatron.data", "torch.utils.tensorboard"]
+        [
+            *(__name__, "abkd_megatron.integrations.megatron_lm", "abkd_megatron.data", "torch.utils.tensorboard"),
+            "megatron.core.tokenizers.text.libraries.huggingface_tokenizer",
+        ]
     )
     # torch reads the number of threads when it is imported.
     places = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
