@@ -66,11 +66,18 @@ TEACHER = "FAULT: the teacher's loss changed"
 NOT_RUN = "not run"
 MEGATRONS = "fails without a teacher, too"
 
+TO_THE_BIT = "to the bit"
 LOSSES = ("lm loss", "kd loss", "teacher lm loss", "total loss")
 TP = {"tensor-model-parallel-size": 2}
 PP = {"pipeline-model-parallel-size": 2}
 VPP = {**PP, "num-layers-per-virtual-pipeline-stage": 1}
-LAYOUTS: dict[str, Settings] = {"DP 2": {}, "TP 2": TP, "PP 2": PP, "VPP": VPP}
+LAYOUTS: dict[str, Settings] = {
+    "DP 2": {},
+    "TP 2": TP,
+    "TP 2, SP": TP | {"sequence-parallel": "true"},
+    "PP 2": PP,
+    "VPP": VPP,
+}
 MLA = {
     "multi-latent-attention": "true",
     "q-lora-rank": 16,
@@ -219,6 +226,7 @@ class Case:
 
     @property
     def not_run(self) -> str | None:
+        """Why it is not."""
         if self.option in _RUN_ALL_THE_SAME:
             return None
         if self.option == "exit-signal" and self.value != "SIGUSR1":
@@ -273,6 +281,10 @@ class Job:
     config: str = ""
 
 
+class ContextFails(Exception):
+    """The installed Megatron, or the CPU stand-in, cannot train in a context at all."""
+
+
 class Fuzz:
     """The workspace, and what is run in it."""
 
@@ -302,7 +314,8 @@ class Fuzz:
         with self._lock:
             if not path.exists():
                 made = self.make_student(overrides(of), path)
-                assert made.ended == "ok", f"{context}: {made.said}"
+                if made.ended != "ok":
+                    raise ContextFails(made.said)
         return path
 
     def make_student(self, settings: Mapping[str, object], path: Path) -> Job:
@@ -326,6 +339,11 @@ class Fuzz:
 
     def run(self, job: str, settings: Mapping[str, object], num_ranks: int) -> Job:
         """Run one, and read what it logged."""
+        while (found := self._run(job, settings, num_ranks)) is None:
+            pass  # the fork server lost sight of a rank, which happens when it is asked from several threads
+        return found
+
+    def _run(self, job: str, settings: Mapping[str, object], num_ranks: int) -> Job | None:
         folder = Path(tempfile.mkdtemp(dir=self.folder, prefix="job-"))
         try:
             # "save" has a folder of each job.
@@ -333,6 +351,8 @@ class Fuzz:
             words += [f"megatron.tensorboard-dir={folder / 'tensorboard'}"]
             command = ["-m", "abkd_megatron", job, "--config", self.config, *words]
             ranks = launch(command, num_ranks, timeout_seconds=240, seconds_after_failure=50)
+            if any(rank.code == 255 for rank in ranks):
+                return None
             ended = _ended(ranks, job)
             if ended.ended == "ok":
                 read = scalars(folder / "tensorboard") if (folder / "tensorboard").is_dir() else {}
@@ -346,7 +366,8 @@ class Fuzz:
     def reference(self, context: str) -> Job:
         """The job of this context without any option, on one rank."""
         found = self.run("distill", self.settings(context, {}), 1)
-        assert found.ended == "ok", f"{context}: {found.said}"
+        if found.ended != "ok":
+            raise ContextFails(found.said)
         return found
 
 
@@ -367,14 +388,11 @@ def _ended(ranks: Sequence[Rank], job: str) -> Job:
     if not any(codes):
         return Job("ok")
     output = "\n".join(rank.output for rank in ranks)
-    if re.search("StrictError|timed out|Timed out|Timeout", output) or -9 in codes:
-        wait = re.search(r"^.*(StrictError|[Tt]imed out).*$", output, re.MULTILINE)
-        kind = (
-            "hang"
-            if -9 in codes or "not all" in output or "not over" in output or "imed out" in output
-            else "traceback"
-        )
-        return Job(kind, _short(wait.group() if wait else output.strip().rpartition("\n")[2]))
+    waits = re.findall(r"^.*(?:StrictError: |[Tt]imed out|[Tt]imeout).*$", output, re.MULTILINE)
+    if -9 in codes or waits:
+        kind = "hang" if -9 in codes or "imed out" in "".join(waits) else "traceback"
+        said = min(waits, key=lambda line: "StrictError: " not in line) if waits else output.strip()[-200:]
+        return Job(kind, _short(said))
     errors = re.findall(rf"abkd-megatron {job}: error: (.*)", output)
     if set(codes) == {2} and errors and "Traceback" not in output:
         return Job("rejected", _short(errors[0]))
@@ -448,6 +466,29 @@ def _load(path: Path, words: Sequence[str], device: str) -> Any:
     return load_config(path, words, megatron_options(), lambda device: cpu.MEGATRON_DEFAULTS if device == "cpu" else {})
 
 
+def built(fuzz: Fuzz, settings: Mapping[str, object]) -> str:
+    """The configurations that Megatron makes of the student's arguments, as text."""
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+
+    from abkd_megatron import dry_run
+    from abkd_megatron.integrations.add_teacher import megatron_options
+
+    words = [f"{key}={str(value).format(folder=fuzz.folder / 'none')}" for key, value in settings.items()]
+    environment = dict(os.environ)
+    try:
+        with _looking, contextlib.redirect_stderr(io.StringIO()):
+            config = _load(fuzz.config, words, "cpu")
+            with dry_run.as_in_a_job(config, 2):
+                args = dry_run.student_arguments(dry_run.arguments_with_data(config), megatron_options())
+                dry_run.set_vocabulary(args)
+                model = gpt_config_from_args(args)
+                made = pretrain_cfg_container_from_args(args, model)
+                return re.sub(" at 0x[0-9a-f]+", "", f"{made} {model} {model.transformer} {args.padded_vocab_size}")
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+
+
 def try_case(fuzz: Fuzz, case: Case) -> dict[str, Any]:
     """What comes of it."""
     from abkd_megatron.integrations.inherited import MODEL, kind_of
@@ -455,10 +496,13 @@ def try_case(fuzz: Fuzz, case: Case) -> dict[str, Any]:
     shapes = kind_of(case.dest, case.group) == MODEL
     layout = CONTEXTS[case.context].layout
     if shapes and layout == "DP 2":
-        layout = "TP 2"
+        layout = "TP 2, SP" if case.context == "MoE" else "TP 2"  # Megatron wants it of experts
     with tempfile.TemporaryDirectory(dir=fuzz.folder, prefix="student-") as folder:
         found = {"context": case.context, "layout": layout}
-        return found | _try(fuzz, case, layout, Path(folder) / "checkpoint" if shapes else None)
+        try:
+            return found | _try(fuzz, case, layout, Path(folder) / "checkpoint" if shapes else None)
+        except ContextFails as error:
+            return found | {"class": MEGATRONS, "said": f"without this option, too: {error}"}
 
 
 def _try(fuzz: Fuzz, case: Case, layout: str, student: Path | None) -> dict[str, Any]:
@@ -510,6 +554,8 @@ def _try(fuzz: Fuzz, case: Case, layout: str, student: Path | None) -> dict[str,
         found["head"] = two.said
         two = fuzz.run("distill", settings(kept, LAYOUTS[layout]), 2)
     found |= _classified(case, fuzz.reference(case.context), one, two)
+    if found["said"] == TO_THE_BIT and built(fuzz, settings()) == built(fuzz, fuzz.settings(case.context, {})):
+        found["no effect seen"] = True
     if found["class"].startswith("FAULT"):
         alone = fuzz.run("pretrain", plain(), 1), fuzz.run("pretrain", plain(LAYOUTS[layout]), 2)
         found["without a teacher"] = _classified(case, None, *alone)
@@ -544,7 +590,7 @@ def _classified(case: Case, reference: Job | None, one: Job, two: Job) -> dict[s
     if apart := _apart(reference, one, within, range(1), LOSSES):
         return {"class": CHANGES, "said": apart}
     equal = reference.losses == one.losses
-    return {"class": SAME, "said": "to the bit" if equal else "step 1 within 1e-5, later numbers differ"}
+    return {"class": SAME, "said": TO_THE_BIT if equal else "step 1 within 1e-5, later numbers differ"}
 
 
 def _apart(first: Job, second: Job, tolerance: float, steps: range, names: Sequence[str] = ()) -> str:
@@ -577,6 +623,11 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> str:
             beside = f"{plain.get('class', '')} {plain.get('said', '')}".strip()
             lines.append(f"| {name} ({of['context']}, {of['layout']}) | {of['class']}: {of['said']} | {beside} |")
     return "\n".join(lines)
+
+
+def unseen(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Values without an effect on Megatron's configurations or on any number."""
+    return sorted(name for name, of in found.items() if of.get("no effect seen"))
 
 
 def _class_of(of: Mapping[str, Any]) -> str:
