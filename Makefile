@@ -1,6 +1,7 @@
 # make demo   train a teacher, distil a student, compare: on any machine with Python >= 3.12
 # make test   the whole test suite
 # make check  ruff and mypy
+# make gpu    the acceptance run on a machine with GPUs; installs nothing: PYTHON, else .venv, else python3
 # PYTHON=/path/to/python chooses the interpreter that the environment in .venv is made from.
 
 VENV := .venv
@@ -12,7 +13,7 @@ FIND_PYTHON := for python in $(PYTHON) python3.12 python3.13 python3 $$HOME/.pye
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo "$$python"; exit; }; done; \
 	echo "Python >= 3.12 not found: install it, or say make PYTHON=/path/to/python" >&2; exit 1
 
-.PHONY: demo test check clean-demo
+.PHONY: demo test check gpu clean-demo
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
@@ -24,6 +25,10 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# Such a machine may have no network, and a torch of its own.
+gpu:
+	$(or $(PYTHON),$(if $(wildcard $(BIN)/python),$(BIN)/python,python3)) benchmarks/gpu.py $(GPU_FLAGS)
 
 $(VENV)/.ready: setup.py pyproject.toml
 	python=$$($(FIND_PYTHON)) && "$$python" -m venv $(VENV)

@@ -25,10 +25,10 @@ from abkd_megatron import cpu, dry_run
 from abkd_megatron.config import Config
 from abkd_megatron.data import PreparedData
 from abkd_megatron.distillation import Objective, TeacherCheckpoint
-from abkd_megatron.distillation.attach import check_fused, check_shared_vocab, check_tokens
-from abkd_megatron.distillation.head import obstacles_of
+from abkd_megatron.distillation.attach import check_shared_vocab, check_tokens
 from abkd_megatron.distillation.hidden import Layers, check_layers
 from abkd_megatron.distillation.layout import Place, TeacherLayout
+from abkd_megatron.distillation.plan import check_fused, obstacles_of, try_kernel
 from abkd_megatron.errors import AbkdError, ConfigError, DataError
 from abkd_megatron.indexed import check_datasets, prefixes_of
 from abkd_megatron.integrations.add_teacher import (
@@ -38,7 +38,6 @@ from abkd_megatron.integrations.add_teacher import (
     make_objective,
     megatron_options,
     teacher_arguments,
-    try_kernel,
 )
 from abkd_megatron.integrations.inherited import teacher_settings
 from abkd_megatron.integrations.megatron_lm import UNSUPPORTED_IN_JOBS
@@ -302,8 +301,8 @@ class _Look:
             self.add("loss", str(objective.divergence or ", ".join(objective.names_of_logit_losses)))
         if self.config.device == "cpu":
             with self.at("kernel"):
-                kernels.use(kernel_of(self.config))
-                try_kernel(objective, "cpu", student.params_dtype)
+                with kernels.using(kernel_of(self.config)):
+                    try_kernel(objective, torch.empty(0, dtype=student.params_dtype))
                 self.add("kernel", f"{self.config.distillation.kernel}: tried")
 
     def _hidden(self, objective: Objective, student: Namespace, teacher: Namespace) -> None:

@@ -174,6 +174,7 @@ def install() -> None:
         "current_stream": lambda *_: stream,
         "default_stream": lambda *_: stream,
         "set_stream": nothing,
+        "is_current_stream_capturing": lambda: False,  # torch's optimizers ask here up to 2.11, and below after it
         "synchronize": nothing,
         "empty_cache": nothing,
         "memory_allocated": zero,
@@ -186,7 +187,7 @@ def install() -> None:
         "device_memory_used": zero,
     }.items():
         setattr(torch.cuda, name, _of_its_own(answer))
-    # torch's optimizers ask here whether a graph is being captured, once they believe in a GPU.
+    # torch's newer optimizers ask here whether a graph is being captured, once they believe in a GPU.
     torch.accelerator.current_stream = lambda *_: stream  # type: ignore[assignment]
     for name in ("Float", "Double", "Half", "BFloat16", "Int", "Long", "Byte", "Bool"):
         setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))

@@ -41,7 +41,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from abkd_megatron import cpu, kernels
 from abkd_megatron.config import PREFLIGHT, Config, Value
-from abkd_megatron.distillation import head, runner
+from abkd_megatron.distillation import head, plan, runner
 from abkd_megatron.distillation.attach import Attachment
 from abkd_megatron.distillation.checkpoint import TeacherCheckpoint
 from abkd_megatron.distillation.layout import Place
@@ -314,6 +314,8 @@ def _replacements(config: Config, ledger: Ledger, watch: _Watch, memory: float) 
         return hidden
 
     run_teacher, get_kernel, size_chunks = runner.TeacherRunner.run, kernels.get, automatic_chunk_tokens
+    elements = kernels.chunk_elements
+    device: Any = _Device(config.device)
     yield training, "train_step", watch.step
     yield runner.TeacherRunner, "run", teacher_pass
     attaching = sys.modules[Attachment.__module__]  # the package has a function of this name
@@ -323,8 +325,9 @@ def _replacements(config: Config, ledger: Ledger, watch: _Watch, memory: float) 
     yield add_teacher, "from_rank_0", lambda function: function()
     yield TeacherCheckpoint, "open", classmethod(lambda cls, *_: _NoCheckpoint(Path(), {}, Metadata({})))
     yield kernels, "_automatic", lambda divergence, *_: _automatic_kernel(config, divergence)
-    yield kernels, "get", lambda name: _SIZES if name in ("cpp", "triton") else get_kernel(name)
-    yield head, "automatic_chunk_tokens", lambda _, of_token: size_chunks(_Device(config.device), of_token)
+    yield kernels, "get", lambda name: replace(_SIZES, name=name) if name in ("cpp", "triton") else get_kernel(name)
+    yield kernels, "chunk_elements", lambda _: elements(device)
+    yield plan, "automatic_chunk_tokens", lambda _, of_token: size_chunks(device, of_token)
     yield torch.cuda, "mem_get_info", lambda *_: (max(int(memory * 2**30) - ledger.total, 0), int(memory * 2**30))
     yield FakeWork, "is_completed", lambda _: config.device == "cuda"  # gloo's are never, until they are waited for
     if config.device == "cuda":

@@ -20,9 +20,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from torch.distributed.fsdp import FSDPModule
 
-from abkd_megatron.distillation.head import OutputLayer, compute_loss, obstacles
+from abkd_megatron import kernels
+from abkd_megatron.distillation.head import OutputLayer, compute_loss
 from abkd_megatron.distillation.hidden import HiddenLosses, Layers, check_pairs, layers_of_stages
 from abkd_megatron.distillation.objective import Objective, ScheduledObjective
+from abkd_megatron.distillation.plan import Plan, agree, propose_plan
 from abkd_megatron.distillation.runner import TeacherRunner
 from abkd_megatron.distillation.step import SELECTED
 from abkd_megatron.distillation.stopwatch import Stopwatch
@@ -44,6 +46,8 @@ def attach(
     vocab_size: int,
     pg_collection: ProcessGroupCollection,
     timeout: timedelta = timedelta(minutes=10),
+    tokens: int | None = None,
+    kernel: str | None = None,
 ) -> "Attachment":
     """Attach `teacher` to `student`; from now on the student's forward returns the distillation loss.
 
@@ -61,6 +65,8 @@ def attach(
             ids too. With `objective.hidden_losses` also `pp`; every stage that holds one of them has to be given the
             loss mask.
         timeout: for the teacher's messages between ranks.
+        tokens: of a micro-batch on this rank, s * b, by which ``head: auto`` is decided; None: fused where it can be.
+        kernel: one of `kernels.CHOICES` for this attachment; None for what `kernels.use` has chosen for the process.
 
     Returns:
         The handle: `report` holds the last micro-batch's numbers, `detach()` restores the student exactly.
@@ -73,7 +79,7 @@ def attach(
             without a loss mask.
         HostError: a student without `output_processor`: not a GPTModel of megatron-core >= 0.19.
 
-    Collectives: one all_gather_object (three with hidden losses), and those of making the groups for messages. Per
+    Collectives: three all_gather_object (five with hidden losses), and those of making the groups for messages. Per
     micro-batch: the teacher's own, its messages, and those of `vocab_parallel_distillation`, of each logit loss and of
     `HiddenLosses`.
     """
@@ -91,7 +97,16 @@ def attach(
             check_pairs(chunks, teacher, objective.hidden_losses, stages)
     if objective.tokens is not None:
         logger.info("the divergence is trained on some tokens: %s", objective.tokens)
-    return Attachment(chunks, teacher, scheduled, vocab_size, pg_collection, timeout, stages)
+    proposed = None
+    with on_every_rank():
+        if (last := chunks[-1]).post_process:
+            weight = last.output_layer.weight
+            if last.share_embeddings_and_output_weights:
+                weight = last.shared_embedding_or_output_weight()
+            shard = VocabShard.megatron(weight.shape[0], pg_collection.tp, vocab_size)
+            layers = last.output_layer, teacher.head
+            proposed = propose_plan(*layers, weight, objective, shard, tokens=tokens, kernel=kernel)
+    return Attachment(chunks, teacher, scheduled, vocab_size, pg_collection, timeout, stages, agree(proposed))
 
 
 def check_shared_vocab(objective: Objective, vocab_size: int, context_parallel: int) -> None:
@@ -175,22 +190,7 @@ def _checked_student(
                 f"student and teacher must pad the vocabulary alike: {ours} columns a rank against {theirs}; "
                 "give both configs the same vocab_size, or make_vocab_size_divisible_by"
             )
-        check_fused(objective, obstacles(last.output_layer, teacher.head, objective, vocab_size))
     return chunks
-
-
-def check_fused(objective: Objective, reasons: Sequence[str]) -> None:
-    """Refuse a fused head that was asked for and cannot be.
-
-    Args:
-        objective: with the head that was asked for.
-        reasons: as `obstacles` returns them.
-
-    Raises:
-        ConfigError: naming the first reason.
-    """
-    if objective.head == "fused" and reasons:
-        raise ConfigError(f"head: fused is not possible ({reasons[0]}); give head: materialised, or auto")
 
 
 _SHARDED = "it shards the student's weights over data-parallel ranks; the loss reads the output layer's as one"
@@ -268,6 +268,7 @@ class Attachment:
 
     Attributes:
         teacher: the frozen teacher's share of this rank.
+        plan: how the loss is computed, the same on every rank of the job.
         objective: what the student is trained on; of a scheduled objective, at the progress that was set last.
         scheduled: what of it changes, by name, as it is now.
         progress: what was set last; None before that.
@@ -291,8 +292,10 @@ class Attachment:
         pg_collection: ProcessGroupCollection,
         timeout: timedelta,
         stages: Mapping[int, Layers],
+        plan: Plan | None,
     ) -> None:
         self.teacher = teacher
+        self.plan = plan
         self.objective = objective.objective
         self.scheduled: dict[str, float] = {}
         self.progress: Progress | None = None
@@ -444,18 +447,21 @@ class Attachment:
             "teacher hidden states": context.hidden_states,
         }
         student = OutputLayer(hidden_states, output_layer, output_weight, scale_logits)
-        loss = compute_loss(
-            student,
-            context,
-            self.objective,
-            labels.transpose(0, 1),
-            loss_mask.transpose(0, 1) if loss_mask is not None else None,
-            VocabShard.megatron(student.weight.shape[0], self._tp_group, self._vocab_size),
-            self._tp_group,
-            lambda logits: compute_language_model_loss(labels, logits).transpose(0, 1),
-            input_ids.transpose(0, 1) if input_ids is not None else None,
-            self._positions(labels.shape[1], packed_seq_params),
-        )
+        assert self.plan is not None
+        with kernels.using(self.plan.kernel):
+            loss = compute_loss(
+                student,
+                context,
+                self.objective,
+                labels.transpose(0, 1),
+                loss_mask.transpose(0, 1) if loss_mask is not None else None,
+                VocabShard.megatron(student.weight.shape[0], self._tp_group, self._vocab_size),
+                self._tp_group,
+                lambda logits: compute_language_model_loss(labels, logits).transpose(0, 1),
+                input_ids.transpose(0, 1) if input_ids is not None else None,
+                self._positions(labels.shape[1], packed_seq_params),
+                self.plan.chunk_tokens,
+            )
         several = (self.objective.divergence is not None) + len(loss.logit_losses) > 1
         self.report = {
             "lm loss": _batch_first(loss.terms.cross_entropy.detach()),

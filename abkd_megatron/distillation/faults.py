@@ -51,9 +51,12 @@ def check_losses(
         NumericalError: in the first step.
         RuntimeError: by Megatron, on the rank alone, with ``--rerun-mode disabled`` and in validation.
 
-    Collectives: none; Megatron has one at each step's end.
+    Collectives: none; Megatron has one at each step's end. The host waits for a GPU once.
     """
     machine = get_rerun_state_machine()
+    # The one time that the host waits for a GPU, whatever the number of losses; the rest is done on the copies.
+    numbers = torch.stack([sums[name].detach() for name in checked]).cpu()
+    results = dict(zip(checked, numbers.unbind(0), strict=True))
     # Not so where the step is done for the third time, from the checkpoint that Megatron saved for this.
     is_first = (
         machine.get_mode() == RerunMode.VALIDATE_RESULTS
@@ -65,13 +68,13 @@ def check_losses(
             found = partial(_is_found, test, f"{name} is {what}", sums, details, folder)
             if not is_first:
                 machine.validate_result(
-                    result=sums[name],
+                    result=results[name],
                     rejection_func=found,
                     message=f"found {what} in the {name} of a micro-batch",
                     tolerance=0.0,  # a forward pass is deterministic
                     fatal=True,
                 )
-            elif found(sums[name]):
+            elif found(results[name]):
                 raise NumericalError(
                     f"{name} is {what} in a micro-batch of the first step; nothing was trained or "
                     "saved. The line above has all its losses; docs/troubleshooting.md says what they may come of"
@@ -80,7 +83,7 @@ def check_losses(
             test = partial(machine.is_unexpectedly_large, threshold=SPIKE, context=name)
             what = f"{name} is more than {SPIKE:g} times what it was"
             machine.validate_result(
-                result=sums[name],
+                result=results[name],
                 rejection_func=partial(_is_found, test, what, sums, details, folder),
                 message=f"found a spike in the {name} of a micro-batch",
                 tolerance=0.0,

@@ -4,21 +4,20 @@ Legend: s sequence, b micro-batch, h hidden size, V/TP vocabulary columns of a r
 """
 
 import functools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
 from torch import Tensor
 
 from abkd_megatron.distillation.objective import Objective
+from abkd_megatron.distillation.plan import run_pre_forward_hooks
 from abkd_megatron.divergences import AlphaBeta
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.selection import TokenSelection
@@ -30,9 +29,7 @@ from abkd_megatron.vocab_parallel import (
     vocab_parallel_logit_loss,
 )
 from abkd_megatron.vocab_parallel.diagnostics import diagnose
-from abkd_megatron.vocab_parallel.head import automatic_chunk_tokens, bytes_of_a_token
-
-logger = logging.getLogger(__name__)
+from abkd_megatron.vocab_parallel.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -85,47 +82,6 @@ class OutputLayer:
         return float(self.scale_logits(torch.ones((), dtype=torch.float64)))
 
 
-def obstacle(layer: torch.nn.Module) -> str | None:
-    """Why this output layer cannot be done without, if it cannot."""
-    if type(layer) is not ColumnParallelLinear:
-        return f"the output layer is a {type(layer).__name__}, not Megatron's ColumnParallelLinear"
-    config: Any = layer.config
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    found = {
-        "has a bias": layer.bias is not None,
-        "gathers its output": layer.gather_output,
-        "defers its weight gradient (defer-embedding-wgrad-compute)": config.defer_embedding_wgrad_compute,
-        "offloads activations": config._cpu_offloading_context is not None,
-        "shares its weight over another group": layer.gtp_remat_size != 1,
-        "has hooks": any(map(bool, hooks)),
-    }
-    return next((f"the output layer {what}" for what, holds in found.items() if holds), None)
-
-
-def obstacles(student: torch.nn.Module, teacher: torch.nn.Module, objective: Objective, vocab_size: int) -> list[str]:
-    """Why the head of these output layers cannot be fused with this loss, if it cannot."""
-    layers = (("student", student), ("teacher", teacher))
-    found = [f"{name}: {why}" for name, layer in layers if (why := obstacle(layer))]
-    return found + obstacles_of(objective, vocab_size)
-
-
-def obstacles_of(objective: Objective, vocab_size: int) -> list[str]:
-    """Why the head cannot be fused with this loss, whatever the output layers are."""
-    found = []
-    if objective.kd_weight == 0:
-        found.append("kd_weight 0 trains on Megatron's own cross entropy, of logits")
-    if objective.logit_losses:
-        found.append(
-            f"{', '.join(objective.names_of_logit_losses)}: no sum over the vocabulary, so of logits that exist"
-        )
-    if objective.shares_part_of(vocab_size):
-        found.append(
-            f"shared_vocab {objective.shared_vocab} of the student's {vocab_size} tokens: divergence and cross entropy "
-            "are of different columns"
-        )
-    return found
-
-
 class Loss(NamedTuple):
     """Per token, [s, b]."""
 
@@ -153,8 +109,9 @@ def compute_loss(
     megatron_cross_entropy: Callable[[Tensor], Tensor],
     input_ids: Tensor | None = None,
     positions: Tensor | None = None,
+    chunk_tokens: int | None = None,
 ) -> Loss:
-    """The objective's loss, through logits or without them as `objective.head` says.
+    """The objective's loss, through logits or without them.
 
     Args:
         student: gets gradients.
@@ -167,10 +124,13 @@ def compute_loss(
         tp_group: the tensor-parallel group.
         megatron_cross_entropy: Megatron's own [s, b] from logits; it may overwrite them.
         input_ids: [s, b]; looked at where the student has tokens beyond `objective.shared_vocab`.
-        positions: [s], where the tokens stand in their sequences; looked at where `objective.tokens` goes by it.
+        positions: [s], where the tokens stand in their sequences; looked at where `objective.tokens` goes by it. On the
+            CPU, or the host waits for them.
+        chunk_tokens: `Plan.chunk_tokens`: of the fused head; None makes logits. Diagnosed validation makes them anyway.
 
     Raises:
-        ConfigError: for head: fused where there is an obstacle, or without input ids where they are needed.
+        ConfigError: without input ids where they are needed.
+        RuntimeError: for a fused head, if hooks were registered on the student's output layer meanwhile.
 
     Collectives: those of `vocab_parallel_distillation`, twice if the student has tokens beyond the shared ones, and of
     `vocab_parallel_logit_loss` for each logit loss. With sequence parallelism and a selection by position, the
@@ -180,10 +140,13 @@ def compute_loss(
     selected = None
     if tokens is not None and tokens.by_position:
         assert positions is not None
-        selected = tokens.at(positions).unsqueeze(-1).expand(labels.shape)  # on the CPU, where a GPU need not wait
+        # On the CPU, where the number of selected tokens is known without waiting for a GPU. Where the ends of packed
+        # sequences are on a GPU the host waits for it here, once.
+        selected = tokens.at(positions.cpu()).unsqueeze(-1).expand(labels.shape)
     by_models = tokens.of if tokens is not None and not tokens.by_position else None
-    chunk_tokens = _fused_chunk(student, teacher, objective, labels.numel(), shard)
-    if chunk_tokens:
+    diagnosing = objective.diagnostics and not torch.is_grad_enabled()
+    if chunk_tokens is not None and not diagnosing:
+        run_pre_forward_hooks(student.layer)
         total, terms = vocab_parallel_distillation_head(
             student.whole_hidden_states(tp_group),
             student.weight,
@@ -205,14 +168,13 @@ def compute_loss(
         )
         return Loss(total, terms.divergence, terms, {}, _trained(objective.tokens, terms, selected))
 
-    diagnosing = objective.diagnostics and not torch.is_grad_enabled()
     student_logits = student.logits()
     with torch.no_grad():
         if selected is None or diagnosing:  # a diagnosis is of all tokens
             teacher_logits = teacher.logits()
         else:
             rows = selected.reshape(-1).nonzero().squeeze(-1)
-            teacher_logits = teacher.logits_of(rows.to(labels.device), tp_group)
+            teacher_logits = teacher.logits_of(to_device(rows, labels.device), tp_group)
     compared = shard
     if objective.shares_part_of(shard.size):
         compared = VocabShard.megatron(student_logits.shape[-1], tp_group, objective.shared_vocab)
@@ -281,7 +243,7 @@ def _trained(tokens: TokenSelection | None, terms: DistillationTerms, by_positio
     """Which tokens are distilled, on their device."""
     if tokens is not None and not tokens.by_position:
         return tokens.of(terms.metrics)
-    return by_position.to(terms.divergence.device) if by_position is not None else None
+    return to_device(by_position, terms.divergence.device) if by_position is not None else None
 
 
 def _logit_losses(
@@ -351,63 +313,3 @@ def _terms_of_part(
         whole.cross_entropy,
         {name: value.masked_fill(~read, 0.0) for name, value in terms.metrics.items()},
     )
-
-
-def _fused_chunk(
-    student: OutputLayer, teacher: OutputLayer, objective: Objective, num_tokens: int, shard: VocabShard
-) -> int | None:
-    """Tokens of a chunk, or None for logits that exist."""
-    if objective.diagnostics and not torch.is_grad_enabled():
-        return None
-    reasons = ["as chosen"] if objective.head == "materialised" else []
-    reasons += obstacles(student.layer, teacher.layer, objective, shard.size)
-    if objective.head == "fused" and reasons:
-        raise ConfigError(f"head: fused is not possible ({reasons[0]}); give head: materialised, or auto")
-    weight = student.weight
-    of_token = bytes_of_a_token(weight, shard)
-    chunk_tokens = objective.chunk_tokens or automatic_chunk_tokens(weight.device, of_token)
-    # About; in a packed row it depends on the lengths, and a head that changed with these would be a surprise.
-    every = objective.tokens.n if objective.tokens is not None and objective.tokens.n is not None else 1
-    num_compared = num_tokens // every
-    both = "both models" if every == 1 else f"the student and about {num_compared} of the teacher"
-    size = _mib((num_tokens + num_compared) * weight[:, 0].nbytes)
-    whole = f"{num_tokens} x {weight.shape[0]} logits of {both}, {size}"
-    if objective.head == "auto" and not reasons:
-        reasons = _nothing_to_gain(
-            weight, num_tokens, chunk_tokens, chunk_tokens * of_token, objective.gradient_in_place, num_compared
-        )
-    if not reasons:
-        chunk = f"{chunk_tokens} tokens, {_mib(chunk_tokens * of_token)}"
-        _log(f"LM head fused with the loss: chunks of {chunk}, in place of {whole}")
-        return chunk_tokens
-    _log(f"LM head materialised: {whole}" + (f" ({reasons[0]})" if reasons else ""))
-    return None
-
-
-def _nothing_to_gain(
-    weight: Tensor,
-    num_tokens: int,
-    chunk_tokens: int,
-    of_chunks: int,
-    gradient_in_place: bool,
-    num_compared: int | None = None,
-) -> list[str]:
-    """Why a fused head would take no less memory, if it would not: it holds the weight's gradient in fp32 meanwhile."""
-    size = weight.dtype.itemsize
-    of_student = (1 if gradient_in_place else 2) * num_tokens
-    logits = (of_student + (num_tokens if num_compared is None else num_compared)) * weight.shape[0] * size
-    gradient = weight.numel() * (4 + size * (size < 4))  # and a chunk's part of it, rounded
-    if num_tokens <= chunk_tokens:
-        return [f"a chunk would be {chunk_tokens} tokens"]
-    if of_chunks + gradient >= logits:
-        return [f"fused would take {_mib(of_chunks)} and {_mib(gradient)} for the weight's gradient"]
-    return []
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.0f} MiB"
-
-
-@functools.cache
-def _log(message: str) -> None:
-    logger.info(message)

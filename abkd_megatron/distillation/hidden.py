@@ -20,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from abkd_megatron.distillation.channel import Channel, new_group
 from abkd_megatron.distillation.teacher import Teacher
@@ -242,11 +243,40 @@ def _chunk_of(chunks: Sequence[GPTModel], loss: HiddenLoss) -> GPTModel | None:
 
 
 def hidden_distance(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
-    """The loss a token, [..., H] and [..., H] -> [...] fp32; see `HiddenLoss`."""
-    student, teacher = student.float(), teacher.float()
+    """Compute the loss per token, [..., H] and [..., H] -> [...], in fp32 at least; see `HiddenLoss`.
+
+    Differentiable in `student`. For backward it keeps both tensors as they are, in their own dtypes, and computes in
+    fp32 again: of each micro-batch under way nothing in fp32 is held. A token whose loss has a gradient of 0 passes on
+    exactly 0, whatever it holds.
+    """
+    distance: Tensor = _Distance.apply(student, teacher.detach(), kind)
+    return distance
+
+
+def _distance(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    student, teacher = student.to(dtype), teacher.to(dtype)
     if kind == "mse":
         return (student - teacher).square().mean(-1)
     return 1 - torch.nn.functional.cosine_similarity(student, teacher, dim=-1)
+
+
+class _Distance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, kind: str) -> Tensor:
+        ctx.save_for_backward(student, teacher)
+        ctx.kind = kind
+        return _distance(kind, student, teacher)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_distance: Tensor) -> tuple[Tensor, None, None]:
+        student, teacher = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = student.detach().requires_grad_()
+            distance = _distance(ctx.kind, leaf, teacher)
+        (gradient,) = torch.autograd.grad(distance, leaf, of_distance)
+        return gradient.masked_fill_((of_distance == 0).unsqueeze(-1), 0.0), None, None
 
 
 class _Add(torch.autograd.Function):

@@ -40,7 +40,7 @@ class Objective:
     """How logits are made: ``materialised``, by Megatron's output layers; ``fused``, a chunk of tokens at a time and
     never all of them; ``auto``, fused where the output layers allow it and memory is saved."""
     chunk_tokens: int | None = None
-    """Tokens of a chunk of the fused head; None chooses by device and free memory."""
+    """Tokens of a chunk of the fused head; None chooses by the device and its memory."""
     gradient_in_place: bool = False
     """Whether backward overwrites the student's logits with their gradient. Nothing of Megatron reads them again; a
     hook of the user's on the output layer might. The fused head does so anyway."""

@@ -19,10 +19,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
+from abkd_megatron import kernels
 from abkd_megatron.distillation.attach import Attachment
 from abkd_megatron.distillation.checkpoint import TeacherCheckpoint
 from abkd_megatron.distillation.checksums import check_contents
-from abkd_megatron.distillation.head import obstacles
 from abkd_megatron.distillation.objective import Objective
 from abkd_megatron.distillation.teacher import Teacher, random_states_kept
 from abkd_megatron.divergences import Divergence
@@ -112,7 +112,7 @@ def check_models(
     last = unwrap_model(student[-1])
     if "memory" not in skip:
         with on_every_rank():
-            needed = bytes_of_logits(last, attachment, vocab_size, tokens) if last.post_process else 0
+            needed = bytes_of_logits(last, attachment, tokens) if last.post_process else 0
             if needed > (free := free_bytes(next(last.parameters()).device)):
                 raise ConfigError(
                     f"expected room for {needed / 2**30:.3g} GiB of logits, both models' of {tokens} tokens and their "
@@ -125,9 +125,11 @@ def check_models(
             like = next(last.parameters())
             shard = VocabShard.megatron(last.output_layer.output_size_per_partition, pg_collection.tp, known)
             with random_states_kept():
-                wrong = wrong_losses(
-                    objective, shard, last.output_layer.output_size_per_partition, like.dtype, like.device
-                )
+                assert attachment.plan is not None
+                with kernels.using(attachment.plan.kernel):
+                    wrong = wrong_losses(
+                        objective, shard, last.output_layer.output_size_per_partition, like.dtype, like.device
+                    )
         with on_every_rank():
             if wrong:
                 raise ConfigError(
@@ -138,22 +140,22 @@ def check_models(
     return FirstStep(student, attachment.teacher, pg_collection, known, skip)
 
 
-def bytes_of_logits(last: GPTModel, attachment: Attachment, vocab_size: int, tokens: int) -> int:
-    """What the logits of a micro-batch take at the least; 0 where the head may be fused: chunks go by what is free.
+def bytes_of_logits(last: GPTModel, attachment: Attachment, tokens: int) -> int:
+    """The least memory that a micro-batch's loss takes: logits and their gradient, or the fused head's chunks.
 
     Args:
         last: the student's last stage.
         attachment: of that student.
-        vocab_size: true size of its vocabulary.
         tokens: of a micro-batch on this rank.
     """
-    objective = attachment.objective
-    fusible = not obstacles(last.output_layer, attachment.teacher.head, objective, vocab_size)
-    if objective.head != "materialised" and fusible:
-        return 0
+    objective, plan, weight = attachment.objective, attachment.plan, next(last.parameters())
+    assert plan is not None
     every = objective.tokens.n if objective.tokens is not None and objective.tokens.n is not None else 1
     rows = (1 if objective.gradient_in_place else 2) * tokens + tokens // every
-    return rows * last.output_layer.output_size_per_partition * next(last.parameters()).element_size()
+    if plan.chunk_tokens is not None:
+        rows = 2 * min(plan.chunk_tokens, tokens)
+    size: int = rows * last.output_layer.output_size_per_partition * weight.element_size()
+    return size
 
 
 def free_bytes(device: torch.device) -> int:

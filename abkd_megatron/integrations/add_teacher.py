@@ -22,7 +22,6 @@ from megatron.training import get_args, print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
 
-import abkd_megatron.kernels as kernels
 from abkd_megatron.config import SCHEDULED, Config, DistillationConfig
 from abkd_megatron.config_file import to_argv
 from abkd_megatron.distillation import (
@@ -46,7 +45,6 @@ from abkd_megatron.distillation.step import masked_loss
 from abkd_megatron.errors import AbkdError, ConfigError, HostError, from_rank_0, on_every_rank
 from abkd_megatron.integrations import provenance
 from abkd_megatron.integrations.inherited import teacher_settings
-from abkd_megatron.vocab_parallel import vocab_parallel_divergence
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +98,6 @@ def add_teacher(
     second in the hooks; there those of `TeacherCheckpoint.verify` for --verify-integrity, `check_files`,
     `build_teacher`, `attach` and `check_models`.
     """
-    kernels.use(kernel_of(config))
     scheduled = make_objective(config.distillation)
     objective = scheduled.objective
     vocab_size, timeout = args.vocab_size, timedelta(minutes=args.distributed_timeout_minutes)
@@ -111,7 +108,6 @@ def add_teacher(
         checkpoint.check_arguments(teacher_args, vocab_size, objective.shared_vocab)
         if objective.shared_vocab is None:
             checkpoint.check_tokenizer(args.tokenizer_model)
-        try_kernel(objective, config.device, args.params_dtype)
         absent = absent_projectors(args, objective.hidden_losses)
     step = DistilledStep(forward_step, needs_input_ids=objective.shares_part_of(vocab_size))
 
@@ -143,6 +139,7 @@ def add_teacher(
         if teacher_args.verify_integrity:
             checkpoint.verify()
         check_files(checkpoint, config.distillation.skip_preflight)
+        tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
         step.attachment = attach(
             student,
             build_teacher(
@@ -156,13 +153,17 @@ def add_teacher(
             vocab_size=vocab_size,
             pg_collection=pg_collection,
             timeout=timeout,
+            tokens=tokens,
+            kernel=kernel_of(config),
         )
+        if step.attachment.plan is not None:
+            record["plan"] = step.attachment.plan.record()
         step.first_step = check_models(
             student,
             step.attachment,
             vocab_size=vocab_size,
             pg_collection=pg_collection,
-            tokens=args.micro_batch_size * args.seq_length // args.context_parallel_size,
+            tokens=tokens,
             skip=config.distillation.skip_preflight,
         )
         return student
@@ -323,12 +324,6 @@ def _set_progress(attachment: Attachment, training: bool) -> None:
     attachment.set_progress(progress)
     if training:
         provenance.note_progress(args, progress, attachment.scheduled)
-
-
-def try_kernel(objective: Objective, device: str, dtype: torch.dtype) -> None:
-    """Have the kernel built, and refused if it has to be, before the first step."""
-    logits = torch.zeros(1, 8, device=device, dtype=dtype)
-    vocab_parallel_divergence(logits.requires_grad_(), logits.detach(), objective.passed_over).sum().backward()
 
 
 def absent_projectors(args: Namespace, losses: Sequence[HiddenLoss]) -> list[str]:

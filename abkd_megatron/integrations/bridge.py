@@ -20,7 +20,7 @@ from megatron.training import print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.base import ModelConfig
 
-from abkd_megatron import cpu, kernels
+from abkd_megatron import cpu
 from abkd_megatron.config import DistillationConfig
 from abkd_megatron.config_file import load_config
 from abkd_megatron.config_yaml import flow
@@ -29,7 +29,7 @@ from abkd_megatron.distillation.attach import UNSUPPORTED, check_tokens
 from abkd_megatron.distillation.preflight import FirstStep, check_files, check_models
 from abkd_megatron.distillation.teacher import build_teacher, random_states_kept, to_params_dtype
 from abkd_megatron.errors import CheckpointError, ConfigError, HostError, on_every_rank
-from abkd_megatron.integrations.add_teacher import kernel_of, loss_with_report, make_objective, try_kernel
+from abkd_megatron.integrations.add_teacher import kernel_of, loss_with_report, make_objective
 from abkd_megatron.integrations.inherited import forget_run_of
 
 try:
@@ -150,7 +150,6 @@ def add_teacher(
     scheduled = make_objective(ours.distillation)
     objective = scheduled.objective
     _check_host(config, objective)
-    kernels.use(kernel_of(ours))
     step = DistilledStep(forward_step)
 
     def attach_teacher(student: list[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -164,22 +163,29 @@ def add_teacher(
                     "on the last pipeline stage, and Bridge's forward step has them on the first alone; set "
                     "model.pipeline_model_parallel_size to 1"
                 )
-            try_kernel(objective, device, transformer.params_dtype)
         print_rank_0(f"distilling with {objective.divergence or 'logit losses'} from the teacher in {source}")
         timeout = timedelta(minutes=config.dist.distributed_timeout_minutes)
         last = unwrap_model(student[-1])
         teacher = _build_teacher(config, transformer, _columns(config.model), objective, groups, timeout)
         if last.post_process:
             last.register_forward_pre_hook(step.give_loss_mask, with_kwargs=True)
+        tokens = config.train.micro_batch_size * config.model.seq_length // groups.cp.size()
         step.attachment = attach(
-            student, teacher, scheduled, vocab_size=vocab_size, pg_collection=groups, timeout=timeout
+            student,
+            teacher,
+            scheduled,
+            vocab_size=vocab_size,
+            pg_collection=groups,
+            timeout=timeout,
+            tokens=tokens,
+            kernel=kernel_of(ours),
         )
         step.first_step = check_models(
             student,
             step.attachment,
             vocab_size=vocab_size,
             pg_collection=groups,
-            tokens=config.train.micro_batch_size * config.model.seq_length // groups.cp.size(),
+            tokens=tokens,
             skip=ours.distillation.skip_preflight,
         )
         return student

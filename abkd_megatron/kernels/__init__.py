@@ -12,7 +12,8 @@ the log.
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -27,8 +28,14 @@ from abkd_megatron.kernels import compiled, cpp, eager
 
 logger = logging.getLogger(__name__)
 
-# Logits of one model in a chunk that is worth a call and whose temporaries stay in a core's cache.
-SMALL_CHUNK = 2**18
+
+def chunk_elements(device: torch.device) -> int:
+    """Return how many logits of one model PyTorch's own operations, copies of rows among them, take at a time.
+
+    On a CPU so few that the temporaries stay in a core's cache. On a GPU so many that an operation takes ten times as
+    long as its launch, 64 MiB of each fp32 temporary; there are about ten.
+    """
+    return 2**18 if device.type == "cpu" else 2**24
 
 
 @dataclass
@@ -42,23 +49,29 @@ class Kernel:
     """`eager.local_second_record` or its equal."""
     local_gradient: Callable
     """`eager.local_gradient` or its equal."""
-    chunk_elements: int
-    """Logits of one model a chunk: large enough to be worth a call, small beside the whole."""
+    chunk_elements: int | None
+    """Logits of one model per chunk; None for `chunk_elements` of the device."""
     fixed_shape: bool = False
     """Every chunk has the same number of rows; the last one may overlap the one before."""
     strided: bool = False
     """Rows may lie further apart than they are long, so that padding need not be copied away."""
 
-    def chunks(self, num_tokens: int, num_columns: int, small: bool = False, overlap: bool = True) -> list[slice]:
+    def chunks(
+        self, num_tokens: int, num_columns: int, device: torch.device, copied: bool = False, overlap: bool = True
+    ) -> list[slice]:
         """The rows of each chunk, every row in one.
 
         Args:
             num_tokens: rows in all.
             num_columns: columns of a row.
-            small: keep chunks small, for rows that have to be copied together.
+            device: where they are.
+            copied: whether rows have to be copied together, so that a chunk may not be all of them.
             overlap: let the last chunk overlap the one before, to keep the shape fixed.
         """
-        elements = min(self.chunk_elements, SMALL_CHUNK) if small else self.chunk_elements
+        of_device = chunk_elements(device)
+        elements = of_device if self.chunk_elements is None else self.chunk_elements
+        if copied:
+            elements = min(elements, of_device)
         rows = max(1, elements // max(num_columns, 1))
         if self.fixed_shape and overlap and num_tokens > rows:
             firsts = [*range(0, num_tokens - rows, rows), num_tokens - rows]
@@ -76,9 +89,9 @@ _choice = "auto"
 def get(name: str) -> Kernel:
     """The kernel of that name, one of `NAMES`."""
 
-    def kernel(module: ModuleType, chunk_elements: int, fixed_shape: bool = False, strided: bool = False) -> Kernel:
+    def kernel(module: ModuleType, elements: int | None, fixed_shape: bool = False, strided: bool = False) -> Kernel:
         passes = module.local_record, module.local_second_record, module.local_gradient
-        return Kernel(name, *passes, chunk_elements, fixed_shape, strided)
+        return Kernel(name, *passes, elements, fixed_shape, strided)
 
     everything = 2**62
     if name == "triton":
@@ -88,8 +101,8 @@ def get(name: str) -> Kernel:
     if name == "cpp":
         return kernel(cpp, everything, strided=True)
     if name == "compiled":
-        return kernel(compiled, SMALL_CHUNK, fixed_shape=True)
-    return kernel(eager, SMALL_CHUNK)
+        return kernel(compiled, None, fixed_shape=True)
+    return kernel(eager, None)
 
 
 def use(choice: str) -> str:
@@ -103,6 +116,16 @@ def use(choice: str) -> str:
         raise ConfigError(f"expected a kernel out of {', '.join(CHOICES)}, got {choice!r}")
     before, _choice = _choice, choice
     return before
+
+
+@contextmanager
+def using(choice: str | None) -> Iterator[None]:
+    """`use` within the block: two attachments in one process each have their own. None leaves the choice as it is."""
+    before = use(_choice if choice is None else choice)
+    try:
+        yield
+    finally:
+        use(before)
 
 
 def select(divergence: Divergence, student: Tensor, teacher: Tensor) -> Kernel:

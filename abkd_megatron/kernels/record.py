@@ -96,10 +96,21 @@ class Layout:
         self.sums = slice(2 * self.of_model, 2 * self.of_model + divergence.num_sums)
         self.metrics = slice(self.sums.stop, self.sums.stop + 3 * has_labels)
         self.size = self.metrics.stop
-        self.maxima = [0, self.of_model]
-        self.targets, self.tops = ([2 + first for first in self.maxima], [3 + first for first in self.maxima])
-        not_sums = {*self.maxima, *(self.targets + self.tops) * has_labels}
-        self.additive = [field for field in range(self.size) if field not in not_sums]
+        # Slices throughout: to index by a list copies it to the GPU, which the host waits for.
+        self.maxima, sum_exp, self.targets, self.tops, sum_exp_at_1 = (
+            slice(first, self.of_model + first + 1, self.of_model) for first in range(5)
+        )
+        self._additive = [sum_exp, *[sum_exp_at_1] * (self.of_model == 5), slice(self.sums.start, self.size)]
+
+    def additive(self, record: Tensor) -> Tensor:
+        """The fields of a record that add up over shards; not in their order in it."""
+        return torch.cat([record[fields] for fields in self._additive])
+
+    def set_additive(self, record: Tensor, sums: Tensor) -> None:
+        """Write the fields that `additive` returns, in its order."""
+        parts = sums.split([record[fields].shape[0] for fields in self._additive])
+        for fields, part in zip(self._additive, parts, strict=True):
+            record[fields] = part
 
 
 class Model(NamedTuple):

@@ -1,9 +1,10 @@
 """The passes over logits as Triton kernels, for a GPU: each row is read twice for the record, once for the gradient.
 
 They take all rows at once and copy no logits: what they hold beside their results are registers. Arithmetic is in
-fp32 within a tile of columns and in fp64 across tiles. The order of summation depends on the tile, which is tuned
-on the machine, so the last bits of a record may differ from one process to another; `merge` gives all ranks the same
-whatever theirs were.
+fp32 within a tile of columns and in fp64 across tiles. The order of summation depends on the tile, and so do the last
+bits of a record; `merge` gives all ranks the same whatever theirs were. A tile is tuned at the first launch, by time,
+and may differ from one process to another. It is always the same where torch is set to deterministic algorithms, and
+where `use_tiles` has set it.
 
 Under TRITON_INTERPRET=1, set before the first import of this module, the same kernels run on a CPU, very slowly.
 
@@ -13,7 +14,7 @@ Legend: n rows, C this rank's real columns.
 # mypy: allow-untyped-defs, allow-untyped-calls
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -43,10 +44,81 @@ def _jit(function: Callable) -> Any:
     return function if triton is None else triton.jit(function)
 
 
-def _tuned(*choices: tuple[dict[str, int], int]) -> Callable:
+Tiles = dict[str, int]
+"""A kernel's tile sizes by their names in it, and num_warps."""
+
+# By kernel, what it may be launched with; the first is launched where nothing may be left to timing.
+_choices: dict[str, list[Tiles]] = {}
+_kernels: dict[str, Any] = {}
+_set: dict[str, Tiles] = {}
+
+
+def tiles(num_columns: int, dtype: torch.dtype) -> dict[str, Tiles | None]:
+    """What kernels will be launched with for student logits [n, num_columns] of this dtype, by the kernel's name.
+
+    Set by `use_tiles`, else fixed where torch is set to deterministic algorithms, else tuned; None for a kernel that
+    has not been tuned yet, which happens at its first launch.
+    """
+    return {name: _tiles_of(name, num_columns, dtype) or _found(name, num_columns, dtype) for name in _choices}
+
+
+def use_tiles(chosen: Mapping[str, Tiles | None]) -> dict[str, Tiles]:
+    """Launch kernels with these tiles from now on, in this process; return what was set before.
+
+    Args:
+        chosen: as `tiles` returns it, possibly another process's; a kernel that is missing or None is not set.
+
+    Raises:
+        ConfigError: for a kernel or tiles that there are not.
+    """
+    global _set
+    given = {name: dict(of) for name, of in chosen.items() if of is not None}
+    for name, of in given.items():
+        if of not in _choices.get(name, []):
+            raise ConfigError(f"expected tiles of {_choices}, got {name}: {of}; give what tiles() returns")
+    before, _set = _set, given
+    return before
+
+
+def _tiles_of(name: str, num_columns: int, dtype: torch.dtype) -> Tiles | None:
+    """What a kernel is launched with if it is not for tuning to say."""
+    if name in _set:
+        return _set[name]
+    return _fixed(name, num_columns, dtype) if torch.are_deterministic_algorithms_enabled() else None
+
+
+def _fixed(name: str, num_columns: int, dtype: torch.dtype) -> Tiles:
+    """One for all widths and dtypes so far: nothing has been measured on a GPU."""
+    return _choices[name][0]
+
+
+def _found(name: str, num_columns: int, dtype: torch.dtype) -> Tiles | None:
+    """What tuning has chosen, or has no choice of."""
+    if triton is None:
+        return None
+    tuner = _kernels[name]
+    found = [config for key, config in tuner.cache.items() if key[0] == num_columns and str(dtype) in key]
+    found += tuner.configs if len(tuner.configs) == 1 else []
+    return {tile: found[0].all_kwargs()[tile] for tile in _choices[name][0]} if found else None
+
+
+def _launch(name: str, grid: Any, num_columns: int, dtype: torch.dtype, *args: Any, **constants: Any) -> None:
+    kernel, chosen = _kernels[name], _tiles_of(name, num_columns, dtype)
+    if chosen is None:
+        kernel[grid](*args, **constants)
+    else:
+        kernel.fn[grid](*args, **constants, **chosen)
+
+
+def _tuned(name: str, *choices: tuple[dict[str, int], int]) -> Callable:
     """A kernel whose tiles and warps are the fastest of those given; under the interpreter the first."""
 
     def tune(kernel: Any) -> Any:
+        _choices[name] = [{**of, "num_warps": warps} for of, warps in choices]
+        _kernels[name] = made = autotuned(kernel)
+        return made
+
+    def autotuned(kernel: Any) -> Any:
         if triton is None:
             return kernel
         tried = choices if isinstance(kernel, triton.JITFunction) else choices[:1]
@@ -139,7 +211,11 @@ def local_record(
         parts = (_part(AlphaBeta(1.0, 0.0)), _part(AlphaBeta(0.0, 1.0)))
     record = torch.empty(layout.size, num_rows, dtype=torch.float64, device=student.device)
     with _on(student.device):
-        _record_kernel[(num_rows,)](
+        _launch(
+            "record",
+            (num_rows,),
+            num_columns,
+            student.dtype,
             record,
             student,
             teacher,
@@ -187,7 +263,11 @@ def local_second_record(
     if num_rows == 0 or num_columns == 0:
         return record
     with _on(student.device):
-        _second_record_kernel[(num_rows,)](
+        _launch(
+            "second record",
+            (num_rows,),
+            num_columns,
+            student.dtype,
             record[0] if value else None,
             record[-1] if slope else None,
             student,
@@ -241,7 +321,8 @@ def local_gradient(
     if num_rows == 0 or num_columns == 0:
         return
     tuned = num_columns, out.dtype, teacher.dtype, labels is None, of_divergence is None, of_cross_entropy is None
-    if out.data_ptr() == student.data_ptr() and tuned not in _tuned_gradients:
+    is_chosen = _tiles_of("gradient", num_columns, student.dtype) is not None
+    if out.data_ptr() == student.data_ptr() and not is_chosen and tuned not in _tuned_gradients:
         few = slice(0, 64)
         local_gradient(
             torch.empty_like(out[few]),
@@ -256,14 +337,19 @@ def local_gradient(
             of_divergence[few] if of_divergence is not None else None,
             of_cross_entropy[few] if of_cross_entropy is not None else None,
         )
-    _tuned_gradients.add(tuned)
+    if not is_chosen:
+        _tuned_gradients.add(tuned)
     todi = isinstance(divergence, ToDi)
 
     def grid(choice: dict[str, int]) -> tuple[int]:
         return (num_rows * triton.cdiv(num_columns, choice["BLOCK"]),)
 
     with _on(student.device):
-        _gradient_kernel[grid](
+        _launch(
+            "gradient",
+            grid,
+            num_columns,
+            student.dtype,
             out,
             student,
             teacher,
@@ -456,6 +542,7 @@ def _store_model(
 # 2 or 4 columns a thread in the second pass; 8 take up to 170 registers. The first pass keeps less, and wide tiles
 # save it reductions.
 @_tuned(
+    "record",
     ({"WIDE": 1024, "BLOCK": 1024}, 8),
     ({"WIDE": 1024, "BLOCK": 512}, 4),
     ({"WIDE": 2048, "BLOCK": 512}, 8),
@@ -581,7 +668,7 @@ def _record_kernel(
         tl.store(field + 2 * stride, negative_q)
 
 
-@_tuned(({"BLOCK": 1024}, 4), ({"BLOCK": 2048}, 8), ({"BLOCK": 1024}, 8))
+@_tuned("second record", ({"BLOCK": 1024}, 4), ({"BLOCK": 2048}, 8), ({"BLOCK": 1024}, 8))
 @_jit
 def _second_record_kernel(
     values,
@@ -633,7 +720,7 @@ def _second_record_kernel(
         tl.store(slopes + row, slope_sum)
 
 
-@_tuned(({"BLOCK": 2048}, 8), ({"BLOCK": 1024}, 4), ({"BLOCK": 1024}, 8), ({"BLOCK": 4096}, 8))
+@_tuned("gradient", ({"BLOCK": 2048}, 8), ({"BLOCK": 1024}, 4), ({"BLOCK": 1024}, 8), ({"BLOCK": 4096}, 8))
 @_jit
 def _gradient_kernel(
     out,

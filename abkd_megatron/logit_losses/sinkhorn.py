@@ -1,6 +1,5 @@
 """Optimal transport between the distributions of neighbouring tokens."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -83,27 +82,31 @@ class Sinkhorn(LogitLoss):
 
 
 def _distances(student: Tensor, columns: Columns, pair: Pair, group: int) -> Tensor:
-    """[groups, i, j] fp64: the L1 distance of the teacher's token i and the student's token j; 0 beyond the last."""
+    """[groups, i, j] fp64: the L1 distance of the teacher's token i and the student's token j.
+
+    Beyond the last token it is some number.
+    """
     result: Tensor = _Distances.apply(student, columns, pair, group)
     return result
 
 
 class _Distances(torch.autograd.Function):
-    """W and, for its gradient, the sums over k of the slopes q_jk sign(q_jk - p_ik)."""
+    """W and, for its gradient, the sums over k of the slopes q_jk sign(q_jk - p_ik).
+
+    All groups at a time, one of the teacher's tokens of each: as many operations as a group has tokens.
+    """
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, columns: Columns, pair: Pair, group: int) -> Tensor:
-        p, q = pair.log_p.exp(), pair.log_q.exp()
-        ctx.p, ctx.q, ctx.group = p, q, group
+        p, q = (_grouped(log.exp(), group) for log in (pair.log_p, pair.log_q))
+        ctx.p, ctx.q, ctx.num_tokens = p, q, len(student)
 
         def compute() -> Tensor:
-            num_groups = math.ceil(len(q) / group)
-            local = q.new_zeros(2, num_groups, group, group, dtype=torch.float64)
-            for index, (rows, of_q) in enumerate(zip(p.split(group), q.split(group), strict=True)):
-                for i, row in enumerate(rows):
-                    gap = of_q - row
-                    local[0, index, i, : len(of_q)] = gap.abs().sum(dim=-1, dtype=torch.float64)
-                    local[1, index, i, : len(of_q)] = gap.sign_().mul_(of_q).sum(dim=-1, dtype=torch.float64)
+            local = q.new_empty(2, *p.shape[:2], group, dtype=torch.float64)
+            for i in range(group):
+                gap = q - p[:, i : i + 1]
+                local[0, :, i] = gap.abs().sum(dim=-1, dtype=torch.float64)
+                local[1, :, i] = gap.sign_().mul_(q).sum(dim=-1, dtype=torch.float64)
             return columns.total(local)
 
         distances, ctx.slope_sums = columns.once(compute).unbind(0)
@@ -112,10 +115,16 @@ class _Distances(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients  # [groups, i, j]
-        slopes = torch.zeros_like(ctx.q)
-        parts = (tensor.split(ctx.group) for tensor in (ctx.p, ctx.q, slopes))
-        for (rows, of_q, out), weights in zip(zip(*parts, strict=True), gradient, strict=True):
-            for row, weight in zip(rows, weights, strict=False):
-                out.addcmul_((of_q - row).sign_(), weight[: len(of_q), None].to(out.dtype))
-        of_q = (gradient * ctx.slope_sums).sum(dim=-2).flatten()[: len(slopes)]
-        return slopes.sub_(of_q.to(slopes.dtype).unsqueeze(-1)).mul_(ctx.q), None, None, None
+        p, q = ctx.p, ctx.q
+        slopes = torch.zeros_like(q)
+        for i in range(p.shape[1]):
+            slopes.addcmul_((q - p[:, i : i + 1]).sign_(), gradient[:, i].to(q.dtype).unsqueeze(-1))
+        of_q = (gradient * ctx.slope_sums).sum(dim=-2)
+        slopes.sub_(of_q.to(q.dtype).unsqueeze(-1)).mul_(q)
+        return slopes.flatten(0, 1)[: ctx.num_tokens], None, None, None
+
+
+def _grouped(rows: Tensor, group: int) -> Tensor:
+    """[n, C] -> [groups, group, C]; 0 beyond the last row."""
+    missing = -len(rows) % group
+    return torch.nn.functional.pad(rows, (0, 0, 0, missing)).unflatten(0, (-1, group))

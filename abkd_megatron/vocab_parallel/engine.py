@@ -30,6 +30,7 @@ from abkd_megatron.divergences.base import Divergence
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.vocab_parallel.passes import Batch, Known, Passes
 from abkd_megatron.vocab_parallel.shard import VocabShard
+from abkd_megatron.vocab_parallel.transfer import to_device
 
 _CONTIGUOUS = torch.contiguous_format
 
@@ -139,7 +140,8 @@ def vocab_parallel_distillation(
         temperature: T > 0, for the divergence alone.
         gradient_in_place: as in vocab_parallel_divergence.
         selected: [...] bool, the same on every rank: the tokens that are compared. `teacher_logits` are then of these
-            alone, [n, V/TP] in their order, and the others have a cross entropy and zeros. None for all.
+            alone, [n, V/TP] in their order, and the others have a cross entropy and zeros. Best on the CPU: the host
+            waits for one on a GPU. None for all.
 
     Returns:
         DistillationTerms of [...], fp32 (fp64 if either input is), the same bits on every rank of the
@@ -178,14 +180,18 @@ def vocab_parallel_distillation(
 
 
 def rows_of(selected: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The selected tokens and the others, as indices [n] and [N - n] of the flattened ones, on the labels' device."""
+    """Return the selected tokens and the others: indices [n] and [N - n] of the flattened ones, on the labels' device.
+
+    How many there are decides the shapes of what follows, so the host has to know: of a selection on a GPU it waits for
+    a copy, of one on the CPU for nothing.
+    """
     if selected.shape != labels.shape or selected.dtype != torch.bool:
         raise ConfigError(
             f"expected a selection of shape {list(labels.shape)} and dtype torch.bool, got {list(selected.shape)}, "
             f"{selected.dtype}: give one for each token"
         )
-    flat = selected.reshape(-1)
-    chosen, others = (which.nonzero().squeeze(-1).to(labels.device) for which in (flat, ~flat))
+    flat = selected.reshape(-1).cpu()
+    chosen, others = (to_device(which.nonzero().squeeze(-1), labels.device) for which in (flat, ~flat))
     return chosen, others
 
 

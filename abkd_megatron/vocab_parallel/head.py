@@ -6,15 +6,17 @@ records travel between the ranks the next one's products are formed.
 
 There are two ways to the gradients. If it is known how tokens are weighted they are formed in forward, up to the one
 factor that backward then brings; the products cost what they do with logits that exist. If not, backward forms the
-logits again: 1.6 times the products for a student as wide as its teacher.
+logits again: 1.6 times the products for a student as wide as its teacher. So it always does in fp16, where the factor
+has the loss scale, without which small gradients are 0.
 
 Legend: N tokens, h and H the students' and the teacher's hidden size, W the width of a rank's logits.
 """
 
 import functools
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -61,15 +63,18 @@ def vocab_parallel_distillation_head(
         lm_weight: of the student's cross entropy.
         temperature: T > 0, for the divergence alone.
         token_weights: [...], what each token's loss will be multiplied by, up to one factor for all: a loss mask.
-            Gradients are then formed in forward. None forms the logits again in backward, for any weights.
+            Gradients are then formed in forward, unless the hidden states are fp16. None forms the logits again in
+            backward, for any weights.
         student_scale: multiplies the student's logits.
         teacher_scale: multiplies the teacher's.
-        chunk_tokens: tokens of a chunk; None for `automatic_chunk_tokens`.
+        chunk_tokens: tokens of a chunk, the same on all ranks; None for `automatic_chunk_tokens`, which the ranks must
+            agree in: their GPUs then have to be of one kind.
         into_main_grad: add the weight's gradient to its `main_grad`, in its dtype, as Megatron's layers do with
             gradient accumulation fusion, if it has one; its `grad_added_to_main_grad` is set and what autograd gets
             for it means nothing.
         selected: [...] bool, the same on every rank: the tokens that are compared. The others have a cross entropy and
-            zeros, and no logits of the teacher are formed of them. None for all.
+            zeros, and no logits of the teacher are formed of them. Best on the CPU: the host waits for one on a GPU.
+            None for all.
         select: of those compared, whose divergence counts: {name: [n]} of the terms' metrics to [n] bool, the same
             for the same numbers. The divergence of the others is 0. None for all.
 
@@ -80,16 +85,19 @@ def vocab_parallel_distillation_head(
 
     Raises:
         ConfigError: for shapes that do not fit or chunk_tokens < 1, and as vocab_parallel_distillation.
-        RuntimeError: in backward, if the tokens were not weighted as `token_weights` said (on a GPU an assertion of
-            the device), or at a second backward through gradients formed in forward.
+        RuntimeError: in backward, if the tokens were not weighted as `token_weights` said, or at a second backward
+            through gradients formed in forward. On a GPU the first is known in backward only the first time; later it
+            makes all gradients NaN, and is raised by the next call here that finds the GPU past it.
 
     Collectives: those of vocab_parallel_distillation, a chunk.
 
-    With `selected`, chunks of the selected tokens come first, then chunks of the others.
+    With `selected`, chunks of the selected tokens come first, then chunks of the others. Under torch.autocast products
+    are in the dtype of the hidden states all the same.
 
     Memory: two [chunk_tokens, W] of logits, four in a group of more than one rank; with token_weights the gradients
-    of hidden states and weight from forward on, else from backward on, the weight's in fp32 at least (a bf16 weight's
-    also, a chunk at a time, in bf16); 39 fp64 numbers a token. With `selected`, the hidden states in another order.
+    of hidden states and weight from forward on, else from backward on, the weight's in fp32 at least (on a CPU also a
+    chunk's logits and hidden states of a bf16 weight in fp32); 39 fp64 numbers per token. With `selected`, the hidden
+    states in another order.
     """
     num_tokens, width = labels.numel(), student_weight.shape[0]
     for name, hidden, weight in (
@@ -119,6 +127,7 @@ def vocab_parallel_distillation_head(
         chunk_tokens = automatic_chunk_tokens(student_weight.device, bytes_of_a_token(student_weight, shard))
     if chunk_tokens < 1:
         raise ConfigError(f"expected chunk_tokens >= 1, got {chunk_tokens}: leave it out to have it sized")
+    misweighted.raise_if_known()
     head = _Head(
         Passes.of(student_weight, teacher_weight, divergence, shard, temperature, has_labels=True),
         kd_weight,
@@ -134,7 +143,9 @@ def vocab_parallel_distillation_head(
     needs_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
     of_student, of_teacher = student_hidden.reshape(num_tokens, -1), teacher_hidden.detach().reshape(num_tokens, -1)
     of_labels = labels.reshape(num_tokens)
-    weights = token_weights.detach().reshape(num_tokens) if token_weights is not None else None
+    # What loss scaling is to save of fp16 must be scaled before it is rounded, and backward has the scale.
+    in_forward = token_weights is not None and student_hidden.dtype != torch.float16
+    weights = token_weights.detach().reshape(num_tokens) if token_weights is not None and in_forward else None
     back = None
     if selected is not None:
         chosen, others = rows_of(selected, labels)
@@ -163,16 +174,16 @@ def bytes_of_a_token(weight: Tensor, shard: VocabShard) -> int:
     return 2 * weight.shape[0] * weight.dtype.itemsize * (2 if shard.num_ranks > 1 else 1)
 
 
-@functools.cache  # as memory fills up the chunks keep their size, and so do the sums their order
 def automatic_chunk_tokens(device: torch.device, of_token: int) -> int:
-    """Tokens of a chunk, a power of 2 whose logits, `of_token` bytes a token, fit a share of the device's memory.
+    """Tokens of a chunk, a power of 2 whose logits, `of_token` bytes per token, fit a share of the device's memory.
 
-    On a GPU up to 2048 tokens, whose products keep its matrix units busy, and at most an eighth of the memory that is
-    free; on a CPU up to 512 tokens and 64 MiB, of which the caches hold a good part.
+    On a GPU up to 2048 tokens, whose products keep its matrix units busy, and at most a 64th of its memory; on a CPU
+    up to 512 tokens and 64 MiB, of which the caches hold a good part. What is free has no say: it differs between
+    ranks, which must have chunks of one size, and between a run and its resume.
     """
     most, least, room = 512, 16, 2**26
     if device.type == "cuda":
-        most, least, room = 2048, 128, torch.cuda.mem_get_info(device)[0] // 8
+        most, least, room = 2048, 128, torch.cuda.mem_get_info(device)[1] // 64
     fitting = room // max(of_token, 1)
     return max(least, min(most, 2 ** (fitting.bit_length() - 1) if fitting else least))
 
@@ -276,17 +287,52 @@ class _Gradients:
         if self.of_hidden is not None:
             torch.mm(of_logits, self.operands.student_weight, out=self.of_hidden[chunk])
         if self.of_weight is not None:
-            hidden = self.operands.student_hidden[chunk]
-            if self.of_weight.dtype == hidden.dtype:
-                self.of_weight.addmm_(of_logits.t(), hidden)
-            else:
-                self.of_weight += of_logits.t() @ hidden
+            _add_product(self.of_weight, of_logits.t(), self.operands.student_hidden[chunk])
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to `total`, whose dtype the product is summed in, whatever the factors' is."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.device.type == "cpu":
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))  # products of bf16 are exact in fp32
+    elif _accumulates_in_place(total.device, total.dtype, left.dtype):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += torch.mm(left, right, out_dtype=total.dtype)
+
+
+@functools.cache
+def _accumulates_in_place(device: torch.device, of_sum: torch.dtype, of_factors: torch.dtype) -> bool:
+    """Whether this torch adds a product of one dtype to a sum of another; some want the sum in the factors' dtype."""
+    total = torch.zeros(16, 16, device=device, dtype=of_sum)
+    factor = torch.zeros(16, 16, device=device, dtype=of_factors)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=of_sum, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _without_autocast[F: Callable[..., Any]](function: F) -> F:
+    """Decorate a forward or backward, (ctx, tensor, ...), whose products are in their operands' dtype."""
+
+    @functools.wraps(function)
+    def call(ctx: Any, first: Tensor, *others: Any) -> Any:
+        device = first.device.type
+        if not torch.amp.is_autocast_available(device):
+            return function(ctx, first, *others)
+        with torch.autocast(device, enabled=False):
+            return function(ctx, first, *others)
+
+    return cast(F, call)
 
 
 class _DistillationHead(torch.autograd.Function):
     """(loss, divergence, cross entropy, metrics [len(METRICS), N]), of which only the loss is differentiable."""
 
     @staticmethod
+    @_without_autocast
     def forward(
         ctx: Any,
         student_hidden: Tensor,
@@ -340,6 +386,7 @@ class _DistillationHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, of_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 6
         head: _Head = ctx.head
@@ -373,18 +420,62 @@ class _DistillationHead(torch.autograd.Function):
 
 
 def _factor(of_loss: Tensor, token_weights: Tensor) -> Tensor:
-    """The c in of_loss = c * token_weights."""
+    """The c in of_loss = c * token_weights; NaN, on a GPU, if there is none."""
     weights = token_weights.to(of_loss.dtype)
-    largest = weights.abs().amax() if weights.numel() else weights.sum()
-    at = weights.abs().argmax() if weights.numel() else None
-    if at is None:
-        return largest
-    factor = torch.where(largest > 0, of_loss[at] / weights[at], 0.0)
+    if not weights.numel():
+        return weights.sum()
+    at = weights.abs().argmax(dim=0, keepdim=True)  # the largest; an index of one number would be read by the host
+    largest = weights.gather(0, at)
+    factor = torch.where(largest != 0, of_loss.gather(0, at) / largest, 0.0).squeeze(0)
     off = (of_loss - factor * weights).abs().amax()
-    torch._assert_async(
-        ~(off > 1e-5 * of_loss.abs().amax()),
-        "vocab_parallel_distillation_head: the loss of each token was not multiplied by its token weight times one "
-        "factor for all, so the gradients formed in forward are not its: pass the weights that are used (a loss mask), "
-        "or None",
-    )
-    return factor
+    is_off = off > 1e-5 * of_loss.abs().amax()
+    misweighted.watch(is_off)
+    return torch.where(is_off, torch.nan, factor)
+
+
+class Misweighted:
+    """Raises where gradients were formed for other weights of the tokens than the loss has.
+
+    On a CPU at once. For a GPU the host waits only the first time, which finds a training script that does so always;
+    after that what the GPU finds is copied to the host and looked at when it has arrived.
+    """
+
+    def __init__(self) -> None:
+        self._has_waited = False
+        self._awaited: deque[tuple[Tensor, Any]] = deque()
+
+    def watch(self, is_off: Tensor) -> None:
+        """Raise if `is_off`, a bool on any device, is known to hold."""
+        if is_off.device.type == "cpu":
+            self._raise_if(is_off)
+        elif is_off.is_cuda:
+            found = torch.empty((), dtype=torch.bool, pin_memory=True)
+            found.copy_(is_off, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(is_off.device))
+            self.expect(found, arrived)
+
+    def expect(self, found: Tensor, arrived: Any) -> None:
+        """Look at `found` when the event `arrived` has happened; the first time wait for it."""
+        self._awaited.append((found, arrived))
+        if not self._has_waited:
+            self._has_waited = True
+            arrived.synchronize()
+        self.raise_if_known()
+
+    def raise_if_known(self) -> None:
+        """Raise if what has arrived says so; without waiting for what has not."""
+        while self._awaited and self._awaited[0][1].query():
+            self._raise_if(self._awaited.popleft()[0])
+
+    def _raise_if(self, is_off: Tensor) -> None:
+        if bool(is_off):
+            self._awaited.clear()
+            raise RuntimeError(
+                "vocab_parallel_distillation_head: the loss of each token was not multiplied by its token weight times "
+                "one factor for all, so the gradients formed in forward are not its: pass the weights that are used (a "
+                "loss mask), or None"
+            )
+
+
+misweighted = Misweighted()

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.logit_losses.base import Columns, LogitLoss
 from abkd_megatron.vocab_parallel.engine import check_logits
-from abkd_megatron.vocab_parallel.passes import Rows, Sum, all_gather
+from abkd_megatron.vocab_parallel.passes import Rows, Sum, all_gather, unravel
 from abkd_megatron.vocab_parallel.shard import VocabShard
 
 # Numbers of a chunk on each rank: 32 MiB of each fp32 temporary.
@@ -54,8 +54,8 @@ def vocab_parallel_logit_loss(
         ConfigError: for shapes that differ, a dtype that is not floating, a temperature that is not finite and > 0, a
             shard wider than the logits, a `loss` that is none, or `counted` of another shape or dtype.
 
-    Collectives: forward, for each chunk of about 2^23 / (V/TP) tokens, at least one: `loss.num_collectives`, and more
-    where the loss says so. Backward: none. None at all on one rank.
+    Collectives: forward, for each chunk of about 2^23 / (V/TP) tokens, `loss.num_collectives` (more for
+    fp64 logits where the loss says so). Backward: none. None at all on one rank.
 
     Memory: references to both logits and what the ranks told each other (5 to 100 fp64 numbers a token) until backward;
     some ten fp32 temporaries of a chunk's size while it runs; one gradient in the student's dtype.
@@ -202,5 +202,5 @@ class _LogitLoss(torch.autograd.Function):
                 (gradient,) = torch.autograd.grad(values, of_student, weights.to(values.dtype))
             gradient = (gradient / ctx.temperature).masked_fill((weights == 0).unsqueeze(-1), 0.0)
             rows = torch.arange(chunk.start, chunk.stop, device=student.device)
-            out[..., :width][torch.unravel_index(rows, tokens)] = gradient.to(out.dtype)
+            out[..., :width][unravel(rows, tokens)] = gradient.to(out.dtype)
         return out, None, None, None, None, None

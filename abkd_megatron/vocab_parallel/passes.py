@@ -6,6 +6,7 @@ Where the divergence does not separate there is one more pass and one more excha
 Legend: N tokens, C this rank's real columns, W the width of its logits, R ranks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,15 @@ _all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather
 # The largest group that gathers its records; the bytes of a gathering grow with the group, those of a reduction do
 # not.
 GATHER_UP_TO = 16
+
+
+def unravel(rows: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """As torch.unravel_index, which copies the shape to the GPU, and so has the host wait for it."""
+    coordinates = []
+    for size in reversed(shape):
+        coordinates.append(rows % size)
+        rows = rows // size
+    return tuple(reversed(coordinates))
 
 
 class Rows:
@@ -62,7 +72,7 @@ class Rows:
         else:
             if isinstance(at, slice):
                 at = torch.arange(at.start, at.stop, device=self.logits.device)
-            rows = self.logits[torch.unravel_index(at, self.tokens)][:, : self.num_columns]
+            rows = self.logits[unravel(at, self.tokens)][:, : self.num_columns]
         return rows if self.strided and rows.stride(-1) == 1 else rows.contiguous()
 
 
@@ -90,9 +100,9 @@ class Batch:
         self.num_tokens = self.student.num_rows
 
     def chunks(self, kernel: kernels.Kernel, overlap: bool = True) -> list[slice]:
-        """The kernel's chunks; small ones where rows have to be copied together."""
+        """The kernel's chunks."""
         copied = self.student.copied or self.teacher.copied
-        return kernel.chunks(self.num_tokens, self.student.num_columns, small=copied, overlap=overlap)
+        return kernel.chunks(self.num_tokens, self.student.num_columns, self.student.logits.device, copied, overlap)
 
 
 @dataclass(frozen=True)
@@ -272,7 +282,7 @@ class Exchange:
         whole = statistics.unpack(self.packed, layout)
         sums = statistics.rebase(self.record, whole, divergence, layout)
         dist.all_reduce(sums, group=shard.group)
-        whole[layout.additive] = sums
+        layout.set_additive(whole, sums)
         return whole
 
 

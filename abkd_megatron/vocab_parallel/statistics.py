@@ -64,12 +64,12 @@ def merge(records: Tensor, divergence: Divergence, layout: Layout) -> Tensor:
     sums = rebase(first, whole, divergence, layout)
     for record in others:
         sums += rebase(record, whole, divergence, layout)
-    whole[layout.additive] = sums
+    layout.set_additive(whole, sums)
     return whole
 
 
 def rebase(record: Tensor, whole: Tensor, divergence: Divergence, layout: Layout) -> Tensor:
-    """The additive fields of a shard's record, relative to the maxima in the whole's."""
+    """`Layout.additive` of a shard's record, relative to the maxima in the whole's."""
     ours, theirs = (tuple(of[layout.maxima].unbind(0)) for of in (record, whole))
     q_rise, p_rise = (base(mine) - base(other) for mine, other in zip(ours, theirs, strict=True))
     no_q, no_p = (maximum == -math.inf for maximum in ours)
@@ -77,7 +77,7 @@ def rebase(record: Tensor, whole: Tensor, divergence: Divergence, layout: Layout
     def shift_by(temperature: float) -> View:
         return _shift(q_rise / temperature, p_rise / temperature, (p_rise - q_rise) / temperature, no_q, no_p)
 
-    return _relative(record, shift_by(layout.temperature), shift_by(1.0), divergence, layout)[layout.additive]
+    return layout.additive(_relative(record, shift_by(layout.temperature), shift_by(1.0), divergence, layout))
 
 
 def conclude(whole: Tensor, divergence: Divergence, layout: Layout) -> Whole:
@@ -139,7 +139,7 @@ def pack(record: Tensor, layout: Layout) -> Tensor:
     """
     maxima = record[layout.maxima]
     if not layout.has_labels:
-        return maxima
+        return maxima.clone()  # it is reduced in place, and the record is needed
     ids = record[layout.tops].clamp_max(2.0**_ID_BITS - 1).long()
     bits = (maxima + 0.0).view(torch.int64)  # + 0.0: -0.0 is as large as 0.0
     bits = bits | torch.where(maxima >= 0, 2**_ID_BITS - 1 - ids, ids)

@@ -15,7 +15,7 @@ from abkd_megatron import AlphaBeta, ToDi
 from abkd_megatron.divergences import Divergence
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation, vocab_parallel_distillation_head
-from abkd_megatron.vocab_parallel.head import automatic_chunk_tokens, bytes_of_a_token
+from abkd_megatron.vocab_parallel.head import Misweighted, _add_product, automatic_chunk_tokens, bytes_of_a_token
 
 WORLDS = [1, 2, 4]
 TOKENS = (5, 3)
@@ -158,6 +158,121 @@ def test_other_weights_than_were_said_raise_in_backward():
         head(token_weights=torch.zeros(6)).sum().backward()
     head(token_weights=torch.zeros(6)).mul(0.0).sum().backward()
     head().mul(torch.arange(6)).sum().backward()
+
+
+def hidden_states_and_weights(dtype: torch.dtype, tokens: int, width: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (tokens, HIDDEN), (width, HIDDEN), (tokens, TEACHER_HIDDEN), (width, TEACHER_HIDDEN)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("loss_scale", [2.0**16, 2.0**24])
+def test_fp16_gradients_are_rounded_after_the_loss_scale(loss_scale):
+    """As those of logits that exist are: what is 0 in fp16 without the scale is a number with it."""
+    of_hidden, weight, teacher_hidden, teacher_weight = hidden_states_and_weights(torch.float16, 64, 32)
+    labels, shard, mask = torch.arange(64) % 32, VocabShard.megatron(32), torch.ones(64)
+    leaves = of_hidden.requires_grad_(), weight.requires_grad_()
+    weight_of_loss = 1e-8  # of which fp16 knows nothing
+    terms = vocab_parallel_distillation(
+        leaves[0] @ leaves[1].t(), teacher_hidden @ teacher_weight.t(), ToDi(), labels, shard
+    )
+    wanted_loss = weight_of_loss * (terms.divergence + terms.cross_entropy)
+    wanted = torch.autograd.grad((wanted_loss * mask).sum() * loss_scale, leaves)
+    loss, _ = vocab_parallel_distillation_head(
+        *(*leaves, teacher_hidden, teacher_weight, ToDi(), labels, shard),
+        kd_weight=weight_of_loss,
+        lm_weight=weight_of_loss,
+        token_weights=mask,
+        chunk_tokens=16,
+    )
+    got = torch.autograd.grad((loss * mask).sum() * loss_scale, leaves)
+    for one, other in zip(got, wanted, strict=True):
+        assert other.isfinite().all() and (other != 0).any(dim=-1).all()
+        torch.testing.assert_close(one, other, rtol=2**-8, atol=other.abs().amax().item() * 2**-10)
+
+
+@pytest.mark.parametrize("token_weights", [torch.ones(256), None], ids=["in forward", "in backward"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weights_gradient_is_summed_in_fp32_however_many_chunks(dtype, token_weights):
+    of_hidden, weight, teacher_hidden, teacher_weight = hidden_states_and_weights(dtype, 256, 32)
+    labels, shard = torch.arange(256) % 32, VocabShard.megatron(32)
+
+    def of_weight(chunk_tokens: int) -> Tensor:
+        parameter = weight.clone().requires_grad_()
+        parameter.main_grad = torch.zeros(parameter.shape)
+        loss, _ = vocab_parallel_distillation_head(
+            *(of_hidden, parameter, teacher_hidden, teacher_weight, ToDi(), labels, shard),
+            token_weights=token_weights,
+            chunk_tokens=chunk_tokens,
+            into_main_grad=True,
+        )
+        loss.sum().backward()
+        return parameter.main_grad
+
+    whole = of_weight(256)
+    for chunk_tokens in (128, 16, 1):
+        off = (of_weight(chunk_tokens) - whole).abs().amax() / whole.abs().amax()
+        assert off < 1e-6, chunk_tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_of_halves_is_exact_to_fp32(dtype):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(shape, generator=generator).to(dtype) for shape in ((24, 4096), (4096, 16)))
+    total = torch.zeros(24, 16)
+    for chunk in range(0, 4096, 64):
+        _add_product(total, left[:, chunk : chunk + 64], right[chunk : chunk + 64])
+    exact, magnitude = left.double() @ right.double(), left.double().abs() @ right.double().abs()
+    assert ((total - exact).abs() <= 2**-22 * magnitude).all()
+
+
+@pytest.mark.parametrize("token_weights", [torch.ones(64), None], ids=["in forward", "in backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype, token_weights):
+    of_hidden, weight, teacher_hidden, teacher_weight = hidden_states_and_weights(dtype, 64, 32)
+    leaves = of_hidden.requires_grad_(), weight.requires_grad_()
+    labels, shard, found = torch.arange(64) % 32, VocabShard.megatron(32), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss, _ = vocab_parallel_distillation_head(
+                *(*leaves, teacher_hidden, teacher_weight, ToDi(), labels, shard),
+                token_weights=token_weights,
+                chunk_tokens=16,
+            )
+            found.append((loss, *torch.autograd.grad(loss.sum(), leaves)))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+class Event:
+    """What a GPU has not come to yet."""
+
+    def __init__(self):
+        self.happened, self.waited_for = False, 0
+
+    def query(self):
+        return self.happened
+
+    def synchronize(self):
+        self.happened, self.waited_for = True, self.waited_for + 1
+
+
+def test_of_a_gpu_other_weights_are_waited_for_once_and_then_looked_at_when_they_are_known():
+    right, wrong = torch.tensor(False), torch.tensor(True)
+    first, second, third = Event(), Event(), Event()
+    watch = Misweighted()
+    watch.expect(right, first)
+    watch.expect(right, second)
+    watch.expect(wrong, third)
+    assert [event.waited_for for event in (first, second, third)] == [1, 0, 0]
+    watch.raise_if_known()
+    third.happened = True
+    watch.raise_if_known()  # in their order
+    second.happened = True
+    with pytest.raises(RuntimeError, match="not multiplied by its token weight times one factor"):
+        watch.raise_if_known()
+    watch.raise_if_known()
+    with pytest.raises(RuntimeError, match="not multiplied by its token weight times one factor"):
+        Misweighted().expect(wrong, Event())
 
 
 def test_gradients_of_forward_are_given_once():

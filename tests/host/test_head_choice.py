@@ -5,7 +5,7 @@ import torch
 
 from abkd_megatron import config
 from abkd_megatron.distillation import objective
-from abkd_megatron.distillation.head import _nothing_to_gain
+from abkd_megatron.distillation.plan import nothing_to_gain
 
 
 def test_the_configuration_knows_every_head():
@@ -29,7 +29,7 @@ def test_the_configuration_knows_every_head():
 def test_auto_saves_memory_or_leaves_it(dtype, num_tokens, in_place, reason):
     weight = torch.empty(32768, 512, dtype=dtype, device="meta")
     of_chunks = 2 * 256 * 32768 * dtype.itemsize
-    found = _nothing_to_gain(weight, num_tokens, 256, of_chunks, in_place)
+    found = nothing_to_gain(weight, num_tokens, 256, of_chunks, in_place)
     assert [reason in why for why in found] == ([True] if reason else [])
 
 
@@ -38,6 +38,6 @@ def test_a_teacher_of_some_tokens_takes_less_with_logits():
     # 64 MiB of chunks and 64 MiB of gradient against 2 and 1/4 times 56 MiB of logits, where the teacher's are of every
     # fourth token; with 57.5 MiB there is something to gain.
     for num_tokens, gains in ((448, False), (460, True)):
-        found = _nothing_to_gain(weight, num_tokens, 256, 2 * 256 * 32768 * 4, False, num_tokens // 4)
+        found = nothing_to_gain(weight, num_tokens, 256, 2 * 256 * 32768 * 4, False, num_tokens // 4)
         assert bool(found) is not gains
-        assert not _nothing_to_gain(weight, num_tokens, 256, 2 * 256 * 32768 * 4, False)
+        assert not nothing_to_gain(weight, num_tokens, 256, 2 * 256 * 32768 * 4, False)

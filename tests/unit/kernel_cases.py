@@ -35,16 +35,16 @@ FIRST_COLUMN, ROWS = 300, 8
 TOLERANCE = 1e-5
 
 
-def logits(dtype, columns, stride, generator):
-    wide = torch.full((ROWS, stride), math.nan, dtype=dtype)
+def logits(dtype, columns, stride, generator, device):
+    wide = torch.full((ROWS, stride), math.nan, dtype=dtype, device=device)
     wide[:, :columns] = (3 * torch.randn(ROWS, columns, generator=generator)).to(dtype)
     return wide[:, :columns]
 
 
-def inputs(setting, generator):
+def inputs(setting, generator, device):
     student_dtype, teacher_dtype, has_labels, temperature, columns, stride = SETTINGS[setting]
-    student = logits(student_dtype, columns, stride, generator)
-    teacher = logits(teacher_dtype, columns, stride, generator)
+    student = logits(student_dtype, columns, stride, generator, device)
+    teacher = logits(teacher_dtype, columns, stride, generator, device)
     student[1, 2:5] = teacher[1, 2:5] = -math.inf  # excluded by both
     student[2], teacher[2] = -100.0, -100.0  # one-hot, of the same token
     student[2, 3], teacher[2, 3] = 30.0, 28.0
@@ -55,6 +55,7 @@ def inputs(setting, generator):
     student[6] = (teacher[6].float() + 0.02 * student[6].float()).to(student_dtype)
     labels = FIRST_COLUMN + torch.randint(0, columns, (ROWS,), generator=generator) if has_labels else None
     if labels is not None:
+        labels = labels.to(device)
         labels[0], labels[1], labels[5], labels[6] = -1, FIRST_COLUMN + columns, FIRST_COLUMN, FIRST_COLUMN - 1
     return student, teacher, labels, temperature
 
@@ -70,10 +71,10 @@ def row_scale(wanted):
     return wanted.double().abs().nan_to_num(0.0, 0.0, 0.0).amax(dim=-1, keepdim=True).clamp_min(1e-30)
 
 
-def compare(kernel, divergence, setting):
+def compare(kernel, divergence, setting, device="cpu"):
     """Errors of record and gradient against eager's, in units of what is allowed."""
     generator = torch.Generator().manual_seed(0)
-    student, teacher, labels, temperature = inputs(setting, generator)
+    student, teacher, labels, temperature = inputs(setting, generator, device)
     layout = Layout(divergence, labels is not None, temperature)
     arguments = (student, teacher, labels, FIRST_COLUMN, divergence, layout, torch.float32)
     got, wanted = kernel.local_record(*arguments), eager.local_record(*arguments)
@@ -101,11 +102,11 @@ def compare(kernel, divergence, setting):
             assert got.shape == wanted.shape == (sum(asked), ROWS)
             scale = wanted.abs().nan_to_num(0.0, 0.0, 0.0).clamp_min(1.0)
             worst["second record"] = max(worst.get("second record", 0.0), error(got, wanted, scale) / TOLERANCE)
-    slope_sum = torch.linspace(-0.5, 0.5, ROWS, dtype=torch.float64)
+    slope_sum = torch.linspace(-0.5, 0.5, ROWS, dtype=torch.float64, device=device)
     scalars = torch.stack([q.maximum, q.log_z, q.log_z_at_1, p.maximum, p.log_z, slope_sum])
-    of_divergence = torch.linspace(0.5, 1.5, ROWS)
+    of_divergence = torch.linspace(0.5, 1.5, ROWS, device=device)
     of_divergence[0] = 0.0
-    of_cross_entropy = torch.tensor(0.25).expand(ROWS)
+    of_cross_entropy = torch.tensor(0.25, device=device).expand(ROWS)
     student[7, 5], teacher[7, 6] = math.nan, math.inf  # of no weight
     of_divergence[7] = 0.0
     weights = [(of_divergence, None)]
@@ -136,12 +137,12 @@ def compare(kernel, divergence, setting):
     return worst
 
 
-def special(kernel):
+def special(kernel, device="cpu"):
     """What does not depend on a setting, by name: whether it holds."""
     divergence = AlphaBeta(0.2, 0.7)
     layout = Layout(divergence, True, 1.0)
-    student, teacher = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([1, 2, 3])
+    student, teacher = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).to(device)
+    labels = torch.tensor([1, 2, 3], device=device)
     student[0, 1], teacher[1, 0] = math.nan, math.inf
     got, wanted = (
         side.local_record(student, teacher, labels, 0, divergence, layout, torch.float32) for side in (kernel, eager)
@@ -151,7 +152,7 @@ def special(kernel):
         side.local_record(student[:, :0], teacher[:, :0], labels, 0, divergence, layout, torch.float32)
         for side in (kernel, eager)
     ]
-    one = torch.randn(2, 700, generator=torch.Generator().manual_seed(0))
+    one = torch.randn(2, 700, generator=torch.Generator().manual_seed(0)).to(device)
     layout = Layout(divergence, False, 3.0)
     same = kernel.local_record(one, one.clone(), None, 0, divergence, layout, torch.float32)
     return {

@@ -160,14 +160,31 @@ def test_digits_are_kept_near_convergence(kernel, divergence):
 
 def test_chunks_cover_every_row_once_or_more():
     kernel = kernels.Kernel("any", print, print, print, chunk_elements=40, fixed_shape=True)
-    assert kernel.chunks(9, 10) == [slice(0, 4), slice(4, 8), slice(5, 9)]
-    assert kernel.chunks(8, 10) == [slice(0, 4), slice(4, 8)]
-    assert kernel.chunks(9, 10, overlap=False) == [slice(0, 4), slice(4, 8), slice(8, 9)]
-    assert kernel.chunks(3, 10) == [slice(0, 3)]
-    assert kernel.chunks(0, 10) == []
+    cpu = torch.device("cpu")
+    assert kernel.chunks(9, 10, cpu) == [slice(0, 4), slice(4, 8), slice(5, 9)]
+    assert kernel.chunks(8, 10, cpu) == [slice(0, 4), slice(4, 8)]
+    assert kernel.chunks(9, 10, cpu, overlap=False) == [slice(0, 4), slice(4, 8), slice(8, 9)]
+    assert kernel.chunks(3, 10, cpu) == [slice(0, 3)]
+    assert kernel.chunks(0, 10, cpu) == []
     kernel.fixed_shape = False
-    assert kernel.chunks(9, 10) == [slice(0, 4), slice(4, 8), slice(8, 9)]
-    assert kernel.chunks(2, 0) == [slice(0, 2)]
+    assert kernel.chunks(9, 10, cpu) == [slice(0, 4), slice(4, 8), slice(8, 9)]
+    assert kernel.chunks(2, 0, cpu) == [slice(0, 2)]
+
+
+@pytest.mark.parametrize(("device", "elements"), [("cpu", 2**18), ("cuda", 2**24)])
+def test_chunks_suit_the_device(device, elements):
+    everything = kernels.Kernel("any", print, print, print, chunk_elements=2**62)
+    own = kernels.get("eager")
+    for columns in (1000, 16032, 128256):
+        rows = elements // columns
+        assert len(everything.chunks(8192, columns, torch.device(device))) == 1
+        for chunks in (
+            everything.chunks(8192, columns, torch.device(device), copied=True),
+            own.chunks(8192, columns, torch.device(device)),
+            own.chunks(8192, columns, torch.device(device), copied=True),
+        ):
+            assert len(chunks) == -(-8192 // max(rows, 1))
+            assert chunks[0] == slice(0, min(max(rows, 1), 8192))
 
 
 def test_the_configuration_knows_the_same_kernels():

@@ -38,18 +38,33 @@ def test_a_reduction_finds_what_a_gathering_does(shards):
     assert torch.equal(reduced[LAYOUT.targets], gathered[LAYOUT.targets])
     there = gathered[LAYOUT.maxima].isfinite()
     assert torch.equal(reduced[LAYOUT.tops][there], gathered[LAYOUT.tops][there])
-    torch.testing.assert_close(sums, gathered[LAYOUT.additive], rtol=1e-13, atol=0)
+    torch.testing.assert_close(sums, LAYOUT.additive(gathered), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("has_labels", [True, False])
+def test_what_is_packed_is_a_copy(has_labels):
+    layout = Layout(AlphaBeta(0.2, 0.7), has_labels, 1.0)
+    record = torch.ones(layout.size, 3, dtype=torch.float64)
+    packed = pack(record, layout)
+    assert packed.is_contiguous()
+    packed.zero_()
+    assert (record == 1).all()
 
 
 def test_rebasing_to_its_own_maxima_changes_nothing():
     record = records([[1.5, -0.25]], [[3, 4]])[0]
     same = rebase(record, record, AlphaBeta(0.2, 0.7), LAYOUT)
-    torch.testing.assert_close(same, record[LAYOUT.additive], rtol=1e-15, atol=0)
+    torch.testing.assert_close(same, LAYOUT.additive(record), rtol=1e-15, atol=0)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("has_labels", [True, False])
-def test_every_field_is_a_sum_or_found_by_the_largest(has_labels):
-    layout = Layout(AlphaBeta(0.2, 0.7), has_labels, 1.0)
-    others = {*layout.maxima, *(layout.targets + layout.tops if has_labels else [])}
-    assert {*layout.additive} | others == set(range(layout.size))
-    assert not {*layout.additive} & others
+def test_every_field_is_a_sum_or_found_by_the_largest(has_labels, temperature):
+    layout = Layout(AlphaBeta(0.2, 0.7), has_labels, temperature)
+    fields = torch.arange(layout.size).unsqueeze(-1)
+    others = [fields[at] for at in (layout.maxima, *((layout.targets, layout.tops) if has_labels else ()))]
+    sums = layout.additive(fields)
+    assert sorted(torch.cat([sums, *others]).flatten().tolist()) == list(range(layout.size))
+    again = torch.full_like(fields, -1)
+    layout.set_additive(again, sums)
+    assert torch.equal(again[sums.flatten()], sums) and (again == -1).sum() == layout.size - len(sums)

@@ -83,6 +83,55 @@ def resources(cubin):
     return {"registers": registers, "local": stack + local}
 
 
+def launches():
+    """The tiles each launch has, by what they are left to; and whether records are equal to the bit where they are."""
+    import abkd_megatron.kernels.triton as kernel
+
+    student, teacher = torch.randn(2, 4, 3000, generator=torch.Generator().manual_seed(0))
+    found = []
+    for jit in (made.fn for made in kernel._kernels.values()):
+        run = jit.run
+        jit.run = lambda *args, run=run, **kwargs: (
+            found.append({name: kwargs[name] for name in ("WIDE", "BLOCK", "num_warps") if name in kwargs}),
+            run(*args, **kwargs),
+        )
+
+    def launch():
+        found.clear()
+        layout = Layout(ToDi(), False, 1.0)
+        record = kernel.local_record(student, teacher, None, 0, ToDi(), layout, torch.float32)
+        kernel.local_second_record(student, teacher, ToDi(), 1.0, torch.float32, torch.zeros(4, 4).double(), True, True)
+        in_place = student.clone()
+        scalars, weight = torch.zeros(6, 4).double(), torch.ones(4)
+        kernel.local_gradient(in_place, in_place, teacher, None, 0, ToDi(), 1.0, torch.float32, scalars, weight, None)
+        return list(found), record
+
+    import triton
+
+    said, launched = {"the only one": kernel.tiles(3000, torch.float32)}, {"the only one": launch()[0]}
+    tuner = kernel._kernels["record"]
+    other = triton.Config({"WIDE": 2048, "BLOCK": 512}, num_warps=8)
+    tuner.configs.append(other)
+    said["not tuned"] = kernel.tiles(3000, torch.float32)
+    tuner.cache[(3000, "torch.float64", "torch.float32", "torch.float32")] = other  # as tuning leaves it
+    said["tuned"], said["other width"] = kernel.tiles(3000, torch.float32), kernel.tiles(3001, torch.float32)
+    tuner.configs.pop()
+    torch.use_deterministic_algorithms(True)
+    (launched["deterministic"], one), (_, other) = launch(), launch()
+    said["deterministic"] = kernel.tiles(3000, torch.float32)
+    torch.use_deterministic_algorithms(False)
+    last = {name: choices[-1] for name, choices in kernel._choices.items()}
+    assert kernel.use_tiles(last) == {}
+    launched["set"], said["set"] = launch()[0], kernel.tiles(3000, torch.float32)
+    assert kernel.use_tiles({}) == last
+    try:
+        kernel.use_tiles({"record": {"BLOCK": 17}})
+    except ConfigError as error:
+        refused = str(error)
+    choices = kernel._choices
+    return {"said": said, "launched": launched, "choices": choices, "equal": torch.equal(one, other), "no": refused}
+
+
 def refusals():
     """What is said where the kernels cannot run: the error's type and message."""
     kernel = importlib.import_module("abkd_megatron.kernels.triton")
@@ -151,6 +200,19 @@ def test_compiles_for_a_gpu(arch, tmp_path):
         assert used["local"] == 0, (kernel, used)
 
 
+def test_tiles_are_tuned_fixed_or_set(tmp_path):
+    found = run(tmp_path, "launches", interpret=True)
+    said, launched, choices = found["said"], found["launched"], found["choices"]
+    first, last = ({name: of[at] for name, of in choices.items()} for at in (0, -1))
+    assert said["deterministic"] == first and launched["deterministic"] == list(first.values())
+    assert said["set"] == last and launched["set"] == list(last.values())
+    assert said["the only one"] == first, "of which the interpreter has the first alone"
+    assert len(launched["the only one"]) == 4, "in place, the gradient is tuned on a copy"
+    assert said["not tuned"] == said["other width"] == {**first, "record": None}
+    assert said["tuned"] == {**first, "record": {"WIDE": 2048, "BLOCK": 512, "num_warps": 8}}
+    assert found["equal"] and "got record: {'BLOCK': 17}; give what tiles() returns" in found["no"]
+
+
 def test_says_where_it_cannot_run(tmp_path):
     found = run(tmp_path, "refuse", interpret=False)
     assert [kind for kind, _ in found.values()] == ["ConfigError", "ConfigError", "HostError", "HostError"]
@@ -163,6 +225,8 @@ def test_says_where_it_cannot_run(tmp_path):
 def main(mode, *arguments):
     if mode == "compile":
         return compiled(int(arguments[0]))
+    if mode == "launches":
+        return launches()
     if mode == "refuse":
         return refusals()
     import abkd_megatron.kernels.triton as kernel

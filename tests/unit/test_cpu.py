@@ -1,0 +1,30 @@
+"""The stand-in for a GPU answers what torch asks too, in its versions that setup.py allows."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+CODE = """\
+import torch
+from abkd_megatron import cpu
+cpu.install()
+# Up to torch 2.11 an optimizer asks the first, later ones the second.
+assert torch.cuda.is_current_stream_capturing() is False
+assert torch.accelerator.current_stream().is_capturing() is False
+weight = torch.ones(2, requires_grad=True)
+weight.sum().backward()
+torch.optim.AdamW([weight]).step()
+assert (weight < 1).all()
+"""
+
+
+def test_an_optimizer_steps():
+    pytest.importorskip("megatron.training")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
