@@ -343,6 +343,12 @@ ROWS = [
         {"teacher.mtp-num-layers": 1},
         refused="predict what no loss here compares",
     ),
+    Row(
+        "multi-token prediction on a stage of its own, `mtp-standalone`",
+        2,
+        {"mtp-num-layers": 1, "mtp-standalone": "true"},
+        refused="exchange shapes first, and synchronize the device",
+    ),
     Row("HybridModel", 2, {"hybrid-layer-pattern": "M*-"}, refused="HybridModel.*no output_processor"),
     Row(
         "combined 1F1B, `overlap-moe-expert-parallel-comm`",

@@ -388,7 +388,7 @@ def _ended(ranks: Sequence[Rank], job: str) -> Job:
     if not any(codes):
         return Job("ok")
     output = "\n".join(rank.output for rank in ranks)
-    waits = re.findall(r"^.*(?:StrictError: |[Tt]imed out|[Tt]imeout).*$", output, re.MULTILINE)
+    waits = re.findall(r"^.*(?:StrictError: |[Tt]imed out).*$", output, re.MULTILINE)
     if -9 in codes or waits:
         kind = "hang" if -9 in codes or "imed out" in "".join(waits) else "traceback"
         said = min(waits, key=lambda line: "StrictError: " not in line) if waits else output.strip()[-200:]
