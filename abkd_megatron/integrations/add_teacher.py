@@ -421,8 +421,8 @@ def check_layout(args: Namespace, who: str, unsupported: Mapping[str, tuple[str,
         )
     if not args.pad_vocab_size and args.padded_vocab_size is None:
         raise ConfigError(
-            f"{who}: expected a padded vocabulary, got no-pad-vocab-size, with which Megatron leaves the number of columns "
-            "unset and fails when it counts FLOPs; give make-vocab-size-divisible-by=1 instead"
+            f"{who}: expected a padded vocabulary, got no-pad-vocab-size, with which Megatron leaves the number of "
+            "columns unset and fails when it counts FLOPs; give make-vocab-size-divisible-by=1 instead"
         )
     virtual = (args.num_layers_per_virtual_pipeline_stage, args.num_virtual_stages_per_pipeline_rank)
     if who == "teacher" and virtual != (None, None):

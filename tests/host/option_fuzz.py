@@ -292,6 +292,7 @@ class Fuzz:
         self.folder = folder
         self.config = folder / "config.yaml"
         self._lock = Lock()
+        self._failed: dict[str, str] = {}
 
     def prepare(self) -> None:
         """Data, a teacher, and a student of each context."""
@@ -312,9 +313,13 @@ class Fuzz:
         of = CONTEXTS[context].student
         path = self.folder / f"student {context if of else 'plain'}"
         with self._lock:
+            if context in self._failed:
+                raise ContextFails(self._failed[context])
             if not path.exists():
                 made = self.make_student(overrides(of), path)
                 if made.ended != "ok":
+                    shutil.rmtree(path, ignore_errors=True)
+                    self._failed[context] = made.said
                     raise ContextFails(made.said)
         return path
 
@@ -367,6 +372,7 @@ class Fuzz:
         """The job of this context without any option, on one rank."""
         found = self.run("distill", self.settings(context, {}), 1)
         if found.ended != "ok":
+            self._failed[context] = found.said
             raise ContextFails(found.said)
         return found
 
