@@ -26,6 +26,7 @@ from megatron.core.num_microbatches_calculator import (
     destroy_num_microbatches_calculator,
     init_num_microbatches_calculator,
 )
+from megatron.core.tokenizers.text.libraries.megatron_hf_tokenizer import MegatronHFTokenizer
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.utils import get_te_version
@@ -178,6 +179,7 @@ def as_in_a_job(config: Config, world_size: int) -> Iterator[None]:
             if name not in os.environ:
                 stack.callback(os.environ.pop, name)
             os.environ[name] = value
+        _replace(stack, MegatronHFTokenizer, "_download", _downloaded)
         if config.device == "cuda":
             _pretend_gpu(stack)
         try:
@@ -192,6 +194,13 @@ def parsed(settings: Mapping[str, Any], options: Mapping[str, Action]) -> Iterat
     """These arguments as Megatron parses them, not validated; within `as_in_a_job`, refusals in the block are named."""
     with megatron_refusals_named(), command_line(to_argv(settings, options)):
         yield parse_args()
+
+
+def _downloaded(_: MegatronHFTokenizer, path: str, url: str | None) -> str | None:
+    """In place of what fetches the vocabulary that a tokenizer's name stands for: the file of an earlier job."""
+    if url is not None and not Path(path).exists():
+        raise FileNotFoundError(f"{path}, which a job would download from {url}; give megatron.vocab-file")
+    return path if url is not None else None
 
 
 def _pretend_gpu(stack: contextlib.ExitStack) -> None:

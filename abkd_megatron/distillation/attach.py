@@ -209,6 +209,10 @@ UNSUPPORTED = {
         "a CUDA graph",
         "it would not replay the teacher's messages and its queue, and it was never run",
     ),
+    "mtp_standalone": (
+        "a pipeline stage of its own for multi-token prediction",
+        "stages then exchange shapes first, and synchronize the device while the teacher's messages are open",
+    ),
     "hybrid_layer_pattern": ("HybridModel", "its forward takes no output_processor"),
     "use_megatron_fsdp": ("Megatron FSDP", _SHARDED),
     "use_torch_fsdp2": ("torch FSDP2", _SHARDED),

@@ -44,6 +44,12 @@ _ARCHITECTURE = (
     "rope_scaling_factor",
     "rotary_seq_len_interpolation_factor",
     "no_rope_freq",
+    "mrope_section",
+    "rope_type",
+    "yarn_original_max_position_embeddings",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_correction_range_round_to_int",
     "softmax_type",
     "window_size",
     "window_attn_skip_freq",
@@ -52,6 +58,7 @@ _ARCHITECTURE = (
     "layernorm_zero_centered_gamma",
     "qk_layernorm",
     "qk_l2_norm",
+    "attention_output_gate",
     "swiglu",
     "squared_relu",
     "quick_geglu",
@@ -68,10 +75,20 @@ _ARCHITECTURE = (
     "moe_router_topk_scaling_factor",
     "moe_router_num_groups",
     "moe_router_group_topk",
+    "moe_apply_probs_on_input",
+    "moe_expert_capacity_factor",
+    "moe_token_drop_policy",
+    "moe_mlp_glu_interleave_size",
+    "moe_shared_expert_glu_interleave_size",
     "multi_latent_attention",
     "rotary_scaling_factor",
     "mscale",
     "mscale_all_dim",
+    "experimental_attention_variant",
+    "dsa_indexer_topk",
+    "dsa_indexer_rope_interleaved",
+    "dsa_indexer_rotate_activation",
+    "dsa_indexer_scoring_relu",
     "use_mup",
     "mup_width_mult",
     "mup_base_hidden_size",
@@ -86,10 +103,17 @@ _ONLY_WITH = {
     "group_query_attention": ("num_query_groups",),
     "use_rope_scaling": ("rope_scaling_factor",),
     "num_experts": tuple(name for name in _ARCHITECTURE if name.startswith("moe_")),
-    "multi_latent_attention": ("rotary_scaling_factor", "mscale", "mscale_all_dim"),
+    "moe_expert_capacity_factor": ("moe_token_drop_policy",),
+    "multi_latent_attention": ("rope_type",),
+    "experimental_attention_variant": tuple(name for name in _ARCHITECTURE if name.startswith("dsa_")),
     "use_mup": tuple(name for name in _ARCHITECTURE if name.startswith("mup_")),
 }
-
+# And those that only some position embeddings have; multi-latent attention has YaRN's under any name.
+_OF_POSITIONS = {
+    "yarn": tuple(name for name in _ARCHITECTURE if name.startswith("yarn_")),
+    "mrope": ("mrope_section",),
+}
+_YARN_WITHOUT_PREFIX = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
 
 # Bytes of each of a checkpoint's files that tell it from another.
 _SAMPLE = 4096
@@ -355,6 +379,10 @@ def check_whole(directory: Path, index: Metadata, whose: str) -> None:
 def _architecture(args: Namespace) -> dict[str, Any]:
     found = {name: getattr(args, name) for name in _ARCHITECTURE if hasattr(args, name)}
     without = {name for switch, names in _ONLY_WITH.items() if not found.get(switch) for name in names}
+    positions = found.get("position_embedding_type")
+    without.update(name for kind, names in _OF_POSITIONS.items() if kind != positions for name in names)
+    if positions != "yarn" and not found.get("multi_latent_attention"):
+        without.update(_YARN_WITHOUT_PREFIX)
     return {name: value for name, value in found.items() if name not in without}
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
 
 from abkd_megatron.distillation.channel import Channel, Outbox, batched_p2p, new_group
 from abkd_megatron.distillation.teacher import Teacher
@@ -21,6 +22,12 @@ _Expected = tuple[Sequence[int], torch.dtype]
 
 # Ahead of a message whose shape the receiver cannot know: its three sizes.
 _HEADER: _Expected = (3,), torch.int64
+
+
+def hidden_between_stages(config: TransformerConfig, length: int, size: int, tensor_parallel: int) -> _Expected:
+    """Shape and dtype of what two stages of a model exchange: as Megatron's own, fp32 with fp32-residual-connection."""
+    length = length // tensor_parallel if config.sequence_parallel else length
+    return (length, size, config.hidden_size), config.pipeline_dtype or config.params_dtype
 
 
 class TeacherRunner:
@@ -146,10 +153,7 @@ class TeacherRunner:
         return like.shape[0] * parts, like.shape[1]
 
     def _expected_hidden(self, length: int, size: int) -> _Expected:
-        """What the teacher's stages exchange, in Megatron's dtype: fp32 with fp32-residual-connection."""
-        config = self._teacher.model.config
-        length = length // self._layout.tensor_parallel if config.sequence_parallel else length
-        return (length, size, config.hidden_size), config.pipeline_dtype or config.params_dtype
+        return hidden_between_stages(self._teacher.model.config, length, size, self._layout.tensor_parallel)
 
     def _expected_result(self, length: int, size: int) -> _Expected:
         """The last hidden states, as the last norm gives them to the output layer, for one of the student's ranks."""

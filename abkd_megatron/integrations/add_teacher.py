@@ -419,6 +419,11 @@ def check_layout(args: Namespace, who: str, unsupported: Mapping[str, tuple[str,
             f"{who}: multi-token prediction is only fed on the last pipeline stage; remove "
             "pipeline-model-parallel-layout or mtp-num-layers"
         )
+    if not args.pad_vocab_size and args.padded_vocab_size is None:
+        raise ConfigError(
+            f"{who}: expected a padded vocabulary, got no-pad-vocab-size, with which Megatron leaves the number of "
+            "columns unset and fails when it counts FLOPs; give make-vocab-size-divisible-by=1 instead"
+        )
     virtual = (args.num_layers_per_virtual_pipeline_stage, args.num_virtual_stages_per_pipeline_rank)
     if who == "teacher" and virtual != (None, None):
         raise ConfigError(
@@ -498,7 +503,11 @@ def command_line(argv: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def megatron_refusals_named() -> Iterator[None]:
-    """Megatron refuses arguments by assertions and errors of Python: pass its words on, without the traceback."""
+    """Pass on why Megatron rejects arguments, without the traceback, whichever of Python's exceptions it does it with.
+
+    An exception that is no rejection, such as the TypeError of a setting that Megatron's validation does not expect,
+    is named together with the line that raised it.
+    """
     try:
         yield
     except AbkdError:
@@ -506,6 +515,11 @@ def megatron_refusals_named() -> Iterator[None]:
     except (AssertionError, ValueError, RuntimeError) as error:
         reason = str(error) or _assertion(error)
         raise ConfigError(f"Megatron refuses these arguments: {reason}") from error
+    except Exception as error:
+        raise ConfigError(
+            f"Megatron cannot take these arguments, its own code fails: {type(error).__name__}: {error}, in "
+            f"`{_assertion(error)}`; remove the setting that leads there"
+        ) from error
 
 
 def _assertion(error: Exception) -> str:

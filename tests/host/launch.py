@@ -95,7 +95,7 @@ def _fork_server() -> multiprocessing.context.BaseContext:
     context.set_forkserver_preload(
         [
             *(__name__, "abkd_megatron.integrations.megatron_lm", "abkd_megatron.data", "torch.utils.tensorboard"),
-            "megatron.core.tokenizers.text",  # and with it transformers
+            "megatron.core.tokenizers.text.libraries.huggingface_tokenizer",
         ]
     )
     # torch reads the number of threads when it is imported.

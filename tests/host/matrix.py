@@ -24,6 +24,7 @@ Settings = Mapping[str, object]
 TP = {"tensor-model-parallel-size": 2}
 PP = {"pipeline-model-parallel-size": 2}
 DP = {"use-distributed-optimizer": "true", "overlap-grad-reduce": "true"}
+GATHER = {"overlap-param-gather": "true"}
 FUSED = {"distillation.head": "fused", "distillation.chunk_tokens": 24}  # 24 does not divide a micro-batch
 FULL_RECOMPUTATION = {
     "recompute-granularity": "full",
@@ -32,7 +33,6 @@ FULL_RECOMPUTATION = {
 }
 SELECTIVE_RECOMPUTATION = {"recompute-granularity": "selective"}
 TP_PP_DP = {"use-tp-pp-dp-mapping": "true"}
-FP32_RESIDUAL = {"fp32-residual-connection": "true"}
 BF16 = {"bf16": "true", "accumulate-allreduce-grads-in-fp32": "true"}
 LAYOUT = {
     "TP": "tensor-model-parallel-size",
@@ -293,8 +293,6 @@ ROWS = [
     Row("full recomputation", 4, TP | PP | FULL_RECOMPUTATION),
     Row("selective recomputation", 1, SELECTIVE_RECOMPUTATION),
     Row("bf16, gradients accumulated in fp32, beside fp32", 4, TP | PP | BF16),
-    Row("residual stream in fp32, the rest in bf16", 2, PP | BF16 | FP32_RESIDUAL, "bf16"),
-    Row("residual stream in fp32, the rest in bf16", 2, PP | BF16 | FP32_RESIDUAL | teacher(pipeline=1), "bf16"),
     Row("ranks in the order tp-pp-dp", 4, PP | TP_PP_DP),
     Row("ranks in the order tp-pp-dp", 4, PP | TP_PP_DP | teacher(pipeline=4)),
     Row("ranks in the order tp-pp-dp", 4, TP | TP_PP_DP | teacher(tensor=4)),
@@ -302,6 +300,8 @@ ROWS = [
     Row("fused LM head", 2, TP | FUSED),
     Row("fused LM head", 2, PP | FUSED),
     Row("fused LM head", 2, DP | FUSED),
+    Row("fused LM head, `overlap-param-gather`", 2, DP | GATHER | FUSED),
+    Row("fused LM head, `overlap-param-gather`", 4, TP | DP | GATHER | FUSED, "tied"),
     Row("a weighted sum of divergences", 4, TP | PP | FUSED, "losses"),
     Row("losses that are no sums over the vocabulary, beside one that is", 4, TP | PP, "logit losses"),
     Row("schedules by iteration, samples and tokens", 2, DP, "schedules"),
@@ -342,6 +342,12 @@ ROWS = [
         2,
         {"teacher.mtp-num-layers": 1},
         refused="predict what no loss here compares",
+    ),
+    Row(
+        "multi-token prediction on a stage of its own, `mtp-standalone`",
+        2,
+        {"mtp-num-layers": 1, "mtp-standalone": "true"},
+        refused="exchange shapes first, and synchronize the device",
     ),
     Row("HybridModel", 2, {"hybrid-layer-pattern": "M*-"}, refused="HybridModel.*no output_processor"),
     Row(

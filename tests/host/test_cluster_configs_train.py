@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from launch import ROOT, Rank, launch, run_job, scalars
 from matrix import EXACT_ONLY, LOSSES
 
 from abkd_megatron import cpu
 from abkd_megatron.config import Config, Value
 from abkd_megatron.config_file import load_config
+from abkd_megatron.distillation.plan import nothing_to_gain
 from abkd_megatron.integrations.add_teacher import megatron_options
 
 Settings = dict[str, Value]
@@ -107,15 +109,20 @@ ADDED: Settings = {
 
 @dataclass(frozen=True)
 class Launch:
+    """How a configuration is run here."""
+
     ranks: int
     layout: str
-    """In small."""
-    lost: str = "sizes only"
-    """What of the file's layout so few ranks cannot have."""
+    lost: str = "sizes"
+    """What of the file's layout so few ranks do not have."""
 
 
 LAUNCHES = {
-    "llama31_70b_to_8b_64xH100": Launch(8, "TP 2 x DP 4 with SP, two teachers at TP 4", "32 data-parallel ranks"),
+    "llama31_70b_to_8b_64xH100": Launch(
+        4,
+        "TP 2 x DP 2 with SP, one teacher at TP 4",
+        "several teachers, which takes 8 ranks (qwen3_8b_to_1p7b_8xH100 has two); so it is llama31_70b_to_8b_8xH100",
+    ),
     "llama31_70b_to_8b_8xH100": Launch(4, "TP 2 x DP 2 with SP, one teacher at TP 4"),
     "llama32_3b_to_1b_8xH100": Launch(2, "DP 2"),
     "qwen25_7b_to_1p5b_8xH100": Launch(2, "DP 2"),
@@ -252,8 +259,8 @@ def text(workspace: Path, config: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def train(workspace: Path, text: Path) -> Callable[..., Trained]:
-    """Trains by a configuration in small."""
+def train(workspace: Path, text: Path) -> Callable[..., list[Trained]]:
+    """Trains by a configuration in small: on the ranks of its launch, and on one."""
     folder = workspace / "cluster"
     data: Settings = {
         "megatron.data-path": [str(text / "train")],
@@ -299,7 +306,13 @@ def train(workspace: Path, text: Path) -> Callable[..., Trained]:
             settings |= ON_ONE_RANK | {key: size for key, size in whole.items() if key in given_in(path)}
         return Trained(run("distill", path, settings, num_ranks), scalars(out / "tensorboard"))
 
-    return train
+    def beside_one_rank(path: Path, bf16: bool = False) -> list[Trained]:
+        models(alike(path))  # before two threads ask for them
+        num_ranks = LAUNCHES[path.stem].ranks
+        first = alike(path) if LAUNCHES[alike(path).stem].ranks == num_ranks else path
+        return together(partial(train, first, num_ranks, bf16), partial(train, alike(path), 1))
+
+    return beside_one_rank
 
 
 def test_every_option_is_of_one_kind() -> None:
@@ -313,20 +326,34 @@ def test_every_option_is_of_one_kind() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_trains_as_on_one_rank(train: Callable[..., Trained], path: Path) -> None:
-    num_ranks = LAUNCHES[path.stem].ranks
-    ours, one = together(partial(train, path, num_ranks), partial(train, alike(path), 1))
+def test_auto_fuses_the_head_at_full_size(path: Path) -> None:
+    """As in small: with the file's own sizes, in bf16, and the chunks of a GPU, of up to 2048 tokens."""
+    model = read(path).megatron
+
+    def number(name: str) -> int:
+        return int(str(model[name]))
+
+    tensor, multiple = number("tensor-model-parallel-size"), number("make-vocab-size-divisible-by")
+    columns = math.ceil(number("vocab-size") / (multiple * tensor)) * multiple
+    weight = torch.empty(columns, number("hidden-size"), dtype=torch.bfloat16, device="meta")
+    chunks = 2048 * (2 if tensor > 1 else 1) * 2 * columns * weight.dtype.itemsize
+    assert nothing_to_gain(weight, number("micro-batch-size") * number("seq-length"), 2048, chunks, False) == []
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_trains_as_on_one_rank(train: Callable[..., list[Trained]], path: Path) -> None:
+    ours, one = train(path)
     check_equal(ours, one, (*LOSSES, *EXACT_ONLY), 1e-4)
-    check_heads(ours, num_ranks // int(str(shrink(path)["megatron.tensor-model-parallel-size"])))
+    check_heads(ours, path)
     check_in_force(ours, path)
 
 
-def test_trains_in_bf16(train: Callable[..., Trained]) -> None:
-    (path,) = (path for path in CONFIGS if path.stem == "llama31_70b_to_8b_8xH100")
-    ours, one = together(partial(train, path, 4, bf16=True), partial(train, alike(path), 1))
+def test_trains_in_bf16(train: Callable[..., list[Trained]]) -> None:
+    path = next(path for path in CONFIGS if path.stem == "llama31_70b_to_8b_8xH100")
+    ours, one = train(path, bf16=True)
     check_equal(ours, one, LOSSES, 2e-2)
     assert ours.logged["lm loss"] != one.logged["lm loss"], "this was fp32"
-    check_heads(ours, 2)
+    check_heads(ours, path)
 
 
 def check_equal(ours: Trained, one: Trained, names: tuple[str, ...], tolerance: float) -> None:
@@ -337,9 +364,9 @@ def check_equal(ours: Trained, one: Trained, names: tuple[str, ...], tolerance: 
         assert got == pytest.approx(wanted, rel=tolerance), name
 
 
-def check_heads(ours: Trained, data_parallel: int) -> None:
-    """In the files `head: auto` is to choose the fused one; every micro-batch is to get it, in validation too."""
-    micro_batches = 8 // data_parallel
+def check_heads(ours: Trained, path: Path) -> None:
+    """The files leave it to `head: auto`, which fuses here; every micro-batch is to get it, in validation too."""
+    micro_batches = 8 * int(str(shrink(path)["megatron.tensor-model-parallel-size"])) // len(ours.ranks)
     for rank in ours.ranks:
         heads = json.loads(rank.output.splitlines()[-1])
         assert heads == {"fused": (3 + 3) * micro_batches, "materialized": 0}

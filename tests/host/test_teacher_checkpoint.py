@@ -35,6 +35,9 @@ def test_a_teacher_as_configured_is_taken() -> None:
     check()
     check(num_query_groups=1)  # without grouped queries it means nothing
     check(rope_scaling_factor=32.0, moe_router_pre_softmax=True)  # nor these without scaling and experts
+    # Nor these with other positions than they belong to, nor what becomes of tokens that no expert drops.
+    saved = {"yarn_beta_fast": 32.0, "mscale": 1.0, "mrope_section": [2, 1], "moe_token_drop_policy": "probs"}
+    check(saved=saved, yarn_beta_fast=64.0, mscale=2.0, mrope_section=[1, 2], moe_token_drop_policy="position")
     check(saved={"vocab_size": 500})
     check(vocab_size=600, shared_vocab=500)
     check(vocab_size=600, saved={"vocab_size": 500}, shared_vocab=500)
@@ -57,6 +60,19 @@ def test_a_teacher_as_configured_is_taken() -> None:
             {"saved": {"num_experts": 4}, "num_experts": 4, "moe_router_pre_softmax": True},
             "moe-router-pre-softmax: the checkpoint has False, the configuration True",
         ),
+        *(
+            (
+                {"saved": {"position_embedding_type": "yarn", name: 1.0}, "position_embedding_type": "yarn", name: 2.0},
+                f"{name.replace('_', '-')}: the checkpoint has 1.0, the configuration 2.0",
+            )
+            for name in ("yarn_beta_fast", "yarn_original_max_position_embeddings", "rotary_scaling_factor", "mscale")
+        ),
+        (
+            {"saved": {"num_experts": 4, "moe_expert_capacity_factor": None}, "num_experts": 4}
+            | {"moe_expert_capacity_factor": 1.0},
+            "moe-expert-capacity-factor: the checkpoint has None, the configuration 1.0",
+        ),
+        ({"saved": {"attention_output_gate": False}, "attention_output_gate": True}, "attention-output-gate"),
         ({"vocab_size": 600}, r"512 padded vocabulary columns.*600 tokens would have given 768"),
         ({"vocab_size": 500, "saved": {"vocab_size": 499}}, r"vocabulary of 499 tokens.*500.*one tokenizer"),
         ({"saved": {"vocab_size": 499}, "shared_vocab": 500}, r"shared_vocab is 500; .* vocabulary of 499 tokens"),

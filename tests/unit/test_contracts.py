@@ -204,6 +204,12 @@ CALLS = [
     ),
     Call("megatron.core.num_microbatches_calculator:destroy_num_microbatches_calculator", DRY),
     Call("megatron.core.utils:get_te_version", DRY),
+    # In whose place `_downloaded` stands.
+    Call(
+        "megatron.core.tokenizers.text.libraries.megatron_hf_tokenizer:MegatronHFTokenizer._download",
+        DRY,
+        ("self", "path", "url"),
+    ),
     # A rank without data.
     Call(
         "megatron.training:training.train_step",
@@ -351,6 +357,11 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
     ("megatron.core.enums:ModelType", JOB, ("encoder_or_decoder",)),
     (OPTIMIZER, "cpu.py", ("optimizer", "config", "init_state_fn")),
     ("megatron.core.utils", DRY, ("_te_version",)),
+    (
+        "megatron.core.tokenizers.text.libraries.megatron_hf_tokenizer:MegatronHFTokenizer",
+        DRY,
+        ("_download",),
+    ),
     ("megatron.core.models.common.embeddings.rope_utils", DRY, ("fused_apply_rotary_pos_emb",)),
     ("megatron.core.transformer.moe.moe_utils", DRY, ("fused_permute", "fused_unpermute")),
     ("megatron.core.transformer:transformer_block", PHANTOM, ("LayerNormImpl",)),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.tokenizers.text.libraries import megatron_hf_tokenizer
 from megatron.training import global_vars
 
 from abkd_megatron.config_file import load_config
@@ -102,6 +103,10 @@ def test_the_fewest_ranks(student: Namespace, teacher: Namespace | None, ranks: 
     [
         (["megatron.num-attention-heads=6"], "student: hidden-size 512 does not divide over 6 attention heads; change"),
         (["megatron.bf16=true", "megatron.fp16=true"], "Megatron refuses these arguments: assert not args.(bf|fp)16"),
+        (["megatron.attention-backend=local"], r"its own code fails: TypeError: .*`assert args.spec\[0\] == 'local'"),
+        (["megatron.init-method-xavier-uniform=true"], "its own code fails: TypeError: .*'scaled_init_method'"),
+        (["teacher.init-method-xavier-uniform=true"], "its own code fails: TypeError: .*'scaled_init_method'"),
+        (["megatron.no-pad-vocab-size=true"], "student: expected a padded vocabulary, got no-pad-vocab-size"),
         (["megatron.checkpoint-activations=true"], "checkpoint-activations is no longer valid"),
         (["teacher.tensor-model-parallel-size=2"], "no multiple of the student's 4"),
         (["megatron.num-experts=16", "megatron.expert-model-parallel-size=16"], r"world_size \(64\).*expert"),
@@ -118,6 +123,19 @@ def test_a_tokenizer_that_is_not_here() -> None:
     del absent.megatron["vocab-size"]
     with pytest.raises(DataError, match=r"SentencePieceTokenizer /nowhere on this machine.*give its size as megatron"):
         megatron_arguments(absent, 8)
+
+
+@pytest.mark.parametrize("kind", ["GPT2BPETokenizer", "BertWordPieceCase"])
+def test_a_tokenizer_that_megatron_would_download(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(megatron_hf_tokenizer, "MEGATRON_CACHE", str(cache))
+    download = megatron_hf_tokenizer.MegatronHFTokenizer._download
+    absent = config(f"megatron.tokenizer-type={kind}")
+    del absent.megatron["vocab-size"]
+    with pytest.raises(DataError, match=f"{kind} on this machine, got FileNotFoundError: .*a job would download from"):
+        megatron_arguments(absent, 8)
+    assert not cache.exists()
+    assert megatron_hf_tokenizer.MegatronHFTokenizer._download is download
 
 
 def test_data_that_are_not_here(tmp_path: Path) -> None:

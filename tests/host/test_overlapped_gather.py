@@ -1,0 +1,37 @@
+"""With parameters gathered while the student runs, the head stays fused, and its numbers are those of logits."""
+
+from pathlib import Path
+
+import pytest
+from launch import launch, scalars
+
+SETTINGS = {
+    "use-distributed-optimizer": True,
+    "overlap-grad-reduce": True,
+    "overlap-param-gather": True,
+    "train-iters": 4,
+    "global-batch-size": 8,  # two micro-batches on each of two ranks
+    "eval-iters": 2,
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_step_is_fused(config: Path, teacher: Path, tmp_path: Path, tied: bool) -> None:
+    found, calls = {}, {}
+    for head in ("fused", "materialised"):
+        settings = SETTINGS | {
+            "untie-embeddings-and-output-weights": not tied,
+            "tensorboard-dir": tmp_path / head,
+        }
+        words = [f"megatron.{name}={value}" for name, value in settings.items()]
+        words += [f"teacher.load={teacher}", f"distillation.head={head}", "distillation.chunk_tokens=24"]
+        words.append("teacher.untie-embeddings-and-output-weights=true")
+        ranks = launch([Path(__file__).with_name("counted_head.py"), "distill", "--config", config, *words], 2)
+        for rank in ranks:
+            assert rank.code == 0, rank.output[-6000:]
+        calls[head] = [int(rank.output.rpartition("FUSED ")[2]) for rank in ranks]
+        found[head] = scalars(tmp_path / head)
+    validations = 2 * 2 * 2  # of validation and test data: steps and micro-batches
+    assert calls == {"fused": [4 * 2 + validations] * 2, "materialised": [0, 0]}
+    for name in ("lm loss", "kd loss", "total loss", "grad-norm", "kd loss validation"):
+        assert found["fused"][name] == pytest.approx(found["materialised"][name], rel=1e-5), name
