@@ -99,7 +99,7 @@ def _fork_server() -> multiprocessing.context.BaseContext:
         ]
     )
     # torch reads the number of threads when it is imported.
-    places = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
+    places = os.pathsep.join([str(ROOT), str(ROOT / "tests/distributed"), str(Path(__file__).parent)])
     # Nothing here needs the network, and Hugging Face's client reads whether it may when it is imported, too.
     preset = {"OMP_NUM_THREADS": "1", "PYTHONPATH": places, "HF_HUB_OFFLINE": "1"}
     with mock.patch.dict(os.environ, preset):

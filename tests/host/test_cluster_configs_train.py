@@ -87,7 +87,7 @@ NOT_ON_CPU = {
     "attention-backend": "passed on, but it chooses between TransformerEngine's kernels",
     "moe-grouped-gemm": "false: TransformerEngine's grouped products; the local layers take one expert after another",
     "transformer-impl": "local: TransformerEngine needs a GPU",
-    "distributed-backend": "gloo, with NCCL's rules (tests/strict.py)",
+    "distributed-backend": "gloo, with NCCL's rules (tests/distributed/strict.py)",
     "use-cpu-initialization": "true: there is no random generator of a GPU",
     "no-gradient-accumulation-fusion": "true: a CUDA extension",
     "no-masked-softmax-fusion": "true: a CUDA extension",
