@@ -232,12 +232,18 @@ _WRAPPERS = {
 
 
 def check_wrappers(student: Sequence[torch.nn.Module]) -> None:
-    """Refuse a model whose weights are sharded over data-parallel ranks.
+    """Refuse a model whose weights are sharded over data-parallel ranks, or that is compiled as a whole.
 
     Raises:
         ConfigError: naming the feature, the reason and what to change.
     """
     for module in itertools.chain.from_iterable(chunk.modules() for chunk in student):
+        compiled = isinstance(module, GPTModel) and module._compiled_call_impl is not None
+        if compiled or isinstance(module, torch._dynamo.OptimizedModule):
+            raise ConfigError(
+                "student: torch.compile of the whole model is not supported: hooks on its forward run the teacher and "
+                "send its messages; compile its layers"
+            )
         for wrapper, name in _WRAPPERS.items():
             if isinstance(module, wrapper):
                 check_config(SimpleNamespace(**{name: True}), "student")

@@ -1,4 +1,4 @@
-"""Students whose weights are sharded over data-parallel ranks, given to attach(): what it says, in a line of JSON."""
+"""Students that are sharded over ranks or compiled, given to attach(): what it says, in a line of JSON."""
 
 import json
 from datetime import timedelta
@@ -11,6 +11,7 @@ def main() -> None:
     cpu.install()
     cpu.init_process_group(timedelta(minutes=3))
 
+    import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.distributed import TorchFullyShardedDataParallel
@@ -40,11 +41,17 @@ def main() -> None:
         fully_shard(model.decoder.layers[0], mesh=mesh)
         return model
 
+    def compiled_in_place(model):
+        model.compile()
+        return model
+
     wrappers = {
         "Megatron": partial(wrap, FullyShardedDataParallel),
         "torch, by Megatron": partial(wrap, TorchFullyShardedDataParallel),
         "torch": partial(fully_shard, mesh=mesh),
         "torch, a layer": one_layer,
+        "compiled": torch.compile,
+        "compiled in place": compiled_in_place,
     }
     found = {}
     for name, wrapper in wrappers.items():

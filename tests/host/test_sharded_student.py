@@ -1,4 +1,4 @@
-"""attach() refuses a student whose weights are sharded, whoever wrapped it."""
+"""attach() refuses a student whose weights are sharded, whoever wrapped it, and one that is compiled as a whole."""
 
 import json
 from pathlib import Path
@@ -15,3 +15,5 @@ def test_each_wrapper_is_refused_by_name() -> None:
     for wrapper in ("Megatron", "torch, by Megatron", "torch", "torch, a layer"):
         name = names.get(wrapper, "torch FSDP2")
         assert found[wrapper].startswith(f"student: {name} is not supported: it shards"), found
+    for compiled in ("compiled", "compiled in place"):
+        assert found[compiled].startswith("student: torch.compile of the whole model is not supported"), found
