@@ -587,12 +587,11 @@ def _classified(case: Case, reference: Job | None, one: Job, two: Job) -> dict[s
         return {"class": DIFFERS, "said": apart}
     if reference is None:
         return {"class": "ok"}
-    names = ("teacher lm loss",)
-    data = case.group in ("data and dataloader", "tokenizer") or case.option == "dataloader-type"
-    if not data and (apart := _apart(reference, one, max(within, 1e-5), range(1), names)):
+    if "lm loss" not in one.losses:
+        return {"class": CHANGES, "said": "no step was logged"}
+    data = case.group in ("data and dataloader", "tokenizer") or case.option in ("dataloader-type", "finetune")
+    if not data and (apart := _apart(reference, one, max(within, 1e-5), range(1), ("teacher lm loss",))):
         return {"class": TEACHER, "said": apart}
-    if not one.losses:
-        return {"class": CHANGES, "said": "nothing was logged"}
     if apart := _apart(reference, one, within, range(1), LOSSES):
         return {"class": CHANGES, "said": apart}
     equal = reference.losses == one.losses
@@ -629,6 +628,12 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> str:
             beside = f"{plain.get('class', '')} {plain.get('said', '')}".strip()
             lines.append(f"| {name} ({of['context']}, {of['layout']}) | {of['class']}: {of['said']} | {beside} |")
     return "\n".join(lines)
+
+
+def as_json(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for each value."""
+    lines = [f"{json.dumps(name)}: {json.dumps(found[name], sort_keys=True)}" for name in sorted(found)]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def unseen(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -683,7 +688,7 @@ def main() -> None:
                 one = {"class": "script failed", "said": _short(repr(error)), "context": case.context, "layout": ""}
             with lock:
                 found[str(case)] = one
-                arguments.out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+                arguments.out.write_text(as_json(found))
                 # Another thread may have taken stdout, for Megatron's words.
                 print(f"{case}: {one['class']}: {one.get('said', '')[:160]}", file=sys.__stdout__, flush=True)
 
