@@ -177,23 +177,22 @@ class Outbox:
     def __init__(self, config: TransformerConfig, on_receive: Callable[[str], None]) -> None:
         self._config, self._on_receive = config, on_receive
         self._waiting: deque[Callable[[], None]] = deque()
+        self._watched: _WatchedTimers | None = None
 
     @property
     def log_level(self) -> int:
         """Of Megatron's timers: at 2, those of passes and messages synchronize the device."""
-        timers = self._config.timers
-        timers = timers.timers if isinstance(timers, _WatchedTimers) else timers
-        return getattr(timers, "_log_level", 0)
+        return getattr(self._config.timers, "_log_level", 0)
 
     def watch(self) -> None:
         """See Megatron's next send, whatever timers it has set since the last call; None is as good."""
-        if not isinstance(self._config.timers, _WatchedTimers):
-            self._config.timers = _WatchedTimers(self._config.timers, self._started)
+        if self._watched is None or self._config.timers is not self._watched:
+            self._config.timers = self._watched = _WatchedTimers(self._config.timers, self._started)
 
     def unwatch(self) -> None:
         """Give Megatron its timers back."""
-        if isinstance(self._config.timers, _WatchedTimers):
-            self._config.timers = self._config.timers.timers
+        if self._watched is not None and self._config.timers is self._watched:
+            self._config.timers = self._watched.timers
 
     def _started(self, name: str) -> None:
         if name in self._RECEIVES:
@@ -214,7 +213,8 @@ class Outbox:
 class _WatchedTimers:
     """Megatron's timers, or none, with a call whenever one of them has started."""
 
-    def __init__(self, timers: Any, started: Callable[[str], None]) -> None:
+    # Without arguments it does nothing: Megatron Bridge writes a config's objects as YAML by their class.
+    def __init__(self, timers: Any = None, started: Callable[[str], None] = lambda name: None) -> None:
         self.timers, self._started = timers, started
 
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -75,11 +75,11 @@ def test_timers_that_megatron_sets_anew_are_watched_again() -> None:
     received: list[str] = []
     config, outbox = watched(Timers(0, "minmax"), received)
     assert copy.deepcopy(config.timers) is config.timers
-    for timers in (None, Timers(0, "max")):  # as evaluate() does
+    for timers in (None, Timers(0, "max"), type(config.timers)()):  # as evaluate() does, and a config read from YAML
         config.timers = timers
         outbox.watch()
         outbox.watch()
         config.timers("forward-recv", log_level=2).start()
         outbox.unwatch()
         assert config.timers is timers
-    assert received == ["forward-recv"] * 2
+    assert received == ["forward-recv"] * 3
