@@ -77,7 +77,7 @@ def last_saved(save: Path) -> int | None:
     assert len(tensors) >= 10
     dcp.load(tensors, storage_reader=reader)
     # Of the optimizer's flat buffers Megatron saves the padding between parameters, too, as it finds it.
-    read = {key: tensor for key, tensor in tensors.items() if not key.endswith(".param")}
+    read = {key: tensor for key, tensor in tensors.items() if ".bucket_idx_" not in key}
     assert not [key for key, tensor in read.items() if not torch.isfinite(tensor).all()]
     return int(tracker.read_text())
 
