@@ -22,7 +22,7 @@ import os
 import sys
 import threading
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -133,7 +133,7 @@ class _Message(dist.Work):
     def __init__(self, group: "StrictGroup", kind: str, peer: int, tensor: torch.Tensor, batched: bool) -> None:
         super().__init__()
         self.kind, self.tensor, self.meta, self.eager = kind, tensor, _meta(tensor), False
-        self.wire, self.peer, self.shift = group.wire, peer, _BATCHED * batched
+        self.group, self.wire, self.peer, self.shift = group, group.wire, peer, _BATCHED * batched
         self.what = f"rank {group.rank()} {kind} {peer} of the group {group.ranks}, {_named(self.meta)}"
         self.stack = _stack()
         self.done = False
@@ -146,6 +146,7 @@ class _Message(dist.Work):
             group.keep(peer, self.wire.send([sent], peer, _DATA + self.shift), sent)
             self.answer = self.wire.recv([self.their_meta], peer, _POSTED + self.shift)
         else:
+            group.receives[peer, self.shift].append(self)
             group.keep(peer, self.wire.send([self.meta], peer, _POSTED + self.shift), self.meta)
             self.answer = self.wire.recv([self.their_meta], peer, _HEADER + self.shift)
         if not self.eager:
@@ -155,18 +156,22 @@ class _Message(dist.Work):
         """Block until it is over."""
         if self.done:
             return
+        self.done = True
+        if self.kind != "sends to":  # on NCCL the messages of a pair are over in their order, whichever is waited for
+            before = self.group.receives[self.peer, self.shift]
+            while before[0] is not self:
+                before[0].finish(why)
+            before.popleft()
+        _open.pop(id(self), None)
         with _explained(f"{self.what}: not over in {why}", self.stack):
             self.answer.wait()
             if not torch.equal(self.meta, self.their_meta):
-                _open.pop(id(self), None)
                 raise StrictError(
                     f"{self.what}: the other end has {_named(self.their_meta)}; on NCCL this hangs, or leaves a tensor "
                     f"read as what it is not\n{self.stack}"
                 )
             if self.kind != "sends to":
                 self.wire.recv([self.tensor], self.peer, _DATA + self.shift).wait()
-        self.done = True
-        _open.pop(id(self), None)
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Return once it is over; of an eager send at once."""
@@ -195,6 +200,7 @@ class StrictGroup(dist.ProcessGroup):
         self.number = 0
         self.eager_sends: dict[int, deque[_Message]] = {}
         self.kept: dict[int, deque[tuple[dist.Work, torch.Tensor]]] = {}
+        self.receives: dict[tuple[int, int], deque[_Message]] = defaultdict(deque)
         self._thread: ThreadPoolExecutor | None = None
         self._pending: deque[Future] = deque()
 

@@ -91,6 +91,21 @@ def synchronized_with_a_send_that_is_posted(group: Any, rank: int) -> None:
         dist.barrier()
 
 
+def waited_for_in_another_order(group: Any, rank: int) -> None:
+    channel = connected(group)
+    for size in (BIG, 2 * BIG):  # the second time they differ in size
+        if rank == 0:
+            channel.send(torch.zeros(BIG), 1)
+            channel.send(torch.ones(size), 1)
+            channel.drain()
+        if rank == 1:
+            first, zeros = channel.post((BIG,), torch.float32, 0)
+            second, ones = channel.post((size,), torch.float32, 0)
+            second.wait()
+            assert torch.equal(zeros, torch.zeros(BIG)) and torch.equal(ones, torch.ones(size))
+            first.wait()
+
+
 def another_dtype(group: Any, rank: int) -> None:
     channel = connected(group)
     if rank == 0:
@@ -172,6 +187,7 @@ CASES: dict[Callable, tuple[str | None, tuple[int, ...]]] = {
     small_sends_nobody_has_received_yet: (None, ()),
     synchronized_with_an_open_send: ("not over in torch.cuda.synchronize", (0,)),
     synchronized_with_a_send_that_is_posted: (None, ()),
+    waited_for_in_another_order: (None, ()),
     another_dtype: (f"the other end has {BIG} x torch", (0, 1)),
     another_size: ("the other end has", (0, 1)),
     sent_as_nobody_expects_it: ("expected .* torch.bfloat16, got .* torch.float32", (0,)),
