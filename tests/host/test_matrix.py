@@ -189,7 +189,8 @@ def test_waiting_hidden_states_are_bounded(train, on_one_rank) -> None:
         (found,) = re.findall(r"at most (\d+) micro-batches at a time waited here, (\d+) bytes", log)
         in_a_row = 1
         if "VPP" in row.where or "layout" in "".join(row.settings):
-            in_a_row = int(str(row.settings.get("microbatch-group-size-per-virtual-pipeline-stage", 2)))
+            stages = row.settings["pipeline-model-parallel-size"]
+            in_a_row = int(str(row.settings.get("microbatch-group-size-per-virtual-pipeline-stage", stages)))
         # [s, b, H] in the teacher's precision, of which sequence parallelism leaves a rank its part.
         each = 32 * 2 * 48 * (2 if row.reference == "bf16 teacher" else 4) // (2 if " SP" in row.where else 1)
         assert tuple(map(int, found)) == (in_a_row, in_a_row * each), str(row)
