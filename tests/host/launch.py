@@ -43,7 +43,7 @@ def launch(
 ) -> list[Rank]:
     """Run `python ARGUMENTS` as one job of `num_ranks` processes, under the rules of `strict`.
 
-    `plain` leaves gloo as it is, for jobs whose memory is measured: `strict` keeps copies of messages.
+    `plain` leaves gloo as it is, for jobs whose memory or operators of c10d are counted.
 
     A rank that fails leaves the others `seconds_after_failure` to end by themselves, before they are killed.
     """

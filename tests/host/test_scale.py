@@ -23,7 +23,7 @@ def run(name: str, folder: Path) -> list[dict]:
         (["-m", "abkd_megatron", "pretrain", *benchmark.teacher_settings_of(name, teacher)], 1),
         ([benchmark.__file__, "--rank", folder, "distill", *benchmark.settings_of(name, teacher)], ranks),
     ):
-        ended = launch(words, number)
+        ended = launch(words, number, plain=True)
         assert all(rank.code == 0 for rank in ended), ended[-1].output[-6000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
