@@ -1,7 +1,11 @@
 """A few of Megatron's options through the fuzz that a person runs over all of them: python option_fuzz.py."""
 
 import argparse
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import option_fuzz
 import pytest
@@ -11,9 +15,15 @@ from abkd_megatron.cpu import MEGATRON_DEFAULTS
 from abkd_megatron.integrations.add_teacher import megatron_options
 
 
+def try_in(workspace: Path, case: Case) -> dict[str, Any]:
+    return try_case(Fuzz(workspace), case)
+
+
 @pytest.fixture(scope="module")
-def fuzz(workspace: Path, config: Path, teacher: Path, student: Path) -> Fuzz:
-    return Fuzz(workspace)
+def tried(workspace: Path, config: Path, teacher: Path, student: Path) -> Iterator[Callable[[Case], dict[str, Any]]]:
+    # In a process of its own, which gets the stand-in for a GPU for good.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield lambda case: pool.submit(try_in, workspace, case).result()
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +45,15 @@ def test_every_boolean_and_choice_has_its_values(every: dict[str, Case]) -> None
     assert every["moe-router-load-balancing-type=[none]"].base == "[aux_loss]"
 
 
-def test_an_option_is_rejected(fuzz: Fuzz, every: dict[str, Case]) -> None:
-    found = try_case(fuzz, every["use-torch-fsdp2=true"])
+def test_an_option_is_rejected(tried: Callable, every: dict[str, Case]) -> None:
+    found = tried(every["use-torch-fsdp2=true"])
     assert found["class"] == REFUSED
     assert "torch FSDP2 is not supported" in found["said"]
 
 
-def test_an_option_trains_to_the_same_losses(fuzz: Fuzz, every: dict[str, Case]) -> None:
+def test_an_option_trains_to_the_same_losses(tried: Callable, every: dict[str, Case]) -> None:
     case = every["sequence-parallel=true"]
-    found = try_case(fuzz, case)
+    found = tried(case)
     assert (found["class"], found["layout"]) == (SAME, "TP 2"), found
     assert f"| {SAME} | 1 |" in summary({str(case): found})
 
