@@ -17,7 +17,7 @@ from abkd_megatron.distillation.channel import Channel, new_group
 
 RANKS = 3
 BIG = strict.EAGER_BYTES  # numbers of four bytes
-PATIENCE = timedelta(seconds=4)
+PATIENCE = timedelta(seconds=3)
 
 
 def other(rank: int) -> int:
@@ -218,7 +218,7 @@ def run_cases(rank: int, world_size: int) -> dict[str, str]:
 
 @cache
 def found() -> list[dict[str, str]]:
-    return run_distributed(run_cases, RANKS)
+    return run_distributed(run_cases, RANKS, timeout_seconds=400)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
