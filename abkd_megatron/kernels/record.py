@@ -97,13 +97,19 @@ class Layout:
         self.metrics = slice(self.sums.stop, self.sums.stop + 3 * has_labels)
         self.size = self.metrics.stop
         # Slices throughout: to index by a list copies it to the GPU, which the host waits for.
-        self.maxima, sum_exp, self.targets, self.tops, sum_exp_at_1 = (
-            slice(first, self.of_model + first + 1, self.of_model) for first in range(5)
+        self.maxima, _, self.targets, self.tops = (
+            slice(first, self.of_model + first + 1, self.of_model) for first in range(4)
         )
-        self._additive = [sum_exp, *[sum_exp_at_1] * (self.of_model == 5), slice(self.sums.start, self.size)]
+        # In the order of the record, so that both models' sums are reduced alike.
+        self._additive = [
+            slice(first + at, first + at + 1)
+            for first in (0, self.of_model)
+            for at in ((1, 4) if self.of_model == 5 else (1,))
+        ]
+        self._additive.append(slice(self.sums.start, self.size))
 
     def additive(self, record: Tensor) -> Tensor:
-        """The fields of a record that add up over shards; not in their order in it."""
+        """The fields of a record that add up over shards, in their order."""
         return torch.cat([record[fields] for fields in self._additive])
 
     def set_additive(self, record: Tensor, sums: Tensor) -> None:
