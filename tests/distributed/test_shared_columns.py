@@ -242,7 +242,6 @@ def test_two_logit_losses_of_one_name_are_told_apart():
     ("changes", "message"),
     [
         ({"input_ids": None}, "shared_vocab 100 of the student's 123 tokens needs the input ids"),
-        ({"objective": {"head": "fused"}}, "head: fused is not possible"),
         ({"objective": {"shared_vocab": 0}}, "shared_vocab to be at least 1, got 0"),
     ],
 )

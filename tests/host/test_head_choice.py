@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from abkd_megatron import config
+from abkd_megatron import AlphaBeta, config
 from abkd_megatron.distillation import objective
-from abkd_megatron.distillation.plan import nothing_to_gain
+from abkd_megatron.distillation.plan import check_fused, nothing_to_gain, obstacles_of
+from abkd_megatron.errors import ConfigError
 
 
 def test_the_configuration_knows_every_head():
@@ -41,3 +42,10 @@ def test_a_teacher_of_some_tokens_takes_less_with_logits():
         found = nothing_to_gain(weight, num_tokens, 256, 2 * 256 * 32768 * 4, False, num_tokens // 4)
         assert bool(found) is not gains
         assert not nothing_to_gain(weight, num_tokens, 256, 2 * 256 * 32768 * 4, False)
+
+
+def test_a_fused_head_that_cannot_be_is_refused():
+    fused = objective.Objective(AlphaBeta(0.2, 0.7), head="fused", shared_vocab=100)
+    with pytest.raises(ConfigError, match="head: fused is not possible"):
+        check_fused(fused, obstacles_of(fused, 123))
+    check_fused(fused, obstacles_of(fused, 100))
