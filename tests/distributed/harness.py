@@ -18,10 +18,32 @@ import strict
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class RankFailed(AssertionError):
     """A rank raised, died or did not end in time; the message has the first traceback."""
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Counts operations below autograd, and lists collectives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+        self.collectives: list[str] = []
+
+    def __enter__(self):
+        self.before = len(strict.ISSUED)
+        return super().__enter__()
+
+    def __exit__(self, *exc):
+        super().__exit__(*exc)
+        self.collectives = strict.ISSUED[self.before :]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120) -> list[Any]:

@@ -10,12 +10,10 @@ none on one rank. One launch a world size runs all cases; the tests then read it
 from dataclasses import dataclass
 
 import pytest
-import strict
 import torch
 import torch.distributed as dist
-from harness import run_distributed
+from harness import CollectiveCounter, run_distributed
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from abkd_megatron.logit_losses import (
     AdaptiveKL,
@@ -104,27 +102,6 @@ def dense_inputs(case: Case, world_size: int) -> tuple[Tensor, Tensor, Tensor, T
     weights = torch.rand(TOKENS, generator=generator, dtype=torch.float64)
     weights[1, 2] = 0.0
     return student, teacher, counted, weights
-
-
-class CollectiveCounter(TorchDispatchMode):
-    """Counts operations below autograd, and lists collectives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = 0
-        self.collectives: list[str] = []
-
-    def __enter__(self):
-        self.before = len(strict.ISSUED)
-        return super().__enter__()
-
-    def __exit__(self, *exc):
-        super().__exit__(*exc)
-        self.collectives = strict.ISSUED[self.before :]
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.operations += 1
-        return func(*args, **(kwargs or {}))
 
 
 def run_case(case: Case, rank: int, world_size: int, group: dist.ProcessGroup | None) -> dict:

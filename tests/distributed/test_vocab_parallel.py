@@ -11,12 +11,10 @@ import time
 from dataclasses import dataclass
 
 import pytest
-import strict
 import torch
 import torch.distributed as dist
-from harness import RankFailed, run_distributed
+from harness import CollectiveCounter, RankFailed, run_distributed
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from abkd_megatron import AlphaBeta, ToDi, kernels, vocab_parallel_divergence
 from abkd_megatron.divergences import (
@@ -133,27 +131,6 @@ def dense_inputs(case: Case, world_size: int) -> tuple[Tensor, Tensor, Tensor, T
     labels = torch.tensor([[2, size - 2, 0], [size // 2, size - 1, 5]])
     weights = torch.rand(2, *TOKENS, generator=generator, dtype=torch.float64)
     return student.to(case.dtype), teacher.to(case.dtype), labels, weights
-
-
-class CollectiveCounter(TorchDispatchMode):
-    """Counts operations below autograd, and lists collectives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = 0
-        self.collectives: list[str] = []
-
-    def __enter__(self):
-        self.before = len(strict.ISSUED)
-        return super().__enter__()
-
-    def __exit__(self, *exc):
-        super().__exit__(*exc)
-        self.collectives = strict.ISSUED[self.before :]
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.operations += 1
-        return func(*args, **(kwargs or {}))
 
 
 def run_case(case: Case, rank: int, world_size: int, group: dist.ProcessGroup | None) -> dict:
