@@ -40,7 +40,7 @@ EAGER_MESSAGES = 8
 """So many of them between two ranks."""
 
 TIMEOUT = float(os.environ["STRICT_TIMEOUT"]) if "STRICT_TIMEOUT" in os.environ else None
-"""Seconds after which a wait is an error; None for the group's own timeout."""
+"""Seconds after which a wait is an error at the latest; None for the group's own timeout."""
 
 # Tags on the wire, by what they carry; batched messages have others.
 _HELLO, _HEADER, _POSTED, _DATA = 1, 2, 3, 4
@@ -189,7 +189,7 @@ class StrictGroup(dist.ProcessGroup):
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta, ranks: Sequence[int]) -> None:
         super().__init__(rank, size)
-        self.timeout = timeout if TIMEOUT is None else timedelta(seconds=TIMEOUT)
+        self.timeout = timeout if TIMEOUT is None else min(timeout, timedelta(seconds=TIMEOUT))
         self.ranks = list(ranks) or list(range(size))
         self.wire = dist.ProcessGroupGloo(store, rank, size, self.timeout)
         self.whole = dist.ProcessGroup(store, rank, size)

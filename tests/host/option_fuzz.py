@@ -35,7 +35,6 @@ from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
-os.environ.setdefault("STRICT_TIMEOUT", "40")  # read when ranks are forked: none waits longer for another
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
@@ -432,7 +431,18 @@ class Looked:
 
 
 _looking = Lock()
-"""Megatron parses this process's command line."""
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Megatron parses this process's command line, and changes its environment: one at a time, and back to what was."""
+    with _looking, contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        environment = dict(os.environ)
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(environment)
 
 
 def look(fuzz: Fuzz, settings: Mapping[str, object], num_ranks: int, *, device: str = "cpu") -> Looked:
@@ -442,9 +452,8 @@ def look(fuzz: Fuzz, settings: Mapping[str, object], num_ranks: int, *, device: 
     from abkd_megatron.errors import AbkdError
 
     words = [f"{key}={str(value).format(folder=fuzz.folder / 'none')}" for key, value in settings.items()]
-    environment = dict(os.environ)
     try:
-        with _looking, contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        with _alone():
             findings = check(_load(fuzz.config, [*words, f"device={device}"], device), num_ranks)
     except AbkdError as error:
         return Looked("rejected", _short(str(error)), "settings")
@@ -455,9 +464,6 @@ def look(fuzz: Fuzz, settings: Mapping[str, object], num_ranks: int, *, device: 
         return Looked(
             "crashed", _short(f"{type(error).__name__}: {error} @ {Path(where.filename).name}:{where.lineno}")
         )
-    finally:
-        os.environ.clear()
-        os.environ.update(environment)
     wrong = [finding for finding in findings if finding.verdict == refused]
     if wrong:
         return Looked("rejected", _short(wrong[0].found), wrong[0].what)
@@ -480,19 +486,14 @@ def built(fuzz: Fuzz, settings: Mapping[str, object]) -> str:
     from abkd_megatron.integrations.add_teacher import megatron_options
 
     words = [f"{key}={str(value).format(folder=fuzz.folder / 'none')}" for key, value in settings.items()]
-    environment = dict(os.environ)
-    try:
-        with _looking, contextlib.redirect_stderr(io.StringIO()):
-            config = _load(fuzz.config, words, "cpu")
-            with dry_run.as_in_a_job(config, 2):
-                args = dry_run.student_arguments(dry_run.arguments_with_data(config), megatron_options())
-                dry_run.set_vocabulary(args)
-                model = gpt_config_from_args(args)
-                made = pretrain_cfg_container_from_args(args, model)
-                return re.sub(" at 0x[0-9a-f]+", "", f"{made} {model} {model.transformer} {args.padded_vocab_size}")
-    finally:
-        os.environ.clear()
-        os.environ.update(environment)
+    with _alone():
+        config = _load(fuzz.config, words, "cpu")
+        with dry_run.as_in_a_job(config, 2):
+            args = dry_run.student_arguments(dry_run.arguments_with_data(config), megatron_options())
+            dry_run.set_vocabulary(args)
+            model = gpt_config_from_args(args)
+            made = pretrain_cfg_container_from_args(args, model)
+            return re.sub(" at 0x[0-9a-f]+", "", f"{made} {model} {model.transformer} {args.padded_vocab_size}")
 
 
 def try_case(fuzz: Fuzz, case: Case) -> dict[str, Any]:
@@ -660,6 +661,7 @@ def _arguments() -> Namespace:
 
 def main() -> None:
     """Run a shard."""
+    os.environ.setdefault("STRICT_TIMEOUT", "40")  # the ranks', which are forked later: none waits longer for another
     arguments = _arguments()
     from abkd_megatron.integrations.add_teacher import megatron_options
 
