@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.checkpointing import checkpoint_exists
 
 import abkd_megatron.kernels as kernels
@@ -29,6 +26,7 @@ from abkd_megatron.distillation.attach import check_shared_vocab, check_tokens
 from abkd_megatron.distillation.hidden import Layers, check_layers
 from abkd_megatron.distillation.layout import Place, TeacherLayout
 from abkd_megatron.distillation.plan import check_fused, obstacles_of, try_kernel
+from abkd_megatron.distillation.stages import layers_of_stages
 from abkd_megatron.errors import AbkdError, ConfigError, DataError
 from abkd_megatron.indexed import check_datasets, prefixes_of
 from abkd_megatron.integrations.add_teacher import (
@@ -41,6 +39,7 @@ from abkd_megatron.integrations.add_teacher import (
 )
 from abkd_megatron.integrations.inherited import teacher_settings
 from abkd_megatron.integrations.megatron_lm import UNSUPPORTED_IN_JOBS
+from abkd_megatron.integrations.model_config import model_config
 from abkd_megatron.integrations.provenance import check_resumed, record
 from abkd_megatron.integrations.student_checkpoint import check_student
 from abkd_megatron.tables import show
@@ -314,7 +313,7 @@ class _Look:
         beside = layout[0] == layout[1] and student.sequence_parallel == teacher.sequence_parallel
         stages = {}
         if beside:
-            ours, theirs = _layers(student), _layers(teacher)
+            ours, theirs = (layers_of_stages(model_config(args).transformer) for args in (student, teacher))
             stages = {stage: Layers(stage, ours[stage], theirs[stage]) for stage in range(layout[0][1])}
         sizes = (student.hidden_size, teacher.hidden_size)
         check_layers(objective.hidden_losses, stages, beside=beside, sizes=sizes)
@@ -415,17 +414,3 @@ def _teachers_layout(student: Namespace, teacher: Namespace) -> str:
     if not layout.is_students:
         shown = f"TP {tensor} x PP {pipeline}: {layout.replicas} of it over each {layout.neighbours} of DP"
     return f"{shown}, EP {teacher.expert_model_parallel_size}" if teacher.num_experts else shown
-
-
-def _layers(args: Namespace) -> list[tuple[int, ...]]:
-    """The numbers of the layers of each pipeline stage, counted from 1."""
-    config = gpt_config_from_args(args).transformer
-    virtual = args.virtual_pipeline_model_parallel_size
-    stages = []
-    for stage in range(args.pipeline_model_parallel_size):
-        numbers: list[int] = []
-        for chunk in range(virtual) if virtual else [None]:
-            first = get_transformer_layer_offset(config, chunk, stage) + 1
-            numbers += range(first, first + get_num_layers_to_build(config, chunk, stage))
-        stages.append(tuple(numbers))
-    return stages

@@ -9,6 +9,7 @@ A script of one's own runs on it as it stands: `python -m abkd_megatron.cpu SCRI
 """
 
 import copy
+import importlib.util
 import os
 import runpy
 import socket
@@ -85,6 +86,10 @@ class _Idle:
     """A stream or an event of a device that has no queue: everything it is asked for has already happened."""
 
     cuda_stream = 0
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return 0, 0
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -182,9 +187,12 @@ def install() -> None:
         "memory_reserved": zero,
         "max_memory_reserved": zero,
         "reset_peak_memory_stats": nothing,
-        "memory_stats": lambda *_: {"num_alloc_retries": 0, "allocation.all.current": 0},
+        "memory_stats": lambda *_: defaultdict(int),  # whichever number is asked for
         "mem_get_info": lambda *_: (0, 0),
         "device_memory_used": zero,
+        **dict.fromkeys(("utilization", "temperature", "power_draw", "clock_rate"), zero),
+        "check_error": nothing,
+        "cudart": lambda: SimpleNamespace(cudaProfilerStart=lambda: 0, cudaProfilerStop=lambda: 0),
     }.items():
         setattr(torch.cuda, name, _of_its_own(answer))
     # torch's newer optimizers ask here whether a graph is being captured, once they believe in a GPU.
@@ -207,8 +215,9 @@ def install() -> None:
     # Megatron compiled its small fusions when it was imported; the compiler cannot look through this stand-in.
     torch.compiler.set_stance("force_eager")
 
-    # Runs `make` in a folder without a Makefile; the wheel ships the compiled helper.
-    megatron.core.datasets.utils.compile_helpers = nothing
+    # Runs `make` where the wheel, which ships the compiled helper, has no Makefile; a checkout has one to run.
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
+        megatron.core.datasets.utils.compile_helpers = nothing
     # This module copied the names out of torch.cuda when it was imported.
     megatron_random._lazy_call = torch.cuda._lazy_call
     megatron_random._lazy_init = torch.cuda._lazy_init
@@ -287,14 +296,16 @@ def _keep_data_loaders_from_the_generator() -> None:
 def _fix_resumed_adam() -> None:
     """Let torch's Adam, which steps in here for TransformerEngine's and apex's, be resumed exactly.
 
-    Three faults of megatron-core 0.19's DistributedOptimizer without either of the two: it asserts that there is a step
+    Four faults of megatron-core 0.19's DistributedOptimizer without either of the two: it asserts that there is a step
     counter when it describes what it wants to load, and before the first step there is none; in fp32 it copies into
-    parameters while autograd watches; and it leaves the parameters one `step` tensor between them, which torch's Adam
-    advances in place, once a parameter, so that from the second step on the bias correction is silently wrong.
+    parameters while autograd watches; it leaves the parameters one `step` tensor between them, which torch's Adam
+    advances in place, once a parameter, so that from the second step on the bias correction is silently wrong; and the
+    fully reshardable format holds no `step` to copy, though one is looked for.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     sharded_state_dict, load_state_dict = DistributedOptimizer.sharded_state_dict, DistributedOptimizer.load_state_dict
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def sharded_with_state(self: Any, model: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
         if is_loading and not self.optimizer.state:
@@ -310,6 +321,10 @@ def _fix_resumed_adam() -> None:
             for parameter in group["params"]:
                 self.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
 
+    def set_without_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        set_states(self, model_param, {"step": None, **tensors})  # what is no tensor is not copied
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_without_step
     DistributedOptimizer.sharded_state_dict = sharded_with_state
     DistributedOptimizer.load_state_dict = load_with_own_steps
 

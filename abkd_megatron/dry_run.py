@@ -30,7 +30,6 @@ from megatron.core.tokenizers.text.libraries.megatron_hf_tokenizer import Megatr
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.utils import get_te_version
-from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.vocab_utils import calculate_padded_vocab_size
@@ -45,6 +44,7 @@ from abkd_megatron.distillation.teacher import check_experts
 from abkd_megatron.errors import ConfigError, DataError
 from abkd_megatron.integrations.add_teacher import (
     check_layout,
+    checked_model_config,
     command_line,
     megatron_options,
     megatron_refusals_named,
@@ -305,8 +305,7 @@ def check_models(student: Namespace, teacher: Namespace | None) -> None:
             f"Megatron refuses these arguments: world_size ({student.world_size}) is not divisible by "
             f"expert_tensor_model_pipeline_parallel size ({experts})"
         )
-    with megatron_refusals_named():
-        gpt_config_from_args(student)
+    checked_model_config(student, "student", UNSUPPORTED_IN_JOBS)
     if teacher is not None:
         if teacher.num_experts:
             check_experts(
@@ -314,5 +313,4 @@ def check_models(student: Namespace, teacher: Namespace | None) -> None:
                 teacher.expert_model_parallel_size,
                 teacher.expert_tensor_parallel_size,
             )
-        with megatron_refusals_named():
-            gpt_config_from_args(teacher)
+        checked_model_config(teacher, "teacher", UNSUPPORTED_IN_JOBS)

@@ -26,6 +26,7 @@ from abkd_megatron.distillation.hidden import HiddenLosses, Layers, check_pairs,
 from abkd_megatron.distillation.objective import Objective, ScheduledObjective
 from abkd_megatron.distillation.plan import Plan, agree, propose_plan
 from abkd_megatron.distillation.runner import TeacherRunner
+from abkd_megatron.distillation.stages import check_stages
 from abkd_megatron.distillation.step import SELECTED
 from abkd_megatron.distillation.stopwatch import Stopwatch
 from abkd_megatron.distillation.teacher import Teacher
@@ -163,6 +164,7 @@ def _checked_student(
             raise ConfigError("this student has a teacher attached already; call `detach()` on that attachment first")
     for who, config in (("student", chunks[0].config), ("teacher", teacher.model.config)):
         check_config(config, who)
+        check_stages(config, who)
     if teacher.layout.neighbours > 1 and chunks[0].config.variable_seq_lengths:
         raise ConfigError(
             "a teacher that spans data-parallel neighbours runs all their micro-batches, which must have one length: "
@@ -194,6 +196,7 @@ def _checked_student(
 
 
 _SHARDED = "it shards the student's weights over data-parallel ranks; the loss reads the output layer's as one"
+_HYBRID = "HybridModel", "its forward takes no output_processor"
 _KEEPS_NONE = "a teacher keeps no activations for a backward pass"
 # What goes around the hooks, whoever builds the models: (feature, reason), by the name of Megatron's setting.
 UNSUPPORTED = {
@@ -213,7 +216,8 @@ UNSUPPORTED = {
         "a pipeline stage of its own for multi-token prediction",
         "stages then exchange shapes first, and synchronize the device while the teacher's messages are open",
     ),
-    "hybrid_layer_pattern": ("HybridModel", "its forward takes no output_processor"),
+    "hybrid_override_pattern": _HYBRID,
+    "hybrid_layer_pattern": _HYBRID,
     "use_megatron_fsdp": ("Megatron FSDP", _SHARDED),
     "use_torch_fsdp2": ("torch FSDP2", _SHARDED),
 }
@@ -255,16 +259,18 @@ def check_config(config: Any, who: str, unsupported: Mapping[str, tuple[str, str
     Args:
         config: Megatron's arguments or its TransformerConfig.
         who: "student" or "teacher".
-        unsupported: {setting: (feature, reason)}; by default what goes around the teacher.
+        unsupported: {setting: (feature, reason)}, or setting=value for one value of it; by default what goes around
+            the teacher.
 
     Raises:
         ConfigError: naming the feature, the reason and what to change.
     """
     if who == "teacher":
         unsupported = {**unsupported, **_UNSUPPORTED_OF_TEACHER}
-    for name, (feature, reason) in unsupported.items():
+    for setting, (feature, reason) in unsupported.items():
+        name, _, rejected = setting.partition("=")
         value = getattr(config, name, None)
-        if value and value != "none":
+        if str(value) == rejected or (value and value != "none" and not rejected):
             raise ConfigError(f"{who}: {feature} is not supported: {reason}; remove {name.replace('_', '-')}")
     if who == "teacher" and config.mtp_num_layers:
         raise ConfigError(

@@ -19,8 +19,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, print_rank_0
-from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
+from megatron.training.models.gpt import GPTModelConfig
 
 from abkd_megatron.config import SCHEDULED, Config, DistillationConfig
 from abkd_megatron.config_file import to_argv
@@ -41,21 +41,39 @@ from abkd_megatron.distillation.checkpoint import tensor_shapes
 from abkd_megatron.distillation.hidden import PROJECTORS
 from abkd_megatron.distillation.layout import neighbours_of
 from abkd_megatron.distillation.preflight import FirstStep, check_files, check_models
+from abkd_megatron.distillation.stages import check_stages
 from abkd_megatron.distillation.step import masked_loss
 from abkd_megatron.errors import AbkdError, ConfigError, HostError, from_rank_0, on_every_rank
 from abkd_megatron.integrations import provenance
 from abkd_megatron.integrations.inherited import teacher_settings
+from abkd_megatron.integrations.model_config import model_config
 
 logger = logging.getLogger(__name__)
 
 # What teacher and student share: they see the same tokens, each on the rank that holds them.
 _SHARED = ("context_parallel_size", "seq_length", "micro_batch_size", "tokenizer_type", "tokenizer_model")
 
-# What no forward step here does: (feature, reason); each is off by default.
+_GET_MODEL = "Megatron reads it in get_model() alone, which builds no model from a model config: it would be ignored"
+# What no forward step here does, or Megatron does not do with a model config: (feature, reason), by the argument, or by
+# ARGUMENT=VALUE where one of its values is meant. Each is off by default.
 UNSUPPORTED = {
+    "freeze_all_layers": ("freezing all layers", _GET_MODEL),
+    "create_all_gather_group": ("a group of its own for all-gathers", _GET_MODEL),
+    "logits_save_dir": (
+        "saving logits to disk",
+        "Megatron then trains on no loss and only writes logits, and the loss beside a teacher would go on training",
+    ),
+    "full_validation": ("validation on whole datasets", "megatron-core 0.19 fails in it, or in the test after it"),
+    "multiple_validation_sets": ("several validation sets", "Megatron takes them with full-validation alone"),
+    "perform_rl_step": ("reinforcement learning", "it is another loss, on data of its own"),
     "hybrid_context_parallel": ("hybrid context parallelism", "a teacher was never run on batches that are split so"),
     "yaml_cfg": ("Megatron's own --yaml-cfg", "the teacher's arguments are derived from those of the command line"),
     "logits_load_dir": ("Megatron's distillation from logits on disk", "it is another loss beside this one"),
+}
+# Beside these on a CPU.
+_UNSUPPORTED_ON_CPU = {
+    "async_save": ("saving in the background on a CPU", "the process that writes lacks the stand-in for a GPU"),
+    "record_memory_history": ("a trace of GPU memory", "there is no GPU"),
 }
 
 
@@ -104,6 +122,7 @@ def add_teacher(
     with on_every_rank():
         check_tokens(objective, vocab_size)
         teacher_args = teacher_arguments(megatron, config.teacher.megatron, options, args, unsupported)
+        teacher_config = checked_model_config(teacher_args, "teacher", unsupported)
         checkpoint = TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step)
         checkpoint.check_arguments(teacher_args, vocab_size, objective.shared_vocab)
         if objective.shared_vocab is None:
@@ -136,6 +155,8 @@ def add_teacher(
         if changed is not None:
             print_rank_0(f"WARNING: {changed}")
         pg_collection = get_attr_wrapped_model(student[0], "pg_collection")
+        # Megatron leaves a model there that it was to initialize there.
+        teacher_config.transformer.use_cpu_initialization = next(student[0].parameters()).device.type == "cpu"
         if teacher_args.verify_integrity:
             checkpoint.verify()
         check_files(checkpoint, config.distillation.skip_preflight)
@@ -143,7 +164,7 @@ def add_teacher(
         step.attachment = attach(
             student,
             build_teacher(
-                gpt_config_from_args(teacher_args),
+                teacher_config,
                 checkpoint,
                 pg_collection,
                 sequence_parallel=args.sequence_parallel,
@@ -430,10 +451,19 @@ def check_layout(args: Namespace, who: str, unsupported: Mapping[str, tuple[str,
             "teacher: virtual pipeline stages shorten the wait for a backward pass, and a teacher has none; remove "
             "num-layers-per-virtual-pipeline-stage and num-virtual-stages-per-pipeline-rank from `teacher:`"
         )
-    if who == "student" and args.eval_interval is None and not (args.full_validation or args.skip_train):
+    if who == "student" and args.eval_interval is None and not args.skip_train:
         raise ConfigError(
             "student: expected eval-interval, by which Megatron sizes the validation data, got nothing; set "
             "megatron.eval-interval, beyond train-iters to validate at the end alone"
+        )
+    on_gpus = args.distributed_backend != "gloo"
+    if not on_gpus:
+        check_config(args, who, _UNSUPPORTED_ON_CPU)
+    if who == "student" and on_gpus and args.use_cpu_initialization and not args.use_distributed_optimizer:
+        raise ConfigError(
+            "student: use-cpu-initialization is not supported on a GPU: Megatron leaves a model on the CPU that it "
+            "builds from a model config, unless its distributed optimizer moves it; remove use-cpu-initialization, or "
+            "add use-distributed-optimizer"
         )
     _check_sizes(args, who)
     stages = args.pipeline_model_parallel_size
@@ -449,6 +479,21 @@ def check_layout(args: Namespace, who: str, unsupported: Mapping[str, tuple[str,
             f"{who}: {args.num_layers} layers do not divide over {stages} pipeline stages; change num-layers or "
             "pipeline-model-parallel-size, or say decoder-first-pipeline-num-layers"
         )
+
+
+def checked_model_config(args: Namespace, who: str, unsupported: Mapping[str, tuple[str, str]]) -> GPTModelConfig:
+    """The model configuration of validated arguments.
+
+    They are looked at once more: Megatron's validation, and `use-checkpoint-args`, rewrite some of them.
+
+    Raises:
+        ConfigError: as `check_layout` and `check_stages`, and what Megatron rejects of them.
+    """
+    check_layout(args, who, unsupported)
+    with megatron_refusals_named():
+        config = model_config(args)
+        check_stages(config.transformer, who)
+    return config
 
 
 def _check_sizes(args: Namespace, who: str) -> None:

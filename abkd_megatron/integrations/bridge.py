@@ -17,7 +17,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_model_config, unwrap_model
 from megatron.training import print_rank_0
-from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.base import ModelConfig
 
 from abkd_megatron import cpu
@@ -31,6 +30,7 @@ from abkd_megatron.distillation.teacher import build_teacher, random_states_kept
 from abkd_megatron.errors import CheckpointError, ConfigError, HostError, on_every_rank
 from abkd_megatron.integrations.add_teacher import kernel_of, loss_with_report, make_objective
 from abkd_megatron.integrations.inherited import forget_run_of
+from abkd_megatron.integrations.model_config import model_config
 
 try:
     from megatron.bridge import AutoBridge
@@ -403,7 +403,7 @@ def _build_teacher(
             checkpoint = TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step)
             model, args = load_model_config(str(checkpoint.directory))
             if args is not None:  # of Megatron-LM's loop, which saves its arguments
-                model = gpt_config_from_args(args)
+                model = model_config(args)
                 checkpoint.check_arguments(args, config.model.vocab_size, objective.shared_vocab)
             else:
                 _check_vocabulary(model.vocab_size, config.model.vocab_size, objective.shared_vocab)

@@ -1,9 +1,12 @@
 """Megatron-LM's own training loop (`megatron.training.pretrain`), fed with our config, our data and our head."""
 
+import json
 import logging
 import signal
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from textwrap import indent
 from typing import Any
 
@@ -21,7 +24,7 @@ from megatron.core.utils import (
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, get_tensorboard_writer, get_timers, get_tokenizer, pretrain, print_rank_0
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
@@ -36,6 +39,7 @@ from abkd_megatron.integrations.add_teacher import (
     DistilledStep,
     add_teacher,
     check_layout,
+    checked_model_config,
     command_line,
     megatron_options,
     megatron_refusals_named,
@@ -52,6 +56,7 @@ UNSUPPORTED_IN_JOBS = UNSUPPORTED | {
     "sft": ("packed fine-tuning data", _OWN_STEP),
     "dataloader_inter_document_masking": ("packed pretraining data", _OWN_STEP),
     "fim_data": ("fill-in-the-middle data", "this job builds Megatron's plain GPT datasets"),
+    "dataloader_type=external": ("an external data loader", "this job builds Megatron's own"),
 }
 
 
@@ -81,8 +86,8 @@ def run(config: Config, job: str) -> None:
         args = parse_and_validate_args()
         # Megatron saves its arguments with the checkpoint; this one lets a later student see whose vocabulary it was.
         args.vocab_size = get_tokenizer().vocab_size
-        model_config = gpt_config_from_args(args)
     with on_every_rank():
+        config_of_model = checked_model_config(args, "student", UNSUPPORTED_IN_JOBS)
         if args.rank == 0:  # the others hear of it, and thousands of them do not read the same files
             check_student(args)
             check_datasets(prefixes_of(args), args.vocab_size)
@@ -97,13 +102,13 @@ def run(config: Config, job: str) -> None:
     plain = _ForwardStep()
     distilled = None
     if job == "distill":
-        distilled = add_teacher(config, megatron, options, args, model_config, plain, UNSUPPORTED_IN_JOBS)
+        distilled = add_teacher(config, megatron, options, args, config_of_model, plain, UNSUPPORTED_IN_JOBS)
         plain.distilled = distilled
 
     try:
         with other_schedule_named():
             pretrain(
-                pretrain_cfg_container_from_args(args, model_config),
+                pretrain_cfg_container_from_args(args, config_of_model),
                 _DatasetsProvider(plain),
                 ModelType.encoder_or_decoder,
                 distilled or plain,
@@ -157,7 +162,9 @@ class _ForwardStep:
         tokens_on_last = self.distilled is not None and self.distilled.needs_input_ids
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         with _stimer(bdata=True):
-            batch = get_batch(data_iterator, vp_stage, tokens_on_last, self.needs_loss_mask(vp_stage))
+            batch = get_batch(
+                data_iterator, vp_stage, tokens_on_last, self.needs_loss_mask(vp_stage), training=model.training
+            )
         timers("batch-generator").stop()
         with _stimer:
             output = model(
@@ -190,12 +197,17 @@ class _ForwardStep:
 
 
 def get_batch(
-    data_iterator: Iterator | None, vp_stage: int | None, tokens_on_last: bool = False, mask_here: bool = False
+    data_iterator: Iterator | None,
+    vp_stage: int | None,
+    tokens_on_last: bool = False,
+    mask_here: bool = False,
+    *,
+    training: bool = True,
 ) -> dict[str, torch.Tensor | None]:
     """This rank's share of the next micro-batch; nothing on the pipeline stages that need none.
 
     With `tokens_on_last` the last stage gets the input tokens too, as it does with multi-token prediction. With
-    `mask_here` this stage gets all of it, whichever it is.
+    `mask_here` this stage gets all of it, whichever it is. Validation may have micro-batches of another size.
     """
     args = get_args()
     keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens")
@@ -216,7 +228,7 @@ def get_batch(
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=args.micro_batch_size if training else args.eval_micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=predicts_ahead or tokens_on_last or mask_here,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -231,8 +243,20 @@ def train_valid_test_datasets_provider(
 ) -> tuple:
     """Megatron's GPT datasets for training, validation and test, on the ranks that read data, see `get_batch`."""
     args = get_args()
+
+    def is_built_here() -> bool:
+        reads = mask_here or is_first_or_last_pipeline_stage(vp_stage)
+        return mpu.get_tensor_model_parallel_rank() == 0 and reads
+
+    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, datasets_config(args)).build()
+
+
+def datasets_config(args: Namespace) -> GPTDatasetConfig:
+    """What Megatron's arguments say of the datasets: all that its GPT datasets know, packed sequences apart."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
+    sequences = args.per_dataset_sequences_path
+    return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -251,17 +275,13 @@ def train_valid_test_datasets_provider(
         object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        sequences_per_dataset=json.loads(Path(sequences).read_text()) if sequences is not None else None,
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
     )
-
-    def is_built_here() -> bool:
-        reads = mask_here or is_first_or_last_pipeline_stage(vp_stage)
-        return mpu.get_tensor_model_parallel_rank() == 0 and reads
-
-    dataset = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, config).build()
 
 
 # Megatron then builds the datasets on every rank that needs them, not on rank 0 alone.

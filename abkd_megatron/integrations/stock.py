@@ -18,8 +18,10 @@ from megatron.training import get_tokenizer, print_rank_0
 from abkd_megatron import cpu
 from abkd_megatron.config import DistillationConfig
 from abkd_megatron.config_file import from_argv, load_config
+from abkd_megatron.distillation.stages import check_stages
 from abkd_megatron.errors import AbkdError, ConfigError, on_every_rank
 from abkd_megatron.integrations.add_teacher import UNSUPPORTED, add_teacher, check_layout, megatron_options
+from abkd_megatron.integrations.model_config import check_model_config
 from abkd_megatron.integrations.provenance import check_resumed_alone
 
 # By its name without the prefix: the section.key that an argument sets, its metavar and its help.
@@ -119,6 +121,8 @@ def distil[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_st
             config = load_config(None, [f"device={device}", *overrides], options)
             config.check("distill")
             check_layout(args, "student", UNSUPPORTED)
+            check_model_config(model_cfg, args)
+            check_stages(model_cfg.transformer, "student")
             _check_shared_vocab(config.distillation.shared_vocab, get_tokenizer().vocab_size, args)
             if config.distillation.hidden_losses and args.pipeline_model_parallel_size > 1:
                 raise ConfigError(

@@ -44,7 +44,8 @@ SAFE_READING = "distillation/safe_reading.py"
 CHECKPOINT, TEACHER, RUNNER = "distillation/checkpoint.py", "distillation/teacher.py", "distillation/runner.py"
 HIDDEN = "distillation/hidden.py"
 ADD, JOB, STOCK, BRIDGE = (f"integrations/{name}.py" for name in ("add_teacher", "megatron_lm", "stock", "bridge"))
-PROVENANCE = "integrations/provenance.py"
+PROVENANCE, MODEL_CONFIG = "integrations/provenance.py", "integrations/model_config.py"
+STAGES = "distillation/stages.py"
 STUDENT = "integrations/student_checkpoint.py"
 DRY, PHANTOM = "dry_run.py", "phantom.py"
 GPT = "megatron.core.models.gpt:GPTModel"
@@ -176,7 +177,7 @@ CALLS = [
     Call("megatron.training.arguments:parse_args", ADD),
     Call("megatron.training.arguments:parse_and_validate_args", STOCK, (), ("extra_args_provider", "args_defaults")),
     Call("megatron.training.arguments:validate_args", ADD, ("args",)),
-    Call("megatron.training.argument_utils:gpt_config_from_args", ADD, ("args",)),
+    Call("megatron.training.argument_utils:gpt_config_from_args", MODEL_CONFIG, ("args",)),
     Call("megatron.training.argument_utils:pretrain_cfg_container_from_args", JOB, ("args", "model_cfg")),
     Call(
         "megatron.training:pretrain",
@@ -189,7 +190,7 @@ CALLS = [
     Call("megatron.core.utils:get_attr_wrapped_model", ADD, ("model", "attr")),
     # A job without its ranks and its GPU.
     *(
-        Call(f"megatron.core.transformer.{name}", "check.py", ("config", "vp_stage", "pp_rank"))
+        Call(f"megatron.core.transformer.{name}", STAGES, ("config", "vp_stage", "pp_rank"))
         for name in ("transformer_block:get_num_layers_to_build", "transformer_layer:get_transformer_layer_offset")
     ),
     Call("megatron.training.checkpointing:load_args_from_checkpoint", DRY, ("args",), ("load_arg",)),
@@ -292,6 +293,17 @@ CALLS = [
 
 # What we read or write of objects: fields of dataclasses, methods, and what their classes set on self.
 ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
+    ("megatron.core.transformer.enums:LayerType", STAGES, ("decoder",)),
+    (
+        "megatron.core.transformer.pipeline_parallel_layer_layout:PipelineParallelLayerLayout",
+        STAGES,
+        ("layout",),
+    ),
+    (
+        "megatron.training.models.gpt:GPTModelConfig",
+        MODEL_CONFIG,
+        ("transformer", "rope_scaling", "rope_scaling_factor"),
+    ),
     (f"{CHECKPOINTS}.core:CheckpointingException", CHECKPOINT, ()),
     ("megatron.core.distributed:TorchFullyShardedDataParallel", ATTACH, ()),
     ("megatron.core.distributed.fsdp.mcore_fsdp_adapter:FullyShardedDataParallel", ATTACH, ()),
@@ -438,7 +450,7 @@ def test_megatron_has_the_arguments_we_read() -> None:
     from megatron.training import arguments, global_vars, training
 
     from abkd_megatron.distillation.checkpoint import _ARCHITECTURE
-    from abkd_megatron.integrations import add_teacher, megatron_lm
+    from abkd_megatron.integrations import add_teacher, megatron_lm, model_config
 
     derived = {
         node.attr
@@ -453,7 +465,9 @@ def test_megatron_has_the_arguments_we_read() -> None:
         for node in ast.walk(ast.parse((PACKAGE / user).read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("args", "student")
     }
-    read |= {(ADD, name) for name in add_teacher._SHARED} | {(JOB, name) for name in megatron_lm.UNSUPPORTED_IN_JOBS}
+    read |= {(ADD, name) for name in add_teacher._SHARED}
+    read |= {(JOB, name.partition("=")[0]) for name in megatron_lm.UNSUPPORTED_IN_JOBS}
+    read |= {(MODEL_CONFIG, name) for name in model_config._LEFT_OUT}
     read |= {(CHECKPOINT, name) for name in _ARCHITECTURE}
     assert len(read) > 40
     known = options | derived | {"padded_vocab_size"}

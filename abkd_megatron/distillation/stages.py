@@ -1,0 +1,48 @@
+"""How Megatron lays the layers of a model over pipeline stages."""
+
+import itertools
+
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from abkd_megatron.errors import ConfigError
+
+
+def layers_of_stages(config: TransformerConfig) -> list[tuple[int, ...]]:
+    """The numbers of the layers that Megatron builds on each pipeline stage, counted from 1."""
+    stages: list[list[int]] = [[] for _ in range(config.pipeline_model_parallel_size)]
+    virtual = config.virtual_pipeline_model_parallel_size
+    if (layout := config.pipeline_model_parallel_layout) is not None:
+        # Megatron's functions below ask of a layout which rank they run on.
+        numbers = itertools.count(1)
+        for chunk, stage in itertools.product(range(virtual or 1), range(len(stages))):
+            stages[stage] += itertools.islice(numbers, layout.layout[stage][chunk].count(LayerType.decoder))
+    else:
+        for stage, built in enumerate(stages):
+            for vp_stage in range(virtual) if virtual else [None]:
+                first = get_transformer_layer_offset(config, vp_stage, stage) + 1
+                built += range(first, first + get_num_layers_to_build(config, vp_stage, stage))
+    return [tuple(stage) for stage in stages]
+
+
+def check_stages(config: TransformerConfig, who: str) -> None:
+    """Reject a division over pipeline stages in which not every layer is built once.
+
+    Args:
+        config: of the whole model.
+        who: "student" or "teacher".
+
+    Raises:
+        ConfigError: naming the layers of each stage.
+    """
+    stages = layers_of_stages(config)
+    wanted = list(range(1, config.num_layers + 1))
+    if sorted(number for stage in stages for number in stage) != wanted:
+        shown = ", ".join(str(len(stage)) for stage in stages)
+        raise ConfigError(
+            f"{who}: expected each of {config.num_layers} layers on one pipeline stage, got {shown} layers on the "
+            f"{len(stages)} stages; change num-layers, decoder-first-pipeline-num-layers, "
+            "decoder-last-pipeline-num-layers or pipeline-model-parallel-size"
+        )
