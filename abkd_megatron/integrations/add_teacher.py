@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -24,6 +24,7 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from abkd_megatron.config import SCHEDULED, Config, DistillationConfig
 from abkd_megatron.config_file import to_argv
+from abkd_megatron.config_values import MegatronOptions
 from abkd_megatron.distillation import (
     Attachment,
     HiddenLoss,
@@ -75,6 +76,40 @@ _UNSUPPORTED_ON_CPU = {
     "async_save": ("saving in the background on a CPU", "the process that writes lacks the stand-in for a GPU"),
     "record_memory_history": ("a trace of GPU memory", "there is no GPU"),
 }
+# Settings of a model that Megatron takes and does not build, where the one that they belong to is not set: None for
+# those that nothing in its training of GPT models reads. Beside each what it may be all the same.
+_MLA, _YARN = "multi-latent-attention", "position-embedding-type yarn"
+_BELONGS_TO: dict[str, tuple[str | None, Callable[[Namespace], bool]]] = {
+    "num_query_groups": (
+        "group-query-attention",
+        lambda args: (
+            args.group_query_attention
+            or args.multi_latent_attention
+            or args.num_query_groups == args.num_attention_heads
+        ),
+    ),
+    "rope_scaling_factor": ("use-rope-scaling", lambda args: args.use_rope_scaling),
+    **dict.fromkeys(
+        ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
+        (_MLA, lambda args: args.multi_latent_attention),
+    ),
+    **dict.fromkeys(
+        ("rotary_scaling_factor", "mscale", "mscale_all_dim"),
+        (f"{_MLA} or {_YARN}", lambda args: args.multi_latent_attention or args.position_embedding_type == "yarn"),
+    ),
+    **dict.fromkeys(
+        ("yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow"),
+        (_YARN, lambda args: args.position_embedding_type == "yarn"),
+    ),
+    **dict.fromkeys(
+        (
+            *("openai_gelu", "decoder_num_layers", "relative_attention_num_buckets", "relative_attention_max_distance"),
+            *("apply_residual_connection_post_layernorm", "rampup_batch_size", "vocab_extra_ids"),
+        ),
+        (None, lambda args: False),
+    ),
+}
+_INSTEAD = {"rampup_batch_size": "step-batch-size-schedule", "decoder_num_layers": "num-layers"}
 
 
 @functools.cache
@@ -391,6 +426,7 @@ def teacher_arguments(
     with megatron_refusals_named(), command_line(to_argv(teacher_settings(megatron, own, options), options)):
         args = parse_args()
         check_layout(args, "teacher", unsupported)
+        check_effect(args, "teacher", map(MegatronOptions(options).dest, own))
         validate_args(args)
     for name in _SHARED:
         theirs, ours = getattr(args, name), getattr(student, name)
@@ -451,6 +487,8 @@ def check_layout(args: Namespace, who: str, unsupported: Mapping[str, tuple[str,
             "teacher: virtual pipeline stages shorten the wait for a backward pass, and a teacher has none; remove "
             "num-layers-per-virtual-pipeline-stage and num-virtual-stages-per-pipeline-rank from `teacher:`"
         )
+    if who == "student":
+        check_effect(args, who)
     if who == "student" and args.eval_interval is None and not args.skip_train:
         raise ConfigError(
             "student: expected eval-interval, by which Megatron sizes the validation data, got nothing; set "
@@ -479,6 +517,30 @@ def check_layout(args: Namespace, who: str, unsupported: Mapping[str, tuple[str,
             f"{who}: {args.num_layers} layers do not divide over {stages} pipeline stages; change num-layers or "
             "pipeline-model-parallel-size, or say decoder-first-pipeline-num-layers"
         )
+
+
+def check_effect(args: Namespace, who: str, settings: Iterable[str] = _BELONGS_TO) -> None:
+    """Reject a setting that would be taken, and change nothing of what is built.
+
+    Args:
+        args: Megatron's arguments.
+        who: "student" or "teacher".
+        settings: by destination, the ones to look at.
+
+    Raises:
+        ConfigError: naming the setting, and the one that it belongs to.
+    """
+    defaults = {action.dest: action.default for action in megatron_options().values()}
+    for name in settings:
+        belongs_to, has_effect = _BELONGS_TO.get(name, ("", lambda args: True))
+        value = getattr(args, name, None)
+        if value != defaults.get(name) and not has_effect(args):
+            spelled = name.replace("_", "-")
+            remedy = f"add {belongs_to}, or remove it" if belongs_to else "remove it"
+            if name in _INSTEAD:
+                remedy = f"use {_INSTEAD[name]}"
+            where = f"without {belongs_to}" if belongs_to else "in its training of GPT models"
+            raise ConfigError(f"{who}: {spelled} {value} would be ignored: Megatron does not read it {where}; {remedy}")
 
 
 def checked_model_config(args: Namespace, who: str, unsupported: Mapping[str, tuple[str, str]]) -> GPTModelConfig:
