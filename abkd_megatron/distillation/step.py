@@ -45,7 +45,7 @@ def masked_loss(
         report: per-token numbers [b, s] to log, `Attachment.report`; None for training without a teacher.
         scheduled: numbers of the whole step to log, `Attachment.scheduled`.
         of_selected: names in `report` that are means over the selected tokens, `Attachment.of_selected`: they come
-            with the number of these. Where no rank has any they are logged as 0.
+            with the number of these.
         hidden: {name: (weight, sum over the same counted tokens)} of losses between layers, `Attachment.hidden`. Their
             gradients are on their way already; here they are only logged.
         teacher_seconds: `Attachment.take_teacher_seconds`: (seconds, passes) of the teacher to log, or None.
@@ -57,7 +57,8 @@ def masked_loss(
     Returns:
         (sum of the loss over counted tokens, their number as int, {name: [sum, number]}). Without a report the only
         name is `lm loss`. With one, `lm loss` is still the student's cross entropy, `total loss` is what is trained.
-        `teacher seconds` is [seconds, passes]. What is scheduled is [value] alone, of which Megatron takes the mean
+        A number is never 0: where no rank counts a token, a mean is logged as 0, not as NaN. `teacher seconds` is
+        [seconds, passes]. What is scheduled is [value] alone, of which Megatron takes the mean
         over micro-batches. The same names on every rank and micro-batch.
 
     Raises:
@@ -67,7 +68,8 @@ def masked_loss(
     """
     mask = loss_mask.reshape(-1).float()
     loss = _masked_sum(output_tensor, mask)
-    num_tokens = mask.sum().clone().detach().to(torch.int)
+    number = mask.sum().detach()
+    num_tokens, counted = number.to(torch.int), number.clamp_min(NOTHING)
     counts: dict[str, torch.Tensor] = {}
     if report is None:
         sums = {"lm loss": loss}
@@ -93,7 +95,7 @@ def masked_loss(
         folder = Path(save) if save is not None else None
         check_losses(losses, checked, details, folder=folder, spikes=check_for_spikes)
     logged = {
-        name: torch.cat([value.detach().clone().view(1), counts.get(name, num_tokens).view(1)])
+        name: torch.cat([value.detach().clone().view(1), counts.get(name, counted).view(1)])
         for name, value in sums.items()
     }
     # Filled on the device: a copy from the host would wait for it.

@@ -114,6 +114,7 @@ def run(config: Config, job: str) -> None:
                 distilled or plain,
             )
     finally:
+        plain.counted.end()
         # TensorBoard's writer thread ends with the process and what is still in its queue: the last validation.
         if (writer := get_tensorboard_writer()) is not None:
             writer.flush()
@@ -144,15 +145,44 @@ def _keep_checkpoint_writer_from_signals() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+class _Counted:
+    """Says on a rank that reads data when none of its tokens in a step counts: its means are logged as 0."""
+
+    def __init__(self) -> None:
+        self._step: tuple[str, int] | None = None
+        self._is_empty = False
+
+    def add(self, loss_mask: torch.Tensor, training: bool) -> None:
+        """Take a micro-batch's, while it is still on the host."""
+        step = "step" if training else "validation after step", get_args().curr_iteration + 1
+        if step != self._step:
+            self.end()
+            self._step, self._is_empty = step, True
+        self._is_empty = self._is_empty and not loss_mask.any()
+
+    def end(self) -> None:
+        """The step is over."""
+        if self._step is not None and self._is_empty:
+            logger.warning(
+                "%s %d: no token that rank %d has read counts, its loss mask is 0; where that is so on all ranks, "
+                "losses are logged as 0 and there is no gradient",
+                *self._step,
+                torch.distributed.get_rank(),
+            )
+        self._step = None
+
+
 class _ForwardStep:
     """Megatron's forward step for GPT pretraining.
 
     Attributes:
         distilled: the step around it, if there is a teacher: what that takes of a batch it is given.
+        counted: is told the loss masks that this rank reads.
     """
 
     def __init__(self) -> None:
         self.distilled: DistilledStep | None = None
+        self.counted = _Counted()
 
     def __call__(
         self, data_iterator: Iterator | None, model: torch.nn.Module, return_schedule_plan: bool = False
@@ -163,7 +193,12 @@ class _ForwardStep:
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         with _stimer(bdata=True):
             batch = get_batch(
-                data_iterator, vp_stage, tokens_on_last, self.needs_loss_mask(vp_stage), training=model.training
+                data_iterator,
+                vp_stage,
+                tokens_on_last,
+                self.needs_loss_mask(vp_stage),
+                training=model.training,
+                counted=self.counted if get_attr_wrapped_model(model, "post_process") else None,
             )
         timers("batch-generator").stop()
         with _stimer:
@@ -203,11 +238,13 @@ def get_batch(
     mask_here: bool = False,
     *,
     training: bool = True,
+    counted: _Counted | None = None,
 ) -> dict[str, torch.Tensor | None]:
     """This rank's share of the next micro-batch; nothing on the pipeline stages that need none.
 
     With `tokens_on_last` the last stage gets the input tokens too, as it does with multi-token prediction. With
     `mask_here` this stage gets all of it, whichever it is. Validation may have micro-batches of another size.
+    `counted` is told the loss mask on the rank that reads it.
     """
     args = get_args()
     keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens")
@@ -218,6 +255,8 @@ def get_batch(
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None
         data = next(data_iterator)
+        if counted is not None:
+            counted.add(data["loss_mask"], training)
         batch.update({key: data[key].cuda(non_blocking=True) for key in keys if data.get(key) is not None})
     batch = get_batch_on_this_tp_rank(
         batch,
