@@ -17,7 +17,7 @@ from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import unwrap_model
+from megatron.core.utils import log_single_rank, unwrap_model
 from torch.distributed.fsdp import FSDPModule
 
 from abkd_megatron import kernels
@@ -96,6 +96,15 @@ def attach(
         stages = layers_of_stages(chunks, teacher, pg_collection)
         with on_every_rank():
             check_pairs(chunks, teacher, objective.hidden_losses, stages)
+    ranks = getattr(pg_collection, "dp_cp", None)
+    if chunks[0].config.mtp_num_layers and ranks is not None and ranks.size() > 1:
+        log_single_rank(
+            logger,
+            logging.WARNING,
+            "Megatron divides the losses of multi-token prediction by the number of tokens of each rank and micro-"
+            f"batch: over {ranks.size()} data- and context-parallel ranks, their gradients are means over all tokens "
+            "only where loss masks leave out equally many",
+        )
     if objective.tokens is not None:
         logger.info("the divergence is trained on some tokens: %s", objective.tokens)
     proposed = None

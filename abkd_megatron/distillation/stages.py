@@ -37,7 +37,13 @@ def check_stages(config: TransformerConfig, who: str) -> None:
     Raises:
         ConfigError: naming the layers of each stage.
     """
-    stages = layers_of_stages(config)
+    try:
+        stages = layers_of_stages(config)
+    except (AssertionError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"{who}: Megatron cannot lay {config.num_layers} layers over {config.pipeline_model_parallel_size} pipeline "
+            f"stages as configured ({type(error).__name__}: {error}); change num-layers or the division over stages"
+        ) from error
     wanted = list(range(1, config.num_layers + 1))
     if sorted(number for stage in stages for number in stage) != wanted:
         shown = ", ".join(str(len(stage)) for stage in stages)

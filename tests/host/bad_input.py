@@ -107,6 +107,44 @@ CASES: dict[str, Case] = {
         ["megatron.pipeline-model-parallel-size=2", "teacher.num-layers=5"],
         r"teacher: 5 layers.*2 pipeline",
     ),
+    "more student layers on the first stage than there are": Case(
+        "config",
+        "distill",
+        [PIPELINE, "megatron.num-layers=4", "megatron.decoder-first-pipeline-num-layers=5"],
+        r"student: expected each of 4 layers on one pipeline stage, got 5, 0 layers",
+    ),
+    "more teacher layers on the last stage than there are": Case(
+        "config",
+        "distill",
+        [PIPELINE, "teacher.decoder-last-pipeline-num-layers=5"],
+        r"teacher: expected each of 4 layers on one pipeline stage, got 0, 5 layers",
+    ),
+    "layers that Megatron would freeze elsewhere": Case(
+        "config", "distill", ["megatron.freeze-all-layers=true"], r"freezing all layers.*remove freeze-all-layers"
+    ),
+    "another group for all-gathers": Case(
+        "config", "pretrain", ["megatron.create-all-gather-group=true"], r"remove create-all-gather-group"
+    ),
+    "logits saved beside a teacher": Case(
+        "config", "distill", ["megatron.logits-save-dir={workspace}/logits"], r"remove logits-save-dir"
+    ),
+    "validation on all data": Case("config", "distill", ["megatron.full-validation=true"], r"remove full-validation"),
+    "another data loader": Case("config", "distill", ["megatron.dataloader-type=external"], r"remove dataloader-type"),
+    "saving in the background on a CPU": Case(
+        "config", "pretrain", ["megatron.async-save=true", "megatron.save={workspace}/async"], r"remove async-save"
+    ),
+    "a hybrid model by its old name": Case(
+        "config", "pretrain", ["megatron.hybrid-override-pattern=M-*-"], r"HybridModel.*remove hybrid-override-pattern"
+    ),
+    "groups of queries without their switch": Case(
+        "config", "pretrain", ["megatron.num-query-groups=2"], r"num-query-groups 2 would be ignored.*add group-query"
+    ),
+    "a batch size that grows by an option that is not read": Case(
+        "config",
+        "pretrain",
+        ["megatron.rampup-batch-size=[8,8,64]"],
+        r"rampup-batch-size.*use step-batch-size-schedule",
+    ),
     "teacher that cannot split the vocabulary": Case(
         "config",
         "distill",

@@ -22,9 +22,22 @@ torch.optim.AdamW([weight]).step()
 assert (weight < 1).all()
 """
 
+# As in a checkout of Megatron's sources, where the helper has to be compiled.
+CHECKOUT = """\
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name.endswith("helpers_cpp") else found(name, *more)
+import megatron.core.datasets.utils as utils
+from abkd_megatron import cpu
+compiles = utils.compile_helpers
+cpu.install()
+assert utils.compile_helpers is compiles
+"""
 
-def test_an_optimizer_steps():
+
+@pytest.mark.parametrize("code", [CODE, CHECKOUT], ids=["an optimizer steps", "a checkout compiles its helper"])
+def test_it_runs(code: str) -> None:
     pytest.importorskip("megatron.training")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
