@@ -41,8 +41,8 @@ def check_stages(config: TransformerConfig, who: str) -> None:
         stages = layers_of_stages(config)
     except (AssertionError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(
-            f"{who}: Megatron cannot lay {config.num_layers} layers over {config.pipeline_model_parallel_size} pipeline "
-            f"stages as configured ({type(error).__name__}: {error}); change num-layers or the division over stages"
+            f"{who}: Megatron cannot lay {config.num_layers} layers over {config.pipeline_model_parallel_size} "
+            f"pipeline stages as configured ({type(error).__name__}: {error}); change num-layers or the division"
         ) from error
     wanted = list(range(1, config.num_layers + 1))
     if sorted(number for stage in stages for number in stage) != wanted:
