@@ -36,7 +36,7 @@ from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/distributed"), str(Path(__file__).parent)]
 
 from megatron.training.argument_utils import ArgumentGroupFactory  # noqa: E402
 
