@@ -137,6 +137,7 @@ if __name__ == "__main__":
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
     )
     model_cfg = gpt_config_from_args(args)
+    model_cfg.rope_scaling_factor = args.rope_scaling_factor  # which that leaves out
     forward_step = distil(args, model_cfg, forward_step)
     pretrain(
         pretrain_cfg_container_from_args(args, model_cfg),

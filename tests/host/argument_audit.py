@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matrix import Settings
-from option_fuzz import CONTEXTS, MLA, Case, _alone, _load, cases
+from option_fuzz import CONTEXTS, MLA, Case, Settings, _alone, _load, cases
 
 # Fields that Megatron derives, by what of.
 DERIVED = {

@@ -1,0 +1,27 @@
+"""A script's model configuration has what the arguments say, or the script is told the line that it lacks."""
+
+from argparse import Namespace
+
+import pytest
+
+pytest.importorskip("megatron.training")
+from megatron.core.transformer import TransformerConfig
+from megatron.training.models.gpt import GPTModelConfig
+
+from abkd_megatron.errors import ConfigError
+from abkd_megatron.integrations.model_config import check_model_config
+
+
+def made(*, scaled: bool, factor: float) -> GPTModelConfig:
+    transformer = TransformerConfig(num_layers=2, hidden_size=8, num_attention_heads=2)
+    return GPTModelConfig(transformer=transformer, rope_scaling=scaled, rope_scaling_factor=factor)
+
+
+def test_a_factor_that_was_left_out_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"rope-scaling-factor 32.0 .* got 8.0.*model_cfg.rope_scaling_factor"):
+        check_model_config(made(scaled=True, factor=8.0), Namespace(rope_scaling_factor=32.0))
+
+
+@pytest.mark.parametrize(("scaled", "factor"), [(True, 32.0), (False, 8.0)])
+def test_one_that_is_there_or_does_not_matter_passes(scaled: bool, factor: float) -> None:
+    check_model_config(made(scaled=scaled, factor=factor), Namespace(rope_scaling_factor=32.0))
