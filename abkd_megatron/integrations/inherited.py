@@ -12,6 +12,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from abkd_megatron.config_values import MegatronOptions, Options
+from abkd_megatron.config_yaml import dashed, flow
 
 MODEL, SHARED, STUDENT = "model", "shared", "student"
 
@@ -168,6 +169,28 @@ def teacher_settings(megatron: Mapping[str, Any], own: Mapping[str, Any], option
         if kind_of(dest, groups[dest]) in (MODEL, SHARED):
             inherited[name] = _IN_PLACE_OF.get((dest, value if isinstance(value, str) else ""), value)
     return {**inherited, **own}
+
+
+def inherited_architecture(megatron: Mapping[str, Any], own: Mapping[str, Any], options: Options) -> dict[str, str]:
+    """What shapes the teacher's model and is the student's, as `TeacherCheckpoint.inherited` takes it.
+
+    Args:
+        megatron: as `teacher_settings` takes it.
+        own: likewise.
+        options: likewise.
+    """
+    known, groups = MegatronOptions(options), group_of_each(options)
+    names = {name: known.dest(name) for name in teacher_settings(megatron, own, options) if name not in own}
+    return {
+        dest: f"{name}={flow(megatron[name])}"
+        for name, dest in names.items()
+        if kind_of(dest, groups[dest]) == MODEL and megatron[name] is not None
+    }
+
+
+def declared_vocabulary(own: Mapping[str, Any]) -> int | None:
+    """The size of the teacher's vocabulary, where the `teacher:` section has one."""
+    return next((int(value) for name, value in own.items() if dashed(name) == "vocab-size" and value), None)
 
 
 def _is_on(value: object) -> bool:
