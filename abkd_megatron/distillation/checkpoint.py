@@ -141,6 +141,7 @@ _AS_NONE = {
     "moe_router_topk_scaling_factor": (1,),
     "moe_router_num_groups": (0, 1),
     "moe_router_group_topk": (0, 1),
+    "rope_type": ("yarn",),
 }
 
 # Tensors with a row for each column of the padded vocabulary.
@@ -264,7 +265,7 @@ class TeacherCheckpoint:
         wrong = []
         for name in both:
             if not _is_same(name, theirs, ours):
-                by = f", inherited from the student ({self.inherited[name]})" if name in self.inherited else ""
+                by = _remedy(self.inherited[name], theirs[name]) if name in self.inherited else ""
                 wrong.append(
                     f"{_option(name)}: {described.source} has {theirs[name]}, the configuration {ours[name]}{by}"
                 )
@@ -569,7 +570,7 @@ def _is_same(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> b
     for of in (theirs, ours):
         value = of[name]
         value = list(value) if isinstance(value, tuple) else value
-        if isinstance(value, int | float) and value in _AS_NONE.get(name, ()):
+        if value in _AS_NONE.get(name, ()):
             value = None
         layers = of.get("num_layers")
         values.append(_by_layer(name, value, layers) if isinstance(layers, int) else value)
@@ -594,6 +595,18 @@ def _by_layer(name: str, value: Any, layers: int) -> Any:
     if name == "no_rope_freq":
         return [int((layer + 1) % value == 0) for layer in range(layers)]
     return value
+
+
+def _remedy(inherited: str, theirs: Any) -> str:
+    """What to set in place of a setting of the student's, so that the teacher has its own."""
+    option, _, written = inherited.partition("=")
+    if isinstance(theirs, bool):
+        value = {"true": "false", "false": "true"}.get(written, str(theirs).lower())  # the option may say the opposite
+    elif isinstance(theirs, list | tuple):
+        value = f"'{theirs}'".replace(" ", "")
+    else:
+        value = "null" if theirs is None else str(theirs)
+    return f", inherited from the student; set teacher.{option}={value}"
 
 
 def _option(name: str) -> str:

@@ -156,7 +156,8 @@ def of_model_config(model: Mapping[str, Any]) -> dict[str, Any]:
         model: the fields; those of the transformer may be among them or within `transformer`.
     """
     within = model.get("transformer")
-    fields = {**(within if isinstance(within, Mapping) else {}), **{k: v for k, v in model.items() if v is not within}}
+    fields = {**(within if isinstance(within, Mapping) else {}), **model}
+    fields.pop("transformer", None)
     found = {_RENAMED.get(name, name): _plain(fields[name]) for name in sorted(fields) if not name.startswith("_")}
     # Both spellings may be there; sorted, the one that counts with YaRN is the later.
     for name in _DERIVED:

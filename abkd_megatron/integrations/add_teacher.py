@@ -401,7 +401,8 @@ def teacher_arguments(
     Raises:
         ConfigError: what Megatron refuses of them, or a teacher that cannot lie beside this student.
     """
-    with megatron_refusals_named(), command_line(to_argv(teacher_settings(megatron, own, options), options)):
+    inherited = inherited_architecture(megatron, own, options)
+    with _inheritance_named(inherited), command_line(to_argv(teacher_settings(megatron, own, options), options)):
         args = parse_args()
         check_layout(args, "teacher", unsupported)
         validate_args(args)
@@ -432,6 +433,8 @@ def teacher_arguments(
             f"sequences of {args.seq_length} tokens do not divide over {tensor} tensor-parallel ranks of the teacher; "
             "change seq-length, or give teacher.sequence-parallel=false"
         )
+    with _inheritance_named(inherited):
+        gpt_config_from_args(args)
     return args
 
 
@@ -553,6 +556,21 @@ def megatron_refusals_named() -> Iterator[None]:
         raise ConfigError(
             f"Megatron cannot take these arguments, its own code fails: {type(error).__name__}: {error}, in "
             f"`{_assertion(error)}`; remove the setting that leads there"
+        ) from error
+
+
+@contextmanager
+def _inheritance_named(inherited: Mapping[str, str]) -> Iterator[None]:
+    """The same of a teacher's arguments, with those that it has from the student."""
+    try:
+        with megatron_refusals_named():
+            yield
+    except ConfigError as error:
+        if error.__cause__ is None or not inherited:
+            raise
+        raise ConfigError(
+            f"{error}; these are the teacher's, which inherits from the student what is not set under `teacher:`: "
+            + ", ".join(sorted(inherited.values()))
         ) from error
 
 

@@ -245,6 +245,7 @@ OTHER_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"final_logit_softcapping": 30.0}, "final-logit-softcapping"),
     ({"vocab_size": 300}, "vocabulary of 300"),
 ]
+MIXTURE = ("megatron.num-experts=4", "megatron.moe-layer-freq='[0,1]'")
 DECLARED = "teacher.declared=true"
 
 CASES: dict[str, Case] = {
@@ -270,6 +271,26 @@ CASES: dict[str, Case] = {
     "known and declared": Case(bridge(), (DECLARED, "teacher.rotary-base=777"), "rotary-base"),
     "a config.json of no model": Case(hugging_face(num_hidden_layers=None), (), DECLARED),
     **{f"run_config.yaml is {it!r}": Case(text(it), (), "run_config.yaml") for it in ("{", "[1]", "model: [", "\x00")},
+    # what a student has and its teacher has not
+    "a dense teacher": Case(
+        bridge(),
+        MIXTURE,
+        "num-experts: run_config.yaml has None, the configuration 4, inherited from the student; set ",
+    ),
+    "a dense teacher, as told": Case(bridge(), (*MIXTURE, "teacher.num-experts=null"), "(run_config.yaml"),
+    "a dense teacher with a bias": Case(
+        bridge(add_bias_linear=True), (), "inherited from the student; set teacher.disable-bias-linear=false"
+    ),
+    "a teacher of experts": Case(
+        bridge(num_moe_experts=4, moe_layer_freq=[0, 1, 1, 1]),
+        (*MIXTURE, "megatron.moe-layer-freq=2"),
+        "set teacher.moe-layer-freq='[0,1,1,1]'",
+    ),
+    "a teacher of experts, as told": Case(
+        bridge(num_moe_experts=4, moe_layer_freq=[0, 1, 1, 1]),
+        (*MIXTURE, "megatron.moe-layer-freq=2", "teacher.moe-layer-freq='[0,1,1,1]'"),
+        "(run_config.yaml",
+    ),
     # rows of embedding and output layer
     "padded": Case(of_rows(512), (DECLARED,), "(compared"),
     "not padded": Case(of_rows(400), (DECLARED,), "(compared"),
