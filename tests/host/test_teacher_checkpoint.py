@@ -41,7 +41,17 @@ def test_a_teacher_as_configured_is_taken() -> None:
     check(saved={"vocab_size": 500})
     check(vocab_size=600, shared_vocab=500)
     check(vocab_size=600, saved={"vocab_size": 500}, shared_vocab=500)
-    TeacherCheckpoint(Path("teacher"), {}, Metadata({})).check_arguments(Namespace(), 500)  # saved without arguments
+    # Different words for one model.
+    check(saved={"group_query_attention": True, "num_query_groups": 4, "num_attention_heads": 4}, num_attention_heads=4)
+    check(saved={"num_experts": 4, "moe_layer_freq": 2}, num_experts=4, moe_layer_freq=[1, 0, 1, 0])
+    check(saved={"window_size": (31, 0), "seq_length": 999}, window_size=None, seq_length=32)
+
+
+def test_a_checkpoint_that_says_nothing_has_to_be_declared() -> None:
+    checkpoint = TeacherCheckpoint(Path("teacher"), {}, Metadata({}))
+    with pytest.raises(CheckpointError, match=r"teacher\.declared=true"):
+        checkpoint.check_arguments(Namespace(), 500)
+    assert "declared" in checkpoint.check_arguments(Namespace(), 500, declared=True)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +83,15 @@ def test_a_teacher_as_configured_is_taken() -> None:
             "moe-expert-capacity-factor: the checkpoint has None, the configuration 1.0",
         ),
         ({"saved": {"attention_output_gate": False}, "attention_output_gate": True}, "attention-output-gate"),
+        (
+            {"saved": {"num_experts": 4, "moe_router_enable_expert_bias": True}, "num_experts": 4}
+            | {"moe_router_enable_expert_bias": False},
+            "moe-router-enable-expert-bias",
+        ),
+        (
+            {"saved": {"window_size": (15, 0)}, "window_size": None, "seq_length": 32},
+            r"window-size: the checkpoint has \(15, 0\), the configuration None",
+        ),
         ({"vocab_size": 600}, r"512 padded vocabulary columns.*600 tokens would have given 768"),
         ({"vocab_size": 500, "saved": {"vocab_size": 499}}, r"vocabulary of 499 tokens.*500.*one tokenizer"),
         ({"saved": {"vocab_size": 499}, "shared_vocab": 500}, r"shared_vocab is 500; .* vocabulary of 499 tokens"),
