@@ -288,8 +288,8 @@ class _Look:
                 continue
             if checkpoint_exists(path):
                 with self.at("student's checkpoint"):
-                    check_student(args)
-                    self.add("student's checkpoint", f"in {path}")
+                    other = check_student(args)
+                    self.add("student's checkpoint", f"in {path}" + (f", of another model: {other}" if other else ""))
             else:
                 self.add("student's checkpoint", f"none in {path}", ABSENT)
 

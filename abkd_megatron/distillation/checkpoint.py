@@ -169,13 +169,13 @@ class TeacherCheckpoint:
     """What Megatron saved beside the tensors; `args` among it."""
     index: Metadata
     """Where each tensor lies in the files."""
-    inherited: Mapping[str, Any] = field(default_factory=dict)
+    inherited: Mapping[str, str] = field(default_factory=dict)
     """Architecture arguments that the configured teacher inherited from the student, by their names in Megatron's
     namespace, and as they were written, such as {"add_bias_linear": "disable-bias-linear=true"}; messages name them."""
 
     @classmethod
     def open(
-        cls, load: str | Path, ckpt_step: int | None = None, inherited: Mapping[str, Any] | None = None
+        cls, load: str | Path, ckpt_step: int | None = None, inherited: Mapping[str, str] | None = None
     ) -> "TeacherCheckpoint":
         """Find the checkpoint and see that all of it is there, without reading a tensor.
 
@@ -249,7 +249,13 @@ class TeacherCheckpoint:
             )
         compared = "nothing: declared in the configuration"
         if described is not None:
-            compared = f"{described.source}, {self._check_settings(described, args)} settings"
+            number, wrong = differences(described, args, self.inherited)
+            if wrong:
+                raise CheckpointError(
+                    f"the teacher in {self.directory} is not the one configured; set under `teacher:` what differs "
+                    "from the student:\n  " + "\n  ".join(wrong)
+                )
+            compared = f"{described.source}, {number} settings"
         if not args.__dict__.get("untie_embeddings_and_output_weights", True) and self.has("output_layer.weight"):
             raise CheckpointError(
                 f"the teacher in {self.directory} has an output layer of its own, the configured one uses its "
@@ -257,30 +263,6 @@ class TeacherCheckpoint:
             )
         self._check_vocabulary(args, vocab_size, shared_vocab, declared_vocab)
         return compared
-
-    def _check_settings(self, described: Description, args: Namespace) -> int:
-        """Compare the settings; returns how many there were."""
-        theirs, ours = (_architecture(of, getattr(args, "seq_length", None)) for of in (described.args, args))
-        both = [name for name in theirs if name in ours]
-        wrong = []
-        for name in both:
-            if not _is_same(name, theirs, ours):
-                by = _remedy(self.inherited[name], theirs[name]) if name in self.inherited else ""
-                wrong.append(
-                    f"{_option(name)}: {described.source} has {theirs[name]}, the configuration {ours[name]}{by}"
-                )
-        beyond = {name: value for name, value in vars(described.args).items() if name in BEYOND_ARGUMENTS}
-        wrong += [
-            f"{_option(name)}: {described.source} has {value}, which no argument of Megatron's gives a GPT model"
-            for name, value in beyond.items()
-            if value not in BEYOND_ARGUMENTS[name]
-        ]
-        if wrong:
-            raise CheckpointError(
-                f"the teacher in {self.directory} is not the one configured; set under `teacher:` what differs from "
-                "the student:\n  " + "\n  ".join(wrong)
-            )
-        return len(both) + len(beyond)
 
     def _check_vocabulary(
         self, args: Namespace, vocab_size: int, shared_vocab: int | None, declared_vocab: int | None
@@ -628,6 +610,37 @@ def _is_same_tokenizer(one: Path, other: Path) -> bool:
     except (ValueError, KeyError, TypeError):
         return False  # of another kind, and not the same file
     return bool(vocabularies[0] == vocabularies[1])
+
+
+def differences(
+    described: Description, args: Namespace, inherited: Mapping[str, str] | None = None
+) -> tuple[int, list[str]]:
+    """Compare a model as it is described with one as it is configured.
+
+    Args:
+        described: what is saved with the weights.
+        args: Megatron's arguments, validated.
+        inherited: as `TeacherCheckpoint.inherited`.
+
+    Returns:
+        How many settings both have, and in which they differ, in words.
+    """
+    theirs, ours = (_architecture(of, getattr(args, "seq_length", None)) for of in (described.args, args))
+    both = [name for name in theirs if name in ours]
+    wrong = []
+    for name in both:
+        if not _is_same(name, theirs, ours):
+            remedy = _remedy(inherited[name], theirs[name]) if inherited and name in inherited else ""
+            wrong.append(
+                f"{_option(name)}: {described.source} has {theirs[name]}, the configuration {ours[name]}{remedy}"
+            )
+    beyond = {} if described.is_exact else {k: v for k, v in vars(described.args).items() if k in BEYOND_ARGUMENTS}
+    wrong += [
+        f"{_option(name)}: {described.source} has {value}, which no argument of Megatron's gives a GPT model"
+        for name, value in beyond.items()
+        if value not in BEYOND_ARGUMENTS[name]
+    ]
+    return len(both) + len(beyond), wrong
 
 
 def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:

@@ -242,7 +242,8 @@ def _positions(config: Mapping[str, Any], is_latent: bool) -> dict[str, Any]:
     elif kind == "linear":
         found["rotary_seq_len_interpolation_factor"] = rope.get("factor")
     elif kind == "yarn":
-        found |= {ours: rope[name] for name, ours in _YARN.items() if rope.get(name) is not None}
+        given = {name: ours for name, ours in _YARN.items() if rope.get(name) is not None}
+        found |= {name if is_latent and name in BEYOND_ARGUMENTS else ours: rope[name] for name, ours in given.items()}
         found["position_embedding_type"] = "rope" if is_latent else "yarn"
     elif kind not in ("default", "dynamic", "mrope"):  # the last two are the first for text of the trained length
         found["rope_scaling_type"] = kind
@@ -363,12 +364,12 @@ def _read(file: Path, parse: Any) -> Mapping[str, Any]:
     except Exception as error:  # a damaged file can raise anything
         why = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"expected a readable description of the teacher in {file}, got {type(error).__name__}: {why}; copy it "
-            "again, or remove it and declare the teacher: teacher.declared=true"
+            f"expected a readable description of the model in {file}, got {type(error).__name__}: {why}; copy it "
+            "again, or remove it, and declare a teacher that nothing else describes: teacher.declared=true"
         ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(
-            f"expected a description of the teacher in {file}, got a {type(content).__name__}; copy it again, or "
-            "remove it and declare the teacher: teacher.declared=true"
+            f"expected a description of the model in {file}, got a {type(content).__name__}; copy it again, or "
+            "remove it, and declare a teacher that nothing else describes: teacher.declared=true"
         )
     return content

@@ -84,7 +84,8 @@ def run(config: Config, job: str) -> None:
         model_config = gpt_config_from_args(args)
     with on_every_rank():
         if args.rank == 0:  # the others hear of it, and thousands of them do not read the same files
-            check_student(args)
+            if (other := check_student(args)) is not None:
+                print_rank_0(f"WARNING: the student's checkpoint is of another model: {other}")
             check_datasets(prefixes_of(args), args.vocab_size)
             if job == "pretrain" and (alone := check_resumed_alone(args)) is not None:
                 print_rank_0(f"WARNING: {alone}")

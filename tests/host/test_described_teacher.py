@@ -245,6 +245,7 @@ OTHER_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"final_logit_softcapping": 30.0}, "final-logit-softcapping"),
     ({"vocab_size": 300}, "vocabulary of 300"),
 ]
+SIZES = ("num-layers=4", "hidden-size=48", "ffn-hidden-size=96")
 MIXTURE = ("megatron.num-experts=4", "megatron.moe-layer-freq='[0,1]'")
 DECLARED = "teacher.declared=true"
 
@@ -280,6 +281,11 @@ CASES: dict[str, Case] = {
     "a dense teacher, as told": Case(bridge(), (*MIXTURE, "teacher.num-experts=null"), "(run_config.yaml"),
     "a dense teacher with a bias": Case(
         bridge(add_bias_linear=True), (), "inherited from the student; set teacher.disable-bias-linear=false"
+    ),
+    "a student of the same": Case(
+        bridge(rotary_base=777),
+        (*(f"megatron.{name}" for name in SIZES), "megatron.pretrained-checkpoint=FOLDER", "teacher.rotary-base=777"),
+        "(run_config.yaml",
     ),
     "a teacher of experts": Case(
         bridge(num_moe_experts=4, moe_layer_freq=[0, 1, 1, 1]),
@@ -322,7 +328,8 @@ def found(
     for number, (name, case) in enumerate(CASES.items()):
         folders[name] = Path(shutil.copytree(bare, folder / str(number)))
         case.write(folders[name], saved)
-        cases[name] = [str(config), f"teacher.load={folders[name]}", *case.settings, "--world-size", "1"]
+        settings = [setting.replace("FOLDER", str(folders[name])) for setting in case.settings]
+        cases[name] = [str(config), f"teacher.load={folders[name]}", *settings, "--world-size", "1"]
     (folder / "cases.json").write_text(json.dumps(cases))
     (rank,) = launch([Path(__file__).with_name("checked.py"), folder / "cases.json"], 1)
     assert rank.code == 0, rank.output[-6000:]
@@ -339,6 +346,11 @@ def test_a_teacher_is_compared_with_what_is_beside_its_weights(found: dict[str, 
     assert said[1] == ("ok" if named.startswith("(") else "refused"), said[0]
     assert named.removeprefix("(") in said[0]
     assert not Path(folder, "ran").exists()
+
+
+def test_a_students_checkpoint_is_compared_too(found: dict[str, tuple[str, str]]) -> None:
+    stdout, _ = found["a student of the same"]
+    assert re.search(r"^ok +student's checkpoint: .*rotary-base: run_config.yaml has 777", stdout, re.MULTILINE), stdout
 
 
 # ---- tokenizers
