@@ -32,9 +32,11 @@ from abkd_megatron.indexed import check_datasets, prefixes_of
 from abkd_megatron.integrations.add_teacher import (
     absent_projectors,
     check_layout,
+    check_teacher,
     kernel_of,
     make_objective,
     megatron_options,
+    open_teacher,
     teacher_arguments,
 )
 from abkd_megatron.integrations.inherited import teacher_settings
@@ -225,7 +227,7 @@ class _Look:
                     check_layout(args, "teacher", UNSUPPORTED_IN_JOBS)
             if config.teacher.load is not None:
                 with self.at("teacher's checkpoint"):
-                    self._checkpoint(config.teacher.load, student, teacher, knows)
+                    self._checkpoint(config.teacher.load, megatron, options, student, teacher, knows)
 
     def _teacher(
         self, student: Namespace, megatron: Mapping[str, Any], options: Mapping[str, Action]
@@ -285,8 +287,8 @@ class _Look:
                 continue
             if checkpoint_exists(path):
                 with self.at("student's checkpoint"):
-                    check_student(args)
-                    self.add("student's checkpoint", f"in {path}")
+                    other = check_student(args)
+                    self.add("student's checkpoint", f"in {path}" + (f", of another model: {other}" if other else ""))
             else:
                 self.add("student's checkpoint", f"none in {path}", ABSENT)
 
@@ -319,19 +321,30 @@ class _Look:
         check_layers(objective.hidden_losses, stages, beside=beside, sizes=sizes)
         self.add("hidden losses", ", ".join(loss.name for loss in objective.hidden_losses))
 
-    def _checkpoint(self, load: str, student: Namespace | None, teacher: Namespace | None, knows: bool) -> None:
+    def _checkpoint(
+        self,
+        load: str,
+        megatron: Mapping[str, Any],
+        options: Mapping[str, Action],
+        student: Namespace | None,
+        teacher: Namespace | None,
+        knows: bool,
+    ) -> None:
         if not Path(load).exists():
             self.add("teacher's checkpoint", load, ABSENT)
             return
-        checkpoint = TeacherCheckpoint.open(load, self.config.teacher.ckpt_step)
+        checkpoint = open_teacher(self.config, megatron, options)
         if student is None or teacher is None:
             self.add("teacher's checkpoint", f"{checkpoint.directory}: whole; whether of the model described is open")
             return
         size = student.vocab_size
         if not knows:  # of its vocabulary there is nothing to compare with but its own
-            size = getattr(checkpoint.common.get("args"), "vocab_size", None) or size
-        checkpoint.check_arguments(teacher, size, self.config.distillation.shared_vocab)
-        self.add("teacher's checkpoint", f"{checkpoint.directory}: whole, and of the model described")
+            described = checkpoint.described
+            size = (getattr(described.args, "vocab_size", None) if described is not None else None) or size
+        compared = check_teacher(self.config, checkpoint, teacher, size)
+        self.add(
+            "teacher's checkpoint", f"{checkpoint.directory}: whole, and of the model described (compared: {compared})"
+        )
         with self.at("teacher's tokenizer"):
             self._same_tokenizer(student, checkpoint)
         with self.at("going on"):
@@ -340,18 +353,16 @@ class _Look:
                 self.add("going on", changed, ABSENT)
 
     def _same_tokenizer(self, student: Namespace, checkpoint: TeacherCheckpoint) -> None:
-        """Vocabularies of one size may still be two; of the checkpoint only the path of the tokenizer is known."""
+        """Two vocabularies may have the same size; of its tokenizer a checkpoint may have no more than the path."""
         if self.config.distillation.shared_vocab is not None:
             return
-        theirs = getattr(checkpoint.common.get("args"), "tokenizer_model", None)
-        ours = student.tokenizer_model
+        theirs, ours = checkpoint.tokenizer, student.tokenizer_model
         if theirs is None or ours is None:
             return
-        if not all(Path(path).is_file() for path in (theirs, ours)):
-            missing = ", ".join(path for path in (theirs, ours) if not Path(path).is_file())
-            self.add("teacher's tokenizer", f"{missing}: whether both are one is not looked at", ABSENT)
+        if not checkpoint.check_tokenizer(ours):
+            missing = ", ".join(path for path in (theirs, ours) if not Path(path).exists())
+            self.add("teacher's tokenizer", f"{missing or theirs}: whether both are one is not looked at", ABSENT)
             return
-        checkpoint.check_tokenizer(ours)
         self.add("teacher's tokenizer", "the student's")
 
 

@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 
-from abkd_megatron.config import DEVICES, HEADS, KERNELS, CompareConfig, DataConfig, DistillationConfig
+from abkd_megatron.config import DEVICES, HEADS, KERNELS, TEACHER_KEYS, CompareConfig, DataConfig, DistillationConfig
 from abkd_megatron.divergences.registry import DIVERGENCES
 from abkd_megatron.logit_losses.registry import LOGIT_LOSSES
 
@@ -17,8 +17,7 @@ _KEYS = (
     "device",
     "megatron.",
     "teacher.",
-    "teacher.load",
-    "teacher.ckpt-step",
+    *(f"teacher.{key}" for key in TEACHER_KEYS),
     *(
         f"{section}.{item.name}"
         for section, kind in (("distillation", DistillationConfig), ("data", DataConfig), ("compare", CompareConfig))
@@ -30,6 +29,7 @@ _VALUES: Mapping[str, Iterable[str]] = {
     "distillation.divergence": (*DIVERGENCES, *LOGIT_LOSSES),
     "distillation.kernel": KERNELS,
     "distillation.head": HEADS,
+    "teacher.declared": ("true", "false"),
     **{
         f"distillation.{item.name}": ("true", "false")
         for item in fields(DistillationConfig)

@@ -24,6 +24,8 @@ Number = float | Schedule
 DEVICES = ("cuda", "cpu")
 HEADS = ("auto", "fused", "materialised")
 KERNELS = ("auto", "eager", "compiled", "cpp", "triton")
+# The keys of `teacher` that are not Megatron's.
+TEACHER_KEYS = ("load", "ckpt-step", "declared", "expected-loss")
 PREFLIGHT = ("teacher_checksums", "teacher_weights", "memory", "gradient", "batch", "teacher_loss")
 ON_CHANGE = ("refuse", "warn")
 SECTIONS = ("device", "megatron", "teacher", "distillation", "data", "compare")
@@ -190,6 +192,10 @@ class TeacherConfig:
     """Its Megatron checkpoint."""
     ckpt_step: int | None = None
     """The iteration to load; None takes the checkpoint's latest."""
+    declared: bool = False
+    """Whether these settings are declared to be the teacher's where nothing saved with its weights describes it."""
+    expected_loss: float | None = None
+    """The teacher's cross entropy per token on the first step's batch as measured elsewhere, in nats."""
     megatron: dict[str, Value] = field(default_factory=dict)
     """Megatron arguments in which the teacher differs from the student."""
 
@@ -278,6 +284,13 @@ class Config:
 
         yield from require_name(self.device, DEVICES, "device")
         is_finite = True
+        expected = self.teacher.expected_loss
+        yield from require(
+            expected is None or (math.isfinite(expected) and expected > 0),
+            "teacher.expected-loss",
+            "a finite number above 0",
+            expected,
+        )
         for section, values in (("distillation", kd), ("data", data)):
             for item in fields(values):
                 value = getattr(values, item.name)

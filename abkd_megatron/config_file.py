@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 from abkd_megatron.config import (
     DEVICES,
     SECTIONS,
+    TEACHER_KEYS,
     CompareConfig,
     Config,
     DataConfig,
@@ -111,7 +112,7 @@ def load_config(
     kinds = {"distillation": DistillationConfig, "data": DataConfig, "compare": CompareConfig}
     for section, kind in kinds.items():
         origins.update({f"{section}.{item.name}": "default" for item in fields(kind)})
-    origins.update({"teacher.load": "default", "teacher.ckpt-step": "default"})
+    origins.update({f"teacher.{key}": "default" for key in TEACHER_KEYS})
 
     options = MegatronOptions(megatron_options)
     for layer in (implied, from_file, from_command_line):
@@ -129,7 +130,7 @@ def load_config(
                 _set_field(config, config.data, item)
             elif item.section == "compare":
                 _set_field(config, config.compare, item)
-            elif item.section == "teacher" and item.key in ("load", "ckpt-step"):
+            elif item.section == "teacher" and item.key in TEACHER_KEYS:
                 _set_field(config, config.teacher, item)
             else:
                 arguments = config.megatron if item.section == "megatron" else config.teacher.megatron
@@ -246,7 +247,7 @@ def render(config: Config, shown: Sequence[str] = SECTIONS, origins: bool = True
     Returns:
         The text, ending in a newline.
     """
-    teacher = {"load": config.teacher.load, "ckpt-step": config.teacher.ckpt_step, **config.teacher.megatron}
+    teacher = {key: getattr(config.teacher, key.replace("-", "_")) for key in TEACHER_KEYS} | config.teacher.megatron
     sections: dict[str, dict[str, Any]] = {"megatron": config.megatron, "teacher": teacher}
     for section in ("distillation", "data", "compare"):
         values = getattr(config, section)

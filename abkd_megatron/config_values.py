@@ -155,10 +155,10 @@ def field_value(item: Given, kind: Any) -> Value | Schedule | TokenSelection | d
     value = item.value
     if kind == TokenSelection | None:
         return None if value is None else _selection(item)
-    if kind in (str | None, int | None):
+    if kind in (str | None, int | None, float | None):
         if value is None:
             return None
-        kind = str if kind == str | None else int
+        kind = {str | None: str, int | None: int, float | None: float}[kind]
     if kind is bool:
         return _boolean(item, value)
     if kind is int:

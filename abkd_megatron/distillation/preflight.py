@@ -43,6 +43,10 @@ CHECKS = ("teacher_checksums", "teacher_weights", "memory", "gradient", "batch",
 # in a tiny model; so one that has only begun to learn goes on.
 NEAR, BEYOND = 0.1, 0.5
 
+# How far the teacher's loss may be from the expected one, of that. Rounding in bf16 moves the mean over a batch by less
+# than a thousandth; a wrong rotary base, number of heads or norm epsilon moves it by several hundredths or more.
+NEAR_EXPECTED = 0.02
+
 # Tokens of the self-test, and how far it may be off, of the largest number: wide beside rounding, narrow beside the
 # faults that are looked for, which are factors and sums of one rank alone.
 TOKENS = 8
@@ -77,6 +81,7 @@ def check_models(
     pg_collection: ProcessGroupCollection,
     tokens: int,
     skip: Collection[str] = (),
+    expected_loss: float | None = None,
 ) -> "FirstStep":
     """Check the teacher's weights, the room for logits, and the loss over the live process groups.
 
@@ -87,6 +92,7 @@ def check_models(
         pg_collection: its process groups; `tp` is used.
         tokens: of a micro-batch on one rank.
         skip: those of `CHECKS` to leave out, in the first step, too.
+        expected_loss: as `FirstStep` takes it.
 
     Returns:
         What checks the first step.
@@ -137,7 +143,7 @@ def check_models(
                     f"vocabulary, got {wrong[0]} on rank {dist.get_rank()}; a loss of your own has to sum over the "
                     "vocabulary by `columns`, otherwise try distillation.kernel=eager" + hint.format("gradient")
                 )
-    return FirstStep(student, attachment.teacher, pg_collection, known, skip)
+    return FirstStep(student, attachment.teacher, pg_collection, known, skip, expected_loss)
 
 
 def bytes_of_logits(last: GPTModel, attachment: Attachment, tokens: int) -> int:
@@ -302,6 +308,8 @@ class FirstStep:
         pg_collection: the student's process groups; `tp` is used.
         vocab_size: tokens that both models know.
         skip: those of `CHECKS` to leave out.
+        expected_loss: the teacher's cross entropy per token on a run's first batch, as measured elsewhere; None if it
+            is not known.
     """
 
     def __init__(
@@ -311,20 +319,32 @@ class FirstStep:
         pg_collection: ProcessGroupCollection,
         vocab_size: int,
         skip: Collection[str] = (),
+        expected_loss: float | None = None,
     ) -> None:
         self._config = get_model_config(student[0])
         self._groups = {"student": pg_collection.tp, "teacher": teacher.pg_collection.tp}
         self._models: dict[str, GPTModel] = {"student": unwrap_model(student[0]), "teacher": teacher.model}
         self._vocab_size = vocab_size
         self._checks = [name for name in ("batch", "teacher_loss") if name not in skip]
-        self._watching = False
+        self._expected_loss = expected_loss
+        self._watching = self._done = False
         self._hooks: list[Any] = []
         self._digests: dict[str, Tensor] = {}
         self._loss: Tensor | None = None
 
-    def begin(self) -> None:
-        """Watch from the first micro-batch of a training step on; later calls do nothing."""
-        if self._watching or not self._checks:
+    def begin(self, is_first: bool = True) -> None:
+        """Watch from the first micro-batch of a training step on; later calls do nothing.
+
+        Args:
+            is_first: whether it is the first step of the run, not of a process that goes on with it. Its batch is the
+                one of which a loss is expected.
+        """
+        if self._watching or self._done:
+            return
+        if not is_first:
+            self._expected_loss = None
+        if not self._checks and self._expected_loss is None:
+            self._done = True
             return
         self._watching = True
         if "batch" in self._checks:
@@ -343,7 +363,7 @@ class FirstStep:
 
     def note_loss(self, teacher_loss: Tensor) -> None:
         """Take [sum, number] of the teacher's cross entropy of a micro-batch, as `masked_loss` logs it."""
-        if self._watching and "teacher_loss" in self._checks:
+        if self._watching:
             self._loss = teacher_loss.double() + (self._loss if self._loss is not None else 0.0)
 
     def _note_tokens(self, who: str) -> Callable[..., None]:
@@ -372,13 +392,15 @@ class FirstStep:
         total, number = self._loss.tolist() if self._loss is not None else (0.0, 0.0)
         seen: list[_Seen] = [_Seen(None, None, (0.0, 0.0))] * dist.get_world_size()
         dist.all_gather_object(seen, _Seen(digests.get("student"), digests.get("teacher"), (total, number)))
-        checks, self._checks, self._watching = self._checks, [], False
+        checks, self._watching, self._done = self._checks, False, True
         if "batch" in checks:
             check_batch([rank.student for rank in seen], [rank.teacher for rank in seen])
-        if "teacher_loss" in checks:
-            total, number = (sum(numbers) for numbers in zip(*(rank.loss for rank in seen), strict=True))
-            if number >= 1:  # `masked_loss` gives no 0
-                check_teacher_loss(total / number, self._vocab_size)
+        total, number = (sum(numbers) for numbers in zip(*(rank.loss for rank in seen), strict=True))
+        # `masked_loss` gives no 0.
+        if number >= 1 and "teacher_loss" in checks:
+            check_teacher_loss(total / number, self._vocab_size)
+        if number >= 1 and self._expected_loss is not None:
+            check_expected_loss(total / number, self._expected_loss)
 
 
 def digest(tokens: Tensor) -> Tensor:
@@ -444,3 +466,23 @@ def check_teacher_loss(loss: float, vocab_size: int) -> None:
         )
     if loss > guessing - NEAR:
         logger.warning("%s = %.3f: it has learnt next to nothing of this tokenizer's text", said, guessing)
+
+
+def check_expected_loss(loss: float, expected: float) -> None:
+    """Reject a teacher whose loss is not the expected one.
+
+    Args:
+        loss: its cross entropy on the first step's tokens, in nats.
+        expected: the same, as measured elsewhere.
+
+    Raises:
+        ConfigError: they differ by more than 2 %.
+    """
+    if not abs(loss - expected) <= NEAR_EXPECTED * expected:
+        raise ConfigError(
+            f"expected the teacher's cross entropy on the first step to be teacher.expected-loss {expected:.4f} within "
+            f"{NEAR_EXPECTED:.0%}, got {loss:.4f}; the teacher is loaded with another rotary base, norm, activation or "
+            "number of heads than it was trained with, or the expected loss was measured on other tokens: correct "
+            "`teacher:`, or remove teacher.expected-loss"
+        )
+    logger.info("the teacher's cross entropy on the first step is %.4f, expected %.4f", loss, expected)

@@ -46,7 +46,7 @@ from abkd_megatron.distillation.stages import check_stages
 from abkd_megatron.distillation.step import masked_loss
 from abkd_megatron.errors import AbkdError, ConfigError, HostError, from_rank_0, on_every_rank
 from abkd_megatron.integrations import provenance
-from abkd_megatron.integrations.inherited import teacher_settings
+from abkd_megatron.integrations.inherited import declared_vocabulary, inherited_architecture, teacher_settings
 from abkd_megatron.integrations.model_config import model_config
 
 logger = logging.getLogger(__name__)
@@ -158,8 +158,8 @@ def add_teacher(
         check_tokens(objective, vocab_size)
         teacher_args = teacher_arguments(megatron, config.teacher.megatron, options, args, unsupported)
         teacher_config = checked_model_config(teacher_args, "teacher", unsupported)
-        checkpoint = TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step)
-        checkpoint.check_arguments(teacher_args, vocab_size, objective.shared_vocab)
+        checkpoint = open_teacher(config, megatron, options)
+        compared = check_teacher(config, checkpoint, teacher_args, vocab_size)
         if objective.shared_vocab is None:
             checkpoint.check_tokenizer(args.tokenizer_model)
         absent = absent_projectors(args, objective.hidden_losses)
@@ -183,6 +183,7 @@ def add_teacher(
     def attach_teacher(student: list[torch.nn.Module]) -> list[torch.nn.Module]:
         losses = [str(term) for term in (objective.divergence, *(loss for _, loss in objective.logit_losses)) if term]
         print_rank_0(f"distilling with {', '.join(losses)} from the teacher in {checkpoint.directory}")
+        print_rank_0(f"the teacher's settings were compared with {compared}")
         for name, schedule in scheduled.schedules.items():
             print_rank_0(f"scheduled {name}: {schedule}")
         record, changed = early or from_rank_0(recorded)
@@ -221,6 +222,7 @@ def add_teacher(
             pg_collection=pg_collection,
             tokens=tokens,
             skip=config.distillation.skip_preflight,
+            expected_loss=config.teacher.expected_loss,
         )
         return student
 
@@ -228,6 +230,38 @@ def add_teacher(
         model_config.pre_wrap_hooks.append(with_projectors)
     model_config.post_wrap_hooks.append(attach_teacher)
     return step
+
+
+def open_teacher(
+    config: Config, megatron: Mapping[str, Any], options: Mapping[str, argparse.Action]
+) -> TeacherCheckpoint:
+    """Find the teacher's checkpoint, see `TeacherCheckpoint.open`.
+
+    Args:
+        config: `teacher` is used.
+        megatron: the student's Megatron arguments, as `to_argv` takes them.
+        options: as `megatron_options` returns them.
+    """
+    inherited = inherited_architecture(megatron, config.teacher.megatron, options)
+    return TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step, inherited)
+
+
+def check_teacher(config: Config, checkpoint: TeacherCheckpoint, args: Namespace, vocab_size: int) -> str:
+    """Reject a teacher that is not the configured one, see `TeacherCheckpoint.check_arguments`.
+
+    Args:
+        config: `teacher` and `distillation` are used.
+        checkpoint: the teacher's.
+        args: Megatron's arguments of the teacher, as configured.
+        vocab_size: true size of the student's vocabulary.
+    """
+    return checkpoint.check_arguments(
+        args,
+        vocab_size,
+        config.distillation.shared_vocab,
+        declared=config.teacher.declared,
+        declared_vocab=declared_vocabulary(config.teacher.megatron),
+    )
 
 
 class DistilledStep:
@@ -266,7 +300,7 @@ class DistilledStep:
             )
         assert self.first_step is not None
         if model.training:
-            self.first_step.begin()
+            self.first_step.begin(is_first=get_args().consumed_train_samples == 0)
         _set_progress(self.attachment, model.training)
         output, loss_func = self._forward_step(data_iterator, model, *args, **kwargs)
         return output, partial(self._loss, loss_func) if loss_func is not None else None
@@ -423,7 +457,8 @@ def teacher_arguments(
     Raises:
         ConfigError: what Megatron refuses of them, or a teacher that cannot lie beside this student.
     """
-    with megatron_refusals_named(), command_line(to_argv(teacher_settings(megatron, own, options), options)):
+    inherited = inherited_architecture(megatron, own, options)
+    with _inheritance_named(inherited), command_line(to_argv(teacher_settings(megatron, own, options), options)):
         args = parse_args()
         check_layout(args, "teacher", unsupported)
         check_effect(args, "teacher", map(MegatronOptions(options).dest, own))
@@ -455,6 +490,8 @@ def teacher_arguments(
             f"sequences of {args.seq_length} tokens do not divide over {tensor} tensor-parallel ranks of the teacher; "
             "change seq-length, or give teacher.sequence-parallel=false"
         )
+    with _inheritance_named(inherited):
+        model_config(args)
     return args
 
 
@@ -626,6 +663,21 @@ def megatron_refusals_named() -> Iterator[None]:
         raise ConfigError(
             f"Megatron cannot take these arguments, its own code fails: {type(error).__name__}: {error}, in "
             f"`{_assertion(error)}`; remove the setting that leads there"
+        ) from error
+
+
+@contextmanager
+def _inheritance_named(inherited: Mapping[str, str]) -> Iterator[None]:
+    """The same of a teacher's arguments, with those that it has from the student."""
+    try:
+        with megatron_refusals_named():
+            yield
+    except ConfigError as error:
+        if error.__cause__ is None or not inherited:
+            raise
+        raise ConfigError(
+            f"{error}; these are the teacher's, which inherits from the student what is not set under `teacher:`: "
+            + ", ".join(sorted(inherited.values()))
         ) from error
 
 

@@ -4,6 +4,7 @@ Importing this module takes Megatron Bridge; where that is missing or too old it
 """
 
 import pkgutil
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -25,6 +26,7 @@ from abkd_megatron.config_file import load_config
 from abkd_megatron.config_yaml import flow
 from abkd_megatron.distillation import Attachment, Objective, Progress, Teacher, TeacherCheckpoint, attach
 from abkd_megatron.distillation.attach import UNSUPPORTED, check_tokens
+from abkd_megatron.distillation.description import of_model_config
 from abkd_megatron.distillation.preflight import FirstStep, check_files, check_models
 from abkd_megatron.distillation.teacher import build_teacher, random_states_kept, to_params_dtype
 from abkd_megatron.errors import CheckpointError, ConfigError, HostError, on_every_rank
@@ -77,6 +79,8 @@ class TeacherConfig:
     """A torch_dist checkpoint, of Bridge's or of Megatron-LM's; the model is built as the checkpoint describes it."""
     ckpt_step: int | None = None
     """The iteration of `load`; None takes the latest."""
+    expected_loss: float | None = None
+    """The teacher's cross entropy per token on the first step's batch as measured elsewhere, in nats."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """What to set of the teacher's model config after that, by name: attention_backend and the like; a function such as
     transformer_layer_spec by its dotted path."""
@@ -144,6 +148,7 @@ def add_teacher(
     source = _source(config.teacher)
     try:
         ours = load_config(None, [f"device={device}", f"teacher.load={flow(source)}", *settings], {})
+        ours.teacher.expected_loss = config.teacher.expected_loss
         ours.check("distill")
     except ConfigError as error:
         raise ConfigError(str(error).replace("command line: ", "")) from None
@@ -187,6 +192,7 @@ def add_teacher(
             pg_collection=groups,
             tokens=tokens,
             skip=ours.distillation.skip_preflight,
+            expected_loss=config.teacher.expected_loss,
         )
         return student
 
@@ -234,7 +240,7 @@ class DistilledStep:
             )
         assert self.first_step is not None
         if model.training:
-            self.first_step.begin()
+            self.first_step.begin(is_first=state.train_state.consumed_train_samples == 0)
         self._set_progress(state, model.training)
         step = maybe_inject_state(self._forward_step, state, needs_injection=self._takes_state)
         self._batch = {}
@@ -401,12 +407,10 @@ def _build_teacher(
             _check_vocabulary(model.vocab_size, config.model.vocab_size, objective.shared_vocab)
         else:
             checkpoint = TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step)
+            _check_described(checkpoint)
             model, args = load_model_config(str(checkpoint.directory))
             if args is not None:  # of Megatron-LM's loop, which saves its arguments
                 model = model_config(args)
-                checkpoint.check_arguments(args, config.model.vocab_size, objective.shared_vocab)
-            else:
-                _check_vocabulary(model.vocab_size, config.model.vocab_size, objective.shared_vocab)
         forget_run_of(model)
         settings = {name: getattr(transformer, name) for name in _SHARED}
         if getattr(model, "num_moe_experts", None):
@@ -418,6 +422,11 @@ def _build_teacher(
             "should_pad_vocab": False,
             **_resolved(config.teacher.overrides, model),
         }
+        if checkpoint is not None:
+            # Built as it is described; what is left to compare are the overrides and the vocabulary.
+            overrides = {name: settings[name] for name in config.teacher.overrides}
+            built = _as_arguments(model, overrides, config.model.seq_length)
+            checkpoint.check_arguments(built, config.model.vocab_size, objective.shared_vocab)
     if checkpoint is not None:
         check_files(checkpoint, config.distillation.skip_preflight)
     dtype = transformer.params_dtype
@@ -442,6 +451,26 @@ def _build_teacher(
         wanted = built.sharded_state_dict(metadata=checkpoint.metadata(groups.dp_cp))
         built.load_state_dict(checkpoint.load(wanted, groups.dp_cp))
     return Teacher.of(to_params_dtype(built, dtype), groups)
+
+
+def _check_described(checkpoint: TeacherCheckpoint) -> None:
+    """Reject a checkpoint that Bridge cannot build a model of."""
+    if checkpoint.common.get("args") is None and not (checkpoint.directory / "run_config.yaml").is_file():
+        raise CheckpointError(
+            f"expected Megatron's arguments or Bridge's run_config.yaml in {checkpoint.directory}, from which the "
+            "teacher would be built, got neither; give teacher.load a checkpoint that Bridge or Megatron-LM saved, or "
+            "teacher.hf the model of Hugging Face"
+        )
+
+
+def _as_arguments(model: Any, overrides: Mapping[str, Any], seq_length: int) -> Namespace:
+    """The model config with overrides as Megatron's arguments, to be compared with a checkpoint's."""
+    transformer = getattr(model, "transformer", None)
+    names = [item.name for of in (transformer, model) if of is not None for item in fields(of)]
+    values = {name: getattr(model, name) for name in names if not name.startswith("_")}
+    values = {name: value for name, value in values.items() if value is not transformer}
+    # A builder's config reads a transformer's fields as its own.
+    return Namespace(**{**of_model_config({**values, **overrides}), "seq_length": seq_length})
 
 
 def _resolved(overrides: Mapping[str, Any], model: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from abkd_megatron.config_values import MegatronOptions, Options
+from abkd_megatron.config_yaml import dashed, flow
 
 MODEL, SHARED, STUDENT = "model", "shared", "student"
 
@@ -101,13 +102,33 @@ _GROUPS = {
 }
 _GROUP_KINDS = {group: kind for kind, groups in _GROUPS.items() for group in groups}
 
-# Settings that a model has no use for, or Megatron refuses, where this other one of its own is off.
+# Settings that a model has no use for, or Megatron rejects, where none of these others is on in the teacher. Those with
+# a value are on if they have it.
+_ROTARY = (
+    "multi_latent_attention",
+    "use_rotary_position_embeddings",
+    *(f"position_embedding_type={kind}" for kind in ("rope", "yarn", "mrope")),
+)
 _ONLY_WITH = {
-    "num_experts": re.compile(r"moe_.*|expert_(model|tensor)_parallel_size|expert_tensor_parallel_num_weight_shards"),
-    "multi_latent_attention": re.compile(r"(q|kv)_lora_rank|(qk|v|qk_pos_emb)_head_dim|mla_down_proj_fusion"),
-    "experimental_attention_variant": re.compile(r"dsa_.*|linear_.*"),
-    "use_mup": re.compile(r"mup_.*"),
+    ("num_experts",): r"moe_.*|expert_(model|tensor)_parallel_size|expert_tensor_parallel_num_weight_shards",
+    ("multi_latent_attention",): r"(q|kv)_lora_rank|(qk|v|qk_pos_emb)_head_dim|mla_down_proj_fusion|rope_type",
+    ("multi_latent_attention", "position_embedding_type=yarn"): r"rotary_scaling_factor|mscale|mscale_all_dim",
+    ("position_embedding_type=yarn",): r"yarn_.*",
+    ("position_embedding_type=mrope",): r"mrope_section",
+    _ROTARY: r"rotary_(base|percent|interleaved|seq_len_interpolation_factor)|use_rope_scaling|rope_.*|no_rope_freq",
+    ("use_rope_scaling",): r"rope_scaling_factor",
+    ("group_query_attention",): r"num_query_groups",
+    ("window_size",): r"window_attn_skip_freq",
+    ("swiglu", "quick_geglu"): r"glu_linear_offset|activation_func_clamp_value",
+    ("experimental_attention_variant",): r"dsa_.*|linear_.*",
+    ("use_mup",): r"mup_.*",
 }
+# Settings that may list a value for each layer: a list is of no use to a teacher with another number of layers.
+_OF_LAYERS = ("moe_layer_freq", "linear_attention_freq", "no_rope_freq", "window_attn_skip_freq")
+# Files that describe each layer with all its sizes: of no use to a teacher with a size of its own.
+_OF_BLOCKS = re.compile(r"heterogeneous_layers_config_.*")
+_LAYERS = ("num_layers", "encoder_num_layers")
+_SIZES = {*_LAYERS, "hidden_size", "ffn_hidden_size", "num_attention_heads"}
 # Of each set a model has one: where the teacher names its own, it does not inherit the others.
 _ALTERNATIVES = (
     {"num_layers", "encoder_num_layers"},
@@ -158,16 +179,49 @@ def teacher_settings(megatron: Mapping[str, Any], own: Mapping[str, Any], option
         if any(ours.get(name) not in (None, False) for name in alternatives)
         for name in alternatives
     }
-    off = [names for switch, names in _ONLY_WITH.items() if not _is_on({**theirs, **ours}.get(switch))]
+    both = {**{name: value for name, value in theirs.items() if name not in left_out}, **ours}
+    off = [names for switches, names in _ONLY_WITH.items() if not any(_has(both, switch) for switch in switches)]
+    layers = [next((of[name] for name in _LAYERS if of.get(name) is not None), None) for of in (theirs, both)]
     groups = group_of_each(options)
     inherited = {}
     for name, value in megatron.items():
         dest = known.dest(name)
-        if dest in ours or dest in left_out or any(names.fullmatch(dest) for names in off):
+        if dest in ours or dest in left_out or any(re.fullmatch(names, dest) for names in off):
+            continue
+        if dest in _OF_LAYERS and (isinstance(value, list) or "[" in str(value)) and str(layers[0]) != str(layers[1]):
+            continue
+        if _OF_BLOCKS.fullmatch(dest) and _SIZES & ours.keys():
             continue
         if kind_of(dest, groups[dest]) in (MODEL, SHARED):
             inherited[name] = _IN_PLACE_OF.get((dest, value if isinstance(value, str) else ""), value)
     return {**inherited, **own}
+
+
+def inherited_architecture(megatron: Mapping[str, Any], own: Mapping[str, Any], options: Options) -> dict[str, str]:
+    """What shapes the teacher's model and is the student's, as `TeacherCheckpoint.inherited` takes it.
+
+    Args:
+        megatron: as `teacher_settings` takes it.
+        own: likewise.
+        options: likewise.
+    """
+    known, groups = MegatronOptions(options), group_of_each(options)
+    names = {name: known.dest(name) for name in teacher_settings(megatron, own, options) if name not in own}
+    return {
+        dest: f"{name}={flow(megatron[name])}"
+        for name, dest in names.items()
+        if kind_of(dest, groups[dest]) == MODEL and megatron[name] is not None
+    }
+
+
+def declared_vocabulary(own: Mapping[str, Any]) -> int | None:
+    """The size of the teacher's vocabulary, where the `teacher:` section has one."""
+    return next((int(value) for name, value in own.items() if dashed(name) == "vocab-size" and value), None)
+
+
+def _has(settings: Mapping[str, Any], switch: str) -> bool:
+    name, _, value = switch.partition("=")
+    return str(settings.get(name)) == value if value else _is_on(settings.get(name))
 
 
 def _is_on(value: object) -> bool:

@@ -89,7 +89,8 @@ def run(config: Config, job: str) -> None:
     with on_every_rank():
         config_of_model = checked_model_config(args, "student", UNSUPPORTED_IN_JOBS)
         if args.rank == 0:  # the others hear of it, and thousands of them do not read the same files
-            check_student(args)
+            if (other := check_student(args)) is not None:
+                print_rank_0(f"WARNING: the student's checkpoint is of another model: {other}")
             check_datasets(prefixes_of(args), args.vocab_size)
             if job == "pretrain" and (alone := check_resumed_alone(args)) is not None:
                 print_rank_0(f"WARNING: {alone}")

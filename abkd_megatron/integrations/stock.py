@@ -16,7 +16,7 @@ from typing import Any
 from megatron.training import get_tokenizer, print_rank_0
 
 from abkd_megatron import cpu
-from abkd_megatron.config import DistillationConfig
+from abkd_megatron.config import TEACHER_KEYS, DistillationConfig
 from abkd_megatron.config_file import from_argv, load_config
 from abkd_megatron.distillation.stages import check_stages
 from abkd_megatron.errors import AbkdError, ConfigError, on_every_rank
@@ -28,6 +28,16 @@ from abkd_megatron.integrations.provenance import check_resumed_alone
 _TEACHER = {
     "teacher_load": ("teacher.load", "CHECKPOINT", "The teacher's torch_dist checkpoint; without it nothing changes."),
     "teacher_step": ("teacher.ckpt-step", "ITERATION", "The iteration to load; the checkpoint's latest if left out."),
+    "teacher_declared": (
+        "teacher.declared",
+        "DECLARED",
+        "Whether these settings are declared to be the teacher's where nothing saved with its weights describes it.",
+    ),
+    "teacher_expected_loss": (
+        "teacher.expected-loss",
+        "LOSS",
+        "The teacher's cross entropy per token on the first step's batch as measured elsewhere, in nats.",
+    ),
 }
 _TEACHER_ARGS = "Megatron arguments in which the teacher differs from the student, such as num-layers=32 swiglu=false."
 
@@ -43,7 +53,8 @@ def add_kd_arguments(parser: ArgumentParser) -> ArgumentParser:
 
     There is one argument for each field of `DistillationConfig` (`--kd-weight` for `kd_weight`), its value spelt as in
     the configuration file: `--kd-alpha '{schedule: linear, from: 0.5, to: 0.2, end: 1000}'`. Beside them
-    `--kd-teacher-load`, `--kd-teacher-step` and `--kd-teacher-args`. What is not given leaves no trace in Megatron's
+    `--kd-teacher-load`, `--kd-teacher-step`, `--kd-teacher-declared`, `--kd-teacher-expected-loss` and
+    `--kd-teacher-args`. What is not given leaves no trace in Megatron's
     arguments.
 
     Args:
@@ -59,7 +70,7 @@ def add_kd_arguments(parser: ArgumentParser) -> ArgumentParser:
         group.add_argument(option, dest=f"kd_{name}", default=SUPPRESS, help=text, **how)
 
     for name, (_, metavar, text) in _TEACHER.items():
-        add(name, text, metavar=metavar)
+        add(name, text, metavar=metavar, **({"nargs": "?", "const": "true"} if name == "teacher_declared" else {}))
     add("teacher_args", _TEACHER_ARGS, metavar="NAME=VALUE", nargs="+")
     texts = _documented(DistillationConfig)
     for item in fields(DistillationConfig):
@@ -111,10 +122,11 @@ def distil[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_st
     with _told_as_options():
         with on_every_rank():
             for setting in own:
-                if setting.partition("=")[0].replace("_", "-") in ("load", "ckpt-step"):
+                if setting.partition("=")[0].replace("_", "-") in TEACHER_KEYS:
+                    given_by = ", ".join(_option(f"kd_{name}") for name in _TEACHER)
                     raise ConfigError(
                         f"expected Megatron arguments of the teacher's model in --kd-teacher-args, got {setting}; its "
-                        "checkpoint is given by --kd-teacher-load and --kd-teacher-step"
+                        f"checkpoint is given by {given_by}"
                     )
             device = "cpu" if cpu.is_installed() else "cuda"
             overrides = [f"teacher.{setting}" for setting in own] + [f"{key}={text}" for key, text in given.items()]

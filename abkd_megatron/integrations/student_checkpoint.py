@@ -9,7 +9,8 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 
-from abkd_megatron.distillation.checkpoint import check_whole
+from abkd_megatron.distillation.checkpoint import check_whole, differences
+from abkd_megatron.distillation.description import describe
 from abkd_megatron.distillation.safe_reading import read_common, read_index
 from abkd_megatron.errors import CheckpointError, ConfigError
 from abkd_megatron.integrations.provenance import checkpoint_to_load
@@ -44,7 +45,7 @@ def check_folders(megatron: Mapping[str, Any]) -> None:
             ) from error
 
 
-def check_student(args: Namespace) -> None:
+def check_student(args: Namespace) -> str | None:
     """Refuse a checkpoint that Megatron would fail to load the student from, or pass over without a word.
 
     A folder without a checkpoint is fine where the job saves to it, too: it is that of a job's first start.
@@ -52,16 +53,19 @@ def check_student(args: Namespace) -> None:
     Args:
         args: Megatron's of the student, validated.
 
+    Returns:
+        In words, the settings other than sizes in which the model was another one, which may be meant; None for none.
+
     Raises:
         CheckpointError: nothing there, not whole, or of a model of another size.
     """
     load = args.load or args.pretrained_checkpoint
     if load is None:
-        return
+        return None
     directory, _ = checkpoint_to_load(args)
     if directory is None:
         if args.save is not None and Path(args.save).absolute() == Path(load).absolute():
-            return
+            return None
         hugging_face = (Path(load) / "config.json").is_file()
         found = (
             "one of Hugging Face, which has to be converted, for example by Megatron Bridge" if hugging_face else "none"
@@ -76,23 +80,31 @@ def check_student(args: Namespace) -> None:
             f"iteration that is in {load}"
         )
     if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
-        return  # in one of Megatron's older formats
+        return None  # in one of Megatron's older formats
     try:
         index = read_index(directory)
         check_whole(directory, index, "student")
         saved = read_common(directory, index).get("args")
     except CheckpointError as error:
         raise CheckpointError(f"{error}; or give megatron.ckpt-step of an earlier iteration") from error
+    try:
+        described = describe(directory, saved)
+    except CheckpointError as error:
+        return str(error)
     wrong = [
-        f"{name.replace('_', '-')}: the checkpoint has {theirs}, the configuration {getattr(args, name)}"
+        f"{name.replace('_', '-')}: {described.source} has {theirs}, the configuration {getattr(args, name)}"
         for name in _SIZES
-        if (theirs := getattr(saved, name, None)) is not None and theirs != getattr(args, name)
+        if described is not None
+        and (theirs := getattr(described.args, name, None)) is not None
+        and theirs != getattr(args, name)
     ]
     if wrong:
         raise CheckpointError(
             f"the student's checkpoint in {directory} is not of the model configured; change `megatron:`, or "
             "megatron.load:\n  " + "\n  ".join(wrong)
         )
+    _, changed = differences(described, args) if described is not None else (0, [])
+    return "; ".join(changed) or None
 
 
 @contextmanager

@@ -4,7 +4,14 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from torch.distributed.checkpoint.metadata import Metadata
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from abkd_megatron.distillation import TeacherCheckpoint
 from abkd_megatron.errors import CheckpointError
@@ -41,7 +48,17 @@ def test_a_teacher_as_configured_is_taken() -> None:
     check(saved={"vocab_size": 500})
     check(vocab_size=600, shared_vocab=500)
     check(vocab_size=600, saved={"vocab_size": 500}, shared_vocab=500)
-    TeacherCheckpoint(Path("teacher"), {}, Metadata({})).check_arguments(Namespace(), 500)  # saved without arguments
+    # Different words for one model.
+    check(saved={"group_query_attention": True, "num_query_groups": 4, "num_attention_heads": 4}, num_attention_heads=4)
+    check(saved={"num_experts": 4, "moe_layer_freq": 2}, num_experts=4, moe_layer_freq=[1, 0, 1, 0])
+    check(saved={"window_size": (31, 0), "seq_length": 999}, window_size=None, seq_length=32)
+
+
+def test_a_checkpoint_that_says_nothing_has_to_be_declared() -> None:
+    checkpoint = TeacherCheckpoint(Path("teacher"), {}, Metadata({}))
+    with pytest.raises(CheckpointError, match=r"teacher\.declared=true"):
+        checkpoint.check_arguments(Namespace(), 500)
+    assert "declared" in checkpoint.check_arguments(Namespace(), 500, declared=True)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +90,15 @@ def test_a_teacher_as_configured_is_taken() -> None:
             "moe-expert-capacity-factor: the checkpoint has None, the configuration 1.0",
         ),
         ({"saved": {"attention_output_gate": False}, "attention_output_gate": True}, "attention-output-gate"),
+        (
+            {"saved": {"num_experts": 4, "moe_router_enable_expert_bias": True}, "num_experts": 4}
+            | {"moe_router_enable_expert_bias": False},
+            "moe-router-enable-expert-bias",
+        ),
+        (
+            {"saved": {"window_size": (15, 0)}, "window_size": None, "seq_length": 32},
+            r"window-size: the checkpoint has \(15, 0\), the configuration None",
+        ),
         ({"vocab_size": 600}, r"512 padded vocabulary columns.*600 tokens would have given 768"),
         ({"vocab_size": 500, "saved": {"vocab_size": 499}}, r"vocabulary of 499 tokens.*500.*one tokenizer"),
         ({"saved": {"vocab_size": 499}, "shared_vocab": 500}, r"shared_vocab is 500; .* vocabulary of 499 tokens"),
@@ -83,6 +109,35 @@ def test_a_teacher_as_configured_is_taken() -> None:
 def test_another_teacher_is_refused(problem: dict, message: str) -> None:
     with pytest.raises(CheckpointError, match=f"(?s){message}"):
         check(**problem)
+
+
+def test_weights_without_a_place_in_the_configured_model_are_refused() -> None:
+    def sized(*size: int) -> TensorStorageMetadata:
+        whole = torch.Size(size)
+        chunks = [ChunkStorageMetadata(torch.Size([0] * len(size)), whole)]
+        return TensorStorageMetadata(TensorProperties(torch.float32), whole, chunks)
+
+    names = [f"decoder.layers.{of}" for of in ("mlp.linear_fc1.weight", "self_attention.linear_qkv.weight")]
+    elsewhere = ["optimizer.step", "mtp.layers.0.eh_proj.weight", "decoder.layers.3.mlp.router.expert_bias"]
+    saved = {name: sized(4, 6) for name in (*names, *elsewhere, "decoder.layers.mlp.experts.local.weight")}
+
+    def build(key: str, tensor: torch.Tensor, *_: object) -> dict:
+        return {half: ShardedTensor.from_rank_offsets(key, part, (0, i, 2)) for i, (half, part) in halves(tensor)}
+
+    def halves(tensor: torch.Tensor) -> enumerate:
+        return enumerate(zip("gu", tensor.chunk(2), strict=True))
+
+    wanted = {
+        "fc1": ShardedTensorFactory(names[0], torch.zeros(4, 6), build, lambda parts: parts),
+        "qkv": ShardedTensor.from_rank_offsets(names[1], torch.zeros(4, 6)),
+    }
+    TeacherCheckpoint(Path("teacher"), {}, Metadata(saved)).check_tensors(wanted)
+    bias = {**saved, "decoder.layers.self_attention.linear_qkv.bias": sized(4)}
+    inherited = {"add_bias_linear": "disable-bias-linear=true"}
+    with pytest.raises(CheckpointError, match=r"linear_qkv\.bias.*no such weight\n.*disable-bias-linear=true"):
+        TeacherCheckpoint(Path("teacher"), {}, Metadata(bias), inherited).check_tensors(wanted)
+    with pytest.raises(CheckpointError, match=r"linear_fc1.weight: configured \(4, 6\), saved \(4, 5\)"):
+        TeacherCheckpoint(Path("teacher"), {}, Metadata({**saved, names[0]: sized(4, 5)})).check_tensors(wanted)
 
 
 def test_a_tokenizer_of_the_same_size_may_be_another(tmp_path: Path) -> None:

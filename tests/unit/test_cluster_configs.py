@@ -1,10 +1,25 @@
 """The models in configs/ are the published ones: their sizes give the published numbers of parameters."""
 
+import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from abkd_megatron.config_file import load_config
+from abkd_megatron.distillation import TeacherCheckpoint
+from abkd_megatron.dry_run import megatron_arguments
+from abkd_megatron.errors import CheckpointError
+from abkd_megatron.integrations.add_teacher import check_teacher, megatron_options
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -46,3 +61,126 @@ def test_the_models_have_their_published_sizes(path: Path) -> None:
     for model, checkpoint in ((student, student["pretrained-checkpoint"]), (teacher, teacher["load"])):
         expected, rows = PUBLISHED[Path(checkpoint).name]
         assert parameters(model, rows) == expected, checkpoint
+
+
+# What the teachers' config.json has on https://huggingface.co, apart from what no model is built from.
+LLAMA = {
+    "model_type": "llama",
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "vocab_size": 128256,
+}
+LLAMA_SCALING = {
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+QWEN3 = {
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+OF_HUGGING_FACE: dict[str, dict[str, Any]] = {
+    "llama-3.2-3b": {
+        **LLAMA,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_attention_heads": 24,
+        "num_hidden_layers": 28,
+        "rope_scaling": {**LLAMA_SCALING, "factor": 32.0},
+        "tie_word_embeddings": True,
+    },
+    "llama-3.1-70b": {
+        **{name: value for name, value in LLAMA.items() if name != "head_dim"},
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 80,
+        "rope_scaling": {**LLAMA_SCALING, "factor": 8.0},
+        "tie_word_embeddings": False,
+    },
+    "qwen2.5-7b": {
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "max_position_embeddings": 131072,
+        "max_window_layers": 28,
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 131072,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": 152064,
+    },
+    "qwen3-8b": {
+        **QWEN3,
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 8,
+    },
+    "qwen3-30b-a3b": {
+        **QWEN3,
+        "model_type": "qwen3_moe",
+        "decoder_sparse_step": 1,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+    },
+}
+
+
+def rows(number: int) -> TensorStorageMetadata:
+    size = torch.Size((number, 1))
+    chunk = ChunkStorageMetadata(torch.Size((0, 0)), size)
+    return TensorStorageMetadata(TensorProperties(torch.float32), size, [chunk])
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*H100.yaml")), ids=lambda path: path.stem)
+def test_the_teachers_are_those_of_hugging_face(path: Path, tmp_path: Path) -> None:
+    """As a job compares a converted checkpoint, without its weights."""
+    settings = ["megatron.tokenizer-type=NullTokenizer", "megatron.tokenizer-model=null"]
+    config = load_config(path, settings, megatron_options())
+    student, teacher = megatron_arguments(config)
+    assert isinstance(teacher, argparse.Namespace)
+    described = OF_HUGGING_FACE[Path(str(config.teacher.load)).name]
+
+    def compare(**changes: Any) -> str:
+        (tmp_path / "config.json").write_text(json.dumps({**described, **changes}))
+        index = Metadata({"embedding.word_embeddings.weight": rows(described["vocab_size"])})
+        return check_teacher(config, TeacherCheckpoint(tmp_path, {}, index), teacher, student.vocab_size)
+
+    assert "config.json" in compare()
+    other: list[dict[str, Any]] = [{"rope_theta": 10000.0}, {"num_attention_heads": 16}, {"rms_norm_eps": 1e-4}]
+    for changes in (*other, {"vocab_size": 100000}, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}):
+        with pytest.raises(CheckpointError):
+            compare(**changes)

@@ -131,6 +131,7 @@ CALLS = [
         CHECKPOINT,
     ),
     Call(f"{CHECKPOINTS}.dict_utils:nested_values", CHECKPOINT, ("x",)),
+    Call(f"{CHECKPOINTS}.mapping:ShardedTensorFactory.build", CHECKPOINT, ("self",)),
     Call(
         "megatron.training.vocab_utils:calculate_padded_vocab_size",
         CHECKPOINT,

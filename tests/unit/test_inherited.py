@@ -57,8 +57,11 @@ def test_nothing_is_listed_that_megatron_has_not() -> None:
             kind = next(kind for kind, text in inherited._NAMES.items() if text is names)
             assert any(inherited._KINDS[kind].fullmatch(name) and matches(pattern, name) for name in known), pattern
     assert {group for groups in inherited._GROUPS.values() for group in groups} <= set(GROUPS.values())
-    for name in (*inherited._ONLY_WITH, *(it for names in inherited._ALTERNATIVES for it in names)):
+    switches = {switch.partition("=")[0] for switches in inherited._ONLY_WITH for switch in switches}
+    for name in (*switches, *inherited._OF_LAYERS, *(it for names in inherited._ALTERNATIVES for it in names)):
         assert name in GROUPS, name
+    for patterns in inherited._ONLY_WITH.values():
+        assert any(matches(patterns, name) for name in GROUPS), patterns
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -171,6 +174,76 @@ def test_a_teacher_without_latent_attention_inherits_nothing_of_it() -> None:
     latent = {"multi-latent-attention": True, "q-lora-rank": 32, "kv-lora-rank": 16, "mla-down-proj-fusion": True}
     _, teacher = models(latent, {"multi-latent-attention": False})
     assert teacher.q_lora_rank is None and not teacher.mla_down_proj_fusion
+
+
+MIXTURE = {"num-experts": 4, "moe-router-topk": 2}
+LATENT = {"multi-latent-attention": True, "kv-lora-rank": 16, "rotary-scaling-factor": 2.0, "mscale": 0.5}
+LINEAR = {"experimental-attention-variant": "gated_delta_net", "linear-num-value-heads": 8, "linear-num-key-heads": 4}
+YARN = {"position-embedding-type": "yarn", "yarn-beta-fast": 16, "rotary-scaling-factor": 4.0, "mscale": 0.7}
+# What a student has, and what the teacher says, which has 8 layers for the student's 4.
+NONSENSE = {
+    "a pattern of experts": ({**MIXTURE, "moe-layer-freq": "'[0,1,1,1]'"}, {**MIXTURE, "num-experts": 8}),
+    "a pattern of experts, dense": ({**MIXTURE, "moe-layer-freq": "'[0,1,1,1]'"}, {"num-experts": "null"}),
+    "a frequency of experts, dense": ({**MIXTURE, "moe-layer-freq": 2}, {"num-experts": 0}),
+    "a pattern without rotation": ({"no-rope-freq": "'[0,0,0,1]'"}, {}),
+    "a pattern of linear attention": (
+        {**LINEAR, "linear-attention-freq": "'[1,1,1,0]'"},
+        {**LINEAR, "linear-attention-freq": "4"},
+    ),
+    "linear attention": ({**LINEAR, "linear-attention-freq": "4"}, {"experimental-attention-variant": "null"}),
+    "a pattern of windows": (
+        {"window-size": "'(7,0)'", "window-attn-skip-freq": "'[1,0,1,0]'"},
+        {"window-size": "'(7,0)'"},
+    ),
+    "windows": ({"window-size": "'(7,0)'", "window-attn-skip-freq": "2"}, {"window-size": "null"}),
+    "latent attention": (LATENT, {"multi-latent-attention": False}),
+    "grouped queries": ({"group-query-attention": True, "num-query-groups": 2}, {"multi-latent-attention": True}),
+    "YaRN": (YARN, {"position-embedding-type": "rope"}),
+    "rotation": ({"rotary-base": 5, "rotary-percent": 0.5}, {"position-embedding-type": "learned_absolute"}),
+    "a clamp": ({"swiglu": True, "activation-func-clamp-value": 7.0}, {"swiglu": False}),
+    "widths of mup": ({"use-mup": True, "mup-width-mult": 2.0}, {"use-mup": False}),
+    "layers to predict ahead": ({"mtp-num-layers": 1}, {}),
+    "dense": ({}, {**MIXTURE, "moe-layer-freq": "2"}),
+    "plain attention": ({}, LATENT),
+    "softmax attention": ({}, {**LINEAR, "linear-attention-freq": "4"}),
+    "no windows": ({}, {"window-size": "'(7,0)'", "window-attn-skip-freq": "2"}),
+    "no YaRN": ({}, YARN),
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_a_teacher_inherits_nothing_that_makes_no_sense_for_it(name: str) -> None:
+    student, own = NONSENSE[name]
+    (_, teacher), (_, plain) = models(student, own), models({}, own)
+    assert {key for key, value in vars(teacher).items() if value != getattr(plain, key)} == set()
+
+
+def test_what_makes_sense_is_inherited_still() -> None:
+    pattern = {**MIXTURE, "moe-layer-freq": "'[0,1,1,1]'"}
+    _, teacher = models({**pattern, "no-rope-freq": "4"}, {"num-layers": 4})
+    assert (teacher.moe_layer_freq, teacher.no_rope_freq) == ([0, 1, 1, 1], 4)
+    _, teacher = models({**MIXTURE, "moe-layer-freq": "2", **YARN}, {})
+    assert (teacher.moe_layer_freq, teacher.yarn_beta_fast, teacher.mscale) == (2, 16, 0.7)
+    _, teacher = models({**LATENT, "rotary-base": 5, "position-embedding-type": "learned_absolute"}, {})
+    assert (teacher.kv_lora_rank, teacher.rotary_base) == (16, 5)
+    blocks = {"heterogeneous-layers-config-path": "/blocks.json"}
+    assert blocks.items() <= teacher_settings({**BASE, **blocks}, {"rotary-base": 5}, OPTIONS).items()
+    assert not blocks.keys() & teacher_settings({**BASE, **blocks}, {"hidden-size": 128}, OPTIONS).keys()
+
+
+def test_what_megatron_rejects_is_said_to_be_inherited() -> None:
+    with pytest.raises(ConfigError, match=r"Megatron refuses.*teacher's, which inherits.* no-rope-freq="):
+        models({"no-rope-freq": "4"}, {"num-layers": 6})
+
+
+def test_what_is_inherited_is_named_as_it_was_written() -> None:
+    given = {**BASE, "disable-bias-linear": True, "norm-epsilon": 1e-6, "lr": 1.0}
+    found = inherited.inherited_architecture(given, {"hidden_size": 128, "vocab-size": 40}, OPTIONS)
+    assert found["add_bias_linear"] == "disable-bias-linear=true"
+    assert found["layernorm_epsilon"] == "norm-epsilon=1.0e-06"
+    assert not {"hidden_size", "lr", "vocab_size", "seq_length"} & found.keys()
+    assert inherited.declared_vocabulary({"vocab_size": 40}) == 40
+    assert inherited.declared_vocabulary({"num-layers": 4}) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,375 @@
+"""Descriptions of the model in a torch_dist checkpoint, in terms of Megatron's arguments.
+
+Megatron saves its arguments with the tensors. Megatron Bridge saves run_config.yaml instead, and a conversion may leave
+Hugging Face's config.json beside the tensors. Both files are data to this module: no class or function that they name
+is imported or called.
+"""
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from abkd_megatron.errors import CheckpointError
+
+# Without these a file describes no model.
+_ESSENTIAL = ("num_layers", "hidden_size", "num_attention_heads")
+
+# What other models have and Megatron's GPT model has not, and the values with which there is no difference.
+_NO_COUNTERPART: dict[str, tuple[Any, ...]] = {
+    "attn_logit_softcapping": (None, 0),
+    "final_logit_softcapping": (None, 0),
+    "embedding_multiplier": (None, 1),
+    "residual_multiplier": (None, 1),
+    "logits_scaling": (None, 1),
+    "logit_scale": (None, 1),
+    "scale_emb": (None, 1),
+    "scale_depth": (None,),
+    "clip_qkv": (None,),
+    "use_parallel_residual": (None, False),
+    "parallel_attn": (None, False),
+}
+# What Megatron's arguments cannot set, and the values of a model that is built from them.
+BEYOND_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "activation_func": (None,),
+    "softmax_scale": (None,),
+    "rope_scaling_type": (None,),
+    "original_max_position_embeddings": (None, 4096),
+    "beta_fast": (None, 32),
+    "beta_slow": (None, 1),
+    "moe_router_topk_limited_devices": (None,),
+    **_NO_COUNTERPART,
+}
+
+# Fields of Bridge's model configurations whose arguments have other names.
+_RENAMED = {
+    "num_moe_experts": "num_experts",
+    "rope_scaling": "use_rope_scaling",
+    "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
+    "yarn_rotary_scaling_factor": "rotary_scaling_factor",
+    "yarn_mscale": "mscale",
+    "yarn_mscale_all_dim": "mscale_all_dim",
+}
+# Of these, None stands for a number that follows from others.
+_DERIVED = ("kv_channels", "ffn_hidden_size", "rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim")
+
+# The names that Hugging Face's configurations have for some of Megatron's arguments.
+_HUGGING_FACE = {
+    "num_layers": ("num_hidden_layers", "n_layer"),
+    "hidden_size": ("hidden_size", "n_embd"),
+    "ffn_hidden_size": ("intermediate_size", "n_inner"),
+    "num_attention_heads": ("num_attention_heads", "n_head"),
+    "kv_channels": ("head_dim",),
+    "layernorm_epsilon": ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"),
+    "rotary_percent": ("partial_rotary_factor", "rotary_pct"),
+    "q_lora_rank": ("q_lora_rank",),
+    "kv_lora_rank": ("kv_lora_rank",),
+    "qk_head_dim": ("qk_nope_head_dim",),
+    "qk_pos_emb_head_dim": ("qk_rope_head_dim",),
+    "v_head_dim": ("v_head_dim",),
+    "moe_router_topk": ("num_experts_per_tok", "num_experts_per_token"),
+    "moe_router_score_function": ("scoring_func",),
+    "moe_router_topk_scaling_factor": ("routed_scaling_factor",),
+    "moe_router_num_groups": ("n_group",),
+    "moe_router_group_topk": ("topk_group",),
+}
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_YARN = {
+    "factor": "rotary_scaling_factor",
+    "original_max_position_embeddings": "yarn_original_max_position_embeddings",
+    "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim",
+    "truncate": "yarn_correction_range_round_to_int",
+}
+# Of Llama 3's scaling, what Megatron has as constants.
+_LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+# Models whose configurations may leave out a rotary base of 10000.
+_ROTARY_BASE = ("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model as what is saved with its weights describes it."""
+
+    source: str
+    """A name for messages: "the checkpoint" for Megatron's arguments, otherwise the file's name."""
+    args: Namespace
+    """Megatron's arguments, as far as they are known."""
+    is_exact: bool = True
+    """Whether `args.vocab_size` counts tokens. Hugging Face counts rows, a few of which may belong to no token."""
+
+
+def describe(directory: Path, args: Namespace | None) -> Description | None:
+    """The description of the model in a checkpoint: Megatron's arguments, or else run_config.yaml, or else config.json.
+
+    Args:
+        directory: of the iteration.
+        args: Megatron's arguments in its common state; None without.
+
+    Returns:
+        None if there is nothing of these.
+
+    Raises:
+        CheckpointError: a file that cannot be read.
+    """
+    if args is not None:
+        return Description("the checkpoint", args)
+    is_iteration = directory.name == "release" or directory.name.startswith("iter_")
+    folders = [directory, *([directory.parent] if is_iteration else [])]
+    file = next((path for folder in folders if (path := folder / "run_config.yaml").is_file()), None)
+    if file is not None and (found := of_run_config(_read(file, _load_yaml))):
+        return Description(file.name, Namespace(**found), is_exact=False)
+    for folder in (of for place in folders for of in (place, place / "hf")):
+        file = folder / "config.json"
+        if file.is_file() and (found := of_hugging_face(_read(file, json.loads))):
+            return Description(file.name, Namespace(**found), is_exact=False)
+    return None
+
+
+def of_run_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that Bridge's run_config.yaml describes; empty if it describes no model.
+
+    Args:
+        config: the file's content: sections `model`, `tokenizer` and others.
+    """
+    model, tokenizer = config.get("model"), config.get("tokenizer")
+    if not isinstance(model, Mapping):
+        return {}
+    found = of_model_config(model)
+    if isinstance(tokenizer, Mapping) and isinstance(tokenizer.get("tokenizer_model"), str):
+        found["tokenizer_model"] = tokenizer["tokenizer_model"]
+    return found if all(found.get(name) for name in _ESSENTIAL) else {}
+
+
+def of_model_config(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that make a model configuration of Bridge's, or of Megatron's, by the names of its fields.
+
+    Args:
+        model: the fields; those of the transformer may be among them or within `transformer`.
+    """
+    within = model.get("transformer")
+    fields = {**(within if isinstance(within, Mapping) else {}), **model}
+    fields.pop("transformer", None)
+    found = {_RENAMED.get(name, name): _plain(fields[name]) for name in sorted(fields) if not name.startswith("_")}
+    # Both spellings may be there; sorted, the one that counts with YaRN is the later.
+    for name in _DERIVED:
+        if found.get(name, 0) is None:
+            del found[name]
+    for name in [name for name in found if name.startswith("yarn_") and found[name] is None]:
+        del found[name]
+    if (tied := found.pop("share_embeddings_and_output_weights", None)) is not None:
+        found["untie_embeddings_and_output_weights"] = not tied
+    heads, groups = found.get("num_attention_heads"), found.pop("num_query_groups", None)
+    found |= _groups(heads, groups)
+    if found.get("num_experts"):
+        found.pop("ffn_hidden_size", None)  # nothing has this size where all layers are of experts
+    if not found.get("multi_latent_attention"):
+        for name in ("original_max_position_embeddings", "beta_fast", "beta_slow"):
+            found.pop(name, None)
+    if _is_default_scale(found):
+        del found["softmax_scale"]
+    activation = found.pop("activation_func", None)
+    return found | _activation(_last_name(activation), bool(found.pop("gated_linear_unit", False)))
+
+
+def of_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that Hugging Face's config.json describes, as far as it says; empty if it describes no model."""
+    text = config.get("text_config")
+    config = {**config, **text} if isinstance(text, Mapping) else config
+    found: dict[str, Any] = {}
+    for name, theirs in _HUGGING_FACE.items():
+        value = next((config[key] for key in theirs if config.get(key) is not None), None)
+        if value is not None:
+            found[name] = _plain(value)
+    if not all(isinstance(found.get(name), int) for name in _ESSENTIAL):
+        return {}
+    if isinstance(config.get("vocab_size"), int):
+        found["vocab_size"] = config["vocab_size"]
+    is_latent = config.get("kv_lora_rank") is not None
+    found["multi_latent_attention"] = is_latent
+    if is_latent:
+        found.pop("kv_channels", None)
+    elif "num_key_value_heads" in config:
+        found |= _groups(found["num_attention_heads"], config["num_key_value_heads"])
+    if "tie_word_embeddings" in config:
+        found["untie_embeddings_and_output_weights"] = not config["tie_word_embeddings"]
+    if "layernorm_epsilon" in found:
+        found["normalization"] = "RMSNorm" if "rms_norm_eps" in config else "LayerNorm"
+    activation = next((config[key] for key in ("hidden_act", "hidden_activation") if config.get(key)), None)
+    if activation in ("silu", "swish", "relu2"):  # no model has a silu without a gate
+        found |= _activation(_last_name(activation), activation != "relu2")
+    if config.get("query_pre_attn_scalar"):
+        found["softmax_scale"] = config["query_pre_attn_scalar"] ** -0.5
+    elif config.get("attention_multiplier"):
+        found["softmax_scale"] = config["attention_multiplier"]
+    if _is_default_scale(found):
+        del found["softmax_scale"]
+    found |= {name: config[name] for name in _NO_COUNTERPART if name in config}
+    found |= _positions(config, is_latent)
+    found |= _experts(config, found)
+    found |= _window(config, found["num_layers"])
+    if found.get("num_experts"):
+        found.pop("ffn_hidden_size", None)
+    return found
+
+
+def _positions(config: Mapping[str, Any], is_latent: bool) -> dict[str, Any]:
+    """The arguments of the rotary embedding; older files have rope_theta and rope_scaling, newer ones both in one."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+        return {}  # another one for each type of layer
+    base = config.get("rope_theta", rope.get("rope_theta", config.get("rotary_emb_base")))
+    if base is None and config.get("model_type") in _ROTARY_BASE:
+        base = 10000
+    if base is None:
+        return {"position_embedding_type": "learned_absolute"} if "n_positions" in config else {}
+    kind = rope.get("rope_type", rope.get("type")) or "default"
+    found: dict[str, Any] = {"rotary_base": base, "position_embedding_type": "rope", "use_rope_scaling": False}
+    found["rotary_seq_len_interpolation_factor"] = None
+    if kind == "llama3":
+        found |= {"use_rope_scaling": True, "rope_scaling_factor": rope.get("factor", 8.0)}
+        other = {name: rope[name] for name, value in _LLAMA3.items() if rope.get(name, value) != value}
+        if other:
+            found["rope_scaling_type"] = f"llama3 with {other}"
+    elif kind == "linear":
+        found["rotary_seq_len_interpolation_factor"] = rope.get("factor")
+    elif kind == "yarn":
+        given = {name: ours for name, ours in _YARN.items() if rope.get(name) is not None}
+        found |= {name if is_latent and name in BEYOND_ARGUMENTS else ours: rope[name] for name, ours in given.items()}
+        found["position_embedding_type"] = "rope" if is_latent else "yarn"
+    elif kind not in ("default", "dynamic", "mrope"):  # the last two are the first for text of the trained length
+        found["rope_scaling_type"] = kind
+    return found
+
+
+def _experts(config: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a mixture of experts; of its layers only what is certain."""
+    number = next((config[key] for key in _EXPERTS if config.get(key)), None)
+    if number is None:
+        return {"num_experts": None}
+    experts: dict[str, Any] = {"num_experts": number}
+    if "decoder_sparse_step" in config:
+        dense, step = config.get("mlp_only_layers") or [], config["decoder_sparse_step"]
+        layers = range(found["num_layers"])
+        experts["moe_layer_freq"] = [int(layer not in dense and (layer + 1) % step == 0) for layer in layers]
+        if "norm_topk_prob" in config:
+            experts["moe_router_pre_softmax"] = not config["norm_topk_prob"]
+    elif "first_k_dense_replace" in config:
+        first, step = config["first_k_dense_replace"], config.get("moe_layer_freq", 1)
+        layers = range(found["num_layers"])
+        experts["moe_layer_freq"] = [int(layer >= first and layer % step == 0) for layer in layers]
+    return experts
+
+
+def _window(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """The arguments of attention within a window."""
+    width = config.get("sliding_window")
+    if width is None or config.get("use_sliding_window") is False:
+        return {"window_size": None}
+    kinds = config.get("layer_types")
+    if isinstance(kinds, Sequence) and len(kinds) == num_layers:
+        pattern = [int(kind == "sliding_attention") for kind in kinds]
+    elif config.get("use_sliding_window") and "max_window_layers" in config:
+        pattern = [int(layer >= config["max_window_layers"]) for layer in range(num_layers)]
+    else:
+        pattern = [1] * num_layers
+    if not any(pattern):
+        return {"window_size": None}
+    return {"window_size": [width - 1, 0], "window_attn_skip_freq": pattern}
+
+
+def _groups(heads: Any, groups: Any) -> dict[str, Any]:
+    """Megatron's arguments of grouped queries; a group for each head is none."""
+    if groups is None or groups == heads:
+        return {"group_query_attention": False}
+    return {"group_query_attention": True, "num_query_groups": groups}
+
+
+def _is_default_scale(found: Mapping[str, Any]) -> bool:
+    """Whether there is a softmax scale, and it is Megatron's own."""
+    scale, size = found.get("softmax_scale"), found.get("kv_channels")
+    if size is None and found.get("num_attention_heads"):
+        size = found["hidden_size"] / found["num_attention_heads"]
+    return isinstance(scale, float) and size is not None and math.isclose(scale, size**-0.5, rel_tol=1e-6)
+
+
+def _activation(name: str | None, gated: bool) -> dict[str, Any]:
+    """Megatron's arguments of an activation function; `activation_func` for one that no argument gives."""
+    if name is None:
+        return {}
+    flags = {"swiglu": ("silu", True), "squared_relu": ("squared_relu", False), "quick_geglu": ("quick_gelu", True)}
+    found: dict[str, Any] = {flag: (name, gated) == of for flag, of in flags.items()}
+    if not any(found.values()) and (name, gated) != ("gelu", False):
+        found["activation_func"] = f"{name} with a gate" if gated else name
+    return found
+
+
+def _last_name(value: Any) -> str | None:
+    """The name of a function that YAML has as a name or as a dotted path; None for what cannot be told."""
+    if not isinstance(value, str):
+        value = getattr(value, "__name__", None)
+    name = value.rpartition(".")[2] if isinstance(value, str) else None
+    name = {"relu2": "squared_relu", "swish": "silu", "fast_gelu": "gelu"}.get(name or "", name)
+    return None if name == "builtin_function_or_method" else name
+
+
+def _plain(value: Any) -> Any:
+    """A value of YAML: a tuple as a list, an enumeration's member as its value, a function as its dotted path."""
+    if isinstance(value, Mapping):
+        args = value.get("_args_")
+        return _plain(args[0]) if isinstance(args, list) and len(args) == 1 else value.get("_target_")
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 takes 1e-5 for text
+        except ValueError:
+            return value
+    return value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose unknown tags are passed over: what they name is not constructed."""
+
+
+def _untagged(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_mapping(node, deep=True)
+    if isinstance(node, yaml.SequenceNode):
+        return loader.construct_sequence(node, deep=True)
+    assert isinstance(node, yaml.ScalarNode)
+    return loader.construct_scalar(node)
+
+
+_Loader.add_multi_constructor("", _untagged)
+_load_yaml = partial(yaml.load, Loader=_Loader)
+
+
+def _read(file: Path, parse: Any) -> Mapping[str, Any]:
+    """The mapping in a file.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds no mapping.
+    """
+    try:
+        content = parse(file.read_text(encoding="utf-8"))
+    except Exception as error:  # a damaged file can raise anything
+        why = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"expected a readable description of the model in {file}, got {type(error).__name__}: {why}; copy it "
+            "again, or remove it, and declare a teacher that nothing else describes: teacher.declared=true"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"expected a description of the model in {file}, got a {type(content).__name__}; copy it again, or "
+            "remove it, and declare a teacher that nothing else describes: teacher.declared=true"
+        )
+    return content
