@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from abkd_megatron.arguments import finite_number
 from abkd_megatron.divergences import Divergence, Sum, registry
-from abkd_megatron.divergences.base import finite_number
 from abkd_megatron.errors import ConfigError, brief, check_name
 from abkd_megatron.hidden_loss import HiddenLoss, refuse_twins
 from abkd_megatron.logit_losses import LogitLoss

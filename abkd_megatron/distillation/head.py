@@ -79,7 +79,7 @@ class OutputLayer:
 
     def scale(self) -> float:
         """What the logits are multiplied by, MuP's factor."""
-        return float(self.scale_logits(torch.ones((), dtype=torch.float64)))
+        return float(self.scale_logits(torch.ones((), dtype=torch.float64, device="cpu")))
 
 
 class Loss(NamedTuple):

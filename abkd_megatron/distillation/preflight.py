@@ -226,7 +226,7 @@ def wrong_losses(
     """
     # Each rank makes its own columns, for no two machines have to agree on a random number.
     generator = torch.Generator().manual_seed(shard.start + 1)
-    local = (2 * torch.randn(2, TOKENS, width, generator=generator)).to(device, dtype)
+    local = (2 * torch.randn(2, TOKENS, width, generator=generator, device="cpu")).to(device, dtype)
     gathered = [local.double()]
     if shard.num_ranks > 1:
         gathered = [torch.empty_like(gathered[0]) for _ in range(shard.num_ranks)]
@@ -234,7 +234,7 @@ def wrong_losses(
     whole_student, whole_teacher = torch.cat(gathered, dim=-1)[..., : shard.size].unbind(0)
     student, teacher = local.unbind(0)
     student = student.clone().requires_grad_()
-    labels = torch.linspace(0, shard.size - 1, TOKENS).long().to(device)
+    labels = torch.linspace(0, shard.size - 1, TOKENS, device="cpu").long().to(device)
     weights = torch.linspace(0.5, 1.5, TOKENS, dtype=torch.float64, device=device)
 
     temperature, divergence = objective.temperature, objective.passed_over

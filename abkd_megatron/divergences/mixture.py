@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from abkd_megatron.arguments import finite_number
 from abkd_megatron.divergences.alpha_beta import AlphaBeta
-from abkd_megatron.divergences.base import Divergence, difference, expm1, finite_number, weigh
+from abkd_megatron.divergences.base import Divergence, difference, expm1, weigh
 from abkd_megatron.errors import ConfigError
 
 _FORWARD = AlphaBeta(1.0, 0.0)
