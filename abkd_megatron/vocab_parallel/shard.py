@@ -34,7 +34,7 @@ class VocabShard:
     stop: int
     size: int
     group: dist.ProcessGroup | None = None
-    width: int | None = None
+    width: int | None = field(default=None, compare=False)
     num_ranks: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
