@@ -8,7 +8,7 @@ import inspect
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import psutil
@@ -42,6 +42,13 @@ CHECKS = ("teacher_checksums", "teacher_weights", "memory", "gradient", "batch",
 # more than ln V, which is 0.8 for Megatron's initial weights (std 0.02) at a hidden size of 4096, and next to nothing
 # in a tiny model; so one that has only begun to learn goes on.
 NEAR, BEYOND = 0.1, 0.5
+
+# The loss per token at which one unit in the last place of fp32 is 1 nat. The rounding error of its gradient is then as
+# large as the cross entropy's gradient, which is at most 1 in every logit. Where the student is sure of one token and
+# the teacher of another, the gradient is a small difference of such numbers: fp32 against fp64, Neyman's chi-square of
+# 1e5 has a gradient with an error of 2e-5 of its largest number, of 4e7 2e-4, of 1e9 2e-2, and of 1e22 no digit is
+# right. Where both are unsure it is right up to 1e30, so this is a warning.
+LARGEST = 2.0**23
 
 # Tokens of the self-test, and how far it may be off, of the largest number: wide beside rounding, narrow beside the
 # faults that are looked for, which are factors and sums of one rank alone.
@@ -135,9 +142,10 @@ def check_models(
                 raise ConfigError(
                     "expected the loss over the shards of the vocabulary, and its gradient, to be those of the whole "
                     f"vocabulary, got {wrong[0]} on rank {dist.get_rank()}; a loss of your own has to sum over the "
-                    "vocabulary by `columns`, otherwise try distillation.kernel=eager" + hint.format("gradient")
+                    "vocabulary by `columns`; of one that is not finite raise the temperature; otherwise try "
+                    "distillation.kernel=eager" + hint.format("gradient")
                 )
-    return FirstStep(student, attachment.teacher, pg_collection, known, skip)
+    return FirstStep(student, attachment, pg_collection, known, skip)
 
 
 def bytes_of_logits(last: GPTModel, attachment: Attachment, tokens: int) -> int:
@@ -288,6 +296,8 @@ class _Seen(NamedTuple):
     """The same of the teacher, whose first stage may be elsewhere."""
     loss: tuple[float, float]
     """The teacher's cross entropy summed over tokens, and their number."""
+    kd: tuple[float, float]
+    """The same of `kd loss`."""
 
 
 class FirstStep:
@@ -298,33 +308,36 @@ class FirstStep:
 
     Args:
         student: this rank's model as Megatron built it.
-        teacher: this rank's share.
+        attachment: of that student.
         pg_collection: the student's process groups; `tp` is used.
         vocab_size: tokens that both models know.
-        skip: those of `CHECKS` to leave out.
+        skip: those of `CHECKS` to leave out. That the divergence is too large for fp32 is only warned of, and is not
+            among them.
     """
 
     def __init__(
         self,
         student: Sequence[torch.nn.Module],
-        teacher: Teacher,
+        attachment: Attachment,
         pg_collection: ProcessGroupCollection,
         vocab_size: int,
         skip: Collection[str] = (),
     ) -> None:
+        teacher = attachment.teacher
+        self._attachment = attachment
         self._config = get_model_config(student[0])
         self._groups = {"student": pg_collection.tp, "teacher": teacher.pg_collection.tp}
         self._models: dict[str, GPTModel] = {"student": unwrap_model(student[0]), "teacher": teacher.model}
         self._vocab_size = vocab_size
         self._checks = [name for name in ("batch", "teacher_loss") if name not in skip]
-        self._watching = False
+        self._watching = self._is_over = False
         self._hooks: list[Any] = []
         self._digests: dict[str, Tensor] = {}
-        self._loss: Tensor | None = None
+        self._losses: Tensor | None = None
 
     def begin(self) -> None:
         """Watch from the first micro-batch of a training step on; later calls do nothing."""
-        if self._watching or not self._checks:
+        if self._watching or self._is_over:
             return
         self._watching = True
         if "batch" in self._checks:
@@ -341,10 +354,11 @@ class FirstStep:
 
         self._config.finalize_model_grads_func = conclude_first
 
-    def note_loss(self, teacher_loss: Tensor) -> None:
-        """Take [sum, number] of the teacher's cross entropy of a micro-batch, as `masked_loss` logs it."""
-        if self._watching and "teacher_loss" in self._checks:
-            self._loss = teacher_loss.double() + (self._loss if self._loss is not None else 0.0)
+    def note_losses(self, logged: Mapping[str, Tensor]) -> None:
+        """Take what `masked_loss` logs of a micro-batch; nothing is waited for."""
+        if self._watching:
+            losses = torch.stack([logged[name].detach().double() for name in ("teacher lm loss", "kd loss")])
+            self._losses = losses + (self._losses if self._losses is not None else 0.0)
 
     def _note_tokens(self, who: str) -> Callable[..., None]:
         signature = inspect.signature(self._models[who].forward)
@@ -369,16 +383,20 @@ class FirstStep:
             who: (tuple(dist.get_process_group_ranks(self._groups[who])), int(of.item()))
             for who, of in self._digests.items()
         }
-        total, number = self._loss.tolist() if self._loss is not None else (0.0, 0.0)
-        seen: list[_Seen] = [_Seen(None, None, (0.0, 0.0))] * dist.get_world_size()
-        dist.all_gather_object(seen, _Seen(digests.get("student"), digests.get("teacher"), (total, number)))
-        checks, self._checks, self._watching = self._checks, [], False
+        of_teacher, kd = self._losses.tolist() if self._losses is not None else ((0.0, 0.0), (0.0, 0.0))
+        seen: list[_Seen] = [_Seen(None, None, (0.0, 0.0), (0.0, 0.0))] * dist.get_world_size()
+        own = _Seen(digests.get("student"), digests.get("teacher"), tuple(of_teacher), tuple(kd))
+        dist.all_gather_object(seen, own)
+        checks, self._watching, self._is_over = self._checks, False, True
         if "batch" in checks:
             check_batch([rank.student for rank in seen], [rank.teacher for rank in seen])
         if "teacher_loss" in checks:
             total, number = (sum(numbers) for numbers in zip(*(rank.loss for rank in seen), strict=True))
             if number:
                 check_teacher_loss(total / number, self._vocab_size)
+        total, number = (sum(numbers) for numbers in zip(*(rank.kd for rank in seen), strict=True))
+        if number:
+            check_size(total / number, self._attachment.objective.kd_weight)
 
 
 def digest(tokens: Tensor) -> Tensor:
@@ -444,3 +462,20 @@ def check_teacher_loss(loss: float, vocab_size: int) -> None:
         )
     if loss > guessing - NEAR:
         logger.warning("%s = %.3f: it has learnt next to nothing of this tokenizer's text", said, guessing)
+
+
+def check_size(loss: float, kd_weight: float) -> None:
+    """Warn of a divergence that fp32 is too coarse for.
+
+    Args:
+        loss: `kd loss` per token of the first step.
+        kd_weight: what it is multiplied by.
+    """
+    if kd_weight and not abs(loss * kd_weight) <= LARGEST:
+        logger.warning(
+            "kd loss of the first step is %.3g per token (times kd_weight %g), more than %g: fp32 has no digit left "
+            "for the lm loss beside it, and its gradient may be rounding errors; raise the temperature, take a bounded "
+            "divergence (jensen_shannon, skew_forward_kl, skew_reverse_kl, squared_hellinger), or alpha and beta of at "
+            "least 0",
+            *(loss, kd_weight, LARGEST),
+        )
