@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from abkd_megatron.arguments import finite_number
 from abkd_megatron.divergences import Divergence, Sum, registry
-from abkd_megatron.divergences.base import finite_number
 from abkd_megatron.errors import ConfigError, brief, check_name
 from abkd_megatron.hidden_loss import HiddenLoss, refuse_twins
 from abkd_megatron.logit_losses import LogitLoss
@@ -34,7 +34,7 @@ SECTIONS = ("device", "megatron", "teacher", "distillation", "data", "compare")
 _MOST_CHARACTERS = 2000
 
 # The keys of `distillation` that say which divergence and not how it is used.
-_OF_DIVERGENCE = ("divergence", "alpha", "beta", "scale", "detach", "skew", "mixture", "losses")
+_OF_DIVERGENCE = ("divergence", "alpha", "beta", "scale", "detach", "skew", "mixture", "detach_mixture", "losses")
 
 # What of `distillation` may be a schedule, and what a kernel has compiled in.
 SCHEDULED = ("alpha", "beta", "scale", "skew", "mixture", "temperature", "kd_weight", "lm_weight")
@@ -70,6 +70,8 @@ class DistillationConfig:
     """Share of the other model in the mixture that skew forward and reverse KL compare with."""
     mixture: Number = 0.5
     """Share of the teacher in Jensen-Shannon's mixture."""
+    detach_mixture: bool = False
+    """Take skew reverse KL's mixture as a constant in the gradient."""
     losses: list[dict[str, Scalar]] = field(default_factory=list)
     """In place of `divergence`, terms to add up: each a `name`, a `weight` (1 if left out) and its parameters."""
     temperature: Number = 1.0

@@ -1,10 +1,10 @@
 """A loss between one layer of the student and one of the teacher: what a user says of it; no torch."""
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from abkd_megatron.arguments import flag, positive_number, whole_number
 from abkd_megatron.errors import ConfigError
 
 KINDS = ("cosine", "mse")
@@ -33,16 +33,11 @@ class HiddenLoss:
 
     def __post_init__(self) -> None:
         for name in ("student_layer", "teacher_layer"):
-            layer = getattr(self, name)
-            if type(layer) is not int or layer < 1:
-                raise ConfigError(f"expected {name} to be a whole number from 1 on, got {layer!r}")
+            object.__setattr__(self, name, whole_number("a hidden loss", name, getattr(self, name), least=1))
         if self.loss not in KINDS:
             raise ConfigError(f"expected loss to be one of {', '.join(KINDS)}, got {self.loss!r}")
-        number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
-        if not (number and math.isfinite(self.weight) and self.weight > 0):
-            raise ConfigError(f"expected weight to be a number above 0, got {self.weight!r}; or leave the pair out")
-        if not isinstance(self.projector, bool):
-            raise ConfigError(f"expected projector to be true or false, got {self.projector!r}")
+        object.__setattr__(self, "weight", positive_number("a hidden loss", "weight", self.weight))
+        object.__setattr__(self, "projector", flag("a hidden loss", "projector", self.projector))
 
     @property
     def pair(self) -> str:

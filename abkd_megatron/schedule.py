@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from abkd_megatron.arguments import finite_number, whole_number
 from abkd_megatron.errors import ConfigError
 
 KINDS = ("constant", "linear", "cosine", "piecewise")
@@ -50,10 +51,10 @@ class Schedule:
         for what, got, known in (("schedule", self.kind, KINDS), ("by", self.by, COUNTS)):
             if got not in known:
                 raise ConfigError(f"expected {what} to be one of {', '.join(known)}, got {got!r}")
-        counts, values = [count for count, _ in self.points], [value for _, value in self.points]
-        if not all(map(math.isfinite, values)):
-            raise ConfigError(f"expected finite values, got {values}")
-        if not counts or counts[0] < 0 or any(first > last for first, last in pairwise(counts)):
+        counts = [whole_number("a schedule", "a count", count, least=0) for count, _ in self.points]
+        values = [finite_number("a schedule", "a value", value) for _, value in self.points]
+        object.__setattr__(self, "points", tuple(zip(counts, values, strict=True)))
+        if not counts or any(first > last for first, last in pairwise(counts)):
             raise ConfigError(f"expected points of 0 or more, in order, got {counts}")
         if self.kind in ("linear", "cosine") and not (len(counts) == 2 and counts[0] < counts[1]):
             raise ConfigError(f"expected an end after the start, got {counts}")

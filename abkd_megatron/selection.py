@@ -3,13 +3,13 @@
 Legend: s sequence, b micro-batch.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from abkd_megatron.arguments import positive_number, whole_number
 from abkd_megatron.errors import ConfigError
 
 KEYS = {"every": ("n",), "teacher_entropy": ("at_least", "at_most"), "disagreement": ("kl_at_least",)}
@@ -57,13 +57,14 @@ class TokenSelection:
                     f"expected no {name} with select: {self.select}, which takes {', '.join(known)}, got {value}; "
                     "leave it out"
                 )
-            if name != "n" and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"expected {name} to be a number above 0, in nats, got {value}; or leave it out")
-        if self.select == "every" and (type(self.n) is not int or self.n < 2):
-            raise ConfigError(
-                f"expected n to be 2 or more with select: every, got {self.n}; leave the selection out to distil on "
-                "every token"
+            checked: float = (
+                self._checked_n(value)
+                if name == "n"
+                else positive_number(f"select: {self.select}", name, value, "it is in nats; or leave it out")
             )
+            object.__setattr__(self, name, checked)
+        if self.select == "every" and self.n is None:
+            self._checked_n(None)
         if self.select == "teacher_entropy":
             if self.at_least is None and self.at_most is None:
                 raise ConfigError("expected at_least or at_most with select: teacher_entropy, got neither; give one")
@@ -72,6 +73,11 @@ class TokenSelection:
                     f"expected at_least to be no more than at_most, got {self.at_least} and {self.at_most}, between "
                     "which there is nothing; exchange them"
                 )
+
+    @staticmethod
+    def _checked_n(n: object) -> int:
+        remedy = "leave the selection out to distill on every token"
+        return whole_number("select: every", "n", n, least=2, remedy=remedy)
 
     def __str__(self) -> str:
         return ", ".join(f"{name}: {value}" for name, value in self.described().items())
@@ -122,7 +128,7 @@ def positions_here(length: int, ends: Tensor | None, rank: int, size: int) -> Te
         [length] int64, on the device of `ends` (the CPU without).
     """
     if ends is None:
-        ends = torch.tensor([0, length * size])
+        ends = torch.tensor([0, length * size], device="cpu")
     ends = ends.long()
     here = torch.arange(length, device=ends.device)
     begins = ends // size

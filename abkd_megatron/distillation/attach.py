@@ -74,7 +74,8 @@ def attach(
 
     Raises:
         ConfigError: on every rank: a student that has a teacher already, a feature that goes around the hooks,
-            vocabularies that are padded differently, a `shared_vocab` beyond the vocabulary or of a part of it with
+            vocabularies that are padded differently, logits that a model gathers over tensor-parallel ranks
+            (``parallel_output=False``), a `shared_vocab` beyond the vocabulary or of a part of it with
             context parallelism or a selection of tokens, or hidden losses that cannot be had here (see `check_pairs`)
             or lack their projectors (see `add_projectors`). At the first micro-batch, on a stage with a hidden loss and
             without a loss mask.
@@ -195,6 +196,8 @@ def _checked_student(
     last = chunks[-1]
     if last.post_process:
         assert teacher.head is not None
+        check_sharded_output(last.output_layer, "student")
+        check_sharded_output(teacher.head, "teacher")
         ours, theirs = last.output_layer.output_size_per_partition, teacher.head.output_size_per_partition
         if ours != theirs:
             raise ConfigError(
@@ -202,6 +205,24 @@ def _checked_student(
                 "give both configs the same vocab_size, or make_vocab_size_divisible_by"
             )
     return chunks
+
+
+def check_sharded_output(layer: torch.nn.Module, who: str) -> None:
+    """Reject an output layer that gathers its logits over the tensor-parallel ranks.
+
+    Args:
+        layer: an output layer.
+        who: "student" or "teacher".
+
+    Raises:
+        ConfigError: naming the setting. On one tensor-parallel rank there is nothing to gather.
+    """
+    whole, here = getattr(layer, "output_size", None), getattr(layer, "output_size_per_partition", None)
+    if getattr(layer, "gather_output", False) and whole != here:
+        raise ConfigError(
+            f"{who}: parallel_output=False is not supported with tensor parallelism: the output layer gathers {whole} "
+            f"columns on every rank, and the loss takes this rank's {here}; build the model with parallel_output=True"
+        )
 
 
 _SHARDED = "it shards the student's weights over data-parallel ranks; the loss reads the output layer's as one"

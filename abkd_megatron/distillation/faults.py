@@ -142,7 +142,9 @@ def statistics(tensor: Tensor) -> dict[str, Any]:
     found["first not finite"] = None
     if number < tensor.numel():
         at = int(finite.flatten().int().argmin())
-        found["first not finite"] = [int(index) for index in torch.unravel_index(torch.tensor(at), tensor.shape)]
+        found["first not finite"] = [
+            int(index) for index in torch.unravel_index(torch.tensor(at, device="cpu"), tensor.shape)
+        ]
     return found
 
 

@@ -79,7 +79,7 @@ class OutputLayer:
 
     def scale(self) -> float:
         """What the logits are multiplied by, MuP's factor."""
-        return float(self.scale_logits(torch.ones((), dtype=torch.float64)))
+        return float(self.scale_logits(torch.ones((), dtype=torch.float64, device="cpu")))
 
 
 class Loss(NamedTuple):
@@ -177,7 +177,7 @@ def compute_loss(
             teacher_logits = teacher.logits_of(to_device(rows, labels.device), tp_group)
     compared = shard
     if objective.shares_part_of(shard.size):
-        compared = VocabShard.megatron(student_logits.shape[-1], tp_group, objective.shared_vocab)
+        compared = VocabShard.megatron(student.weight.shape[0], tp_group, objective.shared_vocab)
 
     def loss_of(student_logits: Tensor) -> Loss:
         return _loss(student_logits, teacher_logits, objective, labels, loss_mask, shard, compared, input_ids, selected)

@@ -20,12 +20,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from abkd_megatron.distillation.channel import Channel, new_group
 from abkd_megatron.distillation.teacher import Teacher
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.hidden_loss import HiddenLoss
+from abkd_megatron.tensors import Function, check_context, check_tensor, constant
 
 PROJECTORS = "distillation_projectors"
 """The student's submodule, and so the beginning of the projectors' names in its checkpoint."""
@@ -249,7 +249,10 @@ def hidden_distance(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
     fp32 again: of each micro-batch under way nothing in fp32 is held. A token whose loss has a gradient of 0 passes on
     exactly 0, whatever it holds.
     """
-    distance: Tensor = _Distance.apply(student, teacher.detach(), kind)
+    check_context("hidden_distance")
+    check_tensor("the student's hidden states", student)
+    check_tensor("the teacher's hidden states", teacher, like=student)
+    distance: Tensor = _Distance.apply(student, constant(teacher), kind)
     return distance
 
 
@@ -261,7 +264,9 @@ def _distance(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
     return 1 - torch.nn.functional.cosine_similarity(student, teacher, dim=-1)
 
 
-class _Distance(torch.autograd.Function):
+class _Distance(Function):
+    title = "a loss between layers"
+
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, kind: str) -> Tensor:
         ctx.save_for_backward(student, teacher)
@@ -269,7 +274,6 @@ class _Distance(torch.autograd.Function):
         return _distance(kind, student, teacher)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, of_distance: Tensor) -> tuple[Tensor, None, None]:
         student, teacher = ctx.saved_tensors
         with torch.enable_grad():
@@ -280,7 +284,10 @@ class _Distance(torch.autograd.Function):
 
 
 class _Add(torch.autograd.Function):
-    """The hidden states as they are; backward adds the gradient of a loss that nobody differentiates."""
+    """The hidden states as they are; backward adds the gradient of a loss that nobody differentiates.
+
+    Its backward is right at any order; the loss's own raises at the second.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, loss: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
 """What the student is trained on."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
+from abkd_megatron.arguments import flag, positive_number, weight_number, whole_number
 from abkd_megatron.divergences import AlphaBeta, Divergence
-from abkd_megatron.divergences.base import finite_number
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.hidden_loss import HiddenLoss, refuse_twins
 from abkd_megatron.logit_losses import LogitLoss
@@ -68,15 +67,21 @@ class Objective:
             raise ConfigError(f"expected head to be one of {', '.join(HEADS)}, got {self.head!r}")
         if self.divergence is None and not self.logit_losses:
             raise ConfigError("expected a divergence or logit_losses, got neither: there is nothing to distil with")
-        for weight, loss in self.logit_losses:
-            if finite_number("logit_losses", "weight", weight) <= 0.0:
-                raise ConfigError(f"expected a weight above 0, got {weight} of {loss}: leave a loss of 0 out")
-            if not isinstance(loss, LogitLoss):
-                raise ConfigError(f"expected pairs of a weight and a LogitLoss, got {loss!r}: build one, AdaptiveKL()")
-            if loss.name in _LOGGED:
-                raise ConfigError(
-                    f"a loss named {loss.name!r} is logged already; give {type(loss).__name__} another name"
-                )
+        if self.divergence is not None and not isinstance(self.divergence, Divergence):
+            raise ConfigError(f"expected a Divergence, got {self.divergence!r}: build one, AlphaBeta(0.2, 0.7)")
+        self._set("logit_losses", self._checked_losses())
+        for name in ("gradient_in_place", "diagnostics"):
+            self._set(name, flag("Objective", name, getattr(self, name)))
+        for name in ("chunk_tokens", "shared_vocab"):
+            if (number := getattr(self, name)) is not None:
+                self._set(name, whole_number("Objective", name, number, least=1))
+        self._set("temperature", positive_number("Objective", "temperature", self.temperature))
+        for name in ("kd_weight", "lm_weight"):
+            self._set(name, weight_number("Objective", name, getattr(self, name)))
+        if self.tokens is not None and not isinstance(self.tokens, TokenSelection):
+            raise ConfigError(
+                f"expected tokens to be a TokenSelection, got {self.tokens!r}: TokenSelection('every', n=4)"
+            )
         if self.logit_losses and self.tokens is not None and self.tokens.by_position:
             raise ConfigError(
                 f"a selection by position ({self.tokens}) spares the teacher logits that "
@@ -87,17 +92,7 @@ class Objective:
                 f"head: fused has no logits for {', '.join(self.names_of_logit_losses)}; give head: auto, or no losses "
                 "but divergences"
             )
-        if self.chunk_tokens is not None and self.chunk_tokens < 1:
-            raise ConfigError(f"expected chunk_tokens to be at least 1, got {self.chunk_tokens}; or leave it out")
-        if self.shared_vocab is not None and self.shared_vocab < 1:
-            raise ConfigError(f"expected shared_vocab to be at least 1, got {self.shared_vocab}; or leave it out")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ConfigError(f"temperature must be a positive number, got {self.temperature}")
         refuse_twins(self.hidden_losses)
-        for name in ("kd_weight", "lm_weight"):
-            weight = getattr(self, name)
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ConfigError(f"{name} must be a number of at least 0, got {weight}")
         if self.head == "fused" and self.kd_weight == 0:
             raise ConfigError(
                 "head: fused has no logits for Megatron's own cross entropy, which kd_weight 0 trains on; "
@@ -105,6 +100,21 @@ class Objective:
             )
         if self.kd_weight == 0 and self.lm_weight == 0:
             raise ConfigError("kd_weight and lm_weight are both 0, so there is nothing to train on; raise one of them")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _checked_losses(self) -> tuple[tuple[float, LogitLoss], ...]:
+        checked = []
+        for weight, loss in self.logit_losses:
+            if not isinstance(loss, LogitLoss):
+                raise ConfigError(f"expected pairs of a weight and a LogitLoss, got {loss!r}: build one, AdaptiveKL()")
+            if loss.name in _LOGGED:
+                raise ConfigError(
+                    f"a loss named {loss.name!r} is logged already; give {type(loss).__name__} another name"
+                )
+            checked.append((positive_number(f"logit_losses, {loss}", "weight", weight), loss))
+        return tuple(checked)
 
     @property
     def passed_over(self) -> Divergence:

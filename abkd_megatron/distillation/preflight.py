@@ -8,7 +8,7 @@ import inspect
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import psutil
@@ -46,6 +46,13 @@ NEAR, BEYOND = 0.1, 0.5
 # How far the teacher's loss may be from the expected one, of that. Rounding in bf16 moves the mean over a batch by less
 # than a thousandth; a wrong rotary base, number of heads or norm epsilon moves it by several hundredths or more.
 NEAR_EXPECTED = 0.02
+
+# The loss per token at which one unit in the last place of fp32 is 1 nat. The rounding error of its gradient is then as
+# large as the cross entropy's gradient, which is at most 1 in every logit. Where the student is sure of one token and
+# the teacher of another, the gradient is a small difference of such numbers: fp32 against fp64, Neyman's chi-square of
+# 1e5 has a gradient with an error of 2e-5 of its largest number, of 4e7 2e-4, of 1e9 2e-2, and of 1e22 no digit is
+# right. Where both are unsure it is right up to 1e30, so this is a warning.
+LARGEST = 2.0**23
 
 # Tokens of the self-test, and how far it may be off, of the largest number: wide beside rounding, narrow beside the
 # faults that are looked for, which are factors and sums of one rank alone.
@@ -141,9 +148,10 @@ def check_models(
                 raise ConfigError(
                     "expected the loss over the shards of the vocabulary, and its gradient, to be those of the whole "
                     f"vocabulary, got {wrong[0]} on rank {dist.get_rank()}; a loss of your own has to sum over the "
-                    "vocabulary by `columns`, otherwise try distillation.kernel=eager" + hint.format("gradient")
+                    "vocabulary by `columns`; of one that is not finite raise the temperature; otherwise try "
+                    "distillation.kernel=eager" + hint.format("gradient")
                 )
-    return FirstStep(student, attachment.teacher, pg_collection, known, skip, expected_loss)
+    return FirstStep(student, attachment, pg_collection, known, skip, expected_loss)
 
 
 def bytes_of_logits(last: GPTModel, attachment: Attachment, tokens: int) -> int:
@@ -232,7 +240,7 @@ def wrong_losses(
     """
     # Each rank makes its own columns, for no two machines have to agree on a random number.
     generator = torch.Generator().manual_seed(shard.start + 1)
-    local = (2 * torch.randn(2, TOKENS, width, generator=generator)).to(device, dtype)
+    local = (2 * torch.randn(2, TOKENS, width, generator=generator, device="cpu")).to(device, dtype)
     gathered = [local.double()]
     if shard.num_ranks > 1:
         gathered = [torch.empty_like(gathered[0]) for _ in range(shard.num_ranks)]
@@ -240,7 +248,7 @@ def wrong_losses(
     whole_student, whole_teacher = torch.cat(gathered, dim=-1)[..., : shard.size].unbind(0)
     student, teacher = local.unbind(0)
     student = student.clone().requires_grad_()
-    labels = torch.linspace(0, shard.size - 1, TOKENS).long().to(device)
+    labels = torch.linspace(0, shard.size - 1, TOKENS, device="cpu").long().to(device)
     weights = torch.linspace(0.5, 1.5, TOKENS, dtype=torch.float64, device=device)
 
     temperature, divergence = objective.temperature, objective.passed_over
@@ -294,6 +302,8 @@ class _Seen(NamedTuple):
     """The same of the teacher, whose first stage may be elsewhere."""
     loss: tuple[float, float]
     """The teacher's cross entropy summed over tokens, and their number."""
+    kd: tuple[float, float]
+    """The same of `kd loss`."""
 
 
 class FirstStep:
@@ -304,10 +314,11 @@ class FirstStep:
 
     Args:
         student: this rank's model as Megatron built it.
-        teacher: this rank's share.
+        attachment: of that student.
         pg_collection: the student's process groups; `tp` is used.
         vocab_size: tokens that both models know.
-        skip: those of `CHECKS` to leave out.
+        skip: those of `CHECKS` to leave out. That the divergence is too large for fp32 is only warned of, and is not
+            among them.
         expected_loss: the teacher's cross entropy per token on a run's first batch, as measured elsewhere; None if it
             is not known.
     """
@@ -315,22 +326,24 @@ class FirstStep:
     def __init__(
         self,
         student: Sequence[torch.nn.Module],
-        teacher: Teacher,
+        attachment: Attachment,
         pg_collection: ProcessGroupCollection,
         vocab_size: int,
         skip: Collection[str] = (),
         expected_loss: float | None = None,
     ) -> None:
+        teacher = attachment.teacher
+        self._attachment = attachment
         self._config = get_model_config(student[0])
         self._groups = {"student": pg_collection.tp, "teacher": teacher.pg_collection.tp}
         self._models: dict[str, GPTModel] = {"student": unwrap_model(student[0]), "teacher": teacher.model}
         self._vocab_size = vocab_size
         self._checks = [name for name in ("batch", "teacher_loss") if name not in skip]
         self._expected_loss = expected_loss
-        self._watching = self._done = False
+        self._watching = self._is_over = False
         self._hooks: list[Any] = []
         self._digests: dict[str, Tensor] = {}
-        self._loss: Tensor | None = None
+        self._losses: Tensor | None = None
 
     def begin(self, is_first: bool = True) -> None:
         """Watch from the first micro-batch of a training step on; later calls do nothing.
@@ -339,12 +352,10 @@ class FirstStep:
             is_first: whether it is the first step of the run, not of a process that goes on with it. Its batch is the
                 one of which a loss is expected.
         """
-        if self._watching or self._done:
+        if self._watching or self._is_over:
             return
         if not is_first:
             self._expected_loss = None
-        if not self._checks and self._expected_loss is None:
-            self._done = True
             return
         self._watching = True
         if "batch" in self._checks:
@@ -361,10 +372,11 @@ class FirstStep:
 
         self._config.finalize_model_grads_func = conclude_first
 
-    def note_loss(self, teacher_loss: Tensor) -> None:
-        """Take [sum, number] of the teacher's cross entropy of a micro-batch, as `masked_loss` logs it."""
+    def note_losses(self, logged: Mapping[str, Tensor]) -> None:
+        """Take what `masked_loss` logs of a micro-batch; nothing is waited for."""
         if self._watching:
-            self._loss = teacher_loss.double() + (self._loss if self._loss is not None else 0.0)
+            losses = torch.stack([logged[name].detach().double() for name in ("teacher lm loss", "kd loss")])
+            self._losses = losses + (self._losses if self._losses is not None else 0.0)
 
     def _note_tokens(self, who: str) -> Callable[..., None]:
         signature = inspect.signature(self._models[who].forward)
@@ -389,18 +401,22 @@ class FirstStep:
             who: (tuple(dist.get_process_group_ranks(self._groups[who])), int(of.item()))
             for who, of in self._digests.items()
         }
-        total, number = self._loss.tolist() if self._loss is not None else (0.0, 0.0)
-        seen: list[_Seen] = [_Seen(None, None, (0.0, 0.0))] * dist.get_world_size()
-        dist.all_gather_object(seen, _Seen(digests.get("student"), digests.get("teacher"), (total, number)))
-        checks, self._watching, self._done = self._checks, False, True
+        of_teacher, kd = self._losses.tolist() if self._losses is not None else ((0.0, 0.0), (0.0, 0.0))
+        seen: list[_Seen] = [_Seen(None, None, (0.0, 0.0), (0.0, 0.0))] * dist.get_world_size()
+        own = _Seen(digests.get("student"), digests.get("teacher"), tuple(of_teacher), tuple(kd))
+        dist.all_gather_object(seen, own)
+        checks, self._watching, self._is_over = self._checks, False, True
         if "batch" in checks:
             check_batch([rank.student for rank in seen], [rank.teacher for rank in seen])
+        # `masked_loss` gives no number of 0.
         total, number = (sum(numbers) for numbers in zip(*(rank.loss for rank in seen), strict=True))
-        # `masked_loss` gives no 0.
         if number >= 1 and "teacher_loss" in checks:
             check_teacher_loss(total / number, self._vocab_size)
         if number >= 1 and self._expected_loss is not None:
             check_expected_loss(total / number, self._expected_loss)
+        total, number = (sum(numbers) for numbers in zip(*(rank.kd for rank in seen), strict=True))
+        if number >= 1:
+            check_size(total / number, self._attachment.objective.kd_weight)
 
 
 def digest(tokens: Tensor) -> Tensor:
@@ -486,3 +502,20 @@ def check_expected_loss(loss: float, expected: float) -> None:
             "`teacher:`, or remove teacher.expected-loss"
         )
     logger.info("the teacher's cross entropy on the first step is %.4f, expected %.4f", loss, expected)
+
+
+def check_size(loss: float, kd_weight: float) -> None:
+    """Warn of a divergence that fp32 is too coarse for.
+
+    Args:
+        loss: `kd loss` per token of the first step.
+        kd_weight: what it is multiplied by.
+    """
+    if kd_weight and not abs(loss * kd_weight) <= LARGEST:
+        logger.warning(
+            "kd loss of the first step is %.3g per token (times kd_weight %g), more than %g: fp32 has no digit left "
+            "for the lm loss beside it, and its gradient may be rounding errors; raise the temperature, take a bounded "
+            "divergence (jensen_shannon, skew_forward_kl, skew_reverse_kl, squared_hellinger), or alpha and beta of at "
+            "least 0",
+            *(loss, kd_weight, LARGEST),
+        )

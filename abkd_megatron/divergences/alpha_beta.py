@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abkd_megatron.divergences.base import Divergence, coefficient, expm1, finite_number, weigh
+from abkd_megatron.arguments import finite_number
+from abkd_megatron.divergences.base import Divergence, coefficient, expm1, weigh
 from abkd_megatron.errors import ConfigError
 
 # Below this |exponent * log_ratio| the divided difference is summed as a series: the closed form cancels.

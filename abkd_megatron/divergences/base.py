@@ -1,13 +1,10 @@
 """What a divergence is to the engine: two elementwise functions of a pair of log-probabilities."""
 
 import math
-import numbers
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
-
-from abkd_megatron.errors import ConfigError
 
 # Terms of the series of exp(x) - 1 that leave a remainder below half a unit in the last place at |x| = 1.
 _EXPM1_TERMS = {torch.float32: 10, torch.float64: 18}
@@ -90,16 +87,3 @@ def coefficient(number: float, dtype: torch.dtype) -> float:
     A scalar that the tensor's dtype flushes to 0 would otherwise give 0 * inf and 0 / 0.
     """
     return number if abs(number) >= math.sqrt(torch.finfo(dtype).tiny) else 0.0
-
-
-def finite_number(owner: str, name: str, number: object) -> float:
-    """`number` as a float.
-
-    Raises:
-        ConfigError: if it is not a finite real number (a bool is none).
-    """
-    if isinstance(number, numbers.Real) and not isinstance(number, bool) and math.isfinite(number):
-        return float(number)
-    raise ConfigError(
-        f"{owner}: expected {name} to be a finite number, got {number!r}: give a plain number such as 0.5"
-    )

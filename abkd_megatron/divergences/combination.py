@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from abkd_megatron.arguments import finite_number
 from abkd_megatron.divergences.alpha_beta import AlphaBeta
-from abkd_megatron.divergences.base import Divergence, finite_number
+from abkd_megatron.divergences.base import Divergence
 from abkd_megatron.divergences.todi import ToDi
 from abkd_megatron.errors import ConfigError
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from abkd_megatron.arguments import finite_number, flag
 from abkd_megatron.divergences.alpha_beta import AlphaBeta
-from abkd_megatron.divergences.base import Divergence, difference, expm1, finite_number, weigh
+from abkd_megatron.divergences.base import Divergence, difference, expm1, weigh
 from abkd_megatron.errors import ConfigError
 
 _FORWARD = AlphaBeta(1.0, 0.0)
@@ -36,7 +37,7 @@ class SkewForwardKL(Divergence):
     Raises:
         ConfigError: if skew is not a number between 0 and 1, both excluded.
 
-    Source: DistiLLM, ICML 2024, arXiv 2402.03898 (alpha-SKL; 0.1 there too).
+    Source: DistiLLM, ICML 2024, arXiv 2402.03898 (alpha-SKL; 0.1 there too), and DistiLLM-2, arXiv 2503.07067.
     """
 
     skew: float = 0.1
@@ -66,30 +67,41 @@ class SkewReverseKL(Divergence):
 
     Collectives: 2 all-gathers forward, of 4 and 2 fp64 numbers a token, none backward.
 
+    With `detach_mixture` the mixture is a constant in the gradient, h = q log(q/M), which is not the gradient of the
+    value and may differ from it by as much as itself. Of Jensen-Shannon both are the same; of skew forward KL,
+    whose student is in the mixture only, nothing would be left.
+
     Args:
         skew: share of the student in the mixture.
+        detach_mixture: whether M is a constant in the gradient.
 
     Raises:
-        ConfigError: if skew is not a number between 0 and 1, both excluded.
+        ConfigError: if skew is not a number between 0 and 1, both excluded, or detach_mixture is not a bool.
 
-    Source: DistiLLM, ICML 2024, arXiv 2402.03898 (alpha-SRKL; 0.1 there too).
+    Source: DistiLLM, ICML 2024, arXiv 2402.03898 (alpha-SRKL; 0.1 there too), differentiated through the mixture.
+    DistiLLM-2, ICML 2025, arXiv 2503.07067, has the same value; its released code detaches the mixture.
     """
 
     skew: float = 0.1
+    detach_mixture: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "skew", _share("SkewReverseKL", "skew", self.skew, "reverse_kl is the limit at 0"))
+        object.__setattr__(self, "detach_mixture", flag("SkewReverseKL", "detach_mixture", self.detach_mixture))
 
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         """F = q log(q/M) - q + M."""
         return _to_mixture(log_q, log_p, -log_ratio, self.skew)
 
     def slope(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """The slope h = q log(q/M) + skew (1 - skew) (p - q) q/M."""
+        """The slope h = q log(q/M) + skew (1 - skew) (p - q) q/M; the first term only if detached."""
         rest = 1.0 - self.skew
+        of_own = weigh(log_q.exp(), _log_mixture(rest, log_ratio))
+        if self.detach_mixture:
+            return of_own.neg_()
         mixture_over_q = log_ratio.exp().mul_(rest).add_(self.skew)
         of_mixture = difference(log_p, log_q, log_ratio).mul_(self.skew * rest).div_(mixture_over_q)
-        return of_mixture.sub_(weigh(log_q.exp(), _log_mixture(rest, log_ratio)))
+        return of_mixture.sub_(of_own)
 
 
 @dataclass(frozen=True)

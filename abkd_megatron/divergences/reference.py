@@ -93,10 +93,13 @@ def _mixed_kl(
     share: float,
     temperature: float,
     vocab_size: int | None,
+    detach_mixture: bool = False,
 ) -> Tensor:
     """of_teacher KL(p || M) + of_student KL(q || M), M = share p + (1 - share) q."""
     log_p, log_q, outside = _log_probabilities(student_logits, teacher_logits, temperature, vocab_size)
     log_mixture = torch.logaddexp(log_p + math.log(share), log_q + math.log(1.0 - share))
+    if detach_mixture:
+        log_mixture = log_mixture.detach()
     terms = torch.zeros_like(log_q)
     for weight, log_x in ((of_teacher, log_p), (of_student, log_q)):
         finite = log_x.masked_fill(log_x.isneginf(), 0.0)  # 0 log 0 = 0
@@ -132,9 +135,12 @@ def reference_skew_reverse_kl(
     skew: float = 0.1,
     temperature: float = 1.0,
     vocab_size: int | None = None,
+    detach_mixture: bool = False,
 ) -> Tensor:
-    """KL(q || (1 - skew) p + skew q), DistiLLM, arXiv 2402.03898."""
-    return _mixed_kl(student_logits, teacher_logits, 0.0, 1.0, 1.0 - skew, temperature, vocab_size)
+    """KL(q || (1 - skew) p + skew q), DistiLLM, arXiv 2402.03898; detached as in DistiLLM-2's code."""
+    return _mixed_kl(
+        student_logits, teacher_logits, 0.0, 1.0, 1.0 - skew, temperature, vocab_size, detach_mixture=detach_mixture
+    )
 
 
 def reference_total_variation(
@@ -177,7 +183,7 @@ def reference_divergence(
     if isinstance(divergence, SkewForwardKL):
         return reference_skew_forward_kl(*logits, divergence.skew, temperature, vocab_size)
     if isinstance(divergence, SkewReverseKL):
-        return reference_skew_reverse_kl(*logits, divergence.skew, temperature, vocab_size)
+        return reference_skew_reverse_kl(*logits, divergence.skew, temperature, vocab_size, divergence.detach_mixture)
     if isinstance(divergence, TotalVariation):
         return reference_total_variation(*logits, temperature, vocab_size)
     if isinstance(divergence, Sum):

@@ -104,7 +104,9 @@ def checked(name: str, divergence: object) -> Divergence:
             "abkd_megatron.divergences.Divergence"
         )
     generator = torch.Generator().manual_seed(0)
-    log_p, log_q = (2.0 * torch.randn(2, 8, 32, generator=generator, dtype=torch.float64)).log_softmax(dim=-1)
+    log_p, log_q = (2.0 * torch.randn(2, 8, 32, generator=generator, dtype=torch.float64, device="cpu")).log_softmax(
+        dim=-1
+    )
     slope, step = divergence.slope(log_p, log_q, log_p - log_q), 1e-5
     after, before = (divergence.value(log_p, log_q + by, log_p - log_q - by) for by in (step, -step))
     for method, result in (("value", after), ("slope", slope)):

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from abkd_megatron.arguments import finite_number, flag
 from abkd_megatron.divergences.alpha_beta import AlphaBeta
-from abkd_megatron.divergences.base import Divergence, coefficient, expm1, finite_number, weigh
+from abkd_megatron.divergences.base import Divergence, coefficient, expm1, weigh
 from abkd_megatron.errors import ConfigError
 
 _FORWARD, _REVERSE = AlphaBeta(1.0, 0.0), AlphaBeta(0.0, 1.0)
@@ -50,8 +51,7 @@ class ToDi(Divergence):
                 f"ToDi: expected scale >= 0, got {self.scale}: a negative one favours the wrong KL term; "
                 "give 1.0 for the paper's"
             )
-        if not isinstance(self.detach, bool):
-            raise ConfigError(f"ToDi: expected detach to be true or false, got {self.detach!r}: give a bool")
+        object.__setattr__(self, "detach", flag("ToDi", "detach", self.detach))
 
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         """F = (w p - (1 - w) q) rho."""

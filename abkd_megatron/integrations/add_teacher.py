@@ -335,7 +335,7 @@ def loss_with_report(
 
     Args:
         attachment: of the model whose last forward gave `output_tensor`.
-        first_step: is told the teacher's loss.
+        first_step: is told the losses.
         loss_func: of Megatron's kind: returns the loss, perhaps the number of tokens, and what it logs.
         output_tensor: [b, s], the loss a token.
         check_for_nan: as `masked_loss` takes it.
@@ -365,7 +365,7 @@ def loss_with_report(
         tensors=attachment.take_tensors(),
         save=save,
     )
-    first_step.note_loss(ours["teacher lm loss"])
+    first_step.note_losses(ours)
     *loss, logged = loss_func(output_tensor)
     return (*loss, {**logged, **ours})
 

@@ -6,7 +6,7 @@ by the same compiler, several times as fast again. `triton` is for GPUs; it has 
 Triton's interpreter, not yet on one. The last two know AlphaBeta and ToDi.
 
 `auto` takes triton for logits on a GPU and cpp for logits on a CPU where they can serve, else eager, and says which in
-the log.
+the log. Tensors without memory of their own (fake and meta ones, wrapper subclasses) are eager's.
 """
 
 import functools
@@ -25,6 +25,7 @@ from abkd_megatron.divergences.base import Divergence
 from abkd_megatron.divergences.todi import ToDi
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.kernels import compiled, cpp, eager
+from abkd_megatron.tensors import has_memory, is_traced
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def select(divergence: Divergence, student: Tensor, teacher: Tensor) -> Kernel:
 
 
 def _automatic(divergence: Divergence, student: Tensor, teacher: Tensor) -> str:
-    known = type(divergence) in (AlphaBeta, ToDi)
+    known = type(divergence) in (AlphaBeta, ToDi) and has_memory(student) and has_memory(teacher) and not is_traced()
     dtypes = {student.dtype, teacher.dtype}
     if student.is_cuda and known and torch.float64 not in dtypes and importlib.util.find_spec("triton"):
         return "triton"

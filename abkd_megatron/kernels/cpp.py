@@ -28,6 +28,7 @@ from abkd_megatron.divergences.todi import ToDi
 from abkd_megatron.errors import ConfigError, HostError
 from abkd_megatron.kernels import eager
 from abkd_megatron.kernels.record import Layout
+from abkd_megatron.tensors import has_memory, is_traced
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -59,7 +60,7 @@ class _Logits(ctypes.Structure):
 
     @classmethod
     def of(cls, logits: Tensor) -> "_Logits":
-        return cls(logits.data_ptr(), logits.stride(0), logits.dtype == torch.bfloat16)
+        return cls(_checked(logits).data_ptr(), logits.stride(0), logits.dtype == torch.bfloat16)
 
 
 @functools.cache
@@ -121,6 +122,13 @@ def _check(student: Tensor, teacher: Tensor, divergence: Divergence) -> None:
         raise HostError(
             f"the cpp kernel needs logits on a CPU, got {student.device} and {teacher.device}: choose the triton kernel"
         )
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if logits.dim() != 2 or logits.shape != student.shape or (logits.stride(1) != 1 and logits.shape[1] > 1):
+            raise ConfigError(
+                f"the cpp kernel needs {name} logits [n, C] whose last dimension is contiguous, got "
+                f"{list(logits.shape)} with strides {logits.stride()} beside {list(student.shape)}: choose the "
+                "eager kernel"
+            )
 
 
 def _part(divergence: AlphaBeta) -> _Part:
@@ -145,7 +153,30 @@ def _todi(divergence: ToDi) -> dict[str, Any]:
 
 
 def _pointer(numbers: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(numbers.data_ptr() if numbers is not None else None)
+    return ctypes.c_void_p(_checked(numbers).data_ptr() if numbers is not None else None)
+
+
+def _checked(numbers: Tensor) -> Tensor:
+    """A tensor that C++ may read and write: every pointer that is handed to it is of one."""
+    if numbers.device.type != "cpu" or not has_memory(numbers) or is_traced():
+        raise HostError(
+            f"the cpp kernel needs tensors in the CPU's memory, got a {type(numbers).__name__} on {numbers.device} "
+            "that has none, or whose operations are being traced (FakeTensorMode, make_fx): choose the eager kernel"
+        )
+    return numbers
+
+
+def _sized(numbers: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """`numbers`, contiguous and of that dtype.
+
+    Raises:
+        ConfigError: for another shape, of which C++ would read beyond the end.
+    """
+    if numbers is None:
+        return None
+    if numbers.shape != shape:
+        raise ConfigError(f"the cpp kernel expected {list(shape)} numbers, got {list(numbers.shape)}: one for each row")
+    return numbers.to(dtype).contiguous().resolve_neg()
 
 
 def local_record(
@@ -161,7 +192,7 @@ def local_record(
 
     Raises:
         ConfigError: for a divergence other than AlphaBeta and ToDi, or logits other than fp32 and bf16.
-        HostError: for logits that are not on a CPU, or where the kernel cannot be built.
+        HostError: for tensors that are not in a CPU's memory, or where the kernel cannot be built.
     """
     _check(student, teacher, divergence)
     num_rows, num_columns = student.shape
@@ -172,8 +203,8 @@ def local_record(
         parts = [divergence]
     elif divergence.num_sums:
         parts = [AlphaBeta(1.0, 0.0), AlphaBeta(0.0, 1.0)]
-    labels = labels.contiguous() if labels is not None else None
-    record = torch.empty(layout.size, num_rows, dtype=torch.float64)
+    labels = _sized(labels, (num_rows,), torch.int64)
+    record = torch.empty(layout.size, num_rows, dtype=torch.float64, device="cpu")
     settings = _settings(parts, layout.temperature)
     _library().abkd_record(
         _pointer(record),
@@ -200,15 +231,14 @@ def local_second_record(
 
     Raises:
         ConfigError: for a divergence other than ToDi, or logits other than fp32 and bf16.
-        HostError: for logits that are not on a CPU, or where the kernel cannot be built.
+        HostError: for tensors that are not in a CPU's memory, or where the kernel cannot be built.
     """
     _check(student, teacher, divergence)
     assert isinstance(divergence, ToDi)  # alpha-beta separates
     num_rows, num_columns = student.shape
-    record = torch.zeros(value + slope, num_rows, dtype=torch.float64)
+    record = torch.zeros(value + slope, num_rows, dtype=torch.float64, device="cpu")
     if num_rows == 0 or num_columns == 0:
         return record
-    scalars = scalars.contiguous()
     settings = _settings([], temperature, **_todi(divergence))
     _library().abkd_second_record(
         _pointer(record[0] if value else None),
@@ -216,7 +246,7 @@ def local_second_record(
         _Logits.of(student),
         _Logits.of(teacher),
         *(ctypes.c_int64(number) for number in (num_rows, num_columns)),
-        _pointer(scalars),
+        _pointer(_sized(scalars, (4, num_rows), torch.float64)),
         ctypes.byref(settings),
     )
     return record
@@ -239,7 +269,7 @@ def local_gradient(
 
     Raises:
         ConfigError: for a divergence other than AlphaBeta and ToDi, or logits other than fp32 and bf16.
-        HostError: for logits that are not on a CPU, or where the kernel cannot be built.
+        HostError: for tensors that are not in a CPU's memory, or where the kernel cannot be built.
     """
     _check(student, teacher, divergence)
     num_rows, num_columns = student.shape
@@ -250,14 +280,18 @@ def local_gradient(
     else:
         assert isinstance(divergence, AlphaBeta)
         settings = _settings([divergence], temperature)
-    held = [
-        numbers.to(kind).contiguous() if numbers is not None else None
-        for numbers, kind in (
-            (labels, torch.int64),
-            (scalars, torch.float64),
-            (of_divergence, torch.float32),
-            (of_cross_entropy if labels is not None else None, torch.float32),
+    if out.shape != student.shape or out.dtype != student.dtype or (out.stride(1) != 1 and num_columns > 1):
+        raise ConfigError(
+            f"the cpp kernel writes a gradient like the student's logits, {list(student.shape)} {student.dtype} with a "
+            f"contiguous last dimension, got {list(out.shape)} {out.dtype} with strides {out.stride()}: choose the "
+            "eager kernel"
         )
+    of_rows = (num_rows,)
+    held = [
+        _sized(labels, of_rows, torch.int64),
+        _sized(scalars, (6, num_rows), torch.float64),
+        _sized(of_divergence, of_rows, torch.float32),
+        _sized(of_cross_entropy if labels is not None else None, of_rows, torch.float32),
     ]
     _library().abkd_gradient(
         _pointer(out),

@@ -26,6 +26,7 @@ from abkd_megatron.divergences.todi import ToDi
 from abkd_megatron.errors import ConfigError, HostError
 from abkd_megatron.kernels import eager
 from abkd_megatron.kernels.record import Layout
+from abkd_megatron.tensors import has_memory, is_traced
 
 try:
     import triton  # type: ignore[import-untyped]
@@ -170,6 +171,11 @@ def _check(student: Tensor, teacher: Tensor, divergence: Divergence, dtype: torc
     if not student.is_cuda and isinstance(_record_kernel.fn, triton.JITFunction):
         raise HostError(f"the triton kernel needs logits on a GPU, got {student.device}: choose the eager kernel")
     for name, logits in (("student", student), ("teacher", teacher)):
+        if not has_memory(logits) or is_traced():
+            raise HostError(
+                f"the triton kernel needs {name} logits with memory of their own, got a {type(logits).__name__} on "
+                f"{logits.device}, or one whose operations are being traced: choose the eager kernel"
+            )
         if logits.stride(-1) != 1 and logits.shape[-1] > 1:
             raise ConfigError(
                 f"the triton kernel needs {name} logits whose last dimension is contiguous, got strides "

@@ -6,10 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from abkd_megatron.arguments import share_of_mass
 from abkd_megatron.divergences import AlphaBeta
 from abkd_megatron.divergences.base import difference
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.logit_losses.base import Columns, LogitLoss, share_of_mass
+from abkd_megatron.logit_losses.base import Columns, LogitLoss
 
 _FORWARD, _REVERSE = AlphaBeta(1.0, 0.0), AlphaBeta(0.0, 1.0)
 

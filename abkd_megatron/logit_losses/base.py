@@ -15,8 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from abkd_megatron.divergences.base import finite_number
-from abkd_megatron.errors import ConfigError
+from abkd_megatron.tensors import Function
 
 
 class Pair(NamedTuple):
@@ -215,41 +214,6 @@ class LogitLoss(ABC):
             cls.name = cls.__name__
 
 
-def positive_number(owner: str, name: str, number: object) -> float:
-    """`number` as a float.
-
-    Raises:
-        ConfigError: if it is not a finite real number above 0.
-    """
-    result = finite_number(owner, name, number)
-    if result <= 0.0:
-        raise ConfigError(f"{owner}: expected {name} above 0, got {number!r}: give a number such as 1.0")
-    return result
-
-
-def share_of_mass(owner: str, name: str, number: object) -> float:
-    """`number` as a float.
-
-    Raises:
-        ConfigError: if it does not lie between 0 and 1, both excluded.
-    """
-    result = finite_number(owner, name, number)
-    if not 0.0 < result < 1.0:
-        raise ConfigError(f"{owner}: expected {name} between 0 and 1, both excluded, got {number!r}: 0.5 is a half")
-    return result
-
-
-def whole_number(owner: str, name: str, number: object, least: int) -> int:
-    """`number` as an int; a float without a fraction is one.
-
-    Raises:
-        ConfigError: if it is none, or below `least`.
-    """
-    if isinstance(number, bool) or not isinstance(number, int | float) or number != number // 1 or number < least:
-        raise ConfigError(f"{owner}: expected {name} to be a whole number of at least {least}, got {number!r}")
-    return int(number)
-
-
 def _max_and_sum(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Of this rank's columns, [n] fp64 each: the maximum, and the sum of exponentials relative to it."""
     if logits.shape[-1] == 0:
@@ -336,14 +300,16 @@ class _Search:
 
     def _number(self, key: Tensor) -> Tensor:
         """The floats of integers that are in their order; what is beyond infinity is infinity."""
-        infinity = torch.tensor(math.inf, dtype=self.order.dtype).view(self.integer).item()
+        infinity = torch.tensor(math.inf, dtype=self.order.dtype, device="cpu").view(self.integer).item()
         key = key.clamp(-infinity - 1, infinity).to(self.integer)
         # Of negative floats the larger magnitude is the smaller number.
         return torch.where(key < 0, key ^ torch.iinfo(self.integer).max, key).view(self.order.dtype)
 
 
-class _Total(torch.autograd.Function):
+class _Total(Function):
     """The sum over ranks, of which every rank knows the gradient."""
+
+    title = "a logit loss"
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, columns: Columns) -> Tensor:
@@ -354,7 +320,9 @@ class _Total(torch.autograd.Function):
         return gradients[0], None
 
 
-class _SoftmaxSums(torch.autograd.Function):
+class _SoftmaxSums(Function):
+    title = "a logit loss"
+
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, columns: Columns, log_q: Tensor, values: list[Tensor], slopes: list[Tensor | None]
@@ -386,8 +354,10 @@ class _SoftmaxSums(torch.autograd.Function):
         return result, None, None, None, None
 
 
-class _Pick(torch.autograd.Function):
+class _Pick(Function):
     """A model's logits at some ids of the whole vocabulary, already known; the gradient is of this rank's columns."""
+
+    title = "a logit loss"
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, picked: Tensor, ids: Tensor, own_ids: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from abkd_megatron.arguments import share_of_mass, whole_number
 from abkd_megatron.divergences import AlphaBeta
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.logit_losses.base import Columns, LogitLoss, share_of_mass, whole_number
+from abkd_megatron.logit_losses.base import Columns, LogitLoss
 
 _FORWARD = AlphaBeta(1.0, 0.0)
 

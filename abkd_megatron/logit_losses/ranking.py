@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from abkd_megatron.logit_losses.base import Columns, LogitLoss, positive_number, whole_number
+from abkd_megatron.arguments import positive_number, whole_number
+from abkd_megatron.logit_losses.base import Columns, LogitLoss
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from abkd_megatron.arguments import positive_number, whole_number
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.logit_losses.base import Columns, LogitLoss, Pair, positive_number, whole_number
+from abkd_megatron.logit_losses.base import Columns, LogitLoss, Pair
+from abkd_megatron.tensors import Function
 
 _LARGEST_GROUP = 64
 
@@ -90,11 +92,13 @@ def _distances(student: Tensor, columns: Columns, pair: Pair, group: int) -> Ten
     return result
 
 
-class _Distances(torch.autograd.Function):
+class _Distances(Function):
     """W and, for its gradient, the sums over k of the slopes q_jk sign(q_jk - p_ik).
 
     All groups at a time, one of the teacher's tokens of each: as many operations as a group has tokens.
     """
+
+    title = "sinkhorn"
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, columns: Columns, pair: Pair, group: int) -> Tensor:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from abkd_megatron.errors import ConfigError
+from abkd_megatron.arguments import flag
 from abkd_megatron.logit_losses.base import Columns, LogitLoss
 from abkd_megatron.logit_losses.correlation import finite
 
@@ -31,8 +31,7 @@ class LogitMSE(LogitLoss):
     name: ClassVar[str] = "logit_mse"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.centred, bool):
-            raise ConfigError(f"logit_mse: expected centred to be true or false, got {self.centred!r}")
+        object.__setattr__(self, "centred", flag("logit_mse", "centred", self.centred))
 
     @property
     def num_collectives(self) -> int:

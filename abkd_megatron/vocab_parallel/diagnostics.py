@@ -80,6 +80,7 @@ def diagnose(
 
     Memory: the student's logits once more and their gradient, and a few chunks in fp32.
     """
+    shard.check_width("logits", student_logits.shape[-1])
     with torch.enable_grad():
         leaf = student_logits.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(loss_of(leaf.clone()).sum(), leaf)  # which may be overwritten

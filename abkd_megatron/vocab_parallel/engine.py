@@ -17,17 +17,17 @@ A token whose loss is weighted by 0 passes on a gradient of exactly 0, whatever 
 Legend: N tokens.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from abkd_megatron.arguments import flag, positive_number
 from abkd_megatron.divergences.alpha_beta import AlphaBeta
 from abkd_megatron.divergences.base import Divergence
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.tensors import Function, check_context, check_tensor, constant
 from abkd_megatron.vocab_parallel.passes import Batch, Known, Passes
 from abkd_megatron.vocab_parallel.shard import VocabShard
 from abkd_megatron.vocab_parallel.transfer import to_device
@@ -103,7 +103,8 @@ def vocab_parallel_divergence(
     Memory: references to both logits and 39 fp64 numbers a token (23 without labels) until backward; a few chunks of
     the kernel's size while it runs; one gradient buffer in the student's dtype unless it is written in place.
     """
-    check_logits(student_logits, teacher_logits, temperature)
+    check_context("vocab_parallel_divergence")
+    check_logits(student_logits, teacher_logits)
     width = student_logits.shape[-1]
     if vocab_size is None:
         # Global ids are of no consequence without labels, so shards of unequal width need not know theirs.
@@ -157,9 +158,13 @@ def vocab_parallel_distillation(
 
     Memory: as vocab_parallel_divergence, and the labels; with a selection also two chunks' rows.
     """
+    check_context("vocab_parallel_distillation")
+    check_shard(shard)
+    check_dtypes(student_logits, teacher_logits)
+    check_tensor("labels", labels, dtype=torch.int64, like=student_logits)
     rows = None
     if selected is None:
-        check_logits(student_logits, teacher_logits, temperature)
+        check_logits(student_logits, teacher_logits)
     else:
         rows = rows_of(selected, labels)
         if teacher_logits.dim() != 2 or teacher_logits.shape != (len(rows[0]), student_logits.shape[-1]):
@@ -167,11 +172,10 @@ def vocab_parallel_distillation(
                 f"expected teacher logits [{len(rows[0])}, {student_logits.shape[-1]}] of the selected tokens, got "
                 f"{list(teacher_logits.shape)}: pass a row for each of them, in their order"
             )
-        _check_numbers(student_logits, teacher_logits, temperature)
-    if labels.shape != student_logits.shape[:-1] or labels.dtype != torch.int64:
+    if labels.shape != student_logits.shape[:-1]:
         raise ConfigError(
-            f"expected labels of shape {list(student_logits.shape[:-1])} and dtype torch.int64, got "
-            f"{list(labels.shape)}, {labels.dtype}: give one token id for each row of logits, in their order"
+            f"expected labels of shape {list(student_logits.shape[:-1])}, got {list(labels.shape)}: give one token id "
+            "for each row of logits, in their order"
         )
     divergence_per_token, cross_entropy, metrics = _apply(
         student_logits, teacher_logits, divergence, labels, shard, temperature, gradient_in_place, rows
@@ -185,39 +189,50 @@ def rows_of(selected: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     How many there are decides the shapes of what follows, so the host has to know: of a selection on a GPU it waits for
     a copy, of one on the CPU for nothing.
     """
-    if selected.shape != labels.shape or selected.dtype != torch.bool:
+    on_cpu = isinstance(selected, Tensor) and selected.device.type == "cpu"
+    check_tensor("a selection", selected, dtype=torch.bool, like=None if on_cpu else labels)
+    if selected.shape != labels.shape:
         raise ConfigError(
-            f"expected a selection of shape {list(labels.shape)} and dtype torch.bool, got {list(selected.shape)}, "
-            f"{selected.dtype}: give one for each token"
+            f"expected a selection of shape {list(labels.shape)}, got {list(selected.shape)}: give one for each token"
         )
     flat = selected.reshape(-1).cpu()
     chosen, others = (to_device(which.nonzero().squeeze(-1), labels.device) for which in (flat, ~flat))
     return chosen, others
 
 
-def check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
-    """Refuse two models' logits that cannot be compared, and a temperature that is none.
+def check_dtypes(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    """Reject what is not two models' logits.
 
     Raises:
-        ConfigError: for shapes that differ, a dtype that is not floating, a temperature that is not finite and > 0.
+        ConfigError: for what is not a tensor, a dtype that is not floating, or two devices.
     """
+    check_tensor("student logits", student_logits)
+    check_tensor("teacher logits", teacher_logits, like=student_logits)
+
+
+def check_shard(shard: object) -> None:
+    """Reject what is not a shard.
+
+    Raises:
+        ConfigError: unless it is a VocabShard.
+    """
+    if not isinstance(shard, VocabShard):
+        raise ConfigError(f"expected a VocabShard, got {shard!r}: build one, VocabShard.megatron(width, group, size)")
+
+
+def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    """Reject two models' logits that cannot be compared.
+
+    Raises:
+        ConfigError: as `check_dtypes`, and for shapes that differ.
+    """
+    check_dtypes(student_logits, teacher_logits)
     if student_logits.shape != teacher_logits.shape or student_logits.dim() == 0:
         raise ConfigError(
             "expected student and teacher logits of one shape [..., V/TP], got "
             f"{list(student_logits.shape)} and {list(teacher_logits.shape)}: pad both models' vocabularies "
             "alike and pass the same tokens"
         )
-    _check_numbers(student_logits, teacher_logits, temperature)
-
-
-def _check_numbers(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
-    for name, logits in (("student", student_logits), ("teacher", teacher_logits)):
-        if not logits.dtype.is_floating_point:
-            raise ConfigError(
-                f"expected {name} logits of a floating dtype, got {logits.dtype}: pass the output layer's"
-            )
-    if not (isinstance(temperature, int | float) and math.isfinite(temperature) and temperature > 0):
-        raise ConfigError(f"expected a finite temperature > 0, got {temperature!r}: 1.0 leaves the logits as they are")
 
 
 def _apply(
@@ -230,31 +245,38 @@ def _apply(
     gradient_in_place: bool,
     rows: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not isinstance(divergence, Divergence):
-        raise ConfigError(
-            f"expected a Divergence such as AlphaBeta(0.2, 0.7), got {divergence!r}: build one, or derive "
-            "your own from abkd_megatron.divergences.Divergence"
-        )
-    if shard.num_columns > student_logits.shape[-1]:
-        raise ConfigError(
-            f"expected logits of at least {shard.num_columns} columns (the shard's [{shard.start}, "
-            f"{shard.stop})), got {student_logits.shape[-1]}: build the shard from the local logits' width"
-        )
+    check_divergence(divergence)
+    temperature = positive_number("the losses", "temperature", temperature, "1.0 leaves the logits as they are")
+    shard.check_width("logits", student_logits.shape[-1])
     needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
-    if gradient_in_place and needs_gradient:
+    student_logits = student_logits.resolve_neg()
+    if flag("the losses", "gradient_in_place", gradient_in_place) and needs_gradient:
         _check_in_place(student_logits, teacher_logits)
     result: tuple[Tensor, Tensor, Tensor] = _Distillation.apply(
         student_logits,
-        teacher_logits.detach(),
-        labels,
+        constant(teacher_logits),
+        constant(labels) if labels is not None else None,
         divergence,
         shard,
-        float(temperature),
+        temperature,
         needs_gradient,
         gradient_in_place,
         rows,
     )
     return result
+
+
+def check_divergence(divergence: object) -> None:
+    """Reject what is not a divergence.
+
+    Raises:
+        ConfigError: unless it is a Divergence.
+    """
+    if not isinstance(divergence, Divergence):
+        raise ConfigError(
+            f"expected a Divergence such as AlphaBeta(0.2, 0.7), got {divergence!r}: build one, or derive "
+            "your own from abkd_megatron.divergences.Divergence"
+        )
 
 
 def _check_in_place(student_logits: Tensor, teacher_logits: Tensor) -> None:
@@ -303,8 +325,10 @@ class _Part(NamedTuple):
         return per_token.reshape(-1)[self.rows] if per_token is not None and self.rows is not None else per_token
 
 
-class _Distillation(torch.autograd.Function):
+class _Distillation(Function):
     """(divergence, cross entropy, metrics [len(METRICS), ...]); the last two are empty without labels."""
+
+    title = "the distillation loss"
 
     @staticmethod
     def forward(
@@ -356,7 +380,6 @@ class _Distillation(torch.autograd.Function):
         return result.view(tokens), cross_entropy.view(tokens), metrics
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         of_divergence, of_cross_entropy, _ = gradients
         nothing = (None,) * 8

@@ -20,11 +20,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from abkd_megatron.arguments import finite_number, flag, positive_number, whole_number
 from abkd_megatron.divergences.base import Divergence
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.vocab_parallel.engine import ALONE, METRICS, DistillationTerms, rows_of, token_terms
+from abkd_megatron.tensors import Function, check_context, check_tensor, constant
+from abkd_megatron.vocab_parallel.engine import (
+    ALONE,
+    METRICS,
+    DistillationTerms,
+    check_divergence,
+    check_shard,
+    rows_of,
+    token_terms,
+)
 from abkd_megatron.vocab_parallel.passes import Batch, Exchange, Known, Passes
 from abkd_megatron.vocab_parallel.shard import VocabShard
 
@@ -92,41 +101,62 @@ def vocab_parallel_distillation_head(
     Collectives: those of vocab_parallel_distillation, a chunk.
 
     With `selected`, chunks of the selected tokens come first, then chunks of the others. Under torch.autocast products
-    are in the dtype of the hidden states all the same.
+    are in the dtype of the hidden states all the same; where a weight has another, both are cast to autocast's.
 
     Memory: two [chunk_tokens, W] of logits, four in a group of more than one rank; with token_weights the gradients
     of hidden states and weight from forward on, else from backward on, the weight's in fp32 at least (on a CPU also a
     chunk's logits and hidden states of a bf16 weight in fp32); 39 fp64 numbers per token. With `selected`, the hidden
     states in another order.
     """
+    owner = "vocab_parallel_distillation_head"
+    check_context(owner)
+    check_tensor("a student's weight", student_weight)
+    check_tensor("labels", labels, dtype=torch.int64, like=student_weight)
+    check_shard(shard)
+    check_divergence(divergence)
+    temperature = positive_number(owner, "temperature", temperature, "1.0 leaves the logits as they are")
+    kd_weight, lm_weight, student_scale, teacher_scale = (
+        finite_number(owner, name, number)
+        for name, number in (
+            ("kd_weight", kd_weight),
+            ("lm_weight", lm_weight),
+            ("student_scale", student_scale),
+            ("teacher_scale", teacher_scale),
+        )
+    )
+    into_main_grad = flag(owner, "into_main_grad", into_main_grad)
     num_tokens, width = labels.numel(), student_weight.shape[0]
+    parameter = student_weight if into_main_grad and hasattr(student_weight, "main_grad") else None
+    student_hidden, student_weight = _as_under_autocast(student_hidden, student_weight)
+    teacher_hidden, teacher_weight = _as_under_autocast(teacher_hidden, teacher_weight)
     for name, hidden, weight in (
         ("student", student_hidden, student_weight),
         ("teacher", teacher_hidden, teacher_weight),
     ):
-        fits = hidden.shape[:-1] == labels.shape and weight.shape == (width, hidden.shape[-1])
+        check_tensor(f"{name} hidden states", hidden, like=student_weight)
+        check_tensor(f"a {name}'s weight", weight, like=student_weight)
+        fits = hidden.dim() > 0 and hidden.shape[:-1] == labels.shape and weight.shape == (width, hidden.shape[-1])
         if not (fits and hidden.dtype == weight.dtype):
             raise ConfigError(
                 f"expected {name} hidden states [{', '.join(map(str, labels.shape))}, h] and a weight [{width}, h] of "
                 f"one dtype, got {list(hidden.shape)} {hidden.dtype} and {list(weight.shape)} {weight.dtype}: pass the "
                 "decoder's output and the output layer's weight"
             )
-    if shard.num_columns > width:
-        raise ConfigError(
-            f"expected weights of at least {shard.num_columns} rows (the shard's [{shard.start}, {shard.stop})), got "
-            f"{width}: build the shard from the local weight's rows"
+    shard.check_width("logits of the weights", width)
+    if token_weights is not None:
+        is_mask = isinstance(token_weights, Tensor) and not (
+            token_weights.is_floating_point() or token_weights.is_complex()
         )
-    if labels.dtype != torch.int64:
-        raise ConfigError(f"expected labels of dtype torch.int64, got {labels.dtype}: give one token id a token")
-    if token_weights is not None and token_weights.shape != labels.shape:
-        raise ConfigError(
-            f"expected token weights of the labels' shape {list(labels.shape)}, got {list(token_weights.shape)}: give "
-            "one number a token, or None"
-        )
+        dtype = token_weights.dtype if is_mask else None
+        check_tensor("token weights", token_weights, dtype=dtype, like=student_weight)
+        if token_weights.shape != labels.shape:
+            raise ConfigError(
+                f"expected token weights of the labels' shape {list(labels.shape)}, got {list(token_weights.shape)}: "
+                "give one number per token, or None"
+            )
     if chunk_tokens is None:
         chunk_tokens = automatic_chunk_tokens(student_weight.device, bytes_of_a_token(student_weight, shard))
-    if chunk_tokens < 1:
-        raise ConfigError(f"expected chunk_tokens >= 1, got {chunk_tokens}: leave it out to have it sized")
+    chunk_tokens = whole_number(owner, "chunk_tokens", chunk_tokens, least=1)
     misweighted.raise_if_known()
     head = _Head(
         Passes.of(student_weight, teacher_weight, divergence, shard, temperature, has_labels=True),
@@ -138,14 +168,21 @@ def vocab_parallel_distillation_head(
         num_tokens,
         None,
         select,
-        student_weight if into_main_grad and hasattr(student_weight, "main_grad") else None,
+        parameter,
     )
     needs_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
-    of_student, of_teacher = student_hidden.reshape(num_tokens, -1), teacher_hidden.detach().reshape(num_tokens, -1)
-    of_labels = labels.reshape(num_tokens)
+    if not student_hidden.requires_grad:  # a trunk that is not trained may have run in inference mode
+        student_hidden = constant(student_hidden)
+    if not student_weight.requires_grad:
+        student_weight = constant(student_weight)
+    of_student = student_hidden.reshape(num_tokens, student_hidden.shape[-1])
+    of_teacher = constant(teacher_hidden).reshape(num_tokens, teacher_hidden.shape[-1])
+    of_labels = constant(labels).reshape(num_tokens)
     # What loss scaling is to save of fp16 must be scaled before it is rounded, and backward has the scale.
     in_forward = token_weights is not None and student_hidden.dtype != torch.float16
-    weights = token_weights.detach().reshape(num_tokens) if token_weights is not None and in_forward else None
+    weights = constant(token_weights).reshape(num_tokens) if token_weights is not None and in_forward else None
+    # Nothing in it, but its graph: a second derivative has to find its way to hidden states that are not kept.
+    anchor = of_student[:0].clone() if weights is not None and needs_gradient else None
     back = None
     if selected is not None:
         chosen, others = rows_of(selected, labels)
@@ -157,13 +194,32 @@ def vocab_parallel_distillation_head(
         alone = Passes.of(student_weight, student_weight, ALONE, shard, 1.0, has_labels=True)
         head = replace(head, num_compared=len(chosen), alone=alone)
     loss, value, cross_entropy, metrics = _DistillationHead.apply(
-        of_student, student_weight, of_teacher, teacher_weight.detach(), of_labels, weights, head, needs_gradient
+        of_student,
+        student_weight,
+        of_teacher,
+        constant(teacher_weight),
+        of_labels,
+        weights,
+        head,
+        needs_gradient,
+        anchor,
     )
     if back is not None:
         loss, value, cross_entropy, metrics = loss[back], value[back], cross_entropy[back], metrics[:, back]
     metrics = metrics.view(len(METRICS), *labels.shape)
     named = dict(zip(METRICS, metrics.unbind(0), strict=True))
     return loss.view(labels.shape), DistillationTerms(value.view(labels.shape), cross_entropy.view(labels.shape), named)
+
+
+def _as_under_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in autocast's dtype if it is on and they differ, as torch's own linear layers have it."""
+    if not (isinstance(hidden, Tensor) and isinstance(weight, Tensor)) or hidden.dtype == weight.dtype:
+        return hidden, weight
+    device = weight.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype)
 
 
 def bytes_of_a_token(weight: Tensor, shard: VocabShard) -> int:
@@ -328,8 +384,10 @@ def _without_autocast[F: Callable[..., Any]](function: F) -> F:
     return cast(F, call)
 
 
-class _DistillationHead(torch.autograd.Function):
+class _DistillationHead(Function):
     """(loss, divergence, cross entropy, metrics [len(METRICS), N]), of which only the loss is differentiable."""
+
+    title = "the fused head"
 
     @staticmethod
     @_without_autocast
@@ -343,6 +401,7 @@ class _DistillationHead(torch.autograd.Function):
         token_weights: Tensor | None,
         head: _Head,
         needs_gradient: bool,
+        anchor: Tensor | None,
     ) -> tuple[Tensor, ...]:
         operands = _Operands(student_hidden, student_weight, teacher_hidden, teacher_weight, labels)
         in_forward = needs_gradient and token_weights is not None
@@ -377,7 +436,7 @@ class _DistillationHead(torch.autograd.Function):
         ctx.head, ctx.gradients, ctx.known_of_chunks = head, gradients, known_of_chunks
         if gradients is not None:
             gradients.operands = None  # type: ignore[assignment]  # only the results are needed from here on
-            ctx.save_for_backward(student_weight, token_weights)
+            ctx.save_for_backward(student_weight, token_weights, anchor)
         elif needs_gradient:
             ctx.save_for_backward(*vars(operands).values())
         loss, value, cross_entropy, metrics = result[0], result[1], result[2], result[3:]
@@ -385,10 +444,9 @@ class _DistillationHead(torch.autograd.Function):
         return loss, value, cross_entropy, metrics
 
     @staticmethod
-    @once_differentiable
     @_without_autocast
     def backward(ctx: Any, of_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 6
+        nothing = (None,) * 7
         head: _Head = ctx.head
         if ctx.gradients is None:
             operands = _Operands(*ctx.saved_tensors)
@@ -398,7 +456,7 @@ class _DistillationHead(torch.autograd.Function):
             of_hidden, of_weight = gradients.of_hidden, gradients.of_weight
             dtype = operands.student_weight.dtype
         else:
-            weight, token_weights = ctx.saved_tensors
+            weight, token_weights, _ = ctx.saved_tensors
             of_hidden, of_weight, dtype = ctx.gradients.of_hidden, ctx.gradients.of_weight, weight.dtype
             if of_hidden is None and of_weight is None:
                 raise RuntimeError("the gradients that forward had formed are used up: a second backward has none")
@@ -449,7 +507,7 @@ class Misweighted:
         if is_off.device.type == "cpu":
             self._raise_if(is_off)
         elif is_off.is_cuda:
-            found = torch.empty((), dtype=torch.bool, pin_memory=True)
+            found = torch.empty((), dtype=torch.bool, pin_memory=True, device="cpu")
             found.copy_(is_off, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(is_off.device))

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from abkd_megatron.arguments import positive_number
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.logit_losses.base import Columns, LogitLoss
-from abkd_megatron.vocab_parallel.engine import check_logits
+from abkd_megatron.tensors import Function, check_context, check_tensor, constant
+from abkd_megatron.vocab_parallel.engine import check_logits, check_shard
 from abkd_megatron.vocab_parallel.passes import Rows, Sum, all_gather, unravel
 from abkd_megatron.vocab_parallel.shard import VocabShard
 
@@ -60,28 +61,32 @@ def vocab_parallel_logit_loss(
     Memory: references to both logits and what the ranks told each other (5 to 100 fp64 numbers a token) until backward;
     some ten fp32 temporaries of a chunk's size while it runs; one gradient in the student's dtype.
     """
-    check_logits(student_logits, teacher_logits, temperature)
+    check_context("vocab_parallel_logit_loss")
+    check_logits(student_logits, teacher_logits)
+    check_shard(shard)
+    temperature = positive_number("the losses", "temperature", temperature, "1.0 leaves the logits as they are")
     if not isinstance(loss, LogitLoss):
         raise ConfigError(
             f"expected a LogitLoss such as AdaptiveKL(), got {loss!r}: build one, or derive your own from "
             "abkd_megatron.logit_losses.LogitLoss"
         )
-    if shard.num_columns > student_logits.shape[-1]:
-        raise ConfigError(
-            f"expected logits of at least {shard.num_columns} columns (the shard's [{shard.start}, {shard.stop})), got "
-            f"{student_logits.shape[-1]}: build the shard from the local logits' width"
-        )
+    shard.check_width("logits", student_logits.shape[-1])
     tokens = student_logits.shape[:-1]
-    if counted is not None and (counted.shape != tokens or counted.dtype != torch.bool):
-        raise ConfigError(
-            f"expected counted of shape {list(tokens)} and dtype torch.bool, got {list(counted.shape)}, "
-            f"{counted.dtype}: give one for each row of logits, such as loss_mask != 0"
-        )
+    if counted is not None:
+        check_tensor("counted", counted, dtype=torch.bool, like=student_logits)
+        if counted.shape != tokens:
+            raise ConfigError(
+                f"expected counted of shape {list(tokens)}, got {list(counted.shape)}: give one for each row of "
+                "logits, such as loss_mask != 0"
+            )
+        counted = constant(counted)
     if not tokens:  # one token
         only = counted.unsqueeze(0) if counted is not None else None
         student_logits, teacher_logits = student_logits.unsqueeze(0), teacher_logits.unsqueeze(0)
         return vocab_parallel_logit_loss(student_logits, teacher_logits, loss, shard, temperature, only).squeeze(0)
-    result: Tensor = _LogitLoss.apply(student_logits, teacher_logits.detach(), loss, shard, float(temperature), counted)
+    result: Tensor = _LogitLoss.apply(
+        student_logits.resolve_neg(), constant(teacher_logits), loss, shard, temperature, counted
+    )
     return result
 
 
@@ -161,7 +166,9 @@ class _Chunks:
         return student, teacher, counted
 
 
-class _LogitLoss(torch.autograd.Function):
+class _LogitLoss(Function):
+    title = "a logit loss"
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -185,7 +192,6 @@ class _LogitLoss(torch.autograd.Function):
         return result.view(student.shape[:-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, counted = ctx.saved_tensors
         loss: LogitLoss = ctx.loss

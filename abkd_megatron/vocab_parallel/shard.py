@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
+from abkd_megatron.arguments import whole_number
 from abkd_megatron.errors import ConfigError
 
 
@@ -22,23 +23,35 @@ class VocabShard:
         size: number of real tokens over all ranks.
         group: the ranks that share the vocabulary; None for one rank that holds it all (not for the default
             group).
+        width: columns of the local logits, padding included; other logits are then rejected. None if it is not known.
 
     Raises:
-        ConfigError: unless 0 <= start <= stop <= size and size >= 1, and this rank is in the group.
+        ConfigError: unless 0 <= start <= stop <= size and size >= 1, `width` has room for these columns, and this rank
+            is in the group.
     """
 
     start: int
     stop: int
     size: int
     group: dist.ProcessGroup | None = None
+    width: int | None = field(default=None, compare=False)
     num_ranks: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        for name in ("start", "stop", "size"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+        if self.width is not None:
+            object.__setattr__(self, "width", _whole("width", self.width))
         if not (0 <= self.start <= self.stop <= self.size and self.size >= 1):
             raise ConfigError(
                 "VocabShard: expected 0 <= start <= stop <= size and size >= 1, got "
                 f"start {self.start}, stop {self.stop}, size {self.size}: give the ids of "
                 "this rank's real columns"
+            )
+        if self.width is not None and self.width < self.num_columns:
+            raise ConfigError(
+                f"VocabShard: expected a width of at least {self.num_columns}, the columns [{self.start}, "
+                f"{self.stop}), got {self.width}: give the width of one rank's logits"
             )
         object.__setattr__(self, "num_ranks", _rank_and_size(self.group)[1])
 
@@ -46,6 +59,34 @@ class VocabShard:
     def num_columns(self) -> int:
         """Number of real columns on this rank."""
         return self.stop - self.start
+
+    def check_width(self, what: str, width: int) -> None:
+        """Reject what does not have this shard's columns.
+
+        Args:
+            what: how a message names it.
+            width: its columns.
+
+        Raises:
+            ConfigError: for fewer than the real columns or other than `width`; without a `width`, for the whole
+                vocabulary where this rank holds a part of it.
+        """
+        columns = f"the shard's [{self.start}, {self.stop})"
+        if width < self.num_columns:
+            raise ConfigError(
+                f"expected {what} of at least {self.num_columns} columns ({columns}), got {width}: build the shard "
+                "from their width"
+            )
+        if self.width is not None and width != self.width:
+            raise ConfigError(
+                f"expected {what} of {self.width} columns, those of one of {self.num_ranks} ranks, got {width}: pass "
+                "this rank's own columns, not gathered ones (parallel_output=True), or build the shard from their width"
+            )
+        if self.width is None and self.num_ranks > 1 and self.num_columns < self.size == width:
+            raise ConfigError(
+                f"expected {what} of one of {self.num_ranks} ranks ({columns}), got {width} columns, the whole "
+                f"vocabulary: pass this rank's own; if the others are padding, give the shard width={width}"
+            )
 
     @classmethod
     def megatron(cls, width: int, group: dist.ProcessGroup | None = None, vocab_size: int | None = None) -> VocabShard:
@@ -57,13 +98,13 @@ class VocabShard:
             vocab_size: number of real tokens; None if no column is padding.
 
         Raises:
-            ConfigError: if vocab_size does not lie in 1 .. width * number of ranks, or this rank is not in
-                the group.
+            ConfigError: if a number is not a whole one, vocab_size is not in 1 .. width * number of ranks, or this rank
+                is not in the group.
         """
         rank, num_ranks = _rank_and_size(group)
+        width = _whole("width", width)
         padded_size = width * num_ranks
-        if vocab_size is None:
-            vocab_size = padded_size
+        vocab_size = padded_size if vocab_size is None else _whole("vocab_size", vocab_size)
         if not 1 <= vocab_size <= padded_size:
             raise ConfigError(
                 f"expected vocab_size in 1 .. {padded_size} ({num_ranks} ranks of {width} columns), got "
@@ -71,7 +112,11 @@ class VocabShard:
                 "the width of one rank's logits"
             )
         start = min(rank * width, vocab_size)
-        return cls(start, min((rank + 1) * width, vocab_size), vocab_size, group)
+        return cls(start, min((rank + 1) * width, vocab_size), vocab_size, group, width)
+
+
+def _whole(name: str, number: object) -> int:
+    return whole_number("VocabShard", name, number, least=0)
 
 
 def _rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:

@@ -310,10 +310,10 @@ def test_without_gradients_none_are_formed():
         ({"student_weight": torch.ones(10, 3)}, r"student hidden states \[6, h\] and a weight \[10, h\]"),
         ({"teacher_weight": torch.ones(9, 5)}, r"teacher hidden states .* and \[9, 5\]"),
         ({"teacher_hidden": torch.ones(6, 5).bfloat16()}, "of one dtype, got"),
-        ({"shard": VocabShard(0, 11, 11)}, "at least 11 rows"),
+        ({"shard": VocabShard(0, 11, 11)}, "at least 11 columns"),
         ({"labels": torch.zeros(6)}, "labels of dtype torch.int64"),
         ({"token_weights": torch.ones(5)}, r"token weights of the labels' shape \[6\], got \[5\]"),
-        ({"chunk_tokens": 0}, "chunk_tokens >= 1, got 0"),
+        ({"chunk_tokens": 0}, "chunk_tokens .* at least 1, got 0"),
     ],
 )
 def test_bad_input_is_refused(changes, message):

@@ -52,6 +52,7 @@ DIVERGENCES = [
     JensenShannon(0.3),
     SkewForwardKL(),
     SkewReverseKL(),
+    SkewReverseKL(detach_mixture=True),
     TotalVariation(),
     WEIGHTED_JEFFREYS,
     Sum([(1.0, ToDi()), (0.5, AlphaBeta(2, -1))]),

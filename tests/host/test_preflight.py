@@ -19,7 +19,9 @@ from abkd_megatron.config import PREFLIGHT, Config, DistillationConfig
 from abkd_megatron.distillation import Objective
 from abkd_megatron.distillation.preflight import (
     CHECKS,
+    LARGEST,
     check_batch,
+    check_size,
     check_teacher_loss,
     digest,
     wrong_losses,
@@ -28,6 +30,7 @@ from abkd_megatron.divergences import AlphaBeta
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.vocab_parallel import VocabShard
 
+TEMPERATURE = 0.08  # at which Neyman's chi-square of these models is beyond fp32's digits, and not infinite
 TENSOR, PIPELINE = "megatron.tensor-model-parallel-size=2", "megatron.pipeline-model-parallel-size=2"
 
 
@@ -191,6 +194,31 @@ def test_batches_are_compared() -> None:
         check_batch([(both, 7), (both, 7)], [(both, 7), (both, 8)])
     with pytest.raises(ConfigError, match="given the student's tokens in the first step, got others"):
         check_batch([(both, 7), (both, 7)], [(both, 8), (both, 8)])
+
+
+def test_a_divergence_beyond_fp32_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        for loss, kd_weight in ((0.5 * LARGEST, 1.0), (2 * LARGEST, 0.4), (1e14, 0.0), (2 * LARGEST, 1e-3)):
+            check_size(loss, kd_weight)
+        assert not caplog.records
+        for loss, kd_weight in ((2 * LARGEST, 1.0), (1.0, 2 * LARGEST), (math.inf, 1.0), (math.nan, 1.0)):
+            caplog.clear()
+            check_size(loss, kd_weight)
+            assert "raise the temperature" in caplog.text
+
+
+@pytest.mark.parametrize("temperature", [1.0, TEMPERATURE])
+def test_a_job_is_warned_of_a_divergence_beyond_fp32(config: Path, teacher: Path, temperature: float) -> None:
+    settings = {
+        "teacher.load": teacher,
+        "distillation.divergence": "neyman_chi_square",
+        "distillation.temperature": temperature,
+        "distillation.skip_preflight": "[gradient, batch, teacher_loss]",  # whatever else is left out
+        "megatron.pipeline-model-parallel-size": 2,
+        "megatron.train-iters": 1,
+    }
+    for rank in run_job("distill", config, settings, num_ranks=2):
+        assert ("fp32 has no digit left" in rank.output) == (temperature == TEMPERATURE), rank.output[-3000:]
 
 
 def test_a_teacher_is_refused_above_guessing_and_warned_of_near_it(caplog: pytest.LogCaptureFixture) -> None:

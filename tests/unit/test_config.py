@@ -273,7 +273,7 @@ def test_schedules(load):
         ("{schedule: linear, from: 1, to: .inf, end: 3}", "to: expected a finite number, got '.inf'"),
         ("{schedule: linear, from: 1, to: 2, end: 2.5}", "end: expected a whole number, got '2.5'"),
         ("{schedule: linear, from: 1, to: 2, end: 0}", "expected an end after the start"),
-        ("{schedule: cosine, from: 1, to: 2, start: -1, end: 3}", "expected points of 0 or more"),
+        ("{schedule: cosine, from: 1, to: 2, start: -1, end: 3}", "a count to be a whole number of at least 0"),
         ("{schedule: linear, from: 1, to: 2, end: 3, by: sample}", "by 'sample'; did you mean 'samples'"),
         ("{schedule: piecewise, points: []}", "expected points"),
         ("{schedule: piecewise, points: 3}", r"points: expected pairs \[iteration, value\]"),
@@ -319,13 +319,16 @@ def test_selections(load, text, wanted):
         ("\n    select: every\n    m: 4", "run.yaml:4: unknown key of .*, which selects every, 'm'; known: n"),
         ("{select: every, n: 4, at_least: 1}", "unknown key of .* selects every, 'at_least'; known: n"),
         ("{select: disagreement, kl: 1}", "unknown key .*'kl'; known: kl_at_least"),
-        ("{select: every}", "run.yaml:2: distillation.tokens: expected n to be 2 or more .* got None; leave"),
-        ("{select: every, n: 1}", "expected n to be 2 or more .* got 1; leave the selection out"),
+        (
+            "{select: every}",
+            "run.yaml:2: distillation.tokens: select: every: expected n to be a whole number .* got None: leave",
+        ),
+        ("{select: every, n: 1}", "expected n to be a whole number of at least 2, got 1: leave the selection out"),
         ("{select: every, n: 2.5}", "distillation.tokens.n: expected a whole number, got '2.5'"),
         ("{select: teacher_entropy}", "expected at_least or at_most"),
         ("{select: teacher_entropy, at_least: nan}", "tokens.at_least: expected a finite number"),
         ("{select: teacher_entropy, at_least: 2, at_most: 1}", "at_least to be no more than at_most, got 2.0 and 1.0"),
-        ("{select: disagreement, kl_at_least: 0}", "kl_at_least to be a number above 0"),
+        ("{select: disagreement, kl_at_least: 0}", "kl_at_least to be a finite number above 0"),
     ],
 )
 def test_selections_refused(load, selection, message):
@@ -701,12 +704,21 @@ def test_hidden_losses(load):
     [
         ("{student_layer: 1, teacher_layer: 2}", "entry 1: expected loss as well"),
         ("{student_layer: 1, teacher_layer: 2, loss: mse, layer: 3}", "unknown key 'layer'; .*student_layer"),
-        ("{student_layer: 0, teacher_layer: 2, loss: mse}", "student_layer to be a whole number from 1 on, got 0"),
-        ("{student_layer: 1, teacher_layer: 1.5, loss: mse}", "teacher_layer to be a whole number from 1 on, got 1.5"),
+        ("{student_layer: 0, teacher_layer: 2, loss: mse}", "student_layer to be a whole number of at least 1, got 0"),
+        (
+            "{student_layer: 1, teacher_layer: 1.5, loss: mse}",
+            "teacher_layer to be a whole number of at least 1, got 1.5",
+        ),
         ("{student_layer: last, teacher_layer: 1, loss: mse}", "student_layer to be a whole number .*'last'"),
         ("{student_layer: 1, teacher_layer: 2, loss: l1}", "expected loss to be one of cosine, mse, got 'l1'"),
-        ("{student_layer: 1, teacher_layer: 2, loss: mse, weight: 0}", "expected weight to be a number above 0, got 0"),
-        ("{student_layer: 1, teacher_layer: 2, loss: mse, weight: inf}", "weight to be a number above 0, got 'inf'"),
+        (
+            "{student_layer: 1, teacher_layer: 2, loss: mse, weight: 0}",
+            "expected weight to be a finite number above 0, got 0",
+        ),
+        (
+            "{student_layer: 1, teacher_layer: 2, loss: mse, weight: inf}",
+            "weight to be a finite number above 0, got 'inf'",
+        ),
         ("{student_layer: 1, teacher_layer: 2, loss: mse, projector: 1}", "projector to be true or false, got 1"),
         ("[{student_layer: 1, teacher_layer: 2, loss: mse}, 3]", r"a list of \{student_layer: .*got '3'"),
         (

@@ -72,12 +72,20 @@ POINTS = [
     JensenShannon(0.9),
     SkewForwardKL(),
     SkewReverseKL(),
+    SkewReverseKL(0.3, detach_mixture=True),
     TotalVariation(),
     pearson_chi_square(),
     Sum([(0.3, AlphaBeta(0.2, 0.7)), (2.0, SkewReverseKL(0.6)), (0.1, ToDi(detach=False))]),
 ]
 # Those whose value and gradient stay bounded where a probability vanishes on either side.
-MIXTURES = [JensenShannon(), JensenShannon(0.1), SkewForwardKL(), SkewReverseKL(), TotalVariation()]
+MIXTURES = [
+    JensenShannon(),
+    JensenShannon(0.1),
+    SkewForwardKL(),
+    SkewReverseKL(),
+    SkewReverseKL(detach_mixture=True),
+    TotalVariation(),
+]
 BOUNDED = [
     AlphaBeta(0.5, 0.5),
     AlphaBeta(0.2, 0.7),
@@ -527,7 +535,7 @@ class FrozenWeights(Divergence):
         return self.at.slope(log_p, log_q, log_ratio)
 
 
-@pytest.mark.parametrize("divergence", POINTS, ids=str)
+@pytest.mark.parametrize("divergence", [it for it in POINTS if not getattr(it, "detach_mixture", False)], ids=str)
 def test_gradcheck(divergence):
     student, teacher = random_logits(2, 6, scale=0.7)
     if isinstance(divergence, ToDi) and divergence.detach:
@@ -615,7 +623,7 @@ def test_autograd_contract():
     loss = vocab_parallel_divergence(student, teacher, AlphaBeta(0.5, 0.5))
     weights = torch.ones(3, dtype=torch.float64, requires_grad=True)  # so that the gradient is part of a graph at all
     (gradient,) = torch.autograd.grad((weights * loss).sum(), student, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(ConfigError, match="differentiated once"):
         gradient.sum().backward()
     with torch.no_grad():
         assert not vocab_parallel_divergence(student, teacher, AlphaBeta(0.5, 0.5)).requires_grad
@@ -675,20 +683,20 @@ def test_input_that_cannot_be_right_is_refused():
     with pytest.raises(ConfigError, match=r"teacher logits of a floating dtype, got torch.int64"):
         vocab_parallel_divergence(student, teacher.long(), ab)
     for bad in (0.0, -1.0, math.nan, math.inf, "2"):
-        with pytest.raises(ConfigError, match="finite temperature > 0, got"):
+        with pytest.raises(ConfigError, match="temperature to be a finite number above 0, got"):
             vocab_parallel_divergence(student, teacher, ab, temperature=bad)
-    for bad in (0, 9, -1):
-        with pytest.raises(ConfigError, match=r"vocab_size in 1 .. 8 .*got"):
+    for bad in (0, 9, -1, 7.5, True, "8"):
+        with pytest.raises(ConfigError, match=r"vocab_size .*got"):
             vocab_parallel_divergence(student, teacher, ab, vocab_size=bad)
     with pytest.raises(ConfigError, match="expected a Divergence such as"):
         vocab_parallel_divergence(student, teacher, "alpha_beta")
     for bad in (labels[:2], labels[:, None], labels.int()):
-        with pytest.raises(ConfigError, match="labels of shape"):
+        with pytest.raises(ConfigError, match=r"labels of (shape|dtype)"):
             vocab_parallel_distillation(student, teacher, ab, bad, shard)
     with pytest.raises(ConfigError, match="at least 9 columns"):
         vocab_parallel_distillation(student, teacher, ab, labels, VocabShard(0, 9, 9))
     for start, stop, size in ((-1, 3, 8), (4, 3, 8), (0, 9, 8), (0, 0, 0)):
-        with pytest.raises(ConfigError, match="0 <= start <= stop <= size"):
+        with pytest.raises(ConfigError, match="VocabShard: expected"):
             VocabShard(start, stop, size)
     with pytest.raises(ConfigError, match="reference twin"):
         reference_divergence(FrozenWeights(ToDi(), student, teacher), student, teacher)

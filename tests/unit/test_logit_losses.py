@@ -394,11 +394,11 @@ def test_names_are_those_of_the_registry():
         (lambda: Ranking(top_k=2.5), "ranking: expected top_k to be a whole number"),
         (lambda: Ranking(top_k=math.nan), "ranking: expected top_k to be a whole number"),
         (lambda: Ranking(top_k=math.inf), "ranking: expected top_k to be a whole number"),
-        (lambda: Ranking(teacher_steepness=0), "ranking: expected teacher_steepness above 0"),
+        (lambda: Ranking(teacher_steepness=0), "ranking: expected teacher_steepness to be a finite number above 0"),
         (lambda: Sinkhorn(group=65), r"sinkhorn: expected group in 1 .. 64, got 65"),
         (lambda: Sinkhorn(epsilon=1e-3), "sinkhorn: expected epsilon of at least 0.01"),
         (lambda: Sinkhorn(iterations=0), "sinkhorn: expected iterations to be a whole number of at least 1"),
-        (lambda: Preference(beta=-1), "preference: expected beta above 0"),
+        (lambda: Preference(beta=-1), "preference: expected beta to be a finite number above 0"),
         (lambda: LogitMSE(centred=1), "logit_mse: expected centred to be true or false"),
     ],
 )
@@ -415,8 +415,8 @@ def test_bad_input_is_refused():
         ((student.long(), teacher, loss, shard), {}, "student logits of a floating dtype"),
         ((student, teacher, "pearson", shard), {}, "expected a LogitLoss such as AdaptiveKL"),
         ((student, teacher, loss, VocabShard(0, 21, 21)), {}, "at least 21 columns"),
-        ((student, teacher, loss, shard), {"temperature": 0.0}, "temperature > 0"),
-        ((student, teacher, loss, shard), {"counted": torch.ones(3)}, r"dtype torch.bool, got \[3\], torch.float32"),
+        ((student, teacher, loss, shard), {"temperature": 0.0}, "temperature .* above 0"),
+        ((student, teacher, loss, shard), {"counted": torch.ones(3)}, "dtype torch.bool, got torch.float32"),
         ((student, teacher, loss, shard), {"counted": torch.ones(2, dtype=torch.bool)}, "counted of shape"),
     ):
         with pytest.raises(ConfigError, match=message):

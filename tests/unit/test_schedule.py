@@ -80,7 +80,7 @@ def test_equal_ends_are_that_number(value, count):
         (("constant", ((0, 1.0), (9, 2.0))), "one value"),
         (("piecewise", ()), "points"),
         (("piecewise", ((5, 1.0), (4, 1.0))), "in order"),
-        (("piecewise", ((-1, 1.0),)), "0 or more"),
+        (("piecewise", ((-1, 1.0),)), "at least 0"),
     ],
 )
 def test_refused(arguments, message):

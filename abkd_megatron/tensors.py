@@ -1,0 +1,181 @@
+"""Validation of the tensors that a user gives, and the base of the autograd functions that take them.
+
+Numbers are checked in `arguments`.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from abkd_megatron.errors import ConfigError
+
+
+def check_context(owner: str) -> None:
+    """Reject a call from where the loss cannot be differentiated or captured.
+
+    Within torch.compile this is a graph break, and an error with `fullgraph=True`.
+
+    Raises:
+        ConfigError: within a transform of torch.func (grad, vmap, jvp, functionalize), torch.export or
+            torch.jit.trace.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        torch._dynamo.graph_break(msg=f"{owner} runs outside of compiled graphs; call it without fullgraph=True")
+        return
+    found = {
+        "torch.func": torch._C._are_functorch_transforms_active(),
+        "torch.export": torch.compiler.is_exporting(),
+        "torch.jit.trace": torch._C._get_tracing_state() is not None,
+    }
+    for what, holds in found.items():
+        if holds:
+            raise ConfigError(
+                f"{owner}: {what} is not supported: the loss is an autograd function with collectives and native "
+                "kernels; call it outside, and use torch.autograd for its gradient"
+            )
+
+
+def check_tensor(what: str, tensor: object, *, dtype: torch.dtype | None = None, like: Tensor | None = None) -> None:
+    """Reject what is not a plain tensor of numbers in one piece of memory.
+
+    Args:
+        what: how a message names it.
+        tensor: as it was given.
+        dtype: that it must have; None for any floating one.
+        like: a tensor on whose device it must be; None for any device.
+
+    Raises:
+        ConfigError: for anything but a tensor (a NumPy array, a list), a DTensor, a sparse or nested tensor, another
+            dtype or another device.
+    """
+    if not isinstance(tensor, Tensor):
+        raise ConfigError(
+            f"expected {what} to be a torch.Tensor, got {type(tensor).__name__}: torch.as_tensor() makes one"
+        )
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(tensor, distributed.DTensor):
+        raise ConfigError(
+            f"expected {what} to be this rank's own tensor, got a DTensor: pass its to_local(), and the process group "
+            "over which the vocabulary is sharded"
+        )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else str(tensor.layout)
+        raise ConfigError(
+            f"expected {what} to be a dense tensor, got a {layout} one: pass its to_dense() or padded form"
+        )
+    if dtype is not None and tensor.dtype != dtype:
+        raise ConfigError(f"expected {what} of dtype {dtype}, got {tensor.dtype}: convert it with .to({dtype})")
+    if dtype is None and not tensor.dtype.is_floating_point:
+        raise ConfigError(f"expected {what} of a floating dtype, got {tensor.dtype}: pass a model's own")
+    if like is not None and tensor.device != like.device:
+        raise ConfigError(f"expected {what} on {like.device}, got {tensor.device}: move it with .to('{like.device}')")
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """`tensor` as autograd may keep it for backward, without a gradient and without a copy.
+
+    One that was made in torch.inference_mode is given a tensor of its own on the same memory. Nothing then notices
+    that it is overwritten before backward: autograd does not count versions of inference tensors.
+    """
+    tensor = tensor.detach().resolve_neg()
+    if not tensor.is_inference() or torch.is_inference_mode_enabled():
+        return tensor
+    if not has_memory(tensor):
+        return tensor.clone()
+    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor are where its pointer and strides say, as native code assumes.
+
+    False for fake and meta tensors, wrappers such as DTensor, tensors within torch.func's transforms, freed storages
+    and lazy negations. An empty tensor has no numbers, so it is True.
+    """
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # a wrapper, such as FakeTensor
+        return False
+    if tensor.device.type == "meta" or tensor.is_neg() or tensor.is_conj():
+        return False
+    try:
+        storage = tensor.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+    except (NotImplementedError, RuntimeError):
+        return False
+    if tensor.numel() == 0:
+        return True
+    last = tensor.storage_offset() + sum(
+        (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return bool(address != 0 and (last + 1) * tensor.element_size() <= size)
+
+
+def is_traced() -> bool:
+    """Whether torch operations are being recorded or faked, so that what native code writes would not be seen."""
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
+
+
+class Function(torch.autograd.Function):
+    """An autograd function that can be differentiated once, in reverse mode; everything else raises by name.
+
+    torch's `once_differentiable` gives a gradient that looks like a constant where no gradient of an output has a
+    graph itself, which is so for every sum of a loss: its second derivatives are then silently 0.
+    """
+
+    title: ClassVar[str] = ""
+    """What it computes, for messages."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.backward = staticmethod(_once(cls.backward, cls.title))  # type: ignore[method-assign]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Forward-mode differentiation."""
+        raise ConfigError(
+            "forward-mode differentiation (torch.autograd.forward_ad) of the distillation losses is not supported: use "
+            "torch.autograd.grad or backward()"
+        )
+
+
+def _once(backward: Callable[..., Any], title: str) -> Callable[..., Any]:
+    @functools.wraps(backward)
+    def call(ctx: Any, *gradients: Tensor | None) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        # With create_graph=True: the results depend on these, so whoever differentiates them comes by here.
+        depends_on = [it for it in (*gradients, *ctx.saved_tensors) if it is not None and it.requires_grad]
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        if isinstance(results, Tensor):
+            return _twice(title, results, depends_on)
+        return tuple(_twice(title, it, depends_on) if isinstance(it, Tensor) else it for it in results)
+
+    return call
+
+
+def _twice(title: str, result: Tensor, depends_on: list[Tensor]) -> Tensor:
+    if not depends_on:
+        result = result.detach().requires_grad_()
+    found: Tensor = _Twice.apply(title, result, *depends_on)
+    return found
+
+
+class _Twice(torch.autograd.Function):
+    """A first derivative; its own derivative raises."""
+
+    @staticmethod
+    def forward(ctx: Any, title: str, result: Tensor, *depends_on: Tensor) -> Tensor:
+        ctx.title = title
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise ConfigError(
+            f"{ctx.title}: expected to be differentiated once, got a derivative of its gradient (create_graph=True): "
+            "second derivatives are not implemented; use abkd_megatron.divergences.reference, which is plain autograd"
+        )
