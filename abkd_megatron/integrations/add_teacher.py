@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import linecache
 import logging
 import math
 import re
@@ -44,7 +45,7 @@ from abkd_megatron.distillation.preflight import FirstStep, check_files, check_m
 from abkd_megatron.distillation.step import masked_loss
 from abkd_megatron.errors import AbkdError, ConfigError, HostError, from_rank_0, on_every_rank
 from abkd_megatron.integrations import provenance
-from abkd_megatron.integrations.inherited import teacher_settings
+from abkd_megatron.integrations.inherited import of_checkpoint, teacher_settings
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,8 @@ def add_teacher(
     with on_every_rank():
         check_tokens(objective, vocab_size)
         teacher_args = teacher_arguments(megatron, config.teacher.megatron, options, args, unsupported)
+        with megatron_refusals_named():
+            teacher_config = gpt_config_from_args(teacher_args)
         checkpoint = TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step)
         checkpoint.check_arguments(teacher_args, vocab_size, objective.shared_vocab)
         if objective.shared_vocab is None:
@@ -143,7 +146,7 @@ def add_teacher(
         step.attachment = attach(
             student,
             build_teacher(
-                gpt_config_from_args(teacher_args),
+                teacher_config,
                 checkpoint,
                 pg_collection,
                 sequence_parallel=args.sequence_parallel,
@@ -367,6 +370,8 @@ def teacher_arguments(
     Raises:
         ConfigError: what Megatron refuses of them, or a teacher that cannot lie beside this student.
     """
+    if student.use_checkpoint_args:
+        megatron = of_checkpoint(megatron, student, options)
     with megatron_refusals_named(), command_line(to_argv(teacher_settings(megatron, own, options), options)):
         args = parse_args()
         check_layout(args, "teacher", unsupported)
@@ -513,20 +518,25 @@ def megatron_refusals_named() -> Iterator[None]:
     except AbkdError:
         raise
     except (AssertionError, ValueError, RuntimeError) as error:
-        reason = str(error) or _assertion(error)
+        reason = str(error) or assertion(error)
         raise ConfigError(f"Megatron refuses these arguments: {reason}") from error
     except Exception as error:
         raise ConfigError(
             f"Megatron cannot take these arguments, its own code fails: {type(error).__name__}: {error}, in "
-            f"`{_assertion(error)}`; remove the setting that leads there"
+            f"`{assertion(error)}`; remove the setting that leads there"
         ) from error
 
 
-def _assertion(error: Exception) -> str:
-    """The line of an assertion that says no word, and what the arguments in it are."""
+def assertion(error: BaseException) -> str:
+    """The line of an assertion that says no word, and the numbers and names that it compares."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    line = traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
-    args = frame.f_locals.get("args")
-    named = dict.fromkeys(re.findall(r"\bargs\.(\w+)", line))
-    given = [f"{name.replace('_', '-')} is {getattr(args, name)}" for name in named if hasattr(args, name)]
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    numbers = range(last.lineno or 0, (last.end_lineno or last.lineno or 0) + 1)
+    line = " ".join(filter(None, (linecache.getline(last.filename, number).strip() for number in numbers)))
+    given = []
+    for holder, name in dict.fromkeys(re.findall(r"\b(\w+)\.(\w+)\b(?!\()", line)):
+        value = getattr(frame.f_locals.get(holder), name, ...)
+        if value is None or isinstance(value, bool | int | float | str):
+            given.append(f"{name.replace('_', '-') if holder == 'args' else name} is {value}")
+    line = line or type(error).__name__
     return f"{line} ({', '.join(given)})" if given else line
