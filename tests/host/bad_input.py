@@ -408,7 +408,7 @@ CASES: dict[str, Case] = {
     "folder of the teacher's checkpoints": Case(
         "checkpoint",
         "distill",
-        ["megatron.load={workspace}/student", "megatron.save={teacher}", "megatron.save-interval=1"],
+        ["megatron.load={workspace}/student", "megatron.save={workspace}/teacher", "megatron.save-interval=1"],
         r"expected a folder without checkpoints, or that of the checkpoint that this run goes on from.*step 8",
     ),
     "folder that another job writes to": Case(
@@ -552,7 +552,7 @@ ALONE: dict[str, Case] = {
         "data",
         "prepare",
         ["data.dir={workspace}/new", "data.source=[{workspace}/one.txt]"],
-        r"got none in valid out of 1",
+        r"got none in valid out of 1 with data.held_out \S+; add documents to data.source",
     ),
     "no such text": Case(
         "data",
