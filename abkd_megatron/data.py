@@ -164,7 +164,8 @@ def prepare(config: DataConfig, log: Callable[[str], None] = print) -> PreparedD
             root.rename(target)
     except OSError as error:
         raise DataError(
-            f"{target}: expected a directory that can be written, got: {error}; give another data.dir, or room there"
+            f"{target}: expected a directory that can be written, got: {error}; give another data.dir, or make room "
+            "there"
         ) from error
     log(f"prepared {target}: {manifest['splits']['train']['tokens']} train tokens")
     return PreparedData.open(target)
