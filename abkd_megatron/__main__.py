@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ A job that takes CONFIG takes settings behind it that beat the file's: section.k
 are device, megatron (any argument of Megatron's, without its dashes), teacher, distillation, data, compare.
 `abkd-megatron JOB --help` has more examples."""
 _CODES = "0; 2 and one message on stderr if something cannot be run, before the first step"
-_CODES_OF_TRAINING = f"{_CODES}; 1 and a message below the traceback if it ends by any other error"
+_CODES_OF_TRAINING = f"{_CODES}, on every rank; 1 and a message below the traceback if it ends by an error after that"
 
 
 @dataclass(frozen=True)
@@ -228,21 +229,27 @@ def _train(arguments: Namespace) -> int:
     config.check(arguments.job)
     from abkd_megatron import cpu
     from abkd_megatron.integrations import megatron_lm
-    from abkd_megatron.integrations.last_words import UNFORESEEN, last_words
+    from abkd_megatron.integrations.last_words import UNFORESEEN, has_begun, last_words
+    from abkd_megatron.integrations.one_voice import OneVoice
 
-    if config.device == "cpu":
-        cpu.install()
-        minutes = config.megatron.get("distributed-timeout-minutes", 10)
-        cpu.init_process_group(timedelta(minutes=float(str(minutes))))
-    else:
+    if config.device == "cuda":
         _require_gpu()
     _show_log()
+    voice = OneVoice(partial(_say, arguments.job), debug=arguments.debug)
     try:
-        megatron_lm.run(config, arguments.job)
-    except AbkdError:
-        raise
+        with voice:
+            if config.device == "cpu":
+                cpu.install()
+                minutes = config.megatron.get("distributed-timeout-minutes", 10)
+                cpu.init_process_group(timedelta(minutes=float(str(minutes))))
+            megatron_lm.run(config, arguments.job)
     except UNFORESEEN as error:
-        traceback.print_exc()
+        if not has_begun(error):
+            voice.speak(error)
+            return 2
+        if isinstance(error, AbkdError):
+            raise
+        traceback.print_exception(error)
         _say(arguments.job, last_words(error))
         return 1
     return 0
@@ -279,6 +286,12 @@ def _runs(parser: argparse.ArgumentParser) -> None:
         "runs", type=Path, nargs="+", metavar="RUN", help="a run's directory, up to 8, or a folder of runs"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page; of one RUN by default RUN/report.html")
+
+
+def _debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--debug", action="store_true", help="print the traceback of an error before the first step, too"
+    )
 
 
 def _world_size(parser: argparse.ArgumentParser) -> None:
@@ -383,6 +396,7 @@ JOBS = {
         reads="data.dir (or Megatron's own data arguments), megatron.load if it is given",
         writes="megatron.save, megatron.tensorboard-dir; Megatron's log to stdout",
         codes=_CODES_OF_TRAINING,
+        options=_debug,
     ),
     "distill": Job(
         _train,
@@ -395,6 +409,7 @@ JOBS = {
         reads="teacher.load, data.dir (or Megatron's own data arguments), megatron.load if it is given",
         writes="megatron.save, megatron.tensorboard-dir; Megatron's log to stdout",
         codes=_CODES_OF_TRAINING,
+        options=_debug,
     ),
     "compare": Job(
         _compare,
@@ -433,14 +448,18 @@ JOBS = {
 
 
 def _show_log() -> None:
-    """What this package logs once goes to stdout, from the rank that prints Megatron's own log: the last."""
-    if int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+    """What this package logs once goes to stdout, from the rank that prints Megatron's own log: the last.
+
+    Megatron gives the root logger a handler on every rank, through which the others still warn.
+    """
+    logger = logging.getLogger("abkd_megatron")
+    last = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
+    if last:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("abkd_megatron: %(message)s"))
-        logger = logging.getLogger("abkd_megatron")
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+        logger.handlers = [handler]
+    logger.setLevel(logging.INFO if last else logging.WARNING)
+    logger.propagate = not last
 
 
 def _check_launch() -> None:

@@ -43,7 +43,7 @@ from abkd_megatron.integrations.inherited import teacher_settings
 from abkd_megatron.integrations.megatron_lm import UNSUPPORTED_IN_JOBS
 from abkd_megatron.integrations.model_config import model_config
 from abkd_megatron.integrations.provenance import check_resumed, record
-from abkd_megatron.integrations.student_checkpoint import check_student
+from abkd_megatron.integrations.student_checkpoint import check_save, check_student, mixed_events, only_writer
 from abkd_megatron.tables import show
 
 OK, ABSENT, REFUSED = "ok", "not here", "refused"
@@ -214,6 +214,8 @@ class _Look:
                     can_be_made = True
                 self._environment(student)
                 self._begins_with(student)
+                with self.at("save folder"):
+                    self._saves_to(student)
                 if objective is not None and teacher is not None:
                     self._objective_of(objective, student, knows)
                     if objective.hidden_losses and can_be_made:
@@ -291,6 +293,15 @@ class _Look:
                     self.add("student's checkpoint", f"in {path}" + (f", of another model: {other}" if other else ""))
             else:
                 self.add("student's checkpoint", f"none in {path}", ABSENT)
+
+    def _saves_to(self, args: Namespace) -> None:
+        if args.save is None:
+            return
+        check_save(args)
+        with only_writer(args, asks=True):
+            self.add("save folder", args.save)
+        if (mixed := mixed_events(args)) is not None:
+            self.add("event files", f"WARNING: {mixed}")
 
     def _objective_of(self, objective: Objective, student: Namespace, knows: bool) -> None:
         """What a job refuses of the loss once it has built the models."""

@@ -141,6 +141,7 @@ def compare(config: Config, load: Callable[[Sequence[str]], Config]) -> None:
             "--standalone --nproc-per-node 8"
         )
     planned = plan(config, load)
+    check_out(out)
     for run in planned:
         run.prepare()
     failed = _run_all(planned, of.launch, of.at_once, _environment(config))
@@ -157,6 +158,24 @@ def compare(config: Config, load: Callable[[Sequence[str]], Config]) -> None:
             f"{len(failed)} of {len(planned)} runs failed; the end of the first one's log:\n"
             f"{runs.last_lines(failed[0].log.read_text(errors='replace'))}\n{named}\n"
             "mend the cause and give the same command again: what is done is kept"
+        )
+
+
+def check_out(out: Path) -> None:
+    """Refuse to write over a table, numbers or a picture that no comparison has written.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    found = [name for name in ("results.json", "table.md", "comparison.png") if (out / name).exists()]
+    try:
+        ours = {"summary", "runs"} <= json.loads((out / "results.json").read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if found and not ours:
+        raise ConfigError(
+            f"compare.out: expected a folder without {', '.join(found)}, or that of an earlier comparison, got {out}; "
+            "choose another compare.out"
         )
 
 

@@ -37,6 +37,8 @@ _MOST_CHARACTERS = 2000
 _OF_DIVERGENCE = ("divergence", "alpha", "beta", "scale", "detach", "skew", "mixture", "detach_mixture", "losses")
 
 # What of `distillation` may be a schedule, and what a kernel has compiled in.
+LEAST_VOCAB_SIZE = 300
+
 SCHEDULED = ("alpha", "beta", "scale", "skew", "mixture", "temperature", "kd_weight", "lm_weight")
 _COMPILED_IN = {"triton": ("alpha", "beta", "scale"), "compiled": SCHEDULED[:6]}
 
@@ -347,7 +349,10 @@ class Config:
             nothing is None, "distillation.kd_weight", "kd_weight or lm_weight above 0", f"0 for both {nothing}"
         )
         yield from require(
-            data.vocab_size >= 300, "data.vocab_size", "300 or more (256 of them bytes)", data.vocab_size
+            data.vocab_size >= LEAST_VOCAB_SIZE,
+            "data.vocab_size",
+            f"{LEAST_VOCAB_SIZE} or more (256 of them bytes)",
+            data.vocab_size,
         )
         yield from require(0 < data.held_out < 0.5, "data.held_out", "a share between 0 and 0.5", data.held_out)
         yield from require(bool(data.source), "data.source", "at least one source", data.source)

@@ -9,15 +9,16 @@ import glob
 import hashlib
 import io
 import json
+import re
 import sysconfig
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abkd_megatron.config import DataConfig
+from abkd_megatron.config import LEAST_VOCAB_SIZE, DataConfig
 from abkd_megatron.errors import DataError, brief
 
 SPLITS = ("train", "valid", "test")
@@ -26,6 +27,7 @@ SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 
 _FORMAT = 1
 _TOKENIZER_BYTES = 32 << 20  # SentencePiece holds its text in memory; more of it hardly moves the pieces
+_LONGEST_LINE = 1 << 20  # in bytes
 _MAX_PYTHON_FILE = 1 << 20
 _NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -145,7 +147,8 @@ def prepare(config: DataConfig, log: Callable[[str], None] = print) -> PreparedD
         if not texts:
             raise DataError(
                 f"data: expected documents in each of {', '.join(SPLITS)}, got none in {name} out of "
-                f"{len(documents)}; add documents to data.source or raise data.held_out ({config.held_out})"
+                f"{len(documents)} with data.held_out {config.held_out}; "
+                f"{_more_documents([digest for digest, _ in documents])}"
             )
 
     try:
@@ -160,7 +163,10 @@ def prepare(config: DataConfig, log: Callable[[str], None] = print) -> PreparedD
             (root / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             root.rename(target)
     except OSError as error:
-        raise DataError(f"{target}: expected a directory that can be written, got: {error}") from error
+        raise DataError(
+            f"{target}: expected a directory that can be written, got: {error}; give another data.dir, or make room "
+            "there"
+        ) from error
     log(f"prepared {target}: {manifest['splits']['train']['tokens']} train tokens")
     return PreparedData.open(target)
 
@@ -190,6 +196,18 @@ def _split(digest: bytes, held_out: float) -> str:
     return "valid" if digest[8] & 1 else "test"
 
 
+def _more_documents(digests: Sequence[bytes]) -> str:
+    """What fills every split: another `held_out` where one does, else only more documents."""
+    more = (
+        'add documents to data.source: a file is one, but for a .jsonl, of which each line is, as {"text": "..."}; '
+        "documents of the same text count once"
+    )
+    for share in (number / 100 for number in range(1, 50)):
+        if {_split(digest, share) for digest in digests} == set(SPLITS):
+            return f"set data.held_out={share}, which fills all of them, or {more}"
+    return more
+
+
 # Text -------------------------------------------------------------------------------------------------------
 
 
@@ -214,9 +232,11 @@ def _read_source(source: str) -> Iterator[tuple[str, str]]:
         files = [path] if path.exists() else [Path(name) for name in glob.glob(str(path), recursive=True)]
     files = [file for file in files if file.is_file()]
     if not files:
+        by_glob = f"name other files by a glob, such as {path / '**/*.text'}"
+        remedy = by_glob if path.is_dir() else "check the path"
         raise DataError(
             f"data.source {source!r}: expected 'python', a file, a glob, or a directory with "
-            f"{', '.join(SUFFIXES)} files, got nothing to read; check the path"
+            f"{', '.join(SUFFIXES)} files, got nothing to read; {remedy}"
         )
     for file in files:
         if file.suffix == ".jsonl":
@@ -228,7 +248,11 @@ def _read_source(source: str) -> Iterator[tuple[str, str]]:
 def _read_text(file: Path) -> str:
     try:
         return file.read_bytes().decode("utf-8")
-    except (OSError, UnicodeError) as error:
+    except OSError as error:
+        raise DataError(
+            f"{file}: expected a file that can be read, got: {error}; mend or leave out the file"
+        ) from error
+    except UnicodeError as error:
         raise DataError(f"{file}: expected UTF-8 text, got: {error}; convert or leave out the file") from error
 
 
@@ -291,7 +315,7 @@ def _train_tokenizer(texts: list[str], vocab_size: int, log: Callable[[str], Non
             allow_whitespace_only_pieces=True,
             split_digits=True,
             user_defined_symbols=["\n"],
-            max_sentence_length=1 << 20,
+            max_sentence_length=_LONGEST_LINE,
             unk_id=0,
             bos_id=1,
             eos_id=2,  # Megatron's eod
@@ -300,11 +324,24 @@ def _train_tokenizer(texts: list[str], vocab_size: int, log: Callable[[str], Non
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        said = " ".join(str(error).split())
         raise DataError(
             f"data.vocab_size {vocab_size}: SentencePiece makes no such model from {size} bytes of train "
-            f"text ({' '.join(str(error).split())}); change data.vocab_size or add text to data.source"
+            f"text ({said}); {_other_vocabulary(said)}"
         ) from error
     return model.getvalue()
+
+
+def _other_vocabulary(said: str) -> str:
+    """What helps, by what SentencePiece says."""
+    if most := re.search(r"set it to a value <= (\d+)", said):
+        fewer = f"set data.vocab_size={most[1]} or less, or " if int(most[1]) >= LEAST_VOCAB_SIZE else ""
+        return f"{fewer}add text to data.source"
+    if least := re.search(r"smaller than required_chars. \d+ vs (\d+)", said):
+        return f"set data.vocab_size={least[1]} or more: the text has so many different characters"
+    if "!sentences_.empty()" in said:
+        return f"break the lines of the text: it leaves out those of more than {_LONGEST_LINE >> 20} MiB, which all are"
+    return "change data.vocab_size or add text to data.source"
 
 
 def _tokenizer_lines(texts: list[str]) -> tuple[list[str], int]:

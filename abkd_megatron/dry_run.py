@@ -51,7 +51,7 @@ from abkd_megatron.integrations.add_teacher import (
     teacher_arguments,
 )
 from abkd_megatron.integrations.inherited import teacher_settings
-from abkd_megatron.integrations.megatron_lm import UNSUPPORTED_IN_JOBS
+from abkd_megatron.integrations.megatron_lm import UNSUPPORTED_IN_JOBS, job_config_from_args
 
 # What a job on GPUs is taken to have, where this machine has no GPU (an H100) or no TransformerEngine (the newest
 # version that megatron-core 0.19 asks for).
@@ -293,7 +293,7 @@ def set_padded_vocabulary(args: Namespace, vocab_size: int) -> None:
 
 
 def check_models(student: Namespace, teacher: Namespace | None) -> None:
-    """Refuse what shows when Megatron lays out its ranks and makes its model configurations of the arguments.
+    """Refuse what shows when Megatron lays out its ranks and makes its configurations of the arguments.
 
     Raises:
         ConfigError: in Megatron's words.
@@ -305,7 +305,7 @@ def check_models(student: Namespace, teacher: Namespace | None) -> None:
             f"Megatron refuses these arguments: world_size ({student.world_size}) is not divisible by "
             f"expert_tensor_model_pipeline_parallel size ({experts})"
         )
-    checked_model_config(student, "student", UNSUPPORTED_IN_JOBS)
+    job_config_from_args(student, checked_model_config(student, "student", UNSUPPORTED_IN_JOBS))
     if teacher is not None:
         if teacher.num_experts:
             check_experts(

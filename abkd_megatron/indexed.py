@@ -93,7 +93,8 @@ def _check(prefix: str, vocab_size: int | None, parts: int) -> Tokens:
         _check_documents(index, sequences, documents, parts)
         return Tokens(count, _check_tokens(tokens, count, dtype, vocab_size, parts))
     except OSError as error:
-        raise DataError(f"{prefix}: expected an indexed dataset that can be read, got: {error}; {_REMEDY}") from error
+        remedy = "let the user of the job read both files" if isinstance(error, PermissionError) else _REMEDY
+        raise DataError(f"{prefix}: expected an indexed dataset that can be read, got: {error}; {remedy}") from error
 
 
 def _parts_of(count: int, size: int, parts: int) -> list[tuple[int, int]]:

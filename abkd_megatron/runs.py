@@ -36,7 +36,7 @@ class Progress:
     total: int = 0
     """0 as long as nothing is known."""
     numbers: dict[str, float] = field(default_factory=dict)
-    """The losses of the last step."""
+    """The losses of the last line, to be shown while it runs: means since the line before, the first step twice."""
 
 
 _STEP = re.compile(r"^ \[[^]\n]+\] iteration +(\d+)/ *(\d+) \|(.*\|) *\n", re.MULTILINE)
@@ -75,7 +75,7 @@ def progress(log: str) -> Progress:
 
 
 def validations(log: str) -> dict[int, dict[str, float]]:
-    """What Megatron reports on the validation split, by iteration."""
+    """What Megatron reports on the validation split, by iteration; no means, as losses of training are."""
     return {int(iteration): _values(line) for iteration, line in _VALIDATED.findall(log)}
 
 

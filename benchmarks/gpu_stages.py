@@ -665,7 +665,7 @@ def train(report: Report, place: Place, given: argparse.Namespace) -> None:
 
 
 def of_steps(output: str) -> dict[str, list[float]]:
-    """What Megatron logs of every training step, by name."""
+    """What Megatron logs of every training step, by name; its second line has the mean of the first two losses."""
     found: dict[str, list[float]] = {name: [] for name in COMPARED}
     for line in re.findall(r"^ \[[^]\n]+\] iteration +\d+/ *\d+ \|.*$", output, re.MULTILINE):
         for entry in line.split("|"):

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import linecache
 import logging
 import math
 import re
@@ -46,7 +47,12 @@ from abkd_megatron.distillation.stages import check_stages
 from abkd_megatron.distillation.step import masked_loss
 from abkd_megatron.errors import AbkdError, ConfigError, HostError, from_rank_0, on_every_rank
 from abkd_megatron.integrations import provenance
-from abkd_megatron.integrations.inherited import declared_vocabulary, inherited_architecture, teacher_settings
+from abkd_megatron.integrations.inherited import (
+    declared_vocabulary,
+    inherited_architecture,
+    of_checkpoint,
+    teacher_settings,
+)
 from abkd_megatron.integrations.model_config import model_config
 
 logger = logging.getLogger(__name__)
@@ -457,6 +463,8 @@ def teacher_arguments(
     Raises:
         ConfigError: what Megatron refuses of them, or a teacher that cannot lie beside this student.
     """
+    if student.use_checkpoint_args:
+        megatron = of_checkpoint(megatron, student, options)
     inherited = inherited_architecture(megatron, own, options)
     with _inheritance_named(inherited), command_line(to_argv(teacher_settings(megatron, own, options), options)):
         args = parse_args()
@@ -657,12 +665,12 @@ def megatron_refusals_named() -> Iterator[None]:
     except AbkdError:
         raise
     except (AssertionError, ValueError, RuntimeError) as error:
-        reason = str(error) or _assertion(error)
+        reason = str(error) or assertion(error)
         raise ConfigError(f"Megatron refuses these arguments: {reason}") from error
     except Exception as error:
         raise ConfigError(
             f"Megatron cannot take these arguments, its own code fails: {type(error).__name__}: {error}, in "
-            f"`{_assertion(error)}`; remove the setting that leads there"
+            f"`{assertion(error)}`; remove the setting that leads there"
         ) from error
 
 
@@ -681,11 +689,16 @@ def _inheritance_named(inherited: Mapping[str, str]) -> Iterator[None]:
         ) from error
 
 
-def _assertion(error: Exception) -> str:
-    """The line of an assertion that says no word, and what the arguments in it are."""
+def assertion(error: BaseException) -> str:
+    """The line of an assertion that says no word, and the numbers and names that it compares."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    line = traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
-    args = frame.f_locals.get("args")
-    named = dict.fromkeys(re.findall(r"\bargs\.(\w+)", line))
-    given = [f"{name.replace('_', '-')} is {getattr(args, name)}" for name in named if hasattr(args, name)]
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    numbers = range(last.lineno or 0, (last.end_lineno or last.lineno or 0) + 1)
+    line = " ".join(filter(None, (linecache.getline(last.filename, number).strip() for number in numbers)))
+    given = []
+    for holder, name in dict.fromkeys(re.findall(r"\b(\w+)\.(\w+)\b(?!\()", line)):
+        value = getattr(frame.f_locals.get(holder), name, ...)
+        if value is None or isinstance(value, bool | int | float | str):
+            given.append(f"{name.replace('_', '-') if holder == 'args' else name} is {value}")
+    line = line or type(error).__name__
     return f"{line} ({', '.join(given)})" if given else line

@@ -7,6 +7,7 @@ offloading, overlapped communication, fp8, virtual pipeline stages, files, logs)
 """
 
 import re
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
@@ -141,6 +142,12 @@ _ALTERNATIVES = (
 # A dispatcher with one buffer in a process, of the first model's size. The other one gives the same outputs.
 _IN_PLACE_OF = {("moe_token_dispatcher_type", "flex"): "alltoall"}
 
+# What both models share, and a checkpoint's arguments may set.
+_OF_CHECKPOINT = (
+    *("seq_length", "tokenizer_type", "tokenizer_model", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    "expert_model_parallel_size",
+)
+
 # Lists and sizes without effect of their own, to which Megatron gives other types than their defaults have.
 _DEPENDENT = (
     "recompute_modules",
@@ -217,6 +224,42 @@ def inherited_architecture(megatron: Mapping[str, Any], own: Mapping[str, Any], 
 def declared_vocabulary(own: Mapping[str, Any]) -> int | None:
     """The size of the teacher's vocabulary, where the `teacher:` section has one."""
     return next((int(value) for name, value in own.items() if dashed(name) == "vocab-size" and value), None)
+
+
+def of_checkpoint(megatron: Mapping[str, Any], student: Namespace, options: Options) -> dict[str, Any]:
+    """The student's settings where its checkpoint has set what shapes it (`--use-checkpoint-args`): as they became.
+
+    Args:
+        megatron: of the student, as `to_argv` takes them.
+        student: Megatron's arguments, validated.
+        options: as `megatron_options` returns them.
+    """
+    known, groups = MegatronOptions(options), group_of_each(options)
+    # What Megatron's validation makes of other sizes; a teacher of other sizes makes its own of them.
+    wide = int(4 * student.hidden_size * 2 / 3 / 64) * 64 if student.swiglu else 4 * student.hidden_size
+    derived = {
+        *("encoder_num_layers", "encoder_seq_length"),
+        *(["kv_channels"] if student.kv_channels == student.hidden_size // student.num_attention_heads else []),
+        *(["ffn_hidden_size"] if student.ffn_hidden_size == wide else []),
+    }
+    became: dict[str, Any] = {}
+    taken = set()
+    for name, action in options.items():
+        dest = action.dest
+        if dest in derived or not (kind_of(dest, groups[dest]) == MODEL or dest in _OF_CHECKPOINT):
+            continue
+        value = getattr(student, dest, None)
+        taken.add(dest)
+        if value is None or value == action.default or dest in map(known.dest, became):
+            continue
+        if isinstance(action, BooleanOptionalAction):
+            became[name] = value if not name.startswith("no-") else not value
+        elif action.nargs == 0:
+            if value == action.const:
+                became[name] = True
+        else:
+            became[name] = value if action.nargs or not isinstance(value, list | tuple) else str(value)
+    return {name: value for name, value in megatron.items() if known.dest(name) not in taken} | became
 
 
 def _has(settings: Mapping[str, Any], switch: str) -> bool:

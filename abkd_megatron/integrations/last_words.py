@@ -9,8 +9,13 @@ import torch.distributed as dist
 from megatron.training import get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
+from abkd_megatron.errors import brief
+from abkd_megatron.integrations.add_teacher import assertion
+
 # CheckpointException is no Exception.
 UNFORESEEN = (Exception, CheckpointException)
+
+_OWN = "by an error on this rank"
 
 # By a function of Megatron's on the stack, the innermost concern first.
 _DOING = {
@@ -20,8 +25,17 @@ _DOING = {
 }
 
 
-def last_words(error: BaseException) -> str:
-    """Tell of an error what a traceback does not: the step, whether another rank is the cause, what is saved.
+def has_begun(error: BaseException) -> bool:
+    """Whether the first training step had begun on this rank when it was raised."""
+    if not hasattr(_args(), "curr_iteration"):
+        return False
+    frames = {frame.f_code.co_name: frame for frame, _ in traceback.walk_tb(error.__traceback__)}
+    # Megatron's loop has a preparation of its own.
+    return "train" not in frames or "train_step" in frames or "loss_dict" in frames["train"].f_locals
+
+
+def before_the_first_step(error: BaseException) -> str:
+    """Tell of an error that ends the job before its first step what it is and what to do.
 
     Args:
         error: one of `UNFORESEEN`, as it was caught.
@@ -29,13 +43,35 @@ def last_words(error: BaseException) -> str:
     Returns:
         A message of one line.
     """
-    try:
-        args = get_args()
-    except AssertionError:  # Megatron has not read its arguments yet
-        args = Namespace()
+    text = " ".join(str(error).partition("Exception raised from")[0].split())  # without torch's stack in C++
+    name = type(error).__name__
+    what = f"{name}: {brief(text)}" if text else f"{name} of `{assertion(error)}`"
+    cause = _cause(error, _args())
+    if cause == _OWN:
+        return f"ended before the first step by {what}; change the setting or the file that leads there"
+    return f"ended before the first step {cause} ({what})"
+
+
+def last_words(error: BaseException) -> str:
+    """Tell of an error in training what a traceback does not: the step, if another rank is the cause, what is saved.
+
+    Args:
+        error: one of `UNFORESEEN`, as it was caught.
+
+    Returns:
+        A message of one line.
+    """
+    args = _args()
     first = next(iter(str(error).splitlines()), "")
     name = type(error).__name__ + (f": {first}" if first else "")
     return f"ended {_where(error, args)} {_cause(error, args)} ({name}; traceback above). {_saved(args)}"
+
+
+def _args() -> Namespace:
+    try:
+        return get_args()
+    except AssertionError:  # Megatron has not read its arguments yet
+        return Namespace()
 
 
 def _where(error: BaseException, args: Namespace) -> str:
@@ -55,7 +91,7 @@ def _cause(error: BaseException, args: Namespace) -> str:
         )
     # gloo's errors are RuntimeErrors; its own sources stand in them.
     if not isinstance(error, dist.DistError) and "gloo/" not in text:
-        return "by an error on this rank"
+        return _OWN
     if "timed out" in text.lower() or "timeout" in text.lower():
         minutes = getattr(args, "distributed_timeout_minutes", 10)
         return (

@@ -1,13 +1,17 @@
 """Megatron-LM's own training loop (`megatron.training.pretrain`), fed with our config, our data and our head."""
 
+import copy
 import json
 import logging
+import re
 import signal
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from textwrap import indent
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +20,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 from megatron.core.enums import ModelType
+from megatron.core.rerun_state_machine import RerunMode
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import (
     StragglerDetector,
@@ -26,18 +31,20 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_tensorboard_writer, get_timers, get_tokenizer, pretrain, print_rank_0
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.training import get_optimizer_param_scheduler
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from abkd_megatron.config import Config
 from abkd_megatron.config_file import CONFIG_TEXT, render, to_argv
 from abkd_megatron.data import PreparedData
 from abkd_megatron.distillation.step import masked_loss
-from abkd_megatron.errors import on_every_rank
+from abkd_megatron.errors import ConfigError, on_every_rank
 from abkd_megatron.indexed import check_datasets, prefixes_of
 from abkd_megatron.integrations.add_teacher import (
     UNSUPPORTED,
     DistilledStep,
     add_teacher,
+    assertion,
     check_layout,
     checked_model_config,
     command_line,
@@ -45,7 +52,14 @@ from abkd_megatron.integrations.add_teacher import (
     megatron_refusals_named,
 )
 from abkd_megatron.integrations.provenance import check_resumed_alone
-from abkd_megatron.integrations.student_checkpoint import check_folders, check_student, other_schedule_named
+from abkd_megatron.integrations.student_checkpoint import (
+    check_folders,
+    check_save,
+    check_student,
+    mixed_events,
+    only_writer,
+    other_schedule_named,
+)
 
 logger = logging.getLogger(__name__)
 _stimer = StragglerDetector()
@@ -70,6 +84,11 @@ def run(config: Config, job: str) -> None:
     Raises:
         AbkdError: before the first step, on every rank, when something cannot be run.
     """
+    with ExitStack() as held:
+        _run(config, job, held)
+
+
+def _run(config: Config, job: str, held: ExitStack) -> None:
     options = megatron_options()
     megatron = dict(config.megatron)
     if config.data.dir is not None:
@@ -81,13 +100,21 @@ def run(config: Config, job: str) -> None:
     with on_every_rank():
         check_folders(megatron)
     with on_every_rank(), command_line(argv):
-        check_layout(parse_args(), "student", UNSUPPORTED_IN_JOBS)
+        args = parse_args()
+        check_layout(args, "student", UNSUPPORTED_IN_JOBS)
+        # Before Megatron opens an event file.
+        check_save(args)
+        if args.rank == 0:
+            held.enter_context(only_writer(args))
+            if (mixed := mixed_events(args)) is not None:
+                print_rank_0(f"WARNING: {mixed}")
     with megatron_refusals_named(), command_line(argv):
         args = parse_and_validate_args()
         # Megatron saves its arguments with the checkpoint; this one lets a later student see whose vocabulary it was.
         args.vocab_size = get_tokenizer().vocab_size
     with on_every_rank():
         config_of_model = checked_model_config(args, "student", UNSUPPORTED_IN_JOBS)
+        job_config = job_config_from_args(args, config_of_model)
         if args.rank == 0:  # the others hear of it, and thousands of them do not read the same files
             if (other := check_student(args)) is not None:
                 print_rank_0(f"WARNING: the student's checkpoint is of another model: {other}")
@@ -109,7 +136,7 @@ def run(config: Config, job: str) -> None:
     try:
         with other_schedule_named():
             pretrain(
-                pretrain_cfg_container_from_args(args, config_of_model),
+                job_config,
                 _DatasetsProvider(plain),
                 ModelType.encoder_or_decoder,
                 distilled or plain,
@@ -131,6 +158,66 @@ def run(config: Config, job: str) -> None:
                 f"outputs of the teacher's layers: those of at most {attachment.most_waiting_of_layers} "
                 "micro-batches at a time waited for the student's layer here"
             )
+
+
+def job_config_from_args(args: Namespace, model_config: Any) -> Any:
+    """Make Megatron's PretrainConfigContainer of a job, and refuse what Megatron would once it has built the models.
+
+    Args:
+        args: Megatron's, validated.
+        model_config: made of them.
+
+    Raises:
+        ConfigError: an optimizer, a schedule or a mode that cannot be.
+
+    Collectives: none.
+    """
+    modes = [mode.value for mode in RerunMode]
+    if args.rerun_mode not in modes:
+        raise ConfigError(f"rerun-mode: expected one of {', '.join(modes)}, got {args.rerun_mode}")
+    if not args.skip_train:
+        _check_schedule(args)
+    with megatron_refusals_named():
+        return pretrain_cfg_container_from_args(args, model_config)
+
+
+# Of what Megatron's scheduler asserts, by its names: the arguments that it makes them of.
+_OF_SCHEDULE = {
+    "init_lr": ("lr_warmup_init",),
+    "max_lr": ("lr",),
+    "min_lr": ("min_lr",),
+    "lr_warmup_steps": ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction"),
+    "lr_decay_steps": ("lr_decay_iters", "lr_decay_samples", "train_iters", "train_samples"),
+    "wsd_decay_steps": ("lr_wsd_decay_iters", "lr_wsd_decay_samples"),
+    "start_wd": ("start_weight_decay",),
+    "end_wd": ("end_weight_decay",),
+}
+
+
+def _check_schedule(args: Namespace) -> None:
+    """Have Megatron make its scheduler once before there is an optimizer: it asserts what it does not say.
+
+    Raises:
+        ConfigError: a schedule that cannot be.
+    """
+    if args.lr is None:
+        raise ConfigError("expected megatron.lr, the learning rate, got none; set it")
+    if not (args.train_iters or args.train_samples):
+        raise ConfigError("expected megatron.train-iters or megatron.train-samples, got neither; set one above 0")
+    # The same code on a copy of the arguments: it changes them, and reads them from where a dry run has none.
+    names = {"get_args": lambda: copy.copy(args), "update_train_iters": lambda _: None}
+    make = FunctionType(get_optimizer_param_scheduler.__code__, get_optimizer_param_scheduler.__globals__ | names)
+    try:
+        make(SimpleNamespace(param_groups=[{}]))
+    except AssertionError as error:
+        said = str(error) or assertion(error)
+        asked = [name for words, names in _OF_SCHEDULE.items() if re.search(rf"\b{words}\b", said) for name in names]
+        given = [f"{name.replace('_', '-')} is {value}" for name in asked if (value := getattr(args, name)) is not None]
+        missing = f"none of {', '.join(name.replace('_', '-') for name in asked)} is given"
+        raise ConfigError(
+            f"Megatron refuses this schedule of learning rate and weight decay: {said.partition(' (')[0]}; "
+            f"{', '.join(given) or missing}; change one of them"
+        ) from error
 
 
 def _keep_checkpoint_writer_from_signals() -> None:

@@ -5,11 +5,12 @@ Without `--kd-teacher-load` on the command line both leave the script as it is, 
 
 import ast
 import inspect
+import logging
 import sys
 import textwrap
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -23,6 +24,7 @@ from abkd_megatron.errors import AbkdError, ConfigError, on_every_rank
 from abkd_megatron.integrations.add_teacher import UNSUPPORTED, add_teacher, check_layout, megatron_options
 from abkd_megatron.integrations.model_config import check_model_config
 from abkd_megatron.integrations.provenance import check_resumed_alone
+from abkd_megatron.integrations.student_checkpoint import check_save, only_writer
 
 # By its name without the prefix: the section.key that an argument sets, its metavar and its help.
 _TEACHER = {
@@ -39,6 +41,8 @@ _TEACHER = {
         "The teacher's cross entropy per token on the first step's batch as measured elsewhere, in nats.",
     ),
 }
+# The lock of the folder that the script saves to, until its process ends.
+_held = ExitStack()
 _TEACHER_ARGS = "Megatron arguments in which the teacher differs from the student, such as num-layers=32 swiglu=false."
 
 
@@ -118,6 +122,8 @@ def distil[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_st
         if (alone := check_resumed_alone(args)) is not None:
             print_rank_0(f"WARNING: {alone}; give --kd-teacher-load to go on with a teacher")
         return forward_step
+    if args.rank != args.world_size - 1:  # the last one logs, as it does of Megatron's own numbers
+        logging.getLogger("abkd_megatron").setLevel(logging.WARNING)
     options = megatron_options()
     with _told_as_options():
         with on_every_rank():
@@ -135,6 +141,9 @@ def distil[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_st
             check_layout(args, "student", UNSUPPORTED)
             check_model_config(model_cfg, args)
             check_stages(model_cfg.transformer, "student")
+            check_save(args)
+            if args.rank == 0:
+                _held.enter_context(only_writer(args))
             _check_shared_vocab(config.distillation.shared_vocab, get_tokenizer().vocab_size, args)
             if config.distillation.hidden_losses and args.pipeline_model_parallel_size > 1:
                 raise ConfigError(

@@ -359,6 +359,103 @@ CASES: dict[str, Case] = {
         r"expected trained weights of the teacher, got nothing but zeros",
         "every tensor set to 0",
     ),
+    "warm-up as long as the training": Case(
+        "config",
+        "pretrain",
+        ["megatron.lr-warmup-iters=5"],
+        r"lr_warmup_steps < self.lr_decay_steps; lr-warmup-iters is 5,.* train-iters is 5; change",
+    ),
+    "warm-up as a share of 1": Case(
+        "config", "pretrain", ["megatron.lr-warmup-fraction=1.0"], r"lr-warmup-fraction is 1.0"
+    ),
+    "WSD without its decay": Case(
+        "config",
+        "pretrain",
+        ["megatron.lr-decay-style=WSD"],
+        r"none of lr-wsd-decay-iters, lr-wsd-decay-samples is given",
+    ),
+    "weight decay that falls": Case(
+        "config",
+        "pretrain",
+        [
+            "megatron.start-weight-decay=0.1",
+            "megatron.end-weight-decay=0.01",
+            "megatron.weight-decay-incr-style=linear",
+        ],
+        r"start-weight-decay is 0.1, end-weight-decay is 0.01; change",
+    ),
+    "no learning rate": Case(
+        "config", "pretrain", ["megatron.lr=null"], r"expected megatron.lr, the learning rate, got none"
+    ),
+    "no length of the training": Case(
+        "config",
+        "pretrain",
+        ["megatron.train-iters=null"],
+        r"expected megatron.train-iters or megatron.train-samples, got neither",
+    ),
+    "moments of Adam in fp16": Case(
+        "config",
+        "pretrain",
+        ["megatron.exp-avg-dtype=fp16"],
+        r"exp_avg_dtype can only be fp32 when not using precision-aware optimizer",
+    ),
+    "main gradients in bf16": Case(
+        "config", "pretrain", ["megatron.main-grads-dtype=bf16"], r"main_grads_dtype can only be fp32"
+    ),
+    "gradient buffer for parameters in MXFP8": Case(
+        "config",
+        "pretrain",
+        ["megatron.reuse-grad-buf-for-mxfp8-param-ag=true"],
+        r"Reuse grad buffer only when keeping params in MXFP8",
+    ),
+    "mode that Megatron's parser takes and its loop does not": Case(
+        "config",
+        "pretrain",
+        ["megatron.rerun-mode=report_stats"],
+        r"expected one of disabled, validate_results, report_determinism_stats, got report_stats",
+    ),
+    "several validation sets": Case(
+        "config",
+        "pretrain",
+        ["megatron.multiple-validation-sets=true"],
+        r"full-validation alone; remove multiple-validation-sets",
+    ),
+    "optimizer whose package is not there": Case(
+        "environment",
+        "pretrain",
+        ["megatron.optimizer=lion", "megatron.save={workspace}/lion", "megatron.save-interval=1"],
+        r"ended before the first step by ImportError: emerging-optimizers.*the traceback is in .*/lion/traceback-rank-",
+    ),
+    "second run into a folder of checkpoints": Case(
+        "checkpoint",
+        "pretrain",
+        ["megatron.save={workspace}/student", "megatron.save-interval=1"],
+        r"megatron.save: expected a folder without checkpoints.*of step 1.*or megatron.load=.*/student to go on",
+    ),
+    "folder of checkpoints that are begun with": Case(
+        "checkpoint",
+        "pretrain",
+        [
+            "megatron.load={workspace}/student",
+            "megatron.finetune=true",
+            "megatron.save={workspace}/student",
+            "megatron.save-interval=1",
+        ],
+        r"Give another folder, or megatron.load=.*/student without megatron.finetune",
+    ),
+    "folder of the teacher's checkpoints": Case(
+        "checkpoint",
+        "distill",
+        ["megatron.load={workspace}/student", "megatron.save={workspace}/teacher", "megatron.save-interval=1"],
+        r"expected a folder without checkpoints, or that of the checkpoint that this run goes on from.*step 8",
+    ),
+    "folder that another job writes to": Case(
+        "checkpoint",
+        "pretrain",
+        ["megatron.save={workspace}/locked", "megatron.save-interval=1"],
+        r"expected a folder that no other job writes to.*\(process .* on .*since .*\); wait for its end",
+        "another job runs",
+    ),
     "resumed with another train-iters": Case(
         "checkpoint",
         "pretrain",
@@ -493,7 +590,7 @@ ALONE: dict[str, Case] = {
         "data",
         "prepare",
         ["data.dir={workspace}/new", "data.source=[{workspace}/one.txt]"],
-        r"got none in valid out of 1",
+        r"got none in valid out of 1 with data.held_out \S+; add documents to data.source",
     ),
     "no such text": Case(
         "data",
@@ -725,6 +822,8 @@ def decisive(stderr: str, workspace: Path) -> str:
     message = message.replace(str(workspace / "config.yaml"), "CONFIG").replace(str(workspace / "teacher/"), "TEACHER")
     message = message.replace(str(workspace), "RUN").replace(str(ROOT), "HERE")
     message = re.sub(r"\b[0-9a-f]{64}\b", "...", message)
+    message = re.sub(r"(traceback-rank-)\S+\.txt", r"\1R-...txt", message)
+    message = re.sub(r"\(process \d+ on [^)]*\)", "(process N on HOST, since TIME)", message)
     return re.sub(r"\b(on rank) \d+", r"\1 R", re.sub(r"\b\d{5,}\b", "N", message))
 
 

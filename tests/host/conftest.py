@@ -2,6 +2,8 @@
 
 import shutil
 import sysconfig
+from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -86,13 +88,15 @@ def student(workspace: Path, config: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def spoilt(workspace: Path, config: Path, teacher: Path, student: Path) -> Path:
+def spoilt(workspace: Path, config: Path, teacher: Path, student: Path) -> Iterator[Path]:
     """Beside teacher and student, in the workspace: what the cases of bad_input.py name.
 
-    Returns:
+    Yields:
         Data of a vocabulary of another size.
     """
     from bad_input import spoil  # imports test modules, which pytest has to have seen
+
+    from abkd_megatron.integrations.student_checkpoint import only_writer
 
     (workspace / "empty").mkdir()
     for name in ("truncated", "headless"):
@@ -105,4 +109,6 @@ def spoilt(workspace: Path, config: Path, teacher: Path, student: Path) -> Path:
     text = Path(sysconfig.get_path("stdlib")) / "asyncio"
     run_job("prepare", config, {"data.dir": workspace / "other-text", "data.source": f"[{text}]"})
     spoil(workspace, teacher, workspace / "data")
-    return other
+    (workspace / "locked").mkdir()
+    with only_writer(Namespace(save=str(workspace / "locked"), skip_train=False)):
+        yield other

@@ -109,7 +109,9 @@ class Row:
         return self.inject is not None and self.inject[-1] == "SIGSTOP"
 
 
-IN_3, SAVE_4, BEFORE = "in step 3", "in the save after step 4", "before the first step"
+IN_3, SAVE_4 = "in step 3", "in the save after step 4"
+# On whichever rank it is raised.
+EARLY = (refused("ended before the first step by RuntimeError: injected"),) * 2
 STEP_3 = {
     "teacher's forward": ("the teacher's forward pass", PP),
     "lane, send": ("sending the teacher's hidden states to the next stage", PP),
@@ -183,10 +185,8 @@ ROWS = [
     ),
     Row("slow", "the teacher's forward pass", (DONE, DONE), 6, ("teacher's forward", 3, 1, "slow")),
     Row("slow", "a save", (DONE, DONE), 6, ("save", 4, 0, "slow")),
-    Row(
-        "raise", "reading the teacher's weights", (own(BEFORE), lost(BEFORE)), None, ("teacher is read", 0, 0, "raise")
-    ),
-    Row("raise", "the checks before the first step", (lost(BEFORE), own(BEFORE)), None, ("preflight", 0, 1, "raise")),
+    Row("raise", "reading the teacher's weights", EARLY, None, ("teacher is read", 0, 0, "raise")),
+    Row("raise", "the checks before the first step", EARLY, None, ("preflight", 0, 1, "raise")),
     *(
         in_step_3("raise", place, rank, own(IN_3))
         for place, rank in (

@@ -415,6 +415,8 @@ def check_log(ranks: Sequence[Rank], settings: Settings) -> None:
     said = f"abkd_megatron: LM head {settings['distillation.head']}"
     assert [rank.output.count(said) for rank in ranks] == [0] * (len(ranks) - 1) + [1], ranks[-1].output[-6000:]
     assert ranks[-1].output.count(" kernel (chosen by device)") == 1
+    for said in ("LM head ", " kernel (chosen by device)", "waited here"):
+        assert not any(said in rank.output for rank in ranks[:-1]), said
 
 
 # What the tests of this session have found, in the order of the table: {(feature, where): result}.

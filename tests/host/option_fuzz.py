@@ -400,7 +400,8 @@ def _ended(ranks: Sequence[Rank], job: str) -> Job:
         return Job(kind, _short(said))
     errors = re.findall(rf"abkd-megatron {job}: error: (.*)", output)
     if set(codes) == {2} and errors and "Traceback" not in output:
-        return Job("rejected", _short(errors[0]))
+        late = errors[0].startswith("ended before the first step")  # what nobody rejects by name
+        return Job("traceback" if late else "rejected", _short(errors[0]))
     lines = [
         line for line in output.splitlines() if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt)\b", line)
     ]

@@ -26,6 +26,7 @@ ELSEWHERE = {
     "TensorBoard folder in a file": " 0 refused",
     "teacher of zeros": " 0 refused",
     "resumed with another train-iters": " 0 refused",
+    "optimizer whose package is not there": " 0 refused",
 }
 
 EXAMPLES = [line for job in JOBS.values() if job.takes_config for line in job.examples]

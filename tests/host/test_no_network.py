@@ -116,7 +116,7 @@ def test_jobs_ask_for_no_other_host(config: Path, teacher: Path, tmp_path: Path)
         "pretrain": ["pretrain", *steps],
         "completion": ["completion", "bash"],
         "prepare": ["prepare", "--config", str(config), f"data.dir={tmp_path / 'data'}"],
-        "check": ["check", *distill, "--world-size", "2"],
+        "check": ["check", *distill, f"megatron.load={out}", "--world-size", "2"],
         "estimate": ["estimate", *distill, "--world-size", "1"],
         "report": ["report", str(out)],
     }

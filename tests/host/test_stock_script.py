@@ -128,6 +128,23 @@ def test_with_a_teacher_it_is_the_command_lines_job(workspace: Path, config: Pat
         assert len(seconds) == 5 and all(it > 0 for it in seconds)
 
 
+SHAPE = (
+    *("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "seq-length", "max-position-embeddings"),
+    *("position-embedding-type", "normalization", "swiglu", "disable-bias-linear"),
+    "untie-embeddings-and-output-weights",
+)
+
+
+def test_a_student_whose_checkpoint_has_its_shape(workspace: Path, config: Path, teacher: Path, student: Path) -> None:
+    """With --use-checkpoint-args the command line has no shape that the teacher could inherit."""
+    given: dict[str, object] = {"load": student, "finetune": "true", "train_iters": 2}
+    out, words = workspace / "stock-shape", kd_arguments(teacher)
+    wanted = train(SCRIPT, config, out / "given", words, **given)
+    shape = {**dict.fromkeys(SHAPE, "null"), "use-checkpoint-args": "true"}
+    found = train(SCRIPT, config, out / "loaded", words, **given, **shape)
+    assert found["kd loss"] == wanted["kd loss"] and len(found["kd loss"]) == 2
+
+
 def documented_lines() -> list[str]:
     """The three lines that the README has for Megatron-LM's own script."""
     (block,) = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

@@ -160,3 +160,15 @@ def test_the_picture_is_drawn_of_whatever_is_done(tmp_path):
     compare.draw(results, ["A", "B", "C"], tmp_path / "picture.png")
     assert Path(tmp_path / "picture.png").stat().st_size > 10_000
     json.dumps(compare.summarise(results, ["A", "B"]))
+
+
+@pytest.mark.parametrize("content", [None, "mine", "[1]", '{"runs": []}'])
+def test_what_no_comparison_has_written_is_not_written_over(tmp_path, content):
+    compare.check_out(tmp_path)
+    (tmp_path / "table.md").write_text("mine")
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"without .*table.md.*choose another"):
+        compare.check_out(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps({"summary": {}, "runs": []}))
+    compare.check_out(tmp_path)

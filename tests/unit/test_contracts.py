@@ -185,6 +185,7 @@ CALLS = [
         JOB,
         ("cfg_container", "train_valid_test_dataset_provider", "model_type", "forward_step_func"),
     ),
+    Call("megatron.training.training:get_optimizer_param_scheduler", JOB, ("optimizer",)),
     *(Call(f"megatron.training:get_{name}", JOB) for name in ("args", "tensorboard_writer", "timers", "tokenizer")),
     Call("megatron.training:print_rank_0", ADD, ("message",)),
     Call("megatron.core.num_microbatches_calculator:get_current_running_global_batch_size", ADD),
@@ -318,7 +319,7 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
         FAULTS,
         ("first_iteration_complete", "current_iteration", "state"),
     ),
-    ("megatron.core.rerun_state_machine:RerunMode", FAULTS, ("VALIDATE_RESULTS",)),
+    ("megatron.core.rerun_state_machine:RerunMode", f"{FAULTS}, {JOB}", ("VALIDATE_RESULTS",)),
     ("megatron.core.rerun_state_machine:RerunState", FAULTS, ("INITIAL_RUN",)),
     (
         GPT,

@@ -1,7 +1,10 @@
 """Prepared data: real SentencePiece, real indexed datasets, read back through Megatron's own classes."""
 
+import contextlib
+import hashlib
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -267,11 +270,13 @@ def test_unreadable_text(tmp_path, config, name, content, message):
 
 def test_too_little(tmp_path, config):
     config = replace(config, dir=str(tmp_path / "d"))
-    for source in ("nowhere", str(tmp_path), str(tmp_path / "*.txt")):
-        with pytest.raises(DataError, match="got nothing to read; check the path"):
+    for source, remedy in (
+        ("nowhere", "check the path"),
+        (str(tmp_path / "*.txt"), "check the path"),
+        (str(tmp_path), "by a glob"),  # which is there
+    ):
+        with pytest.raises(DataError, match=f"got nothing to read; .*{remedy}"):
             prepare(replace(config, source=[source]), quiet)
-    with pytest.raises(DataError, match="expected documents in each of train, valid, test, got none in"):
-        prepare(replace(config, source=[str(LIBRARY / "abc.py")]), quiet)
     for size in (300, 100_000):
         with pytest.raises(DataError, match=f"data.vocab_size {size}: SentencePiece makes no such model"):
             prepare(replace(config, vocab_size=size), quiet)
@@ -281,6 +286,53 @@ def test_too_little(tmp_path, config):
     with pytest.raises(DataError, match="expected a directory that can be written"):
         prepare(replace(config, dir=str(tmp_path / "file" / "d")), quiet)
     assert not (tmp_path / "d").exists()
+
+
+def test_what_is_advised_of_too_few_documents_helps(tmp_path, config):
+    """`held_out` is only named where it fills all splits."""
+    helped = 0
+    for number in range(12):
+        documents = [f"document {number} {name} " * 40 for name in range(1 + number % 4)]
+        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
+        one = replace(config, source=[str(tmp_path / "a.jsonl")], dir=str(tmp_path / "d"), held_out=0.01)
+        with pytest.raises(DataError, match=r"expected documents in each of .*add documents to data.source") as caught:
+            prepare(one, quiet)
+        assert "raise" not in str(caught.value)
+        if named := re.search(r"set data.held_out=(\S+),", str(caught.value)):
+            helped += 1
+            with contextlib.suppress(DataError):  # of so little text there is no tokenizer
+                prepare(replace(one, held_out=float(named[1])), quiet)
+            digests = [hashlib.sha256(text.encode()).digest() for text in documents]
+            assert {data._split(digest, float(named[1])) for digest in digests} == set(data.SPLITS)
+        assert len(documents) > 2 or not named
+    assert 0 < helped < 12
+
+
+WORDS = [f"{first}{second}" for first in "abcdefg" for second in "hijklmn"]
+
+
+@pytest.mark.parametrize(
+    ("text", "vocab_size", "remedy"),
+    [
+        ("hello world\n", 1000, "; add text to data.source"),  # less than the least allowed would be needed
+        ("".join(map(chr, range(0x4E00, 0x4E00 + 600))), 300, "; set data.vocab_size=860 or more"),
+        (
+            " ".join(f"{one}{other}" for one in WORDS for other in WORDS),
+            20000,
+            "; set data.vocab_size=[0-9]+ or less, or",
+        ),
+        ("ab" * (1 << 20), 400, "; break the lines"),
+    ],
+)
+def test_what_is_advised_of_a_vocabulary_helps(text, vocab_size, remedy):
+    with pytest.raises(DataError, match=remedy):
+        data._train_tokenizer([text], vocab_size, quiet)
+
+
+def test_a_file_that_may_not_be_read_is_not_said_to_be_no_utf_8(tmp_path):
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(DataError, match=r"expected a file that can be read, got: .*Is a directory.*; mend"):
+        data._read_text(tmp_path / "a.txt")
 
 
 def test_sources(tmp_path):

@@ -10,14 +10,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 pytest.importorskip("megatron.training")
 
 from abkd_megatron.integrations import last_words as module
-from abkd_megatron.integrations.last_words import UNFORESEEN, last_words
+from abkd_megatron.integrations.last_words import UNFORESEEN, before_the_first_step, has_begun, last_words
 
 CLOSED = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:24469. More"
 SILENT = "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 60000ms for recv operation"
 
 
-def said(error: BaseException) -> str:
-    """Of an error that comes out of a function of this name."""
+def raised(error: BaseException) -> BaseException:
+    """The error, out of a function of this name."""
 
     def train_step() -> None:
         raise error
@@ -25,8 +25,12 @@ def said(error: BaseException) -> str:
     try:
         train_step()
     except UNFORESEEN as caught:
-        return last_words(caught)
+        return caught
     raise AssertionError("not caught")
+
+
+def said(error: BaseException) -> str:
+    return last_words(raised(error))
 
 
 @pytest.mark.parametrize(
@@ -50,12 +54,57 @@ def test_whose_fault_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, erro
     assert said(error).endswith(f"The last checkpoint is of step 2; megatron.load={tmp_path} goes on from there")
 
 
-def test_before_megatron_has_read_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     def get_args() -> None:
         raise AssertionError("args is not initialized")
 
     monkeypatch.setattr(module, "get_args", get_args)
-    assert said(ValueError("x")) == (
-        "ended before the first step by an error on this rank (ValueError: x; traceback above). "
-        "Nothing was saved: megatron.save is not set"
-    )
+
+
+def test_before_megatron_has_read_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_arguments(monkeypatch)
+    error = raised(ValueError("x"))
+    assert not has_begun(error)
+    assert before_the_first_step(error).startswith("ended before the first step by ValueError: x; ")
+    assert "because another rank" in before_the_first_step(raised(RuntimeError(CLOSED)))
+
+
+def test_an_assertion_without_words_is_quoted_with_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_arguments(monkeypatch)
+    args, config = Namespace(lr_decay_iters=3), Namespace(lr_warmup_steps=4)
+    try:
+        assert (
+            config.lr_warmup_steps
+            < args.lr_decay_iters
+        )  # fmt: skip
+    except AssertionError as caught:
+        error = AssertionError().with_traceback(caught.__traceback__)  # pytest gives it words
+    said = before_the_first_step(error)
+    assert "config.lr_warmup_steps < args.lr_decay_iters" in said
+    assert "(lr_warmup_steps is 4, lr-decay-iters is 3)" in said
+
+
+def test_a_loop_that_is_still_preparing_has_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron sets the iteration before its loop, and the loop does much before its first step."""
+    monkeypatch.setattr(module, "get_args", lambda: Namespace(curr_iteration=0))
+
+    def train(steps: int, *, within: bool = False) -> None:
+        def train_step() -> None:
+            raise ValueError
+
+        for _ in range(steps):
+            loss_dict = {}  # noqa: F841  as Megatron's loop has after a step
+        if within:
+            train_step()
+        raise ValueError
+
+    def begun(*args: object, **kwargs: object) -> bool:
+        try:
+            train(*args, **kwargs)
+        except ValueError as error:
+            return has_begun(error)
+        raise AssertionError("not caught")
+
+    assert not begun(0)
+    assert begun(0, within=True) and begun(1) and begun(1, within=True)
+    assert has_begun(raised(ValueError())), "behind the loop"
