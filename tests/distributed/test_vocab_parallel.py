@@ -324,6 +324,20 @@ def test_collectives(ranks):
             assert case["forward"] == case["alone_forward"] == case["backward"] == []
 
 
+DOZEN = [case for case in CASES if not case.equal][:: len(CASES) // 12]
+
+
+def dozen_main(rank: int, world_size: int) -> dict:
+    return detached({"cases": [run_case(case, rank, world_size, dist.group.WORLD) for case in DOZEN]})
+
+
+def test_a_dozen_at_four_ranks():
+    """Beside `ranks4` above, which `make test` leaves out."""
+    found = run_distributed(dozen_main, 4)
+    for index, case in enumerate(DOZEN):
+        check(case, [result["cases"][index] for result in found])
+
+
 def test_groups_other_than_the_world(ranks):
     if len(ranks) == 1:
         pytest.skip("one rank has no group")

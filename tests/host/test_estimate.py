@@ -18,7 +18,6 @@ with pytest.MonkeyPatch.context() as patch:
     import estimate as benchmark
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", benchmark.CASES)
 def test_estimate_is_within_a_tenth_of_what_a_job_takes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

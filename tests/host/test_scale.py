@@ -28,7 +28,6 @@ def run(name: str, folder: Path) -> list[dict]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", benchmark.SMALL)
 def test_a_rank_alone_starts_what_it_starts_beside_others(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

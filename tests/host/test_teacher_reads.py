@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pytest
 from launch import ROOT, launch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
@@ -31,7 +30,6 @@ def seen(found: dict, place: Any) -> set[int]:
     return {at for start, number in reads for at in range(max(start, place.offset), min(start + number, end))}
 
 
-@pytest.mark.slow
 def test_replicas_read_the_weights_once_between_them(config: Path, teacher: Path, tmp_path: Path) -> None:
     words = [ROOT / "tests/host/reads.py", teacher, tmp_path, "distill", "--config", config, f"teacher.load={teacher}"]
     ended = launch([*words, *STEPS], 4)
@@ -47,7 +45,6 @@ def test_replicas_read_the_weights_once_between_them(config: Path, teacher: Path
     assert all(of[".metadata"][0] <= 4 + (rank == 0) for rank, of in enumerate(found))
 
 
-@pytest.mark.slow
 def test_a_read_that_fails_on_one_rank_ends_all(config: Path, teacher: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(teacher, broken)
