@@ -165,7 +165,7 @@ def load(arguments: Namespace, more: Sequence[str] = ()) -> "Config":
     # Only here: importing Megatron takes seconds, and --help should not.
     from abkd_megatron import cpu
     from abkd_megatron.config_file import load_config
-    from abkd_megatron.integrations.add_teacher import megatron_options
+    from abkd_megatron.integrations.megatron_args import megatron_options
 
     return load_config(
         arguments.config,

@@ -29,21 +29,14 @@ from abkd_megatron.distillation.plan import check_fused, obstacles_of, try_kerne
 from abkd_megatron.distillation.stages import layers_of_stages
 from abkd_megatron.errors import AbkdError, ConfigError, DataError
 from abkd_megatron.indexed import check_datasets, prefixes_of
-from abkd_megatron.integrations.add_teacher import (
-    absent_projectors,
-    check_layout,
-    check_teacher,
-    kernel_of,
-    make_objective,
-    megatron_options,
-    open_teacher,
-    teacher_arguments,
-)
+from abkd_megatron.integrations.add_teacher import absent_projectors, kernel_of, make_objective
 from abkd_megatron.integrations.inherited import teacher_settings
-from abkd_megatron.integrations.megatron_lm import UNSUPPORTED_IN_JOBS
+from abkd_megatron.integrations.megatron_args import megatron_options
 from abkd_megatron.integrations.model_config import model_config
 from abkd_megatron.integrations.provenance import check_resumed, record
 from abkd_megatron.integrations.student_checkpoint import check_save, check_student, mixed_events, only_writer
+from abkd_megatron.integrations.teacher_arguments import check_teacher, open_teacher, teacher_arguments
+from abkd_megatron.integrations.unsupported import UNSUPPORTED_IN_JOBS, check_layout
 from abkd_megatron.tables import show
 
 OK, ABSENT, REFUSED = "ok", "not here", "refused"

@@ -352,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     install()
     from abkd_megatron.config_file import from_argv, to_argv
-    from abkd_megatron.integrations.add_teacher import megatron_options
+    from abkd_megatron.integrations.megatron_args import megatron_options
 
     options = megatron_options()
     minutes = from_argv(words, options).get("distributed-timeout-minutes", 10)

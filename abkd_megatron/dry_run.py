@@ -42,16 +42,11 @@ from abkd_megatron.data import PreparedData
 from abkd_megatron.distillation.layout import neighbours_of
 from abkd_megatron.distillation.teacher import check_experts
 from abkd_megatron.errors import ConfigError, DataError
-from abkd_megatron.integrations.add_teacher import (
-    check_layout,
-    checked_model_config,
-    command_line,
-    megatron_options,
-    megatron_refusals_named,
-    teacher_arguments,
-)
 from abkd_megatron.integrations.inherited import teacher_settings
-from abkd_megatron.integrations.megatron_lm import UNSUPPORTED_IN_JOBS, job_config_from_args
+from abkd_megatron.integrations.megatron_args import command_line, megatron_options, megatron_refusals_named
+from abkd_megatron.integrations.megatron_lm import job_config_from_args
+from abkd_megatron.integrations.teacher_arguments import teacher_arguments
+from abkd_megatron.integrations.unsupported import UNSUPPORTED_IN_JOBS, check_layout, checked_model_config
 
 # What a job on GPUs is taken to have, where this machine has no GPU (an H100) or no TransformerEngine (the newest
 # version that megatron-core 0.19 asks for).

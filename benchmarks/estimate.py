@@ -169,7 +169,7 @@ def estimated(name: str) -> dict[int, dict[str, Any]]:
     from abkd_megatron import cpu
     from abkd_megatron.config_file import load_config
     from abkd_megatron.estimate import estimate
-    from abkd_megatron.integrations.add_teacher import megatron_options
+    from abkd_megatron.integrations.megatron_args import megatron_options
 
     settings = settings_of(name, Path("nowhere"))
     found = estimate(load_config(None, settings, megatron_options(), lambda _: cpu.MEGATRON_DEFAULTS), CASES[name][0])

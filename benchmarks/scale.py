@@ -111,7 +111,7 @@ def config_of(name: str) -> Any:
     """A case's configuration, whose teacher is nowhere."""
     from abkd_megatron import cpu
     from abkd_megatron.config_file import load_config
-    from abkd_megatron.integrations.add_teacher import megatron_options
+    from abkd_megatron.integrations.megatron_args import megatron_options
 
     defaults = cpu.MEGATRON_DEFAULTS if CASES[name]["device"] == "cpu" else {}
     return load_config(None, settings_of(name, Path("nowhere")), megatron_options(), lambda _: defaults)

@@ -1,16 +1,9 @@
 """A teacher for the student that Megatron is about to build: its arguments, its objective, its place in the step."""
 
 import argparse
-import functools
-import linecache
 import logging
-import math
-import re
-import sys
-import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -20,12 +13,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, print_rank_0
-from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
-from megatron.training.models.gpt import GPTModelConfig
 
 from abkd_megatron.config import SCHEDULED, Config, DistillationConfig
-from abkd_megatron.config_file import to_argv
-from abkd_megatron.config_values import MegatronOptions
 from abkd_megatron.distillation import (
     Attachment,
     HiddenLoss,
@@ -33,96 +22,24 @@ from abkd_megatron.distillation import (
     Progress,
     Schedule,
     ScheduledObjective,
-    TeacherCheckpoint,
     add_projectors,
     attach,
     build_teacher,
 )
-from abkd_megatron.distillation.attach import check_config, check_tokens
+from abkd_megatron.distillation.attach import check_tokens
 from abkd_megatron.distillation.checkpoint import tensor_shapes
 from abkd_megatron.distillation.hidden import PROJECTORS
-from abkd_megatron.distillation.layout import neighbours_of
 from abkd_megatron.distillation.preflight import FirstStep, check_files, check_models
-from abkd_megatron.distillation.stages import check_stages
 from abkd_megatron.distillation.step import masked_loss
-from abkd_megatron.errors import AbkdError, ConfigError, HostError, from_rank_0, on_every_rank
+from abkd_megatron.errors import ConfigError, HostError, from_rank_0, on_every_rank
 from abkd_megatron.integrations import provenance
-from abkd_megatron.integrations.inherited import (
-    declared_vocabulary,
-    inherited_architecture,
-    of_checkpoint,
-    teacher_settings,
+from abkd_megatron.integrations.teacher_arguments import check_teacher, open_teacher, teacher_arguments
+from abkd_megatron.integrations.unsupported import (
+    UNSUPPORTED,
+    checked_model_config,
 )
-from abkd_megatron.integrations.model_config import model_config
 
 logger = logging.getLogger(__name__)
-
-# What teacher and student share: they see the same tokens, each on the rank that holds them.
-_SHARED = ("context_parallel_size", "seq_length", "micro_batch_size", "tokenizer_type", "tokenizer_model")
-
-_GET_MODEL = "Megatron reads it in get_model() alone, which builds no model from a model config: it would be ignored"
-# What no forward step here does, or Megatron does not do with a model config: (feature, reason), by the argument, or by
-# ARGUMENT=VALUE where one of its values is meant. Each is off by default.
-UNSUPPORTED = {
-    "freeze_all_layers": ("freezing all layers", _GET_MODEL),
-    "create_all_gather_group": ("a group of its own for all-gathers", _GET_MODEL),
-    "logits_save_dir": (
-        "saving logits to disk",
-        "Megatron then trains on no loss and only writes logits, and the loss beside a teacher would go on training",
-    ),
-    "full_validation": ("validation on whole datasets", "megatron-core 0.19 fails in it, or in the test after it"),
-    "multiple_validation_sets": ("several validation sets", "Megatron takes them with full-validation alone"),
-    "perform_rl_step": ("reinforcement learning", "it is another loss, on data of its own"),
-    "hybrid_context_parallel": ("hybrid context parallelism", "a teacher was never run on batches that are split so"),
-    "yaml_cfg": ("Megatron's own --yaml-cfg", "the teacher's arguments are derived from those of the command line"),
-    "logits_load_dir": ("Megatron's distillation from logits on disk", "it is another loss beside this one"),
-}
-# Beside these on a CPU.
-_UNSUPPORTED_ON_CPU = {
-    "async_save": ("saving in the background on a CPU", "the process that writes lacks the stand-in for a GPU"),
-    "record_memory_history": ("a trace of GPU memory", "there is no GPU"),
-}
-# Settings of a model that Megatron takes and does not build, where the one that they belong to is not set: None for
-# those that nothing in its training of GPT models reads. Beside each what it may be all the same.
-_MLA, _YARN = "multi-latent-attention", "position-embedding-type yarn"
-_BELONGS_TO: dict[str, tuple[str | None, Callable[[Namespace], bool]]] = {
-    "num_query_groups": (
-        "group-query-attention",
-        lambda args: (
-            args.group_query_attention
-            or args.multi_latent_attention
-            or args.num_query_groups == args.num_attention_heads
-        ),
-    ),
-    "rope_scaling_factor": ("use-rope-scaling", lambda args: args.use_rope_scaling),
-    **dict.fromkeys(
-        ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
-        (_MLA, lambda args: args.multi_latent_attention),
-    ),
-    **dict.fromkeys(
-        ("rotary_scaling_factor", "mscale", "mscale_all_dim"),
-        (f"{_MLA} or {_YARN}", lambda args: args.multi_latent_attention or args.position_embedding_type == "yarn"),
-    ),
-    **dict.fromkeys(
-        ("yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow"),
-        (_YARN, lambda args: args.position_embedding_type == "yarn"),
-    ),
-    **dict.fromkeys(
-        (
-            *("openai_gelu", "decoder_num_layers", "relative_attention_num_buckets", "relative_attention_max_distance"),
-            *("apply_residual_connection_post_layernorm", "rampup_batch_size", "vocab_extra_ids"),
-        ),
-        (None, lambda args: False),
-    ),
-}
-_INSTEAD = {"rampup_batch_size": "step-batch-size-schedule", "decoder_num_layers": "num-layers"}
-
-
-@functools.cache
-def megatron_options() -> Mapping[str, argparse.Action]:
-    """Every argument of the installed Megatron, by its spelling without the leading dashes."""
-    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    return {name.removeprefix("--"): action for name, action in parser._option_string_actions.items()}
 
 
 def add_teacher(
@@ -236,38 +153,6 @@ def add_teacher(
         model_config.pre_wrap_hooks.append(with_projectors)
     model_config.post_wrap_hooks.append(attach_teacher)
     return step
-
-
-def open_teacher(
-    config: Config, megatron: Mapping[str, Any], options: Mapping[str, argparse.Action]
-) -> TeacherCheckpoint:
-    """Find the teacher's checkpoint, see `TeacherCheckpoint.open`.
-
-    Args:
-        config: `teacher` is used.
-        megatron: the student's Megatron arguments, as `to_argv` takes them.
-        options: as `megatron_options` returns them.
-    """
-    inherited = inherited_architecture(megatron, config.teacher.megatron, options)
-    return TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step, inherited)
-
-
-def check_teacher(config: Config, checkpoint: TeacherCheckpoint, args: Namespace, vocab_size: int) -> str:
-    """Reject a teacher that is not the configured one, see `TeacherCheckpoint.check_arguments`.
-
-    Args:
-        config: `teacher` and `distillation` are used.
-        checkpoint: the teacher's.
-        args: Megatron's arguments of the teacher, as configured.
-        vocab_size: true size of the student's vocabulary.
-    """
-    return checkpoint.check_arguments(
-        args,
-        vocab_size,
-        config.distillation.shared_vocab,
-        declared=config.teacher.declared,
-        declared_vocab=declared_vocabulary(config.teacher.megatron),
-    )
 
 
 class DistilledStep:
@@ -442,263 +327,3 @@ def absent_projectors(args: Namespace, losses: Sequence[HiddenLoss]) -> list[str
             "on; give megatron.finetune=true to begin with its weights and new projectors"
         )
     return absent
-
-
-def teacher_arguments(
-    megatron: Mapping[str, Any],
-    own: Mapping[str, Any],
-    options: Mapping[str, argparse.Action],
-    student: Namespace,
-    unsupported: Mapping[str, tuple[str, str]] = UNSUPPORTED,
-) -> Namespace:
-    """Megatron's validated arguments of the teacher.
-
-    Args:
-        megatron: of the student, as `to_argv` takes them; what a teacher has no use for is not inherited.
-        own: of the `teacher:` section.
-        options: as `megatron_options` returns them.
-        student: validated, with the `padded_vocab_size`.
-        unsupported: as `check_layout` takes it.
-
-    Raises:
-        ConfigError: what Megatron refuses of them, or a teacher that cannot lie beside this student.
-    """
-    if student.use_checkpoint_args:
-        megatron = of_checkpoint(megatron, student, options)
-    inherited = inherited_architecture(megatron, own, options)
-    with _inheritance_named(inherited), command_line(to_argv(teacher_settings(megatron, own, options), options)):
-        args = parse_args()
-        check_layout(args, "teacher", unsupported)
-        check_effect(args, "teacher", map(MegatronOptions(options).dest, own))
-        validate_args(args)
-    for name in _SHARED:
-        theirs, ours = getattr(args, name), getattr(student, name)
-        if theirs != ours:
-            raise ConfigError(
-                f"teacher.{name.replace('_', '-')} is {theirs}, the student's is {ours}; they must be the same: "
-                "remove it from `teacher:`"
-            )
-    students, teachers = ((of.tensor_model_parallel_size, of.pipeline_model_parallel_size) for of in (student, args))
-    neighbours_of(students, student.data_parallel_size, teachers, has_experts=args.num_experts is not None)
-    if student.create_attention_mask_in_dataloader and students != teachers:
-        raise ConfigError(
-            "a teacher in a layout of its own is sent tokens, not attention masks; give "
-            "megatron.no-create-attention-mask-in-dataloader=true, or the teacher the student's layout"
-        )
-    # A rank holds the same ids of both models, however the teacher was padded: loading drops or zeroes what differs.
-    args.padded_vocab_size = student.padded_vocab_size
-    tensor = args.tensor_model_parallel_size
-    if args.padded_vocab_size % tensor:
-        raise ConfigError(
-            f"the student's vocabulary is padded to {args.padded_vocab_size} columns, which {tensor} tensor-parallel "
-            f"ranks of the teacher do not divide; give megatron.make-vocab-size-divisible-by a multiple of {tensor}"
-        )
-    if args.sequence_parallel and args.seq_length // args.context_parallel_size % tensor:
-        raise ConfigError(
-            f"sequences of {args.seq_length} tokens do not divide over {tensor} tensor-parallel ranks of the teacher; "
-            "change seq-length, or give teacher.sequence-parallel=false"
-        )
-    with _inheritance_named(inherited):
-        model_config(args)
-    return args
-
-
-def check_layout(args: Namespace, who: str, unsupported: Mapping[str, tuple[str, str]]) -> None:
-    """Refuse what cannot be run, by name, before Megatron builds anything.
-
-    Args:
-        args: Megatron's arguments.
-        who: "student" or "teacher".
-        unsupported: {argument: (feature, reason)} that the forward step does not do.
-
-    Raises:
-        ConfigError: naming the feature, the reason and what to change.
-    """
-    check_config(args, who, unsupported)
-    check_config(args, who)
-    if args.mtp_num_layers and args.pipeline_model_parallel_layout:
-        raise ConfigError(
-            f"{who}: multi-token prediction is only fed on the last pipeline stage; remove "
-            "pipeline-model-parallel-layout or mtp-num-layers"
-        )
-    if not args.pad_vocab_size and args.padded_vocab_size is None:
-        raise ConfigError(
-            f"{who}: expected a padded vocabulary, got no-pad-vocab-size, with which Megatron leaves the number of "
-            "columns unset and fails when it counts FLOPs; give make-vocab-size-divisible-by=1 instead"
-        )
-    virtual = (args.num_layers_per_virtual_pipeline_stage, args.num_virtual_stages_per_pipeline_rank)
-    if who == "teacher" and virtual != (None, None):
-        raise ConfigError(
-            "teacher: virtual pipeline stages shorten the wait for a backward pass, and a teacher has none; remove "
-            "num-layers-per-virtual-pipeline-stage and num-virtual-stages-per-pipeline-rank from `teacher:`"
-        )
-    if who == "student":
-        check_effect(args, who)
-    if who == "student" and args.eval_interval is None and not args.skip_train:
-        raise ConfigError(
-            "student: expected eval-interval, by which Megatron sizes the validation data, got nothing; set "
-            "megatron.eval-interval, beyond train-iters to validate at the end alone"
-        )
-    on_gpus = args.distributed_backend != "gloo"
-    if not on_gpus:
-        check_config(args, who, _UNSUPPORTED_ON_CPU)
-    if who == "student" and on_gpus and args.use_cpu_initialization and not args.use_distributed_optimizer:
-        raise ConfigError(
-            "student: use-cpu-initialization is not supported on a GPU: Megatron leaves a model on the CPU that it "
-            "builds from a model config, unless its distributed optimizer moves it; remove use-cpu-initialization, or "
-            "add use-distributed-optimizer"
-        )
-    _check_sizes(args, who)
-    stages = args.pipeline_model_parallel_size
-    uneven = (
-        args.decoder_first_pipeline_num_layers,
-        args.decoder_last_pipeline_num_layers,
-        args.pipeline_model_parallel_layout,
-        args.account_for_embedding_in_pipeline_split or None,
-        args.account_for_loss_in_pipeline_split or None,
-    )
-    if args.num_layers is not None and not any(uneven) and args.num_layers % stages:
-        raise ConfigError(
-            f"{who}: {args.num_layers} layers do not divide over {stages} pipeline stages; change num-layers or "
-            "pipeline-model-parallel-size, or say decoder-first-pipeline-num-layers"
-        )
-
-
-def check_effect(args: Namespace, who: str, settings: Iterable[str] = _BELONGS_TO) -> None:
-    """Reject a setting that would be taken, and change nothing of what is built.
-
-    Args:
-        args: Megatron's arguments.
-        who: "student" or "teacher".
-        settings: by destination, the ones to look at.
-
-    Raises:
-        ConfigError: naming the setting, and the one that it belongs to.
-    """
-    defaults = {action.dest: action.default for action in megatron_options().values()}
-    for name in settings:
-        belongs_to, has_effect = _BELONGS_TO.get(name, ("", lambda args: True))
-        value = getattr(args, name, None)
-        if value != defaults.get(name) and not has_effect(args):
-            spelled = name.replace("_", "-")
-            remedy = f"add {belongs_to}, or remove it" if belongs_to else "remove it"
-            if name in _INSTEAD:
-                remedy = f"use {_INSTEAD[name]}"
-            where = f"without {belongs_to}" if belongs_to else "in its training of GPT models"
-            raise ConfigError(f"{who}: {spelled} {value} would be ignored: Megatron does not read it {where}; {remedy}")
-
-
-def checked_model_config(args: Namespace, who: str, unsupported: Mapping[str, tuple[str, str]]) -> GPTModelConfig:
-    """The model configuration of validated arguments.
-
-    They are looked at once more: Megatron's validation, and `use-checkpoint-args`, rewrite some of them.
-
-    Raises:
-        ConfigError: as `check_layout` and `check_stages`, and what Megatron rejects of them.
-    """
-    check_layout(args, who, unsupported)
-    with megatron_refusals_named():
-        config = model_config(args)
-        check_stages(config.transformer, who)
-    return config
-
-
-def _check_sizes(args: Namespace, who: str) -> None:
-    """Of sizes that do not divide Megatron says the names of its variables, or nothing.
-
-    Raises:
-        ConfigError: naming them, and what to change.
-    """
-    sizes = {
-        "tensor": args.tensor_model_parallel_size,
-        "pipeline": args.pipeline_model_parallel_size,
-        "context": args.context_parallel_size,
-    }
-    if min(sizes.values()) < 1:
-        return  # Megatron says so
-    ranks = math.prod(sizes.values())
-    if args.world_size % ranks:
-        shown = " x ".join(f"{name}-parallel {size}" for name, size in sizes.items() if size > 1)
-        raise ConfigError(
-            f"{who}: expected a multiple of {ranks} ranks ({shown}), got {args.world_size}; start that many, or "
-            "change these sizes"
-        )
-    heads, tensor = args.num_attention_heads, args.tensor_model_parallel_size
-    if heads and args.hidden_size and args.kv_channels is None and args.hidden_size % heads:
-        raise ConfigError(
-            f"{who}: hidden-size {args.hidden_size} does not divide over {heads} attention heads; change hidden-size "
-            "or num-attention-heads, or give kv-channels, the size of a head"
-        )
-    if heads and heads % tensor:
-        raise ConfigError(
-            f"{who}: {heads} attention heads do not divide over {tensor} tensor-parallel ranks; change "
-            "num-attention-heads or tensor-model-parallel-size"
-        )
-    micro, batch, data = args.micro_batch_size, args.global_batch_size, args.world_size // ranks
-    divides = not (micro and batch and micro > 0) or batch % (micro * data) == 0
-    if not divides and not args.decrease_batch_size_if_needed:
-        raise ConfigError(
-            f"{who}: global-batch-size {batch} does not divide into micro-batches of {micro} on {data} data-parallel "
-            f"ranks; give a multiple of {micro * data}, or another micro-batch-size"
-        )
-
-
-@contextmanager
-def command_line(argv: Sequence[str]) -> Iterator[None]:
-    """Megatron's parser reads sys.argv and nothing else."""
-    saved, sys.argv = sys.argv, [sys.argv[0], *argv]
-    try:
-        yield
-    finally:
-        sys.argv = saved
-
-
-@contextmanager
-def megatron_refusals_named() -> Iterator[None]:
-    """Pass on why Megatron rejects arguments, without the traceback, whichever of Python's exceptions it does it with.
-
-    An exception that is no rejection, such as the TypeError of a setting that Megatron's validation does not expect,
-    is named together with the line that raised it.
-    """
-    try:
-        yield
-    except AbkdError:
-        raise
-    except (AssertionError, ValueError, RuntimeError) as error:
-        reason = str(error) or assertion(error)
-        raise ConfigError(f"Megatron refuses these arguments: {reason}") from error
-    except Exception as error:
-        raise ConfigError(
-            f"Megatron cannot take these arguments, its own code fails: {type(error).__name__}: {error}, in "
-            f"`{assertion(error)}`; remove the setting that leads there"
-        ) from error
-
-
-@contextmanager
-def _inheritance_named(inherited: Mapping[str, str]) -> Iterator[None]:
-    """The same of a teacher's arguments, with those that it has from the student."""
-    try:
-        with megatron_refusals_named():
-            yield
-    except ConfigError as error:
-        if error.__cause__ is None or not inherited:
-            raise
-        raise ConfigError(
-            f"{error}; these are the teacher's, which inherits from the student what is not set under `teacher:`: "
-            + ", ".join(sorted(inherited.values()))
-        ) from error
-
-
-def assertion(error: BaseException) -> str:
-    """The line of an assertion that says no word, and the numbers and names that it compares."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    numbers = range(last.lineno or 0, (last.end_lineno or last.lineno or 0) + 1)
-    line = " ".join(filter(None, (linecache.getline(last.filename, number).strip() for number in numbers)))
-    given = []
-    for holder, name in dict.fromkeys(re.findall(r"\b(\w+)\.(\w+)\b(?!\()", line)):
-        value = getattr(frame.f_locals.get(holder), name, ...)
-        if value is None or isinstance(value, bool | int | float | str):
-            given.append(f"{name.replace('_', '-') if holder == 'args' else name} is {value}")
-    line = line or type(error).__name__
-    return f"{line} ({', '.join(given)})" if given else line

@@ -25,10 +25,11 @@ from abkd_megatron.config import DistillationConfig
 from abkd_megatron.config_file import load_config
 from abkd_megatron.config_yaml import flow
 from abkd_megatron.distillation import Attachment, Objective, Progress, Teacher, TeacherCheckpoint, attach
-from abkd_megatron.distillation.attach import UNSUPPORTED, check_tokens
+from abkd_megatron.distillation.attach import check_tokens
 from abkd_megatron.distillation.description import of_model_config
 from abkd_megatron.distillation.preflight import FirstStep, check_files, check_models
 from abkd_megatron.distillation.teacher import build_teacher, random_states_kept, to_params_dtype
+from abkd_megatron.distillation.unsupported import UNSUPPORTED
 from abkd_megatron.errors import CheckpointError, ConfigError, HostError, on_every_rank
 from abkd_megatron.integrations.add_teacher import kernel_of, loss_with_report, make_objective
 from abkd_megatron.integrations.inherited import forget_run_of

@@ -10,7 +10,7 @@ from megatron.training import get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from abkd_megatron.errors import brief
-from abkd_megatron.integrations.add_teacher import assertion
+from abkd_megatron.integrations.megatron_args import assertion
 
 # CheckpointException is no Exception.
 UNFORESEEN = (Exception, CheckpointException)

@@ -40,17 +40,8 @@ from abkd_megatron.data import PreparedData
 from abkd_megatron.distillation.step import masked_loss
 from abkd_megatron.errors import ConfigError, on_every_rank
 from abkd_megatron.indexed import check_datasets, prefixes_of
-from abkd_megatron.integrations.add_teacher import (
-    UNSUPPORTED,
-    DistilledStep,
-    add_teacher,
-    assertion,
-    check_layout,
-    checked_model_config,
-    command_line,
-    megatron_options,
-    megatron_refusals_named,
-)
+from abkd_megatron.integrations.add_teacher import DistilledStep, add_teacher
+from abkd_megatron.integrations.megatron_args import assertion, command_line, megatron_options, megatron_refusals_named
 from abkd_megatron.integrations.provenance import check_resumed_alone
 from abkd_megatron.integrations.student_checkpoint import (
     check_folders,
@@ -60,18 +51,10 @@ from abkd_megatron.integrations.student_checkpoint import (
     only_writer,
     other_schedule_named,
 )
+from abkd_megatron.integrations.unsupported import UNSUPPORTED_IN_JOBS, check_layout, checked_model_config
 
 logger = logging.getLogger(__name__)
 _stimer = StragglerDetector()
-
-# And beside that, what this integration's own forward step and data do not do.
-_OWN_STEP = "this job's forward step does not make packed_seq_params (attach() takes a forward step that does)"
-UNSUPPORTED_IN_JOBS = UNSUPPORTED | {
-    "sft": ("packed fine-tuning data", _OWN_STEP),
-    "dataloader_inter_document_masking": ("packed pretraining data", _OWN_STEP),
-    "fim_data": ("fill-in-the-middle data", "this job builds Megatron's plain GPT datasets"),
-    "dataloader_type=external": ("an external data loader", "this job builds Megatron's own"),
-}
 
 
 def run(config: Config, job: str) -> None:

@@ -21,10 +21,12 @@ from abkd_megatron.config import TEACHER_KEYS, DistillationConfig
 from abkd_megatron.config_file import from_argv, load_config
 from abkd_megatron.distillation.stages import check_stages
 from abkd_megatron.errors import AbkdError, ConfigError, on_every_rank
-from abkd_megatron.integrations.add_teacher import UNSUPPORTED, add_teacher, check_layout, megatron_options
+from abkd_megatron.integrations.add_teacher import add_teacher
+from abkd_megatron.integrations.megatron_args import megatron_options
 from abkd_megatron.integrations.model_config import check_model_config
 from abkd_megatron.integrations.provenance import check_resumed_alone
 from abkd_megatron.integrations.student_checkpoint import check_save, only_writer
+from abkd_megatron.integrations.unsupported import UNSUPPORTED, check_layout
 
 # By its name without the prefix: the section.key that an argument sets, its metavar and its help.
 _TEACHER = {

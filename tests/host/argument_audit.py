@@ -84,7 +84,8 @@ def audit(config: Path) -> dict[str, list[str]]:
     """What is lost, by the kind of comparison; empty lists where nothing is."""
     from abkd_megatron.cpu import MEGATRON_DEFAULTS
     from abkd_megatron.errors import AbkdError
-    from abkd_megatron.integrations.add_teacher import _BELONGS_TO, megatron_options
+    from abkd_megatron.integrations.megatron_args import megatron_options
+    from abkd_megatron.integrations.unsupported import _BELONGS_TO
 
     options = megatron_options()
     given = {**MEGATRON_DEFAULTS, **_load(config, ["device=cpu"], "cpu").megatron}
@@ -159,7 +160,7 @@ def make(config: Path, settings: Mapping[str, object]) -> tuple[Namespace, Any]:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from abkd_megatron import dry_run
-    from abkd_megatron.integrations.add_teacher import megatron_options
+    from abkd_megatron.integrations.megatron_args import megatron_options
     from abkd_megatron.integrations.model_config import model_config
 
     loaded = _load(config, [f"megatron.{name}={value}" for name, value in settings.items()], "cpu")

@@ -383,7 +383,7 @@ def _dest(name: str) -> str:
 @cache
 def _known() -> Any:
     from abkd_megatron.config_values import MegatronOptions
-    from abkd_megatron.integrations.add_teacher import megatron_options
+    from abkd_megatron.integrations.megatron_args import megatron_options
 
     return MegatronOptions(megatron_options())
 
@@ -474,7 +474,7 @@ def look(fuzz: Fuzz, settings: Mapping[str, object], num_ranks: int, *, device: 
 def _load(path: Path, words: Sequence[str], device: str) -> Any:
     from abkd_megatron import cpu
     from abkd_megatron.config_file import load_config
-    from abkd_megatron.integrations.add_teacher import megatron_options
+    from abkd_megatron.integrations.megatron_args import megatron_options
 
     return load_config(path, words, megatron_options(), lambda device: cpu.MEGATRON_DEFAULTS if device == "cpu" else {})
 
@@ -484,7 +484,7 @@ def built(fuzz: Fuzz, settings: Mapping[str, object]) -> str:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
     from abkd_megatron import dry_run
-    from abkd_megatron.integrations.add_teacher import megatron_options
+    from abkd_megatron.integrations.megatron_args import megatron_options
 
     words = [f"{key}={str(value).format(folder=fuzz.folder / 'none')}" for key, value in settings.items()]
     with _alone():
@@ -664,7 +664,7 @@ def main() -> None:
     """Run a shard."""
     os.environ.setdefault("STRICT_TIMEOUT", "40")  # the ranks', which are forked later: none waits longer for another
     arguments = _arguments()
-    from abkd_megatron.integrations.add_teacher import megatron_options
+    from abkd_megatron.integrations.megatron_args import megatron_options
 
     with tempfile.TemporaryDirectory() as temporary:
         fuzz = Fuzz(arguments.workspace or Path(temporary))

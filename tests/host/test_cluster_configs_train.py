@@ -24,7 +24,7 @@ from abkd_megatron import cpu
 from abkd_megatron.config import Config, Value
 from abkd_megatron.config_file import load_config
 from abkd_megatron.distillation.plan import nothing_to_gain
-from abkd_megatron.integrations.add_teacher import megatron_options
+from abkd_megatron.integrations.megatron_args import megatron_options
 
 Settings = dict[str, Value]
 

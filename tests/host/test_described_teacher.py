@@ -31,7 +31,7 @@ from abkd_megatron.distillation import TeacherCheckpoint
 from abkd_megatron.distillation.description import describe, of_model_config
 from abkd_megatron.distillation.safe_reading import read_common, read_index
 from abkd_megatron.errors import CheckpointError
-from abkd_megatron.integrations.add_teacher import megatron_options
+from abkd_megatron.integrations.megatron_args import megatron_options
 
 ITERATION = "iter_0000008"
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")

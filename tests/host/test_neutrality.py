@@ -16,7 +16,7 @@ STOCK = Path(__file__).with_name("stock.py")
 def stock_arguments(config: Path, **overrides: object) -> list[str]:
     """The command line of stock.py for what `config` says."""
     from abkd_megatron import cpu
-    from abkd_megatron.integrations.add_teacher import megatron_options
+    from abkd_megatron.integrations.megatron_args import megatron_options
 
     options = megatron_options()
     settings = [f"megatron.{key.replace('_', '-')}={value}" for key, value in overrides.items()]

@@ -12,7 +12,7 @@ import pytest
 from option_fuzz import CONTEXTS, REFUSED, SAME, Case, Fuzz, cases, summary, try_case
 
 from abkd_megatron.cpu import MEGATRON_DEFAULTS
-from abkd_megatron.integrations.add_teacher import megatron_options
+from abkd_megatron.integrations.megatron_args import megatron_options
 
 
 def try_in(workspace: Path, case: Case) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from launch import run_job, scalars
 
 from abkd_megatron.config_file import load_config
 from abkd_megatron.events import find_runs
-from abkd_megatron.integrations.add_teacher import megatron_options
+from abkd_megatron.integrations.megatron_args import megatron_options
 from abkd_megatron.report import write_report
 
 

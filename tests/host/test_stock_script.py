@@ -34,7 +34,7 @@ DISTILLATION = {
 
 def command_line(config: Path, settings: Mapping[str, object]) -> list[str]:
     """Megatron's command line for what `config` says of it; what a CPU needs is left to the runner."""
-    from abkd_megatron.integrations.add_teacher import megatron_options
+    from abkd_megatron.integrations.megatron_args import megatron_options
 
     options = megatron_options()
     loaded = load_config(config, [f"megatron.{key}={value}" for key, value in settings.items()], options)

@@ -19,7 +19,8 @@ from abkd_megatron.config_file import load_config
 from abkd_megatron.distillation import TeacherCheckpoint
 from abkd_megatron.dry_run import megatron_arguments
 from abkd_megatron.errors import CheckpointError
-from abkd_megatron.integrations.add_teacher import check_teacher, megatron_options
+from abkd_megatron.integrations.megatron_args import megatron_options
+from abkd_megatron.integrations.teacher_arguments import check_teacher
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

@@ -44,6 +44,8 @@ SAFE_READING = "distillation/safe_reading.py"
 CHECKPOINT, TEACHER, RUNNER = "distillation/checkpoint.py", "distillation/teacher.py", "distillation/runner.py"
 HIDDEN = "distillation/hidden.py"
 ADD, JOB, STOCK, BRIDGE = (f"integrations/{name}.py" for name in ("add_teacher", "megatron_lm", "stock", "bridge"))
+MEGATRON_ARGS, UNSUPPORTED = "integrations/megatron_args.py", "integrations/unsupported.py"
+TEACHER_ARGS = "integrations/teacher_arguments.py"
 PROVENANCE, MODEL_CONFIG = "integrations/provenance.py", "integrations/model_config.py"
 STAGES = "distillation/stages.py"
 STUDENT = "integrations/student_checkpoint.py"
@@ -174,10 +176,10 @@ CALLS = [
     Call("megatron.training.checkpointing:checkpoint_exists", PROVENANCE, ("checkpoints_path",)),
     # Arguments and the training loop.
     Call(f"{CHECKPOINTS}.strategies.filesystem_async:get_write_results_queue", JOB),
-    Call("megatron.training.arguments:add_megatron_arguments", ADD, ("parser",)),
-    Call("megatron.training.arguments:parse_args", ADD),
+    Call("megatron.training.arguments:add_megatron_arguments", MEGATRON_ARGS, ("parser",)),
+    Call("megatron.training.arguments:parse_args", TEACHER_ARGS),
     Call("megatron.training.arguments:parse_and_validate_args", STOCK, (), ("extra_args_provider", "args_defaults")),
-    Call("megatron.training.arguments:validate_args", ADD, ("args",)),
+    Call("megatron.training.arguments:validate_args", TEACHER_ARGS, ("args",)),
     Call("megatron.training.argument_utils:gpt_config_from_args", MODEL_CONFIG, ("args",)),
     Call("megatron.training.argument_utils:pretrain_cfg_container_from_args", JOB, ("args", "model_cfg")),
     Call(
@@ -453,7 +455,7 @@ def test_megatron_has_the_arguments_we_read() -> None:
     from megatron.training import arguments, global_vars, training
 
     from abkd_megatron.distillation.checkpoint import _ARCHITECTURE
-    from abkd_megatron.integrations import add_teacher, megatron_lm, model_config
+    from abkd_megatron.integrations import megatron_args, model_config, teacher_arguments, unsupported
 
     derived = {
         node.attr
@@ -461,15 +463,16 @@ def test_megatron_has_the_arguments_we_read() -> None:
         for node in ast.walk(ast.parse(inspect.getsource(module)))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
     }
-    options = {action.dest for action in add_teacher.megatron_options().values()}
+    options = {action.dest for action in megatron_args.megatron_options().values()}
     read = {
         (user, node.attr)
-        for user in (ADD, JOB, PROVENANCE, STUDENT)
+        for user in (ADD, JOB, PROVENANCE, STUDENT, UNSUPPORTED, TEACHER_ARGS)
         for node in ast.walk(ast.parse((PACKAGE / user).read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("args", "student")
     }
-    read |= {(ADD, name) for name in add_teacher._SHARED}
-    read |= {(JOB, name.partition("=")[0]) for name in megatron_lm.UNSUPPORTED_IN_JOBS}
+    read |= {(TEACHER_ARGS, name) for name in teacher_arguments._SHARED}
+    read |= {(UNSUPPORTED, name.partition("=")[0]) for name in unsupported.UNSUPPORTED_IN_JOBS}
+    read |= {(UNSUPPORTED, name) for name in unsupported._BELONGS_TO}
     read |= {(MODEL_CONFIG, name) for name in model_config._LEFT_OUT}
     read |= {(CHECKPOINT, name) for name in _ARCHITECTURE}
     assert len(read) > 40

@@ -22,7 +22,7 @@ from torch.distributed.run import get_args_parser
 from abkd_megatron import cpu
 from abkd_megatron.__main__ import JOBS, parse
 from abkd_megatron.config_file import load_config
-from abkd_megatron.integrations.add_teacher import megatron_options
+from abkd_megatron.integrations.megatron_args import megatron_options
 from abkd_megatron.integrations.stock import add_kd_arguments
 
 OPTIONS = megatron_options()

@@ -12,7 +12,7 @@ from megatron.training import global_vars
 from abkd_megatron.config_file import load_config
 from abkd_megatron.dry_run import megatron_arguments, smallest_world_size
 from abkd_megatron.errors import ConfigError, DataError
-from abkd_megatron.integrations.add_teacher import megatron_options
+from abkd_megatron.integrations.megatron_args import megatron_options
 
 SETTINGS = {
     "tensor-model-parallel-size": 4,

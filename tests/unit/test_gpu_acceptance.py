@@ -115,7 +115,7 @@ def test_the_stages_are_all_that_is_asked_for():
 def test_the_settings_of_every_stage_are_megatrons():
     pytest.importorskip("megatron.training")
     from abkd_megatron.config_file import load_config
-    from abkd_megatron.integrations.add_teacher import megatron_options
+    from abkd_megatron.integrations.megatron_args import megatron_options
 
     options = megatron_options()
     place = gpu_stages.Place("cuda", "full", ROOT)

@@ -19,7 +19,6 @@ from abkd_megatron.distillation.checkpoint import _ARCHITECTURE
 from abkd_megatron.dry_run import megatron_arguments
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.integrations import inherited
-from abkd_megatron.integrations.add_teacher import megatron_options
 from abkd_megatron.integrations.inherited import (
     MODEL,
     STUDENT,
@@ -28,6 +27,7 @@ from abkd_megatron.integrations.inherited import (
     kind_of,
     teacher_settings,
 )
+from abkd_megatron.integrations.megatron_args import megatron_options
 
 OPTIONS = megatron_options()
 GROUPS = group_of_each(OPTIONS)

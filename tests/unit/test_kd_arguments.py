@@ -10,7 +10,7 @@ pytest.importorskip("megatron.training")
 from abkd_megatron.config import DistillationConfig
 from abkd_megatron.config_file import from_argv, to_argv
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.integrations.add_teacher import megatron_options
+from abkd_megatron.integrations.megatron_args import megatron_options
 from abkd_megatron.integrations.stock import _settings, add_kd_arguments, distil
 
 OPTIONS = megatron_options()
