@@ -228,7 +228,7 @@ class TeacherCheckpoint:
             shared_vocab: how many first ids are the same tokens to both, `Objective.shared_vocab`; None for all. It
                 cannot be told from a checkpoint whether they are.
             declared: whether the user declares that the teacher is the configured one. It matters only where nothing
-                is saved about it.
+                is saved about it, or not enough.
             declared_vocab: the true size of the teacher's vocabulary, if the user declares it.
 
         Returns:
@@ -239,10 +239,12 @@ class TeacherCheckpoint:
                 is known and nothing is declared.
         """
         described = self.described
-        if described is None and not declared:
+        if not declared and (described is None or described.left_open(args)):
+            got = "neither Megatron's arguments nor Megatron Bridge's run_config.yaml nor Hugging Face's config.json"
+            if described is not None:
+                got = f"{described.source} without {', '.join(map(_option, described.left_open(args)))}"
             raise CheckpointError(
-                f"expected a description of the teacher in {self.directory}, got none: neither Megatron's arguments "
-                "nor Megatron Bridge's run_config.yaml nor Hugging Face's config.json. Rotary base, heads, norm "
+                f"expected a description of the teacher in {self.directory}, got {got}. Rotary base, heads, norm "
                 "epsilon, activation and tokenizer do not show in the weights, so wrong ones would load. Put the "
                 "config.json of the model next to the weights; or check `teacher:` yourself and declare it with "
                 "teacher.declared=true (and give teacher.expected-loss, which the first step is compared with)"

@@ -18,8 +18,8 @@ import yaml
 
 from abkd_megatron.errors import CheckpointError
 
-# Without these a file describes no model.
-_ESSENTIAL = ("num_layers", "hidden_size", "num_attention_heads")
+# What a file has to say to be taken for the whole description of a model; the last one of a model that has it.
+_ESSENTIAL = ("num_layers", "hidden_size", "num_attention_heads", "layernorm_epsilon", "rotary_base")
 
 # What other models have and Megatron's GPT model has not, and the values with which there is no difference.
 _NO_COUNTERPART: dict[str, tuple[Any, ...]] = {
@@ -104,7 +104,19 @@ class Description:
     args: Namespace
     """Megatron's arguments, as far as they are known."""
     is_exact: bool = True
-    """Whether `args.vocab_size` counts tokens. Hugging Face counts rows, a few of which may belong to no token."""
+    """Whether these are Megatron's own arguments. Only they count tokens as the vocabulary's size: the files count
+    rows, a few of which may belong to no token."""
+
+    def left_open(self, args: Namespace) -> list[str]:
+        """The arguments that a file would have to have and has not, for a model that is configured by `args`."""
+        if self.is_exact:
+            return []
+        rotary = getattr(args, "multi_latent_attention", False) or getattr(args, "position_embedding_type", "rope") in (
+            "rope",
+            "yarn",
+            "mrope",
+        )
+        return [name for name in _ESSENTIAL[: None if rotary else -1] if getattr(self.args, name, None) is None]
 
 
 def describe(directory: Path, args: Namespace | None) -> Description | None:
@@ -146,7 +158,7 @@ def of_run_config(config: Mapping[str, Any]) -> dict[str, Any]:
     found = of_model_config(model)
     if isinstance(tokenizer, Mapping) and isinstance(tokenizer.get("tokenizer_model"), str):
         found["tokenizer_model"] = tokenizer["tokenizer_model"]
-    return found if all(found.get(name) for name in _ESSENTIAL) else {}
+    return found
 
 
 def of_model_config(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,7 +201,7 @@ def of_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
         value = next((config[key] for key in theirs if config.get(key) is not None), None)
         if value is not None:
             found[name] = _plain(value)
-    if not all(isinstance(found.get(name), int) for name in _ESSENTIAL):
+    if not isinstance(found.get("num_layers"), int):
         return {}
     if isinstance(config.get("vocab_size"), int):
         found["vocab_size"] = config["vocab_size"]
@@ -198,7 +210,7 @@ def of_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
     if is_latent:
         found.pop("kv_channels", None)
     elif "num_key_value_heads" in config:
-        found |= _groups(found["num_attention_heads"], config["num_key_value_heads"])
+        found |= _groups(found.get("num_attention_heads"), config["num_key_value_heads"])
     if "tie_word_embeddings" in config:
         found["untie_embeddings_and_output_weights"] = not config["tie_word_embeddings"]
     if "layernorm_epsilon" in found:
@@ -296,7 +308,7 @@ def _groups(heads: Any, groups: Any) -> dict[str, Any]:
 def _is_default_scale(found: Mapping[str, Any]) -> bool:
     """Whether there is a softmax scale, and it is Megatron's own."""
     scale, size = found.get("softmax_scale"), found.get("kv_channels")
-    if size is None and found.get("num_attention_heads"):
+    if size is None and found.get("num_attention_heads") and found.get("hidden_size"):
         size = found["hidden_size"] / found["num_attention_heads"]
     return isinstance(scale, float) and size is not None and math.isclose(scale, size**-0.5, rel_tol=1e-6)
 

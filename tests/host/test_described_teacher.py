@@ -171,6 +171,9 @@ def with_payloads(checkpoint: Path, saved: Namespace) -> None:
         )
 
 
+part = text("model: {rotary_base: 777}")
+
+
 def of_rows(
     rows: int, write: Callable[[Path, Namespace], object] = nothing, names: tuple[str, ...] = VOCABULARY
 ) -> Callable[[Path, Namespace], object]:
@@ -270,6 +273,11 @@ CASES: dict[str, Case] = {
     "nothing": Case(nothing, (), DECLARED),
     "nothing, declared": Case(nothing, (DECLARED,), "(compared: nothing"),
     "known and declared": Case(bridge(), (DECLARED, "teacher.rotary-base=777"), "rotary-base"),
+    "a part of run_config.yaml": Case(part, (), "run_config.yaml without num-layers, hidden-size, "),
+    "a part of run_config.yaml, declared": Case(part, (DECLARED,), "rotary-base: run_config.yaml has 777"),
+    "a config.json without a rotary base": Case(
+        hugging_face(model_type="mine", rope_theta=None), (), "without rotary-b"
+    ),
     "a config.json of no model": Case(hugging_face(num_hidden_layers=None), (), DECLARED),
     **{f"run_config.yaml is {it!r}": Case(text(it), (), "run_config.yaml") for it in ("{", "[1]", "model: [", "\x00")},
     # what a student has and its teacher has not
@@ -427,6 +435,21 @@ def test_the_expected_loss_is_compared_in_the_first_step(config: Path, described
     ranks = distill(config, described, f"teacher.expected-loss={1.01 * float(got[0][1])}", *settings)
     assert all(rank.code == 0 for rank in ranks), ranks[0].output[-3000:]
     assert "compared with run_config.yaml" in ranks[0].output
+
+
+def test_a_dense_teacher_of_a_student_with_experts(config: Path, bare: Path) -> None:
+    settings = [
+        "teacher.declared=true",
+        *MIXTURE,
+        "megatron.train-iters=1",
+        "megatron.moe-token-dispatcher-type=alltoall",
+    ]
+    words = ["-m", "abkd_megatron", "distill", "--config", config, f"teacher.load={bare}", *settings]
+    (rank,) = launch(words, 1)
+    assert rank.code == 2, rank.output[-3000:]
+    assert re.search(r"router.weight: missing(.*\n)*inherited from the student.*num-experts=4", rank.output)
+    (rank,) = launch([*words, "teacher.num-experts=null"], 1)
+    assert rank.code == 0, rank.output[-3000:]
 
 
 def test_what_is_read_first(described: Path, saved: Namespace) -> None:
