@@ -5,6 +5,8 @@ second layout of the same feature, on a second machine of the same kind.
 """
 
 import re
+import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -30,6 +32,14 @@ SLOW = {
     r"unit/test_benchmark_head\.py::test_the_command_line": "a benchmark",
 }
 _ROW = re.compile(r"^tests/host/test_matrix\.py::test_trains_as_on_one_rank\[(.*) \((.*)\)\d*\]$")
+
+
+@pytest.fixture(autouse=True)
+def the_stand_in_stays_out() -> Iterator[None]:
+    """The stand-in for a GPU is for good, and would change what later tests of this process see."""
+    yield
+    cpu = sys.modules.get("abkd_megatron.cpu")
+    assert cpu is None or not cpu.is_installed(), "installed in pytest's own process: start another one for it"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -112,7 +112,9 @@ class TeacherRunner:
         if layout.student_stages > 1:
             self._outbox.watch()
         number, self._micro_batch = self._micro_batch, self._micro_batch + 1
-        length, size = self._extent = self._extent_of(batch)
+        length, size = self._extent_of(batch)
+        if self._student.training:  # validation may have micro-batches of another size
+            self._extent = length, size
         work = [n for n in range(layout.neighbours) if layout.replica_for(number, n) == layout.replica]
         tokens = self._distribute_tokens(batch, number, work, (size, length))
 
@@ -350,8 +352,10 @@ class TeacherRunner:
         return [channel for channel in (self._stages, self._tokens, self._results) if channel is not None]
 
     def drain(self) -> None:
-        """Wait until every message has left. Only between steps."""
+        """Wait until every message has left. Only between steps, or in the first forward pass of one."""
         self._outbox.release()
+        # Not seen at the start of a step that follows validation: Megatron's evaluate() has replaced the timers.
+        self._passes = self._posted_for = 0
         for channel in self._channels():
             channel.drain()
 

@@ -37,6 +37,23 @@ def test_validation_has_a_size_of_its_own(workspace: Path, config: Path, teacher
         assert values == pytest.approx(found["1 rank"], rel=1e-4), layout
 
 
+def test_training_goes_on_after_validation(workspace: Path, config: Path, teacher: Path) -> None:
+    """Also where Megatron synchronizes the device at every message, and the schedule begins with posted receives."""
+    settings = {
+        "megatron.pipeline-model-parallel-size": 2,
+        "megatron.num-layers": 4,
+        "megatron.num-layers-per-virtual-pipeline-stage": 1,
+        "megatron.timing-log-level": 2,
+        "megatron.global-batch-size": 16,
+        "megatron.eval-micro-batch-size": 4,
+        "megatron.eval-interval": 1,
+        "megatron.train-iters": 3,
+        "megatron.distributed-timeout-minutes": 1,
+        "teacher.load": teacher,
+    }
+    run_job("distill", config, settings, num_ranks=2)
+
+
 @pytest.fixture(scope="module")
 def ends(workspace: Path, config: Path) -> dict[str, object]:
     """Settings of data that hold the ends of documents alone, which do not count."""
