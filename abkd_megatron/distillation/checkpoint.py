@@ -147,7 +147,7 @@ _AS_NONE = {
 # Tensors with a row for each column of the padded vocabulary.
 _OF_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 # How the names of the tensors begin that are on one rank together: numbered, or of all layers stacked in one.
-_LAYER = re.compile(r"embedding\.|decoder\.layers\.(\d+\.)?|decoder\.final_layernorm\.")
+_LAYER = re.compile(r"decoder\.layers\.(\d+\.)?|decoder\.final_layernorm\.")
 # Where the size of a vocabulary counts rows, the share of them that may belong to no token. Of public models
 # gpt-oss has 0.5 %, DeepSeek-V3 0.4 %, Qwen2.5 0.3 %, the larger Pythias 0.8 %.
 _RESERVED_ROWS = 0.01
@@ -258,10 +258,16 @@ class TeacherCheckpoint:
                     "from the student:\n  " + "\n  ".join(wrong)
                 )
             compared = f"{described.source}, {number} settings"
-        if not args.__dict__.get("untie_embeddings_and_output_weights", True) and self.has("output_layer.weight"):
+        if not getattr(args, "untie_embeddings_and_output_weights", True) and self.has("output_layer.weight"):
             raise CheckpointError(
                 f"the teacher in {self.directory} has an output layer of its own, the configured one uses its "
                 "embedding; set teacher.untie-embeddings-and-output-weights=true"
+            )
+        positions = getattr(args, "position_embedding_type", "learned_absolute")
+        if positions != "learned_absolute" and self.has("embedding.position_embeddings.weight"):
+            raise CheckpointError(
+                f"the teacher in {self.directory} has learned positions, the configured one {positions}; set "
+                "teacher.position-embedding-type=learned_absolute"
             )
         self._check_vocabulary(args, vocab_size, shared_vocab, declared_vocab)
         return compared
@@ -378,7 +384,7 @@ class TeacherCheckpoint:
     def check_tensors(self, wanted: Mapping[str, Any]) -> None:
         """Reject a checkpoint that lacks a tensor of a sharded state dict, holds it in another shape, or holds more.
 
-        More is a weight of the embedding or of a layer, of which the sharded state dict has others: a bias, say.
+        More is a weight of a layer, of which the sharded state dict has others: a bias, say.
 
         Raises:
             CheckpointError: naming the first few tensors, with both shapes.

@@ -111,6 +111,16 @@ def test_another_teacher_is_refused(problem: dict, message: str) -> None:
         check(**problem)
 
 
+def test_weights_beside_the_layers_without_a_place_are_refused() -> None:
+    other = {"untie_embeddings_and_output_weights": False}, {"position_embedding_type": "rope"}
+    for key, configured in zip(("output_layer.weight", "embedding.position_embeddings.weight"), other, strict=True):
+        saved = {key: TensorStorageMetadata(TensorProperties(torch.float32), torch.Size((500, 1)), [])}
+        checkpoint = TeacherCheckpoint(Path("teacher"), {}, Metadata(saved))
+        checkpoint.check_arguments(Namespace(), 500, declared=True)
+        with pytest.raises(CheckpointError, match=r"teacher\.(untie|position)-embedding"):
+            checkpoint.check_arguments(Namespace(**configured), 500, declared=True)
+
+
 def test_weights_without_a_place_in_the_configured_model_are_refused() -> None:
     def sized(*size: int) -> TensorStorageMetadata:
         whole = torch.Size(size)
