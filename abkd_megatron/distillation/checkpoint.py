@@ -403,8 +403,6 @@ class TeacherCheckpoint:
             keys.add(tensor.key)
         # Of a layer that is loaded here, all has to be; experts may be on other ranks.
         here = {part[0] for key in keys if (part := _LAYER.match(key))}
-        if not any(_is_of_first_layer(tensor) for tensor in _tensors_in(wanted)):
-            here.discard("embedding.")  # tied word embeddings are on the last stage, too, where positions are not
         for key in found.keys() - keys:
             part = _LAYER.match(key)
             if part and part[0] in here and ".experts." not in key:
@@ -538,13 +536,6 @@ def _tensors_in(wanted: Mapping[str, Any]) -> Iterator[ShardedTensor]:
             yield from _tensors_in({"": item.build()})
         elif isinstance(item, ShardedTensor):
             yield item
-
-
-def _is_of_first_layer(tensor: ShardedTensor) -> bool:
-    part = _LAYER.match(tensor.key)
-    if part is None or not part[0].startswith("decoder.layers."):
-        return False
-    return part[0] == "decoder.layers.0." or (part[1] is None and tensor.global_offset[0] == 0)  # stacked
 
 
 def _architecture(args: Namespace, seq_length: int | None) -> dict[str, Any]:
