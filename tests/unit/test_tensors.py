@@ -1,7 +1,6 @@
 """The losses within what torch wraps around tensors: what works gives the same numbers, what cannot raises by name."""
 
 import ast
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -346,7 +345,7 @@ def test_lazy_negations_and_strides(kernel):
             assert torch.equal(leaf.grad, wanted.grad)
 
 
-def test_a_dtensor_is_refused():
+def test_a_dtensor_is_refused(tmp_path):
     code = """
 import torch, torch.distributed as dist
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
@@ -362,7 +361,7 @@ print(type(student.grad).__name__)
 dist.destroy_process_group()
 """
     done = subprocess.run(
-        [sys.executable, "-c", code.replace("FILE", repr(f"/tmp/abkd-{os.getpid()}-dtensor"))],
+        [sys.executable, "-c", code.replace("FILE", repr(str(tmp_path / "store")))],
         capture_output=True,
         text=True,
         timeout=120,
