@@ -225,7 +225,9 @@ class _Counted:
 
     def add(self, loss_mask: torch.Tensor, training: bool) -> None:
         """Take a micro-batch's, while it is still on the host."""
-        step = "step" if training else "validation after step", get_args().curr_iteration + 1
+        args = get_args()
+        done = getattr(args, "curr_iteration", args.iteration - 1)  # an evaluation alone has no current one
+        step = "step" if training else "validation after step", done + 1
         if step != self._step:
             self.end()
             self._step, self._is_empty = step, True

@@ -37,6 +37,15 @@ def test_validation_has_a_size_of_its_own(workspace: Path, config: Path, teacher
         assert values == pytest.approx(found["1 rank"], rel=1e-4), layout
 
 
+@pytest.mark.parametrize("job", ["distill", "pretrain"])
+def test_an_evaluation_alone(workspace: Path, config: Path, teacher: Path, student: Path, job: str) -> None:
+    settings = {"megatron.load": student, "megatron.skip-train": "true"}
+    if job == "distill":
+        settings["teacher.load"] = teacher
+    (rank,) = run_job(job, config, settings)
+    assert "validation loss at iteration 1 on test set" in rank.output
+
+
 def test_training_goes_on_after_validation(workspace: Path, config: Path, teacher: Path) -> None:
     """Also where Megatron synchronizes the device at every message, and the schedule begins with posted receives."""
     settings = {
