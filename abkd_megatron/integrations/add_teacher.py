@@ -34,10 +34,7 @@ from abkd_megatron.distillation.step import masked_loss
 from abkd_megatron.errors import ConfigError, HostError, from_rank_0, on_every_rank
 from abkd_megatron.integrations import provenance
 from abkd_megatron.integrations.teacher_arguments import check_teacher, open_teacher, teacher_arguments
-from abkd_megatron.integrations.unsupported import (
-    UNSUPPORTED,
-    checked_model_config,
-)
+from abkd_megatron.integrations.unsupported import UNSUPPORTED, checked_model_config
 
 logger = logging.getLogger(__name__)
 

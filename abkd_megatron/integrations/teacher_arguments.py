@@ -1,4 +1,4 @@
-"""The teacher's Megatron arguments, and its checkpoint beside them."""
+"""The teacher's Megatron arguments, and its checkpoint held to them."""
 
 import argparse
 from argparse import Namespace
@@ -11,9 +11,7 @@ from megatron.training.arguments import parse_args, validate_args
 from abkd_megatron.config import Config
 from abkd_megatron.config_file import to_argv
 from abkd_megatron.config_values import MegatronOptions
-from abkd_megatron.distillation import (
-    TeacherCheckpoint,
-)
+from abkd_megatron.distillation import TeacherCheckpoint
 from abkd_megatron.distillation.layout import neighbours_of
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.integrations.inherited import (
@@ -24,11 +22,7 @@ from abkd_megatron.integrations.inherited import (
 )
 from abkd_megatron.integrations.megatron_args import command_line, megatron_refusals_named
 from abkd_megatron.integrations.model_config import model_config
-from abkd_megatron.integrations.unsupported import (
-    UNSUPPORTED,
-    check_effect,
-    check_layout,
-)
+from abkd_megatron.integrations.unsupported import UNSUPPORTED, check_effect, check_layout
 
 # What teacher and student share: they see the same tokens, each on the rank that holds them.
 _SHARED = ("context_parallel_size", "seq_length", "micro_batch_size", "tokenizer_type", "tokenizer_model")

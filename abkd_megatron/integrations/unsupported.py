@@ -29,7 +29,7 @@ UNSUPPORTED = {
     "yaml_cfg": ("Megatron's own --yaml-cfg", "the teacher's arguments are derived from those of the command line"),
     "logits_load_dir": ("Megatron's distillation from logits on disk", "it is another loss beside this one"),
 }
-# And beside that, what this integration's own forward step and data do not do.
+# And what this integration's own forward step and data do not do.
 _OWN_STEP = "this job's forward step does not make packed_seq_params (attach() takes a forward step that does)"
 UNSUPPORTED_IN_JOBS = UNSUPPORTED | {
     "sft": ("packed fine-tuning data", _OWN_STEP),
@@ -37,13 +37,13 @@ UNSUPPORTED_IN_JOBS = UNSUPPORTED | {
     "fim_data": ("fill-in-the-middle data", "this job builds Megatron's plain GPT datasets"),
     "dataloader_type=external": ("an external data loader", "this job builds Megatron's own"),
 }
-# Beside these on a CPU.
+# And on a CPU.
 _UNSUPPORTED_ON_CPU = {
     "async_save": ("saving in the background on a CPU", "the process that writes lacks the stand-in for a GPU"),
     "record_memory_history": ("a trace of GPU memory", "there is no GPU"),
 }
 # Settings of a model that Megatron takes and does not build, where the one that they belong to is not set: None for
-# those that nothing in its training of GPT models reads. Beside each what it may be all the same.
+# those that nothing in its training of GPT models reads. With each, when it has an effect all the same.
 _MLA, _YARN = "multi-latent-attention", "position-embedding-type yarn"
 _BELONGS_TO: dict[str, tuple[str | None, Callable[[Namespace], bool]]] = {
     "num_query_groups": (
