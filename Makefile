@@ -1,4 +1,4 @@
-# make demo   train a teacher, distil a student, compare: on any machine with Python >= 3.12
+# make demo   train a teacher, distill a student, compare: on any machine with Python >= 3.12
 # make test   the tests; make test-full: with those that show a thing again, in another layout or at more ranks
 # make check  ruff and mypy
 # make gpu    the acceptance run on a machine with GPUs; installs nothing: PYTHON, else .venv, else python3

@@ -16,7 +16,7 @@ test = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "spmd_types>=0.
 setup(
     name="abkd-megatron",
     version=version[1],
-    description="Distil a large teacher into a smaller student inside Megatron-Core's own training loop",
+    description="Distill a large teacher into a smaller student inside Megatron-Core's own training loop",
     long_description=(root / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -33,7 +33,7 @@ setup(
     packages=find_packages(include=["abkd_megatron", "abkd_megatron.*"]),
     # So that an editable install is a path: the folder of a clone, seen from beside it, would hide a finder's package.
     package_dir={"": "."},
-    package_data={"abkd_megatron": ["py.typed", "kernels/*.cpp", "report.html", "report.js"]},
+    package_data={"abkd_megatron": ["py.typed", "kernels/*.cpp", "tools/report.html", "tools/report.js"]},
     python_requires=">=3.12",
     install_requires=[
         # megatron-core 0.19 has no upper bound, and cannot read its own checkpoints with torch 2.15.

@@ -1,4 +1,4 @@
-"""The command line: prepare data, pretrain a teacher, distil a student, compare losses, and look before one runs."""
+"""The command line: prepare data, pretrain a teacher, distill a student, compare losses, and look before one runs."""
 
 import argparse
 import logging
@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 from abkd_megatron.errors import AbkdError, ConfigError, HostError, check_name
 
 if TYPE_CHECKING:
-    from abkd_megatron.config import Config
+    from abkd_megatron.config.schema import Config
 
 PROG = "abkd-megatron"
-_DESCRIPTION = "Distil a large teacher into a smaller student inside Megatron-Core's own training loop."
+_DESCRIPTION = "Distill a large teacher into a smaller student inside Megatron-Core's own training loop."
 _SETTINGS = """\
 A job that takes CONFIG takes settings behind it that beat the file's: section.key=value, the value as in YAML. Sections
 are device, megatron (any argument of Megatron's, without its dashes), teacher, distillation, data, compare.
@@ -163,27 +163,27 @@ def load(arguments: Namespace, more: Sequence[str] = ()) -> "Config":
     _refuse_unrelated_apex()
     _quieten_fallback_warnings()
     # Only here: importing Megatron takes seconds, and --help should not.
-    from abkd_megatron import cpu
-    from abkd_megatron.config_file import load_config
-    from abkd_megatron.integrations.megatron_args import megatron_options
+    from abkd_megatron import cpu_backend
+    from abkd_megatron.config.load import load_config
+    from abkd_megatron.config.megatron_args import megatron_options
 
     return load_config(
         arguments.config,
         [*arguments.overrides, *more],
         megatron_options(),
-        lambda device: cpu.MEGATRON_DEFAULTS if device == "cpu" else {},
+        lambda device: cpu_backend.MEGATRON_DEFAULTS if device == "cpu" else {},
     )
 
 
 def _env(arguments: Namespace) -> int:
-    from abkd_megatron import environment
+    from abkd_megatron.tools import env
 
-    return environment.main()
+    return env.main()
 
 
 def _show_config(arguments: Namespace) -> None:
     config = load(arguments)
-    from abkd_megatron.config_file import render
+    from abkd_megatron.config.load import render
 
     print(render(config), end="")
 
@@ -191,7 +191,7 @@ def _show_config(arguments: Namespace) -> None:
 def _check(arguments: Namespace) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"  # a tokenizer of Hugging Face is looked for on this machine alone
     config = load(arguments)
-    from abkd_megatron import check
+    from abkd_megatron.tools import check
 
     return check.main(config, arguments.world_size)
 
@@ -202,8 +202,8 @@ def _estimate(arguments: Namespace) -> None:
     if picture is not None and picture.exists():
         raise ConfigError(f"--out: expected a folder without {picture.name}, and {picture} is there; remove it first")
     config = load(arguments)
-    from abkd_megatron.estimate import estimate
-    from abkd_megatron.estimate_view import show
+    from abkd_megatron.tools.estimate import estimate
+    from abkd_megatron.tools.estimate_view import show
 
     found = estimate(
         config,
@@ -218,7 +218,7 @@ def _estimate(arguments: Namespace) -> None:
 def _prepare(arguments: Namespace) -> None:
     config = load(arguments)
     config.check("prepare")
-    from abkd_megatron.data import prepare
+    from abkd_megatron.data.prepare import prepare
 
     prepare(config.data)
 
@@ -227,10 +227,10 @@ def _train(arguments: Namespace) -> int:
     _check_launch()
     config = load(arguments)
     config.check(arguments.job)
-    from abkd_megatron import cpu
-    from abkd_megatron.integrations import megatron_lm
-    from abkd_megatron.integrations.last_words import UNFORESEEN, has_begun, last_words
-    from abkd_megatron.integrations.one_voice import OneVoice
+    from abkd_megatron import cpu_backend
+    from abkd_megatron.hosts import megatron_lm
+    from abkd_megatron.hosts.crash_report import UNFORESEEN, has_begun, last_words
+    from abkd_megatron.hosts.startup_errors import OneVoice
 
     if config.device == "cuda":
         _require_gpu()
@@ -239,9 +239,9 @@ def _train(arguments: Namespace) -> int:
     try:
         with voice:
             if config.device == "cpu":
-                cpu.install()
+                cpu_backend.install()
                 minutes = config.megatron.get("distributed-timeout-minutes", 10)
-                cpu.init_process_group(timedelta(minutes=float(str(minutes))))
+                cpu_backend.init_process_group(timedelta(minutes=float(str(minutes))))
             megatron_lm.run(config, arguments.job)
     except UNFORESEEN as error:
         if not has_begun(error):
@@ -259,7 +259,7 @@ def _compare(arguments: Namespace) -> int:
     try:
         config = load(arguments)
         config.check("compare")
-        from abkd_megatron.compare import compare
+        from abkd_megatron.tools.compare import compare
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the runs end with us
         compare(config, lambda settings: load(arguments, settings))
@@ -270,13 +270,13 @@ def _compare(arguments: Namespace) -> int:
 
 
 def _report(arguments: Namespace) -> None:
-    from abkd_megatron.report import write_report
+    from abkd_megatron.tools.report import write_report
 
     print(write_report(arguments.runs, arguments.out))
 
 
 def _completion(arguments: Namespace) -> None:
-    from abkd_megatron.completion import script
+    from abkd_megatron.tools.completion import script
 
     print(script(make_parser(), arguments.shell), end="")
 
@@ -501,7 +501,7 @@ def _quieten_fallback_warnings() -> None:
 
 
 def _refuse_unrelated_apex() -> None:
-    from abkd_megatron.environment import unrelated_apex
+    from abkd_megatron.tools.env import unrelated_apex
 
     if unrelated_apex():
         raise HostError(

@@ -37,7 +37,7 @@ def on_every_rank() -> Iterator[None]:
     Without this the healthy ranks would go on into a collective that the failed one never joins. The block itself
     must not hold a collective that a failing rank could skip.
 
-    Collectives: one all_gather_object over the whole job; none where torch.distributed is not initialised.
+    Collectives: one all_gather_object over the whole job; none where torch.distributed is not initialized.
     """
     import torch.distributed as dist  # only here: `env` says what is missing even where torch is
 
@@ -65,7 +65,7 @@ def from_rank_0[T](function: Callable[[], T]) -> T:
 
     For what is read from files that all ranks see: at thousands of ranks the file system is spared.
 
-    Collectives: one broadcast_object_list over the whole job. torch.distributed has to be initialised.
+    Collectives: one broadcast_object_list over the whole job. torch.distributed has to be initialized.
     """
     import torch.distributed as dist
 

@@ -177,5 +177,5 @@ class _Twice(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         raise ConfigError(
             f"{ctx.title}: expected to be differentiated once, got a derivative of its gradient (create_graph=True): "
-            "second derivatives are not implemented; use abkd_megatron.divergences.reference, which is plain autograd"
+            "second derivatives are not implemented; use abkd_megatron.losses.reference, which is plain autograd"
         )

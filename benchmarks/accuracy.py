@@ -1,7 +1,7 @@
 """Errors of the losses against fp64 on logits that are hard to get right: ``python benchmarks/accuracy.py``.
 
 Both models' logits are made once, as numbers that bf16 holds exactly, so that only arithmetic is left to differ; what
-is exact is the dense fp64 definition (divergences/reference.py) and autograd through it. In every case, the loss takes
+is exact is the dense fp64 definition (losses/reference.py) and autograd through it. In every case, the loss takes
 the logits twice, stored as bf16 and as the same numbers in fp32. What is measured, of each kernel:
 
 - loss: its largest |D - D64| / (1e-6 + 1e-5 D64) over the tokens, which is to be at most 1, on either dtype; beside
@@ -28,7 +28,7 @@ from loss import machine
 from torch import Tensor
 
 from abkd_megatron import AlphaBeta, ToDi, kernels, vocab_parallel_divergence
-from abkd_megatron.divergences import Divergence, reference_divergence
+from abkd_megatron.losses import Divergence, reference_divergence
 
 Row = dict[str, Any]
 Loss = Callable[[Tensor, Tensor, Divergence], Tensor]

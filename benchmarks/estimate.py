@@ -3,7 +3,7 @@
 Each case is a real `distill` job of the command line on CPU ranks. On every rank all tensors that any operator of torch
 takes or gives are followed by their storages, from before the model is built until each is freed, by whichever thread;
 what operators take for themselves is not seen. Beside the peak within a step stands what is held when the step begins.
-The estimate comes from `abkd_megatron.estimate`, which has neither the job's data nor its ranks.
+The estimate comes from `abkd_megatron.tools.estimate`, which has neither the job's data nor its ranks.
 
 The process's resident memory is written beside it as a cross-check: it has Python, the libraries and what the C
 library's allocator keeps.
@@ -166,13 +166,15 @@ def read(out: Path, ranks: int) -> list[dict[str, Any]]:
 
 def estimated(name: str) -> dict[int, dict[str, Any]]:
     """By rank that was looked at: its kind, the peak, what is kept between steps, and the peak by part."""
-    from abkd_megatron import cpu
-    from abkd_megatron.config_file import load_config
-    from abkd_megatron.estimate import estimate
-    from abkd_megatron.integrations.megatron_args import megatron_options
+    from abkd_megatron import cpu_backend
+    from abkd_megatron.config.load import load_config
+    from abkd_megatron.config.megatron_args import megatron_options
+    from abkd_megatron.tools.estimate import estimate
 
     settings = settings_of(name, Path("nowhere"))
-    found = estimate(load_config(None, settings, megatron_options(), lambda _: cpu.MEGATRON_DEFAULTS), CASES[name][0])
+    found = estimate(
+        load_config(None, settings, megatron_options(), lambda _: cpu_backend.MEGATRON_DEFAULTS), CASES[name][0]
+    )
     return {
         kind.rank: {
             "kind": kind.name,

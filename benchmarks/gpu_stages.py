@@ -80,12 +80,12 @@ def versions(report: Report, place: Place, given: argparse.Namespace) -> None:
     """What is installed, the GPUs, and how they are connected."""
     import torch
 
-    from abkd_megatron import environment
+    from abkd_megatron.tools import env
 
-    for part in environment.look():
+    for part in env.look():
         report.numbers[part.name] = part.found
         print(f"{part.verdict:10} {part.name}: {part.found or '-'}")
-        if part.verdict == environment.WRONG or (part.required and part.verdict == environment.ABSENT):
+        if part.verdict == env.WRONG or (part.required and part.verdict == env.ABSENT):
             report.problems.append(f"{part.name}: {part.found or 'not installed'}; {part.remedy}")
     if place.device == "cuda":
         gpus = []
@@ -156,7 +156,7 @@ def kernel(report: Report, place: Place, given: argparse.Namespace) -> None:
     import torch
 
     from abkd_megatron import kernels
-    from abkd_megatron.divergences import AlphaBeta, ToDi
+    from abkd_megatron.losses import AlphaBeta, ToDi
 
     if given.kernel == "cpp" and not kernels.cpp.compiler():
         report.skipped = "needs a C++ compiler, found none"
@@ -193,7 +193,7 @@ def kernel_errors(divergence: Any, vocab: int, rows: int, device: "torch.device"
     """Largest errors of a loss and its gradient on this rank's columns, in units that `LIMIT` is given in."""
     import torch
 
-    from abkd_megatron.divergences import reference_cross_entropy, reference_divergence
+    from abkd_megatron.losses import reference_cross_entropy, reference_divergence
     from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation
 
     student, teacher, labels = logits(rows, vocab, device)
@@ -450,11 +450,11 @@ HEAD_TOLERANCE = 2e-2  # of the gradient's largest element: in bf16 the products
 def head(report: Report, place: Place, given: argparse.Namespace) -> None:
     """From hidden states to gradients: logits that exist, and the fused head."""
     import torch
-    from head import IN_FORWARD, IN_PLACE, MATERIALISED, RECOMPUTED, Case, fused, materialised
+    from head import IN_FORWARD, IN_PLACE, MATERIALIZED, RECOMPUTED, Case, fused, materialized
     from loss import DTYPES
 
     from abkd_megatron.vocab_parallel import VocabShard
-    from abkd_megatron.vocab_parallel.head import automatic_chunk_tokens, bytes_of_a_token
+    from abkd_megatron.vocab_parallel.fused_head import automatic_chunk_tokens, bytes_of_a_token
 
     start_ranks(place)
     vocab, tokens, (h, wide) = VOCABULARIES[place.size][0], TOKENS[place.size], HIDDEN[place.size]
@@ -475,12 +475,12 @@ def head(report: Report, place: Place, given: argparse.Namespace) -> None:
     of_token = bytes_of_a_token(case.student_weight, case.shard)
     chunk = 4 if place.is_tiny else automatic_chunk_tokens(case.student_weight.device, of_token)
     heads = {
-        MATERIALISED: materialised(in_place=False),
-        IN_PLACE: materialised(in_place=True),
+        MATERIALIZED: materialized(in_place=False),
+        IN_PLACE: materialized(in_place=True),
         IN_FORWARD: fused(True, chunk),
         RECOMPUTED: fused(False, chunk),
     }
-    expected = case.gradients(heads[MATERIALISED])
+    expected = case.gradients(heads[MATERIALIZED])
     for name, one in heads.items():
         row = measure(report, name, lambda one=one: case.gradients(one), place)  # type: ignore[misc]
         if row is None:
@@ -493,11 +493,11 @@ def head(report: Report, place: Place, given: argparse.Namespace) -> None:
         row["TFLOP/s"] = 2 * tokens * vocab * (3 * h + wide + again) / row["seconds"] / 1e12
         if not row["error"] <= HEAD_TOLERANCE:
             report.problems.append(f"{name}: gradients off by {row['error']:.1e}, allowed {HEAD_TOLERANCE:.0e}")
-    ratios(report, {"x materialised": MATERIALISED})
+    ratios(report, {"x materialized": MATERIALIZED})
     report.numbers["sizes"] = {"tokens": tokens, "vocab": vocab, "h": h, "H": wide, "chunk": chunk, "dtype": "bf16"}
-    row, other = report.numbers[IN_FORWARD], report.numbers[MATERIALISED]
+    row, other = report.numbers[IN_FORWARD], report.numbers[MATERIALIZED]
     if "seconds" in row and "seconds" in other:
-        report.summary = f"fused {row['seconds'] * 1e3:.1f} ms = {row['x materialised']:.2f} x materialised"
+        report.summary = f"fused {row['seconds'] * 1e3:.1f} ms = {row['x materialized']:.2f} x materialized"
         if row["peak bytes"] is not None:
             report.summary += f", {row['peak bytes'] / 2**20:.0f} MiB against {other['peak bytes'] / 2**20:.0f}"
 
@@ -544,16 +544,17 @@ def model(of: tuple[int, int, int, int]) -> dict[str, int]:
 
 def spec_settings(spec: str, device: str) -> dict[str, object]:
     """Megatron's arguments for a layer spec, with no more than what is installed."""
-    from abkd_megatron import cpu, environment
+    from abkd_megatron import cpu_backend
+    from abkd_megatron.tools import env
 
     if device == "cpu":
         return {}  # the stand-in brings its own
     if spec == "local":
         # Nothing fused: with neither TransformerEngine nor apex.
         ranks_and_data = ("distributed-backend", "use-cpu-initialization", "num-workers")
-        return {name: value for name, value in cpu.MEGATRON_DEFAULTS.items() if name not in ranks_and_data}
-    found = {part.name: part.verdict for part in environment.look()}
-    apex = found["NVIDIA apex"] == environment.OK
+        return {name: value for name, value in cpu_backend.MEGATRON_DEFAULTS.items() if name not in ranks_and_data}
+    found = {part.name: part.verdict for part in env.look()}
+    apex = found["NVIDIA apex"] == env.OK
     return {"transformer-impl": "transformer_engine"} | ({} if apex else {"no-gradient-accumulation-fusion": True})
 
 
@@ -729,7 +730,7 @@ STEP_WARM_UP = 3
 
 def step(report: Report, place: Place, given: argparse.Namespace) -> None:
     """Seconds a step of the student alone, of the teacher's forward pass, and of both: on one GPU."""
-    from abkd_megatron.environment import OK, look
+    from abkd_megatron.tools.env import OK, look
 
     has_te = any(part.name == "transformer-engine" and part.verdict == OK for part in look())
     spec = "te" if has_te else "local"

@@ -4,7 +4,7 @@ From hidden states and weights of both models to the gradients of the student's,
 mask * (alpha-beta + cross entropy), in fp32. The contestants:
 
 - plain autograd: products, alpha-beta in log space and torch's cross entropy, on one rank;
-- materialised: products, then vocab_parallel_distillation; and with the gradient written in place of the logits;
+- materialized: products, then vocab_parallel_distillation; and with the gradient written in place of the logits;
 - fused: vocab_parallel_distillation_head, its gradients formed in forward or from logits that backward forms again.
 
 One that cannot run keeps its row, which says why. What is measured, of each:
@@ -14,7 +14,7 @@ One that cannot run keeps its row, which says why. What is measured, of each:
   turns, and times are only indicative.
 - peak: the most that torch's CPU allocator had handed out at any one time since the call, the gradients included, the
   hidden states and weights not. Beside it what the model on paper predicts.
-- error: of the two gradients, the largest relative to the same gradient's largest element in "materialised".
+- error: of the two gradients, the largest relative to the same gradient's largest element in "materialized".
 
 The picture is of memory alone, on one rank, with narrow hidden states: against the vocabulary and against the tokens.
 
@@ -43,13 +43,13 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from abkd_megatron import kernels
-from abkd_megatron.divergences import AlphaBeta
+from abkd_megatron.losses import AlphaBeta
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation
-from abkd_megatron.vocab_parallel.head import automatic_chunk_tokens, vocab_parallel_distillation_head
+from abkd_megatron.vocab_parallel.fused_head import automatic_chunk_tokens, vocab_parallel_distillation_head
 
 DIVERGENCE = AlphaBeta(0.2, 0.7)
 AUTOGRAD = "plain autograd"
-MATERIALISED, IN_PLACE = "materialised", "materialised, in place"
+MATERIALIZED, IN_PLACE = "materialized", "materialized, in place"
 IN_FORWARD, RECOMPUTED = "fused, gradient in forward", "fused, recomputed in backward"
 AUTOGRAD_BYTES, MOST_BYTES = 60, 2**33  # of plain autograd: more than a logit takes (44), and what it is allowed
 VOCABULARIES, TOKENS = (2**13, 2**15, 2**17, 2**18), (512, 2048, 8192, 32768)  # of the picture
@@ -137,7 +137,7 @@ def plain_autograd(case: Case) -> Tensor:
     return log_space(student, teacher, case.labels) + cross_entropy
 
 
-def materialised(in_place: bool) -> Head:
+def materialized(in_place: bool) -> Head:
     """Products, then the loss."""
 
     def head(case: Case) -> Tensor:
@@ -177,8 +177,8 @@ def contestants(settings: Settings) -> dict[str, Head | str]:
         autograd = "needs more than 8 GiB"
     return {
         AUTOGRAD: autograd,
-        MATERIALISED: materialised(in_place=False),
-        IN_PLACE: materialised(in_place=True),
+        MATERIALIZED: materialized(in_place=False),
+        IN_PLACE: materialized(in_place=True),
         IN_FORWARD: fused(True, settings.chunk_tokens),
         RECOMPUTED: fused(False, settings.chunk_tokens),
     }
@@ -210,7 +210,7 @@ def timer_of(case: Case, head: Head) -> Timer:
 def measure(settings: Settings, rank: int = 0, group: dist.ProcessGroup | None = None) -> list[Row]:
     """The rows of a table, as this rank of the group sees them."""
     case = Case.random(settings, rank, group)
-    expected = case.gradients(materialised(in_place=False))
+    expected = case.gradients(materialized(in_place=False))
     rows: list[Row] = []
     timers: list[tuple[Row, Timer]] = []
     for name, head in contestants(settings).items():
@@ -253,7 +253,7 @@ def run(settings: Settings) -> Row:
 
 
 def finish(settings: Settings, rows_of_ranks: list[list[Row]]) -> list[Row]:
-    """The worst rank's numbers, what was predicted, and the ratios of the times to "materialised"."""
+    """The worst rank's numbers, what was predicted, and the ratios of the times to "materialized"."""
     rows = [dict(row) for row in rows_of_ranks[0]]
     sizes = settings.hidden, settings.teacher_hidden, settings.vocab, settings.tensor_parallel, settings.tokens
     predictions = paper(*sizes, settings.chunk_tokens, bytes_per_element=4)
@@ -266,10 +266,10 @@ def finish(settings: Settings, rows_of_ranks: list[list[Row]]) -> list[Row]:
         if "seconds" in row:
             taken = [max(times) for times in zip(*(other["seconds"] for other in of_ranks), strict=True)]
             row |= {"seconds": taken, "median": median(taken), "min": min(taken), "max": max(taken)}
-    (base,) = (row for row in rows if row["name"] == MATERIALISED)
+    (base,) = (row for row in rows if row["name"] == MATERIALIZED)
     for row in rows:
         if "seconds" in row:
-            row["x materialised"] = median(x / y for x, y in zip(row["seconds"], base["seconds"], strict=True))
+            row["x materialized"] = median(x / y for x, y in zip(row["seconds"], base["seconds"], strict=True))
     return rows
 
 
@@ -291,7 +291,7 @@ def cells_of(row: Row) -> list[str]:
         return [f"  cannot run: {row['why']}"]
     return [
         "{median:.2f} ({min:.2f}-{max:.2f})".format(**row) if "seconds" in row else "-",
-        f"{row['x materialised']:.2f}" if "seconds" in row else "-",
+        f"{row['x materialized']:.2f}" if "seconds" in row else "-",
         f"{row['peak'] / MIB:.1f}",
         f"{row['predicted'] / MIB:.1f}" if "predicted" in row else "-",
         f"{row['peak / predicted']:.3f}" if "predicted" in row else "-",
@@ -385,7 +385,7 @@ def paper(
         return {**named, "intensity": rows * flops / traffic}
 
     return {
-        MATERIALISED: way(tokens, 3 * tokens, tokens, is_fused=False),
+        MATERIALIZED: way(tokens, 3 * tokens, tokens, is_fused=False),
         IN_PLACE: way(tokens, 2 * tokens, tokens, is_fused=False),
         IN_FORWARD: way(chunk, of_chunks * chunk, of_chunks * chunk, is_fused=True),
         RECOMPUTED: way(chunk, of_chunks * chunk, 2 * chunk, is_fused=True, recomputes=True),

@@ -51,7 +51,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from abkd_megatron import kernels
-from abkd_megatron.divergences import AlphaBeta, Divergence, ToDi, reference_cross_entropy, reference_divergence
+from abkd_megatron.losses import AlphaBeta, Divergence, ToDi, reference_cross_entropy, reference_divergence
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation, vocab_parallel_divergence
 
 BACKENDS = ("eager", "compiled", "cpp")  # kernels of ours; each adds its rows
@@ -444,7 +444,7 @@ def picture(runs: list[Row], path: Path) -> None:
     bar_height = 0.84 / len(runs)
     for axis, key, text, origin in ((axes[0], "x Megatron", "{:.2g}x", 1), (axes[1], "bytes per logit", "{:.1f} B", 0)):
         for index, of_run in enumerate(runs):
-            color = pyplot.colormaps["tab20"](index % 20)  # its colours come in pairs, as the runs do
+            color = pyplot.colormaps["tab20"](index % 20)  # its colors come in pairs, as the runs do
             places = [place + (index - (len(runs) - 1) / 2) * bar_height for place in range(len(names))]
             values = [row.get(key, math.nan) for row in of_run["rows"]]
             label = f"{of_run['dtype']}, TP={of_run['tensor_parallel']}"

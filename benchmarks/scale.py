@@ -1,9 +1,10 @@
 """What ranks tell each other for the teacher, from four ranks to ten thousand: python benchmarks/scale.py.
 
 One rank of each kind of a `distill` job runs its first two steps without data and without the others
-(`abkd_megatron.phantom`), and every collective and message that it starts is written down with the file of this package
-that it is started for, the size of its group and the bytes that this rank gives. What Megatron starts for the student
-counts as Megatron's. `tests/host/test_scale.py` holds the cases of four ranks to what a real job on CPU ranks starts.
+(`abkd_megatron.tools.meta_run`), and every collective and message that it starts is written down with the file of this
+package that it is started for, the size of its group and the bytes that this rank gives. What Megatron starts for the
+student counts as Megatron's. `tests/host/test_scale.py` holds the cases of four ranks to what a real job on CPU ranks
+starts.
 
 Writes OUT/scale.json and prints a table. A time here is this machine's.
 """
@@ -38,15 +39,17 @@ TP, PP, CP = "tensor-model-parallel-size", "pipeline-model-parallel-size", "cont
 
 # What each file starts collectives for; what others start belongs to Megatron and the student.
 KINDS = {
-    "distillation/channel.py": "teacher's messages",
-    "distillation/runner.py": "teacher's pass",
-    "distillation/head.py": "LM heads",
+    "teacher/channel.py": "teacher's messages",
+    "teacher/runner.py": "teacher's pass",
+    "student/head.py": "LM heads",
     "vocab_parallel/": "loss",
-    "distillation/": "start-up",
+    "teacher/": "start-up",
+    "student/": "start-up",
+    "preflight/": "start-up",
     "errors.py": "start-up",
-    "phantom.py": None,
-    "cpu.py": None,
-    "integrations/": None,
+    "tools/meta_run.py": None,
+    "cpu_backend.py": None,
+    "hosts/": None,
     "": None,
 }
 
@@ -109,11 +112,11 @@ def settings_of(name: str, teacher: Path) -> list[str]:
 
 def config_of(name: str) -> Any:
     """A case's configuration, whose teacher is nowhere."""
-    from abkd_megatron import cpu
-    from abkd_megatron.config_file import load_config
-    from abkd_megatron.integrations.megatron_args import megatron_options
+    from abkd_megatron import cpu_backend
+    from abkd_megatron.config.load import load_config
+    from abkd_megatron.config.megatron_args import megatron_options
 
-    defaults = cpu.MEGATRON_DEFAULTS if CASES[name]["device"] == "cpu" else {}
+    defaults = cpu_backend.MEGATRON_DEFAULTS if CASES[name]["device"] == "cpu" else {}
     return load_config(None, settings_of(name, Path("nowhere")), megatron_options(), lambda _: defaults)
 
 
@@ -227,7 +230,7 @@ def _kind() -> str | None:
     frame = sys._getframe(1)
     while frame is not None:
         _, found, file = frame.f_code.co_filename.rpartition("/abkd_megatron/")
-        if found and file not in ("phantom.py", "cpu.py"):
+        if found and file not in ("tools/meta_run.py", "cpu_backend.py"):
             return next(kind for start, kind in KINDS.items() if file.startswith(start))
         frame = frame.f_back  # type: ignore[assignment]
     return None
@@ -258,26 +261,26 @@ def count_rank(name: str, rank: int) -> dict[str, Any]:
     """The same of a rank that has neither data nor others beside it; in a process of its own."""
     from megatron.training import training
 
-    from abkd_megatron import phantom
+    from abkd_megatron.tools import meta_run
 
     traffic = Traffic()
 
-    class Ledger(phantom.Ledger):
+    class MemoryTracker(meta_run.MemoryTracker):
         def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
             if func.namespace == "c10d":
                 traffic.note_op(func, args)
             return super().__torch_dispatch__(func, types, args, kwargs)
 
     config = config_of(name)
-    gathered = traffic.of_objects(phantom._all_gather_object, "gather objects", 1)
+    gathered = traffic.of_objects(meta_run._all_gather_object, "gather objects", 1)
     begun = time.perf_counter()
     with (
         mock.patch.object(training, "train_step", traffic.step(training.train_step)),
-        mock.patch.object(phantom, "_all_gather_object", gathered),
+        mock.patch.object(meta_run, "_all_gather_object", gathered),
         mock.patch.object(dist, "new_group", traffic.new_group(dist.new_group)),
-        mock.patch.object(phantom, "Ledger", Ledger),
+        mock.patch.object(meta_run, "MemoryTracker", MemoryTracker),
     ):
-        account = phantom.measure(
+        account = meta_run.measure(
             config,
             CASES[name]["ranks"],
             rank,
@@ -289,11 +292,11 @@ def count_rank(name: str, rank: int) -> dict[str, Any]:
 
 def counted(names: Sequence[str]) -> list[dict[str, Any]]:
     """A row a case and kind of rank."""
-    from abkd_megatron.dry_run import megatron_arguments
-    from abkd_megatron.estimate import kinds_of_ranks
+    from abkd_megatron.tools.dry_run import megatron_arguments
+    from abkd_megatron.tools.estimate import kinds_of_ranks
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["abkd_megatron.phantom"])  # which takes longer than a rank
+    context.set_forkserver_preload(["abkd_megatron.tools.meta_run"])  # which takes longer than a rank
     ranks = []
     for name in names:
         student, teacher = megatron_arguments(config_of(name), CASES[name]["ranks"])
@@ -315,12 +318,12 @@ def layout_of(name: str) -> dict[str, Any]:
         "groups" over the whole job, "own", of which so many have this rank in them, and "members" of the largest;
         "seconds" of the layout; "cell", its ranks.
     """
-    from abkd_megatron.distillation.layout import Place, TeacherLayout
+    from abkd_megatron.teacher.layout import RankCoords, TeacherLayout
 
     student, teacher, world = CASES[name]["student"], CASES[name]["teacher"], CASES[name]["ranks"]
     tensor, stages, context = (student.get(key, 1) for key in (TP, PP, CP))
     ranks = (stages, world // (tensor * stages * context), context, tensor)
-    places = [Place(*place) for place in itertools.product(*map(range, ranks))]
+    places = [RankCoords(*place) for place in itertools.product(*map(range, ranks))]
     begun = time.perf_counter()
     layout = TeacherLayout(places, world // 2, teacher.get(TP, tensor), teacher.get(PP, stages))
     seconds = time.perf_counter() - begun

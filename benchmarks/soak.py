@@ -176,7 +176,7 @@ def counts() -> dict[str, int]:
     import psutil
     import torch
 
-    from abkd_megatron.distillation.attach import Attachment
+    from abkd_megatron.student.attach import Attachment
 
     gc.collect()
     objects = gc.get_objects()
@@ -194,7 +194,7 @@ def counts() -> dict[str, int]:
         "descriptors": process.num_fds(),
         "threads": process.num_threads(),
         "in flight": sum(it.num_in_flight for it in attachments),
-        "waiting": max((it.most_waiting for it in attachments), default=0),
+        "waiting": max((it.max_queued_microbatches for it in attachments), default=0),
     }
 
 
@@ -278,13 +278,13 @@ def draw(samples: Mapping[str, Any], path: Path) -> None:
     shown = {"tensors": 1, "descriptors": 1, "heap": 2**20, "anonymous": 2**20}
     figure, axes = pyplot.subplots(1, len(shown), figsize=(18, 4.5), layout="constrained")
     for axis, (key, unit) in zip(axes, shown.items(), strict=True):
-        for colour, (name, parts) in zip(("tab:blue", "tab:orange"), samples.items(), strict=True):
+        for color, (name, parts) in zip(("tab:blue", "tab:orange"), samples.items(), strict=True):
             for number, part in enumerate(parts):
                 for style, (which, of) in zip("-:", part.items(), strict=True):
                     after = warmed_up(of)
                     label = f"{name}, rank {which}" if number == 0 else None
                     held = [(it[key] - after[0][key]) / unit for it in after]
-                    axis.plot([it["step"] for it in after], held, style, color=colour, label=label)
+                    axis.plot([it["step"] for it in after], held, style, color=color, label=label)
         axis.set(
             title=COUNTS[key].replace(", bytes", ", MiB"), xlabel="step of the process", ylabel="since the warm-up"
         )

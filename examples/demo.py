@@ -1,6 +1,6 @@
 """Distillation from beginning to end on the CPU, in about ten minutes: ``python examples/demo.py``.
 
-It prepares the text that ships with Python, trains a teacher on it (two processes, data parallel), distils a
+It prepares the text that ships with Python, trains a teacher on it (two processes, data parallel), distills a
 smaller student from the teacher with the alpha-beta divergence (four processes, tensor-parallel 2 x
 pipeline-parallel 2), trains the same student without a teacher (same initial weights, batches and layout),
 and evaluates both students beside the teacher on documents that none of them was trained on.
@@ -31,7 +31,7 @@ import yaml
 from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
 
 from abkd_megatron.errors import HostError
-from abkd_megatron.runs import SHORT_NAMES, Line, Pace, Progress, clock, end, evaluated, last_lines, progress
+from abkd_megatron.tools.runs import SHORT_NAMES, Line, Pace, Progress, clock, end, evaluated, last_lines, progress
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the choice of Agg, which needs no screen
@@ -47,7 +47,7 @@ class DemoError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Train a teacher, distil a student from it, compare.")
+    parser = argparse.ArgumentParser(description="Train a teacher, distill a student from it, compare.")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
     parser.add_argument("--fast", action="store_true", help="only a few steps a stage")
     arguments = parser.parse_args(argv)
@@ -295,25 +295,25 @@ def verdict(alone: dict[str, float], distilled: dict[str, float]) -> str:
 
 def draw_curves(out: Path, rows: dict[str, dict[str, float]]) -> None:
     """Write curves.png: cross entropy of both students, and the distilled one's way to its teacher."""
-    colours = {"student alone": "tab:orange", "student distilled": "tab:blue", "teacher": "black"}
+    colors = {"student alone": "tab:orange", "student distilled": "tab:blue", "teacher": "black"}
     alone, distilled = (read_events(out / name / "tensorboard") for name in ("student-alone", "student"))
     figure, axes = pyplot.subplots(1, 3, figsize=(16, 5), layout="constrained")
 
-    draw_curve(axes[0], alone, "lm loss", "student alone", colours["student alone"])
-    draw_curve(axes[0], distilled, "lm loss", "student distilled", colours["student distilled"])
+    draw_curve(axes[0], alone, "lm loss", "student alone", colors["student alone"])
+    draw_curve(axes[0], distilled, "lm loss", "student distilled", colors["student distilled"])
     axes[0].set(title="Cross entropy with the text", ylabel="nats a token")
     draw_curve(axes[1], distilled, "kd loss", "divergence trained on", "tab:green")
-    draw_curve(axes[1], distilled, "kl to teacher", "KL", colours["student distilled"])
+    draw_curve(axes[1], distilled, "kl to teacher", "KL", colors["student distilled"])
     axes[1].set(title="From the teacher to the distilled student", ylabel="nats a token")
-    draw_curve(axes[2], distilled, "top-1 agreement", "student distilled", colours["student distilled"])
+    draw_curve(axes[2], distilled, "top-1 agreement", "student distilled", colors["student distilled"])
     axes[2].set(title="Top-1 agreement with the teacher", ylabel="share of tokens")
 
     for axis, column in zip(axes, ("cross entropy", "kl to teacher", "top-1 agreement"), strict=True):
         if axis is not axes[2]:  # the first steps, far above all others, would flatten the picture
             axis.set_ylim(top=np.quantile(np.concatenate([line.get_ydata() for line in axis.lines]), 0.93))
-        for name in colours if column == "cross entropy" else ("student alone", "student distilled"):
+        for name in colors if column == "cross entropy" else ("student alone", "student distilled"):
             label = f"{name}, test" if axis is not axes[1] else f"KL of the {name}, test"
-            axis.axhline(rows[name][column], color=colours[name], linestyle=":", label=label)
+            axis.axhline(rows[name][column], color=colors[name], linestyle=":", label=label)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
@@ -326,16 +326,16 @@ def read_events(directory: Path) -> Any:
     return event_accumulator.EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
 
 
-def draw_curve(axis: Any, events: Any, scalar: str, name: str, colour: str) -> None:
+def draw_curve(axis: Any, events: Any, scalar: str, name: str, color: str) -> None:
     """One training curve, faint by step and bold as a mean over ten, with its validation points."""
     steps, values = np.array([(event.step, event.value) for event in events.Scalars(scalar)]).T
-    axis.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
+    axis.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
     width = min(10, len(values))
     means = np.convolve(values, np.ones(width) / width, "valid")
-    axis.plot(steps[width - 1 :], means, color=colour, label=f"{name}, training")
+    axis.plot(steps[width - 1 :], means, color=color, label=f"{name}, training")
     # At the last step Megatron writes test results under this name too, after validation's: keep the first.
     validation = {event.step: event.value for event in reversed(events.Scalars(f"{scalar} validation"))}
-    axis.plot(*zip(*sorted(validation.items()), strict=True), "o", color=colour, label=f"{name}, validation")
+    axis.plot(*zip(*sorted(validation.items()), strict=True), "o", color=color, label=f"{name}, validation")
 
 
 if __name__ == "__main__":

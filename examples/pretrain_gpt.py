@@ -1,10 +1,10 @@
-"""A pretraining script of one's own in the manner of Megatron-LM's pretrain_gpt.py, and three lines that let it distil.
+"""A pretraining script like Megatron-LM's pretrain_gpt.py, with the three lines that make it distill.
 
     torchrun --nproc-per-node 4 examples/pretrain_gpt.py MEGATRON ARGUMENTS
     torchrun --nproc-per-node 4 examples/pretrain_gpt.py MEGATRON ARGUMENTS --kd-teacher-load CHECKPOINT
 
-The three lines are the import of `stock` and the two that use it; without a teacher they change nothing. On a machine
-without a GPU put `-m abkd_megatron.cpu` in front of the script.
+The three lines are the import and the two that use it; without a teacher they change nothing. On a machine
+without a GPU put `-m abkd_megatron.cpu_backend` in front of the script.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from abkd_megatron.integrations.stock import add_kd_arguments, distil
+from abkd_megatron.hosts.script import add_kd_arguments, distill
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens")
 
@@ -138,7 +138,7 @@ if __name__ == "__main__":
     )
     model_cfg = gpt_config_from_args(args)
     model_cfg.rope_scaling_factor = args.rope_scaling_factor  # which that leaves out
-    forward_step = distil(args, model_cfg, forward_step)
+    forward_step = distill(args, model_cfg, forward_step)
     pretrain(
         pretrain_cfg_container_from_args(args, model_cfg),
         train_valid_test_datasets_provider,

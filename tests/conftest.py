@@ -38,7 +38,7 @@ _ROW = re.compile(r"^tests/host/test_matrix\.py::test_trains_as_on_one_rank\[(.*
 def the_stand_in_stays_out() -> Iterator[None]:
     """The stand-in for a GPU is for good, and would change what later tests of this process see."""
     yield
-    cpu = sys.modules.get("abkd_megatron.cpu")
+    cpu = sys.modules.get("abkd_megatron.cpu_backend")
     assert cpu is None or not cpu.is_installed(), "installed in pytest's own process: start another one for it"
 
 

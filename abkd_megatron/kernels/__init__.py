@@ -20,11 +20,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from abkd_megatron.divergences.alpha_beta import AlphaBeta
-from abkd_megatron.divergences.base import Divergence
-from abkd_megatron.divergences.todi import ToDi
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.kernels import compiled, cpp, eager
+from abkd_megatron.losses.alpha_beta import AlphaBeta
+from abkd_megatron.losses.base import Divergence
+from abkd_megatron.losses.todi import ToDi
 from abkd_megatron.tensors import has_memory, is_traced
 
 logger = logging.getLogger(__name__)

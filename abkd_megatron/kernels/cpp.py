@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abkd_megatron.divergences.alpha_beta import AlphaBeta
-from abkd_megatron.divergences.base import Divergence, coefficient
-from abkd_megatron.divergences.todi import ToDi
 from abkd_megatron.errors import ConfigError, HostError
 from abkd_megatron.kernels import eager
 from abkd_megatron.kernels.record import Layout
+from abkd_megatron.losses.alpha_beta import AlphaBeta
+from abkd_megatron.losses.base import Divergence, coefficient
+from abkd_megatron.losses.todi import ToDi
 from abkd_megatron.tensors import has_memory, is_traced
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -201,7 +201,7 @@ def local_record(
     parts: list[AlphaBeta] = []
     if isinstance(divergence, AlphaBeta):
         parts = [divergence]
-    elif divergence.num_sums:
+    elif divergence.num_partial_sums:
         parts = [AlphaBeta(1.0, 0.0), AlphaBeta(0.0, 1.0)]
     labels = _sized(labels, (num_rows,), torch.int64)
     record = torch.empty(layout.size, num_rows, dtype=torch.float64, device="cpu")

@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from abkd_megatron.divergences.base import Divergence, weigh
 from abkd_megatron.kernels.record import Layout, base, total, view
+from abkd_megatron.losses.base import Divergence, weigh
 
 
 def local_record(
@@ -46,7 +46,7 @@ def local_record(
     p_max, p_top = _maximum(teacher, layout.has_labels)
     bases = (base(q_max), None), (base(p_max), None)
     local = view(student, teacher, *bases, layout.temperature)
-    sums = [local.sum(terms) for terms in divergence.sums(*local[:3])]
+    sums = [local.sum(terms) for terms in divergence.partial_sums(*local[:3])]
     p, q = local.log_p.exp(), local.log_q.exp()
     if not layout.has_labels:
         return torch.stack([q_max.double(), total(q), p_max.double(), total(p), *sums])
@@ -85,7 +85,7 @@ def local_second_record(
     dtype: torch.dtype,
     scalars: Tensor,
     value: bool,
-    slope: bool,
+    grad_log_q: bool,
 ) -> Tensor:
     """One rank's share of what does not separate, of a chunk.
 
@@ -97,16 +97,16 @@ def local_second_record(
         dtype: of the arithmetic.
         scalars: [4, n] fp64 of the whole vocabulary: the student's maximum and log_z, and the teacher's.
         value: whether sum F is asked for.
-        slope: whether sum h is.
+        grad_log_q: whether sum h is.
 
     Returns:
         [1 or 2, n] fp64: those of (sum F, sum h) that are asked for.
     """
     if student.shape[-1] == 0:
-        return scalars.new_zeros(value + slope, student.shape[0])
+        return scalars.new_zeros(value + grad_log_q, student.shape[0])
     q_max, q_log_z, p_max, p_log_z = scalars
     whole = view(student.to(dtype), teacher.to(dtype), (q_max, q_log_z), (p_max, p_log_z), temperature)
-    asked = [divergence.value] * value + [divergence.slope] * slope
+    asked = [divergence.value] * value + [divergence.grad_log_q] * grad_log_q
     return torch.stack([whole.sum(function(*whole[:3])) for function in asked])
 
 
@@ -145,7 +145,7 @@ def local_gradient(
     gradient, q = None, None
     if of_divergence is not None:
         whole = view(student, teacher.to(dtype), (q_max, q_log_z), (p_max, p_log_z), temperature)
-        gradient = divergence.slope(*whole[:3]).masked_fill(whole.outside, 0.0)
+        gradient = divergence.grad_log_q(*whole[:3]).masked_fill(whole.outside, 0.0)
         q = whole.log_q.exp()
         gradient = gradient - q * slope_sum.to(dtype).unsqueeze(-1)
         gradient = weigh((of_divergence.to(dtype) / temperature).unsqueeze(-1), gradient)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from abkd_megatron.divergences.base import Divergence
+from abkd_megatron.losses.base import Divergence
 
 _TILE = 128
 
@@ -93,7 +93,7 @@ class Layout:
         self.of_model = 2 + has_labels * (2 + (temperature != 1.0))
         self.student = slice(0, self.of_model)
         self.teacher = slice(self.of_model, 2 * self.of_model)
-        self.sums = slice(2 * self.of_model, 2 * self.of_model + divergence.num_sums)
+        self.sums = slice(2 * self.of_model, 2 * self.of_model + divergence.num_partial_sums)
         self.metrics = slice(self.sums.stop, self.sums.stop + 3 * has_labels)
         self.size = self.metrics.stop
         # Slices throughout: to index by a list copies it to the GPU, which the host waits for.

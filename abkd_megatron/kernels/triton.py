@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abkd_megatron.divergences.alpha_beta import SERIES_BELOW, SERIES_TERMS, AlphaBeta, series
-from abkd_megatron.divergences.base import Divergence, coefficient
-from abkd_megatron.divergences.todi import ToDi
 from abkd_megatron.errors import ConfigError, HostError
 from abkd_megatron.kernels import eager
 from abkd_megatron.kernels.record import Layout
+from abkd_megatron.losses.alpha_beta import SERIES_BELOW, SERIES_TERMS, AlphaBeta, series
+from abkd_megatron.losses.base import Divergence, coefficient
+from abkd_megatron.losses.todi import ToDi
 from abkd_megatron.tensors import has_memory, is_traced
 
 try:
@@ -213,7 +213,7 @@ def local_record(
     parts: tuple[_Part, ...] = ()
     if isinstance(divergence, AlphaBeta):
         parts = (_part(divergence),)
-    elif divergence.num_sums:  # as forward and reverse KL
+    elif divergence.num_partial_sums:  # as forward and reverse KL
         parts = (_part(AlphaBeta(1.0, 0.0)), _part(AlphaBeta(0.0, 1.0)))
     record = torch.empty(layout.size, num_rows, dtype=torch.float64, device=student.device)
     with _on(student.device):
@@ -431,7 +431,7 @@ def _difference(start, high, GAP: tl.constexpr, log_ratio):
 
 @_jit
 def _alpha_beta_slope(log_p, log_q, log_ratio, PART: tl.constexpr):
-    """As `AlphaBeta.slope`."""
+    """As `AlphaBeta.grad_log_q`."""
     at_zero = tl.exp(_exponent(0.0, log_p, PART[2], log_q))
     at_alpha = _exponent(PART[0], log_p, PART[1], log_q)
     return -_difference(at_zero, at_alpha, PART[0], log_ratio)
@@ -469,7 +469,7 @@ def _alpha_beta_sums(log_p, log_q, log_ratio, PART: tl.constexpr):
 
 @_jit
 def _todi(log_p, log_q, log_ratio, SCALE: tl.constexpr, DETACH: tl.constexpr):
-    """As `ToDi.value` and `ToDi.slope`."""
+    """As `ToDi.value` and `ToDi.grad_log_q`."""
     w = tl.full(log_ratio.shape, 0.5, tl.float32)
     if SCALE != 0.0:
         w = tl.sigmoid(log_ratio * SCALE)

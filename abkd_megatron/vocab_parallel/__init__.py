@@ -1,12 +1,12 @@
 """How it is computed where each rank of a tensor-parallel group holds a slice of the vocabulary."""
 
-from abkd_megatron.vocab_parallel.engine import (
+from abkd_megatron.vocab_parallel.fused_head import vocab_parallel_distillation_head
+from abkd_megatron.vocab_parallel.logit_loss import vocab_parallel_logit_loss
+from abkd_megatron.vocab_parallel.logits import (
     DistillationTerms,
     vocab_parallel_distillation,
     vocab_parallel_divergence,
 )
-from abkd_megatron.vocab_parallel.head import vocab_parallel_distillation_head
-from abkd_megatron.vocab_parallel.logit_loss import vocab_parallel_logit_loss
 from abkd_megatron.vocab_parallel.shard import VocabShard
 
 __all__ = [

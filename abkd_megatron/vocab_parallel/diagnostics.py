@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from abkd_megatron.divergences import Divergence, reverse_kl
-from abkd_megatron.vocab_parallel.engine import vocab_parallel_divergence
+from abkd_megatron.losses import Divergence, reverse_kl
+from abkd_megatron.vocab_parallel.logits import vocab_parallel_divergence
 from abkd_megatron.vocab_parallel.shard import VocabShard
 
 NUM_BINS = 15
@@ -30,7 +30,7 @@ class _TeacherWeight(Divergence):
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         return log_p.exp() * log_ratio.sigmoid()
 
-    def slope(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+    def grad_log_q(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         return -log_p.exp() * log_ratio.sigmoid() * (-log_ratio).sigmoid()
 
 
@@ -40,7 +40,7 @@ class _Weight(Divergence):
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         return log_ratio.sigmoid()
 
-    def slope(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+    def grad_log_q(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         return -log_ratio.sigmoid() * (-log_ratio).sigmoid()
 
 

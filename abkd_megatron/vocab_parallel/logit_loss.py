@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abkd_megatron.arguments import positive_number
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.logit_losses.base import Columns, LogitLoss
+from abkd_megatron.losses.base import LogitLoss
+from abkd_megatron.losses.columns import Columns
 from abkd_megatron.tensors import Function, check_context, check_tensor, constant
-from abkd_megatron.vocab_parallel.engine import check_logits, check_shard
-from abkd_megatron.vocab_parallel.passes import Rows, Sum, all_gather, unravel
+from abkd_megatron.validation import positive_number
+from abkd_megatron.vocab_parallel.logits import check_logits, check_shard
+from abkd_megatron.vocab_parallel.passes import PendingSum, Rows, all_gather, unravel
 from abkd_megatron.vocab_parallel.shard import VocabShard
 
 # Numbers of a chunk on each rank: 32 MiB of each fp32 temporary.
@@ -68,7 +69,7 @@ def vocab_parallel_logit_loss(
     if not isinstance(loss, LogitLoss):
         raise ConfigError(
             f"expected a LogitLoss such as AdaptiveKL(), got {loss!r}: build one, or derive your own from "
-            "abkd_megatron.logit_losses.LogitLoss"
+            "abkd_megatron.losses.LogitLoss"
         )
     shard.check_width("logits", student_logits.shape[-1])
     tokens = student_logits.shape[:-1]
@@ -103,7 +104,7 @@ class _ShardColumns(Columns):
     def total(self, local: Tensor) -> Tensor:
         if self._shard.num_ranks == 1:
             return local
-        return Sum(local.reshape(1, -1), self._shard, async_op=False).result().view(local.shape)
+        return PendingSum(local.reshape(1, -1), self._shard, async_op=False).result().view(local.shape)
 
     def gather(self, local: Tensor) -> Tensor:
         if self._shard.num_ranks == 1:

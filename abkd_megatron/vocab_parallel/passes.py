@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import abkd_megatron.kernels as kernels
-from abkd_megatron.divergences.base import Divergence
 from abkd_megatron.kernels.record import Layout
-from abkd_megatron.vocab_parallel import statistics
+from abkd_megatron.losses.base import Divergence
+from abkd_megatron.vocab_parallel import stats
 from abkd_megatron.vocab_parallel.shard import VocabShard
-from abkd_megatron.vocab_parallel.statistics import Whole
+from abkd_megatron.vocab_parallel.stats import Whole
 
 # torch renamed the one to the other.
 _all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -155,7 +155,7 @@ class Passes:
 
     def conclude(self, batch: Batch, exchange: "Exchange", needs_gradient: bool) -> "Known":
         """What is known once the records have arrived, after a second exchange if the divergence takes one."""
-        whole = statistics.conclude(exchange.result(), self.divergence, self.layout)
+        whole = stats.conclude(exchange.result(), self.divergence, self.layout)
         q, p, value, slope_sum, _ = whole
         pending = None
         ask_value, ask_slope = value is None, slope_sum is None and needs_gradient
@@ -174,7 +174,7 @@ class Passes:
                     ask_slope,
                 )
             # Nothing needs H before the gradient, so that it alone may still be on its way.
-            pending = Sum(record, self.shard, async_op=not ask_value)
+            pending = PendingSum(record, self.shard, async_op=not ask_value)
             if ask_value:
                 value = pending.result()[0]
         assert value is not None
@@ -238,7 +238,7 @@ class Known:
     """[5, N]: the student's maximum, log_z and log_z at T = 1, the teacher's maximum and log_z."""
     slope_sum: Tensor | None
     """H, unless it is in `pending`."""
-    pending: "Sum | None"
+    pending: "PendingSum | None"
 
 
 def all_gather(record: Tensor, shard: VocabShard, async_op: bool) -> tuple[Tensor, dist.Work | None]:
@@ -266,7 +266,7 @@ class Exchange:
             if not async_op:
                 self.record = None
         else:
-            self.packed = statistics.pack(record, passes.layout)
+            self.packed = stats.pack(record, passes.layout)
             self.work = dist.all_reduce(self.packed, dist.ReduceOp.MAX, group=shard.group, async_op=async_op)
 
     def result(self) -> Tensor:
@@ -275,18 +275,18 @@ class Exchange:
             self.work.wait()
         shard, divergence, layout = self.passes.shard, self.passes.divergence, self.passes.layout
         if self.gathered is not None:
-            return statistics.merge(self.gathered, divergence, layout)
+            return stats.merge(self.gathered, divergence, layout)
         assert self.record is not None
         if shard.num_ranks == 1 or self.record.numel() == 0:
             return self.record
-        whole = statistics.unpack(self.packed, layout)
-        sums = statistics.rebase(self.record, whole, divergence, layout)
+        whole = stats.unpack(self.packed, layout)
+        sums = stats.shift_max(self.record, whole, divergence, layout)
         dist.all_reduce(sums, group=shard.group)
         layout.set_additive(whole, sums)
         return whole
 
 
-class Sum:
+class PendingSum:
     """Records [fields, N] on their way to being summed over the ranks, the same bits on each."""
 
     def __init__(self, record: Tensor, shard: VocabShard, async_op: bool) -> None:

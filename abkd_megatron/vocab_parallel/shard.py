@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
-from abkd_megatron.arguments import whole_number
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.validation import whole_number
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
     """What `fn(rank, world_size, *args)` returned on each of `world_size` spawned gloo ranks, in rank order.
 
     `fn` must be importable (a module's own function), `args` and results picklable. torch.distributed is
-    initialised when it is called. If a rank fails, the others are ended at once.
+    initialized when it is called. If a rank fails, the others are ended at once.
 
     Raises:
         RankFailed: if a rank raises, dies, or is not done after timeout_seconds.

@@ -410,13 +410,13 @@ def install() -> None:
 
 def _synchronize_on_the_cpu_backend() -> None:
     """Let the stand-in for a GPU, once it is there, wait where a GPU does."""
-    from abkd_megatron import cpu
+    from abkd_megatron import cpu_backend
 
-    install_cpu = cpu.install
+    install_cpu = cpu_backend.install
 
     def install_and_synchronize() -> None:
         install_cpu()
         torch.cuda.synchronize = synchronize
 
-    cpu.install = install_and_synchronize
-    cpu._Idle.synchronize = synchronize  # type: ignore[method-assign]
+    cpu_backend.install = install_and_synchronize
+    cpu_backend._Idle.synchronize = synchronize  # type: ignore[method-assign]

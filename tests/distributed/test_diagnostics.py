@@ -12,7 +12,7 @@ import torch
 from harness import run_distributed
 
 from abkd_megatron import AlphaBeta
-from abkd_megatron.divergences import reference_alpha_beta
+from abkd_megatron.losses import reference_alpha_beta
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation
 from abkd_megatron.vocab_parallel.diagnostics import NUM_BINS, calibration_error, diagnose, gap_name
 

@@ -12,10 +12,10 @@ from harness import run_distributed
 from torch import Tensor
 
 from abkd_megatron import AlphaBeta, ToDi
-from abkd_megatron.divergences import Divergence
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.losses import Divergence
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation, vocab_parallel_distillation_head
-from abkd_megatron.vocab_parallel.head import Misweighted, _add_product, automatic_chunk_tokens, bytes_of_a_token
+from abkd_megatron.vocab_parallel.fused_head import Misweighted, _add_product, automatic_chunk_tokens, bytes_of_a_token
 
 WORLDS = [1, 2, 4]
 TOKENS = (5, 3)

@@ -9,8 +9,7 @@ import torch.distributed as dist
 from harness import run_distributed
 
 from abkd_megatron import vocab_parallel_divergence
-from abkd_megatron.divergences import forward_kl
-from abkd_megatron.logit_losses import ClippedKL
+from abkd_megatron.losses import ClippedKL, forward_kl
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_logit_loss
 
 

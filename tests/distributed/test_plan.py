@@ -9,8 +9,8 @@ import torch.distributed as dist
 from harness import run_distributed
 
 from abkd_megatron import AlphaBeta
-from abkd_megatron.distillation.plan import Plan, agree
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.student.plan import Plan, agree
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation_head
 
 

@@ -7,11 +7,10 @@ from harness import run_distributed
 
 pytest.importorskip("megatron.core")
 
-from abkd_megatron.config import DistillationConfig
-from abkd_megatron.distillation import Objective
-from abkd_megatron.distillation.preflight import wrong_losses
-from abkd_megatron.divergences import registry
-from abkd_megatron.logit_losses import registry as logit_registry
+from abkd_megatron.config.schema import DistillationConfig
+from abkd_megatron.losses import registry
+from abkd_megatron.losses.objective import Objective
+from abkd_megatron.preflight.live import wrong_losses
 from abkd_megatron.vocab_parallel import VocabShard
 
 NEEDED = {"clipped_kl": {"top_k": 5}}
@@ -24,7 +23,7 @@ CASES = [(torch.float32, 1.0, 301), (torch.bfloat16, 1.0, 301), (torch.float32, 
 def run_cases(rank: int, world_size: int) -> list[str]:
     group = dist.group.WORLD if world_size > 1 else None
     width, device = PADDED // world_size, torch.device("cpu")
-    losses = tuple((1.0, logit_registry.build(name, NEEDED.get(name, {}))) for name in logit_registry.LOGIT_LOSSES)
+    losses = tuple((1.0, registry.build(name, NEEDED.get(name, {}))) for name in registry.LOGIT_LOSSES)
     wrong = []
     for dtype, temperature, size in CASES:
         shard = VocabShard.megatron(width, group, size)

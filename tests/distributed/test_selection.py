@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from abkd_megatron import AlphaBeta, ToDi
-from abkd_megatron.divergences import Divergence
-from abkd_megatron.divergences.reference import reference_cross_entropy, reference_divergence
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.selection import TokenSelection
+from abkd_megatron.losses import Divergence
+from abkd_megatron.losses.reference import reference_cross_entropy, reference_divergence
+from abkd_megatron.losses.selection import TokenSelection
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation, vocab_parallel_distillation_head
 
 WORLDS = [1, 2, 4]
@@ -27,7 +27,7 @@ KD, LM, FACTOR = 0.8, 0.3, 0.37
 # Which tokens, by a mask that is known before the teacher's logits or by what the models say.
 BY_POSITION = ("every third", "one", "none", "all")
 BY_MODELS = ("entropy", "disagreement", "KL", "no token", "every token")
-HOWS = ("materialised", "in place", "fused in forward", "fused in backward")
+HOWS = ("materialized", "in place", "fused in forward", "fused in backward")
 
 
 @dataclass(frozen=True)

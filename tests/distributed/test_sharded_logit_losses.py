@@ -15,7 +15,7 @@ import torch.distributed as dist
 from harness import CollectiveCounter, run_distributed
 from torch import Tensor
 
-from abkd_megatron.logit_losses import (
+from abkd_megatron.losses import (
     AdaptiveKL,
     ClippedKL,
     LogitCosine,
@@ -39,7 +39,7 @@ LOSSES = [
     LogitPearson(),
     LogitCosine(),
     LogitMSE(),
-    LogitMSE(centred=True),
+    LogitMSE(centered=True),
     ClippedKL(top_k=40),
     ClippedKL(mass=0.6),
     Ranking(top_k=6, teacher_steepness=0.7, student_steepness=0.4),

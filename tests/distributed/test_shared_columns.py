@@ -14,11 +14,19 @@ from harness import run_distributed
 from torch import Tensor
 
 from abkd_megatron import AlphaBeta, ToDi
-from abkd_megatron.distillation import Objective
-from abkd_megatron.distillation.head import Loss, OutputLayer, compute_loss
-from abkd_megatron.divergences import Divergence, reference_cross_entropy, reference_divergence
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.logit_losses import AdaptiveKL, LogitLoss, LogitMSE, Sinkhorn, reference_logit_loss
+from abkd_megatron.losses import (
+    AdaptiveKL,
+    Divergence,
+    LogitLoss,
+    LogitMSE,
+    Sinkhorn,
+    reference_cross_entropy,
+    reference_divergence,
+    reference_logit_loss,
+)
+from abkd_megatron.losses.objective import Objective
+from abkd_megatron.student.head import Loss, OutputLayer, compute_loss
 from abkd_megatron.vocab_parallel import VocabShard
 
 WORLDS = [1, 2, 4]
@@ -237,7 +245,7 @@ def test_objectives_that_cannot_be(settings, message):
 
 
 def test_two_logit_losses_of_one_name_are_told_apart():
-    losses = ((1.0, LogitMSE()), (1.0, AdaptiveKL()), (0.5, LogitMSE(centred=True)))
+    losses = ((1.0, LogitMSE()), (1.0, AdaptiveKL()), (0.5, LogitMSE(centered=True)))
     assert Objective(None, logit_losses=losses).names_of_logit_losses == ("logit_mse", "akl", "logit_mse 2")
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from harness import run_distributed
 
-from abkd_megatron.distillation.channel import Channel, new_group
+from abkd_megatron.teacher.channel import Channel, new_group
 
 RANKS = 3
 BIG = strict.EAGER_BYTES  # numbers of four bytes

@@ -17,20 +17,20 @@ from harness import CollectiveCounter, RankFailed, run_distributed
 from torch import Tensor
 
 from abkd_megatron import AlphaBeta, ToDi, kernels, vocab_parallel_divergence
-from abkd_megatron.divergences import (
+from abkd_megatron.errors import ConfigError
+from abkd_megatron.losses import (
     Divergence,
     JensenShannon,
     SkewForwardKL,
     SkewReverseKL,
-    Sum,
     TotalVariation,
+    WeightedSum,
     reference_cross_entropy,
     reference_divergence,
 )
-from abkd_megatron.errors import ConfigError
 from abkd_megatron.vocab_parallel import VocabShard, passes, vocab_parallel_distillation
 
-WEIGHTED_JEFFREYS = Sum([(0.5, AlphaBeta(1, 0)), (2.0, AlphaBeta(0, 1))])
+WEIGHTED_JEFFREYS = WeightedSum([(0.5, AlphaBeta(1, 0)), (2.0, AlphaBeta(0, 1))])
 WORLDS = [1, 2, 4]
 TOKENS = (2, 3)
 DIVERGENCES = [
@@ -55,8 +55,8 @@ DIVERGENCES = [
     SkewReverseKL(detach_mixture=True),
     TotalVariation(),
     WEIGHTED_JEFFREYS,
-    Sum([(1.0, ToDi()), (0.5, AlphaBeta(2, -1))]),
-    Sum([(1.0, JensenShannon()), (0.5, AlphaBeta(0.2, 0.7))]),
+    WeightedSum([(1.0, ToDi()), (0.5, AlphaBeta(2, -1))]),
+    WeightedSum([(1.0, JensenShannon()), (0.5, AlphaBeta(0.2, 0.7))]),
 ]
 
 

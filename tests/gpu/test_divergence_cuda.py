@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from abkd_megatron import AlphaBeta, ToDi, kernels, vocab_parallel_divergence
-from abkd_megatron.divergences.reference import reference_divergence
+from abkd_megatron.losses.reference import reference_divergence
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation, vocab_parallel_distillation_head
 
 pytestmark = [

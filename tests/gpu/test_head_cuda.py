@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import abkd_megatron.vocab_parallel.head as head
+import abkd_megatron.vocab_parallel.fused_head as head
 from abkd_megatron import ToDi
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation_head
 

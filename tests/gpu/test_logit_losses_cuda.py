@@ -7,10 +7,9 @@ import pytest
 import torch
 from test_logit_losses import LOSSES
 
-from abkd_megatron.config import DistillationConfig
-from abkd_megatron.divergences import reference_divergence
-from abkd_megatron.divergences.registry import DIVERGENCES
-from abkd_megatron.logit_losses import reference_logit_loss
+from abkd_megatron.config.schema import DistillationConfig
+from abkd_megatron.losses import reference_divergence, reference_logit_loss
+from abkd_megatron.losses.registry import DIVERGENCES
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_divergence, vocab_parallel_logit_loss
 
 pytestmark = [

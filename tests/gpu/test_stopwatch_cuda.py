@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from abkd_megatron.distillation.step import TEACHER_SECONDS, masked_loss
-from abkd_megatron.distillation.stopwatch import Stopwatch
+from abkd_megatron.student.step import TEACHER_SECONDS, masked_loss
+from abkd_megatron.student.timer import Stopwatch
 
 pytestmark = [
     pytest.mark.gpu,

@@ -82,10 +82,10 @@ BESIDE: dict[str, Settings] = {
 
 def audit(config: Path) -> dict[str, list[str]]:
     """What is lost, by the kind of comparison; empty lists where nothing is."""
-    from abkd_megatron.cpu import MEGATRON_DEFAULTS
+    from abkd_megatron.config.megatron_args import megatron_options
+    from abkd_megatron.config.unsupported import _BELONGS_TO
+    from abkd_megatron.cpu_backend import MEGATRON_DEFAULTS
     from abkd_megatron.errors import AbkdError
-    from abkd_megatron.integrations.megatron_args import megatron_options
-    from abkd_megatron.integrations.unsupported import _BELONGS_TO
 
     options = megatron_options()
     given = {**MEGATRON_DEFAULTS, **_load(config, ["device=cpu"], "cpu").megatron}
@@ -159,9 +159,9 @@ def make(config: Path, settings: Mapping[str, object]) -> tuple[Namespace, Any]:
     """The student's arguments, and the configurations that our job gives to Megatron's `pretrain`."""
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from abkd_megatron import dry_run
-    from abkd_megatron.integrations.megatron_args import megatron_options
-    from abkd_megatron.integrations.model_config import model_config
+    from abkd_megatron.config.megatron_args import megatron_options
+    from abkd_megatron.config.model_config import model_config
+    from abkd_megatron.tools import dry_run
 
     loaded = _load(config, [f"megatron.{name}={value}" for name, value in settings.items()], "cpu")
     with dry_run.as_in_a_job(loaded, 1):
@@ -332,11 +332,11 @@ def main(config: str) -> dict[str, list[str]]:
     from megatron.core import mpu
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from abkd_megatron import cpu
+    from abkd_megatron import cpu_backend
 
     logging.disable(logging.WARNING)
-    cpu.install()
-    cpu.init_process_group(timedelta(minutes=5))
+    cpu_backend.install()
+    cpu_backend.init_process_group(timedelta(minutes=5))
     mpu.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
     return audit(Path(config))

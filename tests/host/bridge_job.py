@@ -174,7 +174,7 @@ def dense_twin(folder: Path, micro_batches: list[dict[str, Any]], temperature: f
     import torch
     from transformers import LlamaForCausalLM
 
-    from abkd_megatron.divergences.reference import reference_alpha_beta
+    from abkd_megatron.losses.reference import reference_alpha_beta
 
     student, teacher = (LlamaForCausalLM.from_pretrained(folder / name).double() for name in ("student", "teacher"))
     sums = dict.fromkeys(("lm loss", "kd loss", "teacher lm loss"), 0.0)
@@ -205,7 +205,7 @@ def train(
     from megatron.bridge.training.callbacks import Callback
     from megatron.bridge.training.pretrain import pretrain
 
-    from abkd_megatron.integrations import bridge
+    from abkd_megatron.hosts import bridge
 
     class Watching(Callback):
         def on_train_step_end(self, context: Any) -> None:
@@ -230,7 +230,7 @@ def recipe(folder: Path, overrides: list[str]) -> Any:
     from megatron.bridge.recipes.common import _pretrain_common
     from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 
-    from abkd_megatron.integrations import bridge
+    from abkd_megatron.hosts import bridge
 
     plain = _pretrain_common()
     plain.model = AutoBridge.from_hf_pretrained(str(folder / "student")).to_megatron_provider()
@@ -316,7 +316,7 @@ def export(folder: Path, overrides: list[str]) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from abkd_megatron.integrations.bridge import export_to_hf
+    from abkd_megatron.hosts.bridge import export_to_hf
 
     torch.distributed.destroy_process_group()
     export_to_hf(folder / "saved", folder / "student", folder / "exported")
@@ -324,13 +324,13 @@ def export(folder: Path, overrides: list[str]) -> dict[str, Any]:
     before, after = (
         AutoModelForCausalLM.from_pretrained(folder / name)(tokens).logits.detach() for name in ("student", "exported")
     )
-    return {"from the student": (after - logits).abs().max().item(), "learnt": (after - before).abs().max().item()}
+    return {"from the student": (after - logits).abs().max().item(), "learned": (after - before).abs().max().item()}
 
 
 def settings(folder: Path, overrides: list[str]) -> dict[str, Any]:
     """A container as Bridge writes it, read again by Bridge; then what is refused, by what was set beside the rest."""
     from abkd_megatron.errors import AbkdError
-    from abkd_megatron.integrations import bridge
+    from abkd_megatron.hosts import bridge
 
     given = ["distillation.alpha={schedule: linear, from: 0.5, to: 0.2, end: 3}", "distillation.divergence=alpha_beta"]
     config = recipe(folder, given)
@@ -361,7 +361,7 @@ def settings(folder: Path, overrides: list[str]) -> dict[str, Any]:
 
 def document(folder: Path, overrides: list[str]) -> dict[str, Any]:
     """The document's examples, the first one's last call on a configuration for a CPU; and every recipe."""
-    from abkd_megatron.integrations import bridge
+    from abkd_megatron.hosts import bridge
 
     example, of_any_recipe = re.findall(r"```python\n(.*?)```", Path(overrides[0]).read_text(), re.DOTALL)
     first, last = example.split("\ndistill(")
@@ -387,14 +387,14 @@ def document(folder: Path, overrides: list[str]) -> dict[str, Any]:
 def main(case: str, folder: Path, overrides: list[str]) -> None:
     import torch
 
-    from abkd_megatron import cpu
+    from abkd_megatron import cpu_backend
 
-    cpu.install()
+    cpu_backend.install()
     import_bridge()
     if case == "models":
         make_models(folder)
         return
-    cpu.init_process_group(timedelta(minutes=3))
+    cpu_backend.init_process_group(timedelta(minutes=3))
     facts = globals()[case](folder, overrides)
     if os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1):
         print("FACTS", json.dumps(facts), flush=True)

@@ -13,7 +13,7 @@ from collections import Counter
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
 from abkd_megatron.__main__ import main as command_line
-from abkd_megatron.distillation import head
+from abkd_megatron.student import head
 
 HEADS = {"fused": "vocab_parallel_distillation_head", "materialized": "vocab_parallel_distillation"}
 

@@ -83,7 +83,7 @@ class Row:
     ends: tuple[End, ...]
     """Of each rank."""
     saved: int | None
-    """The step of the last checkpoint afterwards, which loads."""
+    """The step of the last checkpoint afterward, which loads."""
     inject: tuple[str, int, int, str] | None = None
     """Arguments of inject.py: place, step, rank (-1: all), what."""
     settings: Mapping[str, object] = field(default_factory=lambda: PP)

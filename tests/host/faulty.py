@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from abkd_megatron.divergences import Divergence, registry
+from abkd_megatron.losses import Divergence, registry
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Faulty(Divergence):
         value = _REVERSE.value(log_p, log_q, log_ratio)
         return value + self.number if self._is_due() else value
 
-    def slope(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        return _REVERSE.slope(log_p, log_q, log_ratio)
+    def grad_log_q(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        return _REVERSE.grad_log_q(log_p, log_q, log_ratio)
 
     def _is_due(self) -> bool:
         from megatron.training.global_vars import _GLOBAL_ARGS as args

@@ -6,10 +6,10 @@ from datetime import timedelta
 
 
 def main() -> None:
-    from abkd_megatron import cpu
+    from abkd_megatron import cpu_backend
 
-    cpu.install()
-    cpu.init_process_group(timedelta(minutes=3))
+    cpu_backend.install()
+    cpu_backend.init_process_group(timedelta(minutes=3))
 
     import torch
     import torch.distributed as dist
@@ -19,9 +19,11 @@ def main() -> None:
     from router_bias import VOCAB, model_config
 
     from abkd_megatron import AlphaBeta
-    from abkd_megatron.distillation import Objective, Teacher, attach
     from abkd_megatron.errors import ConfigError
-    from abkd_megatron.logit_losses import Pearson
+    from abkd_megatron.losses import Pearson
+    from abkd_megatron.losses.objective import Objective
+    from abkd_megatron.student.attach import attach
+    from abkd_megatron.teacher.build import Teacher
     from abkd_megatron.vocab_parallel import (
         VocabShard,
         vocab_parallel_distillation,

@@ -18,7 +18,7 @@ def main() -> int:
     step = 0
 
     def say(*_: object) -> None:
-        from abkd_megatron.distillation.attach import Attachment
+        from abkd_megatron.student.attach import Attachment
 
         (attachment,) = [it for it in gc.get_objects() if type(it) is Attachment]
         print(f"\nTEACHER {step} {digest(attachment.teacher.model)}", flush=True)

@@ -70,10 +70,10 @@ CASES: dict[int, dict[str, Case]] = {
 
 
 def main() -> None:
-    from abkd_megatron import cpu
+    from abkd_megatron import cpu_backend
 
-    cpu.install()
-    cpu.init_process_group(timedelta(minutes=3))
+    cpu_backend.install()
+    cpu_backend.init_process_group(timedelta(minutes=3))
     path, num_ranks = sys.argv[1], dist.get_world_size()
     if num_ranks == 1:
         wanted = {case.reference for cases in CASES.values() for case in cases.values()}
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def losses(case: Case) -> tuple[Any, ...]:
-    from abkd_megatron.distillation import HiddenLoss
+    from abkd_megatron.losses.hidden import HiddenLoss
 
     return tuple(HiddenLoss(*pair, projector=case.projector) for pair in PAIRS)
 
@@ -119,7 +119,7 @@ def batches_of(case: Case) -> list[MicroBatch]:
 
 def plain(case: Case) -> dict[str, Any]:
     """The definition: what is logged, and the gradient of what is trained."""
-    from abkd_megatron.divergences.reference import reference_alpha_beta
+    from abkd_megatron.losses.reference import reference_alpha_beta
 
     _, student, teacher = models(case)
     outputs: dict[tuple[str, int], Tensor] = {}
@@ -175,7 +175,10 @@ def train(case: Case) -> dict[str, Any]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from abkd_megatron import AlphaBeta
-    from abkd_megatron.distillation import Objective, Teacher, add_projectors, attach
+    from abkd_megatron.losses.objective import Objective
+    from abkd_megatron.student.attach import attach
+    from abkd_megatron.student.hidden import add_projectors
+    from abkd_megatron.teacher.build import Teacher
 
     groups, student, teacher = models(case)
     before = list(student.state_dict())
@@ -220,7 +223,7 @@ def forward_step(attachment: Any, batches: Iterator[MicroBatch], model: Any) -> 
     from megatron.core import parallel_state
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    from abkd_megatron.distillation.step import masked_loss
+    from abkd_megatron.student.step import masked_loss
 
     batch = next(batches)
     here = {name: getattr(batch, name) for name in ("tokens", "position_ids", "labels", "loss_mask")}
@@ -255,8 +258,12 @@ def refused(num_ranks: int) -> dict[str, str]:
     )
 
     from abkd_megatron import AlphaBeta
-    from abkd_megatron.distillation import HiddenLoss, Objective, Teacher, add_projectors, attach
     from abkd_megatron.errors import AbkdError
+    from abkd_megatron.losses.hidden import HiddenLoss
+    from abkd_megatron.losses.objective import Objective
+    from abkd_megatron.student.attach import attach
+    from abkd_megatron.student.hidden import add_projectors
+    from abkd_megatron.teacher.build import Teacher
 
     groups, student, teacher = models(Case(pp=num_ranks, per_token=False))
     arguments = {"vocab_size": VOCAB, "pg_collection": groups}

@@ -18,12 +18,12 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import get_wri
 
 # The function at whose call it happens, as `module:name`.
 PLACES = {
-    "teacher is read": "abkd_megatron.distillation.checkpoint:TeacherCheckpoint.load",
-    "preflight": "abkd_megatron.integrations.add_teacher:check_models",
-    "data": "abkd_megatron.integrations.megatron_lm:get_batch",
-    "teacher's forward": "abkd_megatron.distillation.runner:TeacherRunner.run",
-    "lane, send": "abkd_megatron.distillation.channel:Channel.send",
-    "lane, receive": "abkd_megatron.distillation.channel:Channel.receive",
+    "teacher is read": "abkd_megatron.teacher.checkpoint:TeacherCheckpoint.load",
+    "preflight": "abkd_megatron.hosts.add_teacher:check_models",
+    "data": "abkd_megatron.hosts.megatron_lm:get_batch",
+    "teacher's forward": "abkd_megatron.teacher.runner:TeacherRunner.run",
+    "lane, send": "abkd_megatron.teacher.channel:Channel.send",
+    "lane, receive": "abkd_megatron.teacher.channel:Channel.receive",
     "loss, between collectives": "abkd_megatron.vocab_parallel.passes:Passes.conclude",
     "backward": "megatron.core.pipeline_parallel.schedules:backward_step",
     "optimizer step": "megatron.core.optimizer:ChainedOptimizer.step",

@@ -94,7 +94,7 @@ def _fork_server() -> multiprocessing.context.BaseContext:
     # What a rank imports, apart from the command line itself, which runpy wants to import; none of it starts a thread.
     context.set_forkserver_preload(
         [
-            *(__name__, "abkd_megatron.integrations.megatron_lm", "abkd_megatron.data", "torch.utils.tensorboard"),
+            *(__name__, "abkd_megatron.hosts.megatron_lm", "abkd_megatron.data.prepare", "torch.utils.tensorboard"),
             "megatron.core.tokenizers.text.libraries.huggingface_tokenizer",
         ]
     )

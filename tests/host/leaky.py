@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abkd_megatron.divergences import Divergence, registry
+from abkd_megatron.losses import Divergence, registry
 
 GRAPH_BYTES = 2**18
 """Of a tensor that only a graph of autograd holds, where Python's garbage collector cannot see it."""
@@ -30,5 +30,5 @@ class Leaky(Divergence):
             _kept.extend([torch.zeros(1), graph, os.open(os.devnull, os.O_RDONLY)])
         return _REVERSE.value(log_p, log_q, log_ratio)
 
-    def slope(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        return _REVERSE.slope(log_p, log_q, log_ratio)
+    def grad_log_q(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        return _REVERSE.grad_log_q(log_p, log_q, log_ratio)

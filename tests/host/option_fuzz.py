@@ -382,8 +382,8 @@ def _dest(name: str) -> str:
 
 @cache
 def _known() -> Any:
-    from abkd_megatron.config_values import MegatronOptions
-    from abkd_megatron.integrations.megatron_args import megatron_options
+    from abkd_megatron.config.megatron_args import megatron_options
+    from abkd_megatron.config.values import MegatronOptions
 
     return MegatronOptions(megatron_options())
 
@@ -448,9 +448,9 @@ def _alone() -> Iterator[None]:
 
 def look(fuzz: Fuzz, settings: Mapping[str, object], num_ranks: int, *, device: str = "cpu") -> Looked:
     """Run `check` in this process."""
-    from abkd_megatron.check import REFUSED as refused
-    from abkd_megatron.check import check
     from abkd_megatron.errors import AbkdError
+    from abkd_megatron.tools.check import REFUSED as refused
+    from abkd_megatron.tools.check import check
 
     words = [f"{key}={str(value).format(folder=fuzz.folder / 'none')}" for key, value in settings.items()]
     try:
@@ -472,19 +472,21 @@ def look(fuzz: Fuzz, settings: Mapping[str, object], num_ranks: int, *, device: 
 
 
 def _load(path: Path, words: Sequence[str], device: str) -> Any:
-    from abkd_megatron import cpu
-    from abkd_megatron.config_file import load_config
-    from abkd_megatron.integrations.megatron_args import megatron_options
+    from abkd_megatron import cpu_backend
+    from abkd_megatron.config.load import load_config
+    from abkd_megatron.config.megatron_args import megatron_options
 
-    return load_config(path, words, megatron_options(), lambda device: cpu.MEGATRON_DEFAULTS if device == "cpu" else {})
+    return load_config(
+        path, words, megatron_options(), lambda device: cpu_backend.MEGATRON_DEFAULTS if device == "cpu" else {}
+    )
 
 
 def built(fuzz: Fuzz, settings: Mapping[str, object]) -> str:
     """The configurations that Megatron makes of the student's arguments, as text."""
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
-    from abkd_megatron import dry_run
-    from abkd_megatron.integrations.megatron_args import megatron_options
+    from abkd_megatron.config.megatron_args import megatron_options
+    from abkd_megatron.tools import dry_run
 
     words = [f"{key}={str(value).format(folder=fuzz.folder / 'none')}" for key, value in settings.items()]
     with _alone():
@@ -499,7 +501,7 @@ def built(fuzz: Fuzz, settings: Mapping[str, object]) -> str:
 
 def try_case(fuzz: Fuzz, case: Case) -> dict[str, Any]:
     """What comes of it."""
-    from abkd_megatron.integrations.inherited import MODEL, kind_of
+    from abkd_megatron.teacher.inherited import MODEL, kind_of
 
     shapes = kind_of(case.dest, case.group) == MODEL
     layout = CONTEXTS[case.context].layout
@@ -664,7 +666,7 @@ def main() -> None:
     """Run a shard."""
     os.environ.setdefault("STRICT_TIMEOUT", "40")  # the ranks', which are forked later: none waits longer for another
     arguments = _arguments()
-    from abkd_megatron.integrations.megatron_args import megatron_options
+    from abkd_megatron.config.megatron_args import megatron_options
 
     with tempfile.TemporaryDirectory() as temporary:
         fuzz = Fuzz(arguments.workspace or Path(temporary))

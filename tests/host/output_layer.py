@@ -12,10 +12,10 @@ SEQUENCE, BATCH, VOCAB, PADDED, HIDDEN, TEACHER_HIDDEN = 8, 3, 250, 256, 16, 24
 
 
 def main() -> None:
-    from abkd_megatron import cpu
+    from abkd_megatron import cpu_backend
 
-    cpu.install()
-    cpu.init_process_group(timedelta(minutes=3))
+    cpu_backend.install()
+    cpu_backend.init_process_group(timedelta(minutes=3))
 
     import torch
     import torch.distributed as dist
@@ -34,7 +34,7 @@ def main() -> None:
         wanted, got, in_main_grad, unmasked = (
             case.run(head, **how)
             for head, how in (
-                ("materialised", {}),
+                ("materialized", {}),
                 ("fused", {}),
                 ("fused", {"main_grad": True}),
                 ("fused", {"mask_known": False}),
@@ -45,7 +45,7 @@ def main() -> None:
             found[f"{name}: sp {sequence_parallel}, tied {tied}, mup {mup}, {dtype}"] = worst
         if mup:
             continue
-        of_some = case.run("materialised", every=3)
+        of_some = case.run("materialized", every=3)
         # Positions 2 and 5; with sequence parallelism a rank's part of as many rows as divide over the ranks.
         ranks = dist.get_world_size()
         rows = -(-2 * BATCH // ranks) * ranks if sequence_parallel else 2 * BATCH
@@ -64,9 +64,9 @@ def main() -> None:
             name: case.run("fused", every=3, **how)
             for name, how in (("some, fused", {}), ("some, main grad", {"main_grad": True}))
         }
-        pairs = [("some, materialised", of_some, composed)]
+        pairs = [("some, materialized", of_some, composed)]
         pairs += [(name, other, of_some) for name, other in of_some_fused.items()]
-        in_place = case.run("materialised", every=3, in_place=True)
+        in_place = case.run("materialized", every=3, in_place=True)
         in_place.pop("rows of the teacher")
         pairs += [("some, in place", in_place, of_some)]
         for name, got, wanted in pairs:
@@ -126,8 +126,10 @@ class Case:
         from megatron.core import parallel_state
 
         from abkd_megatron import AlphaBeta
-        from abkd_megatron.distillation import Objective, TokenSelection
-        from abkd_megatron.distillation.head import OutputLayer, compute_loss
+        from abkd_megatron.losses.objective import Objective
+        from abkd_megatron.losses.selection import TokenSelection
+        from abkd_megatron.student.head import compute_loss
+        from abkd_megatron.teacher.output_layer import OutputLayer
         from abkd_megatron.vocab_parallel import VocabShard
 
         group = parallel_state.get_tensor_model_parallel_group()
@@ -149,7 +151,7 @@ class Case:
             tokens=tokens,
         )
         rows = []
-        if head == "materialised":  # with a hook there is no other
+        if head == "materialized":  # with a hook there is no other
             teacher_layer.register_forward_hook(lambda *given: rows.append(given[-1][0].shape[:-1].numel()))
         shard = VocabShard.megatron(weight.shape[0], group, VOCAB)
         scale = (lambda logits: logits * 0.25) if self.mup else (lambda logits: logits)
@@ -188,7 +190,7 @@ class Case:
                 assert weight.grad_added_to_main_grad
                 weight.grad = None  # as Megatron's hook does
         found["weight"] = weight.main_grad if main_grad else weight.grad
-        if head == "materialised":
+        if head == "materialized":
             found["rows of the teacher"] = sum(rows)
         return found
 

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from abkd_megatron.logit_losses import LogitLoss
-from abkd_megatron.logit_losses.base import Columns
+from abkd_megatron.losses import LogitLoss
+from abkd_megatron.losses.columns import Columns
 
 
 class OwnColumns(LogitLoss):

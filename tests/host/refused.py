@@ -26,13 +26,13 @@ def main() -> None:
     from megatron.core.rerun_state_machine import destroy_rerun_state_machine
     from megatron.training.global_vars import destroy_global_vars
 
-    from abkd_megatron import cpu
+    from abkd_megatron import cpu_backend
     from abkd_megatron.__main__ import main as command_line
     from abkd_megatron.errors import AbkdError
 
     def script(arguments):
         try:
-            return cpu.main(arguments)
+            return cpu_backend.main(arguments)
         except AbkdError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return 1

@@ -10,10 +10,10 @@ EXPERTS, VOCAB, SEQUENCE = 16, 64, 12
 
 
 def main(folder: Path) -> None:
-    from abkd_megatron import cpu
+    from abkd_megatron import cpu_backend
 
-    cpu.install()
-    cpu.init_process_group(timedelta(minutes=3))
+    cpu_backend.install()
+    cpu_backend.init_process_group(timedelta(minutes=3))
 
     import torch
     import torch.distributed as dist
@@ -22,7 +22,8 @@ def main(folder: Path) -> None:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.utils import unwrap_model
 
-    from abkd_megatron.distillation import TeacherCheckpoint, build_teacher
+    from abkd_megatron.teacher.build import build_teacher
+    from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 
     parallel_state.initialize_model_parallel()
     groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -36,7 +36,7 @@ class Case:
     tp: int = 1
     pp: int = 1
     cp: int = 1
-    head: str = "materialised"
+    head: str = "materialized"
     todi: bool = False
     """ToDi, and the models swap their kinds of positions."""
     per_token: bool = True
@@ -225,10 +225,10 @@ class _Gather(torch.autograd.Function):
 
 
 def main() -> None:
-    from abkd_megatron import cpu
+    from abkd_megatron import cpu_backend
 
-    cpu.install()
-    cpu.init_process_group(timedelta(minutes=3))
+    cpu_backend.install()
+    cpu_backend.init_process_group(timedelta(minutes=3))
     path, num_ranks = sys.argv[1], dist.get_world_size()
     if num_ranks == 1:
         wanted = {case.reference: case for cases in CASES.values() for case in cases.values()}
@@ -296,7 +296,10 @@ def train(case: Case, plain: bool = False) -> dict[str, Any]:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from abkd_megatron import AlphaBeta, ToDi
-    from abkd_megatron.distillation import Objective, Teacher, TokenSelection, attach
+    from abkd_megatron.losses.objective import Objective
+    from abkd_megatron.losses.selection import TokenSelection
+    from abkd_megatron.student.attach import attach
+    from abkd_megatron.teacher.build import Teacher
 
     groups = process_groups(case.tp, case.pp, case.cp)
     model_parallel_cuda_manual_seed(1)
@@ -412,7 +415,7 @@ def forward_step(
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    from abkd_megatron.distillation.step import masked_loss
+    from abkd_megatron.student.step import masked_loss
 
     batch = next(batches)
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
@@ -441,7 +444,7 @@ def forward_step(
         loss_mask=here["loss_mask"] if case.mask_known else None,
     )
     return output, lambda output: masked_loss(
-        here["loss_mask"], output, report=attachment.report, of_selected=attachment.of_selected
+        here["loss_mask"], output, report=attachment.report, selected_only_metrics=attachment.selected_only_metrics
     )
 
 

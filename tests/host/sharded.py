@@ -6,10 +6,10 @@ from functools import partial
 
 
 def main() -> None:
-    from abkd_megatron import cpu
+    from abkd_megatron import cpu_backend
 
-    cpu.install()
-    cpu.init_process_group(timedelta(minutes=3))
+    cpu_backend.install()
+    cpu_backend.init_process_group(timedelta(minutes=3))
 
     import torch
     import torch.distributed as dist
@@ -23,8 +23,9 @@ def main() -> None:
     from torch.distributed.fsdp import fully_shard
 
     from abkd_megatron import AlphaBeta
-    from abkd_megatron.distillation import Objective, attach
     from abkd_megatron.errors import ConfigError
+    from abkd_megatron.losses.objective import Objective
+    from abkd_megatron.student.attach import attach
 
     parallel_state.initialize_model_parallel()
     groups = ProcessGroupCollection.use_mpu_process_groups()

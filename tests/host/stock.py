@@ -15,17 +15,17 @@ from functools import partial
 
 
 def main() -> None:
-    from abkd_megatron import cpu
+    from abkd_megatron import cpu_backend
 
-    cpu.install()
-    cpu.init_process_group(timedelta(minutes=3))
+    cpu_backend.install()
+    cpu_backend.init_process_group(timedelta(minutes=3))
 
     from megatron.core.enums import ModelType
     from megatron.training import get_tensorboard_writer, pretrain
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from abkd_megatron.integrations.megatron_lm import train_valid_test_datasets_provider
+    from abkd_megatron.hosts.megatron_lm import train_valid_test_datasets_provider
 
     checkpoint = None
     if "--kd-teacher" in sys.argv:
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def forward_step(data_iterator, model):
-    from abkd_megatron.integrations.megatron_lm import get_batch
+    from abkd_megatron.hosts.megatron_lm import get_batch
 
     batch = get_batch(data_iterator, None)
     output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
@@ -78,8 +78,11 @@ class Probe:
         from megatron.core.utils import get_attr_wrapped_model, unwrap_model
 
         from abkd_megatron import AlphaBeta
-        from abkd_megatron.distillation import Objective, Teacher, TeacherCheckpoint, attach, build_teacher
         from abkd_megatron.errors import AbkdError
+        from abkd_megatron.losses.objective import Objective
+        from abkd_megatron.student.attach import attach
+        from abkd_megatron.teacher.build import Teacher, build_teacher
+        from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 
         (self.ddp,) = chunks
         (self.student,) = unwrap_model(chunks)
@@ -165,8 +168,10 @@ class Probe:
     def losses_by_progress(self):
         """With a kd_weight that rises from 0.25 to 1, at three steps; what is said if none was set comes first."""
         from abkd_megatron import AlphaBeta
-        from abkd_megatron.distillation import Objective, Progress, Schedule, ScheduledObjective, attach
         from abkd_megatron.errors import AbkdError
+        from abkd_megatron.losses.objective import Objective, ScheduledObjective
+        from abkd_megatron.losses.schedule import Progress, Schedule
+        from abkd_megatron.student.attach import attach
 
         rising = ScheduledObjective(Objective(AlphaBeta(0.2, 0.7)), {"kd_weight": Schedule.linear(0.25, 1.0, end=10)})
         attachment = attach(self.ddp, self.handle.teacher, rising, **self.arguments)

@@ -81,7 +81,7 @@ def test_two_ranks_are_as_one(folder: Path, distilled: dict[str, Any], setting: 
 def test_the_student_comes_back_to_hugging_face(folder: Path, distilled: dict[str, Any]) -> None:
     found = run("export", folder)
     assert found["from the student"] < 1e-4
-    assert found["learnt"] > 0.1, "not the model that it began as"
+    assert found["learned"] > 0.1, "not the model that it began as"
 
 
 def test_a_builders_student_learns_from_bridges_checkpoint(folder: Path, distilled: dict[str, Any]) -> None:

@@ -20,11 +20,11 @@ import torch
 from launch import ROOT, Rank, launch, run_job, scalars
 from matrix import EXACT_ONLY, LOSSES
 
-from abkd_megatron import cpu
-from abkd_megatron.config import Config, Value
-from abkd_megatron.config_file import load_config
-from abkd_megatron.distillation.plan import nothing_to_gain
-from abkd_megatron.integrations.megatron_args import megatron_options
+from abkd_megatron import cpu_backend
+from abkd_megatron.config.load import load_config
+from abkd_megatron.config.megatron_args import megatron_options
+from abkd_megatron.config.schema import Config, Value
+from abkd_megatron.student.plan import nothing_to_gain
 
 Settings = dict[str, Value]
 
@@ -141,7 +141,7 @@ ON_ONE_RANK: Settings = {
     "megatron.overlap-param-gather": False,
     "megatron.save": None,
     "megatron.load": None,
-    "distillation.head": "materialised",
+    "distillation.head": "materialized",
 }
 TEACHER_ON_ONE_RANK: Settings = {"tensor-model-parallel-size": 1, "expert-model-parallel-size": 1}
 
@@ -316,7 +316,7 @@ def train(workspace: Path, text: Path) -> Callable[..., list[Trained]]:
 
 
 def test_every_option_is_of_one_kind() -> None:
-    given = {option(key) for path in CONFIGS for key in given_in(path)} | cpu.MEGATRON_DEFAULTS.keys()
+    given = {option(key) for path in CONFIGS for key in given_in(path)} | cpu_backend.MEGATRON_DEFAULTS.keys()
     kinds = (KEPT, SHRUNK.keys(), NOT_ON_CPU.keys())
     known = [name for kind in kinds for name in kind]
     assert len(known) == len(set(known)), "an option of two kinds"

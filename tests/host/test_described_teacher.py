@@ -27,13 +27,14 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.config.container import ConfigContainerBase
 from megatron.training.config.yaml_utils import safe_yaml_representers
 
-from abkd_megatron import cpu, dry_run
-from abkd_megatron.config_file import load_config
-from abkd_megatron.distillation import TeacherCheckpoint
-from abkd_megatron.distillation.description import describe, of_model_config
-from abkd_megatron.distillation.safe_reading import read_common, read_index
+from abkd_megatron import cpu_backend
+from abkd_megatron.config.load import load_config
+from abkd_megatron.config.megatron_args import megatron_options
 from abkd_megatron.errors import CheckpointError
-from abkd_megatron.integrations.megatron_args import megatron_options
+from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
+from abkd_megatron.teacher.description import describe, of_model_config
+from abkd_megatron.teacher.safe_load import read_common, read_index
+from abkd_megatron.tools import dry_run
 
 ITERATION = "iter_0000008"
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -404,7 +405,7 @@ def not_described(config: Path) -> list[str]:
         "windows": ["window-size='(7,0)'", "window-attn-skip-freq=2", "no-rope-freq=2"],
         "latent": ["multi-latent-attention=true", "kv-lora-rank=8", "q-lora-rank=8"],
     }
-    defaults = {**cpu.MEGATRON_DEFAULTS, "num-layers": 4}
+    defaults = {**cpu_backend.MEGATRON_DEFAULTS, "num-layers": 4}
     for name, settings in more.items():
         student, _ = dry_run.megatron_arguments(
             load_config(config, [f"megatron.{it}" for it in settings], megatron_options(), lambda _: defaults), 1

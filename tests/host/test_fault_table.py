@@ -13,7 +13,7 @@ from fault_table import ROWS, TABLE, Row, cells, job, read_table, render, replac
 from launch import Rank, launch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from abkd_megatron.distillation import TeacherCheckpoint
+from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 
 # What was found, in the order of the table.
 FOUND: dict[Row, tuple[str, ...]] = {}

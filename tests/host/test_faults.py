@@ -8,8 +8,8 @@ import pytest
 import torch
 from launch import Rank, launch, run_job, scalars
 
-from abkd_megatron.distillation.faults import statistics
-from abkd_megatron.distillation.step import masked_loss
+from abkd_megatron.student.loss_guard import statistics
+from abkd_megatron.student.step import masked_loss
 
 
 def run_faulty(config: Path, teacher: Path, out: Path, fault: str, **settings: object) -> list[Rank]:

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from abkd_megatron import AlphaBeta, config
-from abkd_megatron.distillation import objective
-from abkd_megatron.distillation.plan import check_fused, nothing_to_gain, obstacles_of
+from abkd_megatron import AlphaBeta
+from abkd_megatron.config import schema
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.losses import objective
+from abkd_megatron.student.plan import check_fused, nothing_to_gain, obstacles_of
 
 
 def test_the_configuration_knows_every_head():
-    assert config.HEADS == objective.HEADS
+    assert schema.HEADS == objective.HEADS
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from abkd_megatron.distillation.hidden import hidden_distance
+from abkd_megatron.student.hidden import hidden_distance
 
 KINDS = ["mse", "cosine"]
 SHAPE = (5, 3, 64)

@@ -75,10 +75,10 @@ def test_what_cannot_be_trained_is_refused_on_every_rank(found, num_ranks: int) 
 
 
 @pytest.fixture(scope="module")
-def distil(workspace: Path, config: Path, teacher: Path):
+def distill(workspace: Path, config: Path, teacher: Path):
     """Trains on two data-parallel ranks; what TensorBoard then shows."""
 
-    def distil(name: str, num_ranks: int = 2, job: str = "distill", **settings: object) -> dict[str, list[float]]:
+    def distill(name: str, num_ranks: int = 2, job: str = "distill", **settings: object) -> dict[str, list[float]]:
         tensorboard = workspace / "hidden" / f"{name}-tensorboard"
         given = {key if "." in key else key.replace("_", "-"): value for key, value in settings.items()}
         if job == "distill":
@@ -87,7 +87,7 @@ def distil(workspace: Path, config: Path, teacher: Path):
         run_job(job, config, overrides(given), num_ranks=num_ranks)
         return scalars(tensorboard)
 
-    return distil
+    return distill
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +96,8 @@ def saved(workspace: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def straight(distil, saved: Path):
-    return distil("straight", train_iters=4, save=saved, save_interval=2)
+def straight(distill, saved: Path):
+    return distill("straight", train_iters=4, save=saved, save_interval=2)
 
 
 def test_projectors_learn_and_are_saved(straight, saved: Path) -> None:
@@ -114,9 +114,9 @@ def test_projectors_learn_and_are_saved(straight, saved: Path) -> None:
         assert not torch.equal(half[key], whole[key])
 
 
-def test_a_resumed_run_repeats_the_straight_one(distil, straight, saved: Path, workspace: Path) -> None:
+def test_a_resumed_run_repeats_the_straight_one(distill, straight, saved: Path, workspace: Path) -> None:
     again = workspace / "hidden" / "resumed"
-    resumed = distil("resumed", train_iters=4, load=saved, ckpt_step=2, save=again, save_interval=2)
+    resumed = distill("resumed", train_iters=4, load=saved, ckpt_step=2, save=again, save_interval=2)
     for name in ("lm loss", "kd loss", "total loss", "grad-norm", *NAMES):
         assert len(straight[name]) == 4
         assert resumed[name] == straight[name][2:], name
@@ -126,28 +126,28 @@ def test_a_resumed_run_repeats_the_straight_one(distil, straight, saved: Path, w
         assert torch.equal(got[key], tensor), key
 
 
-def test_projectors_leave_the_rest_of_the_run_as_it_was(distil, straight) -> None:
+def test_projectors_leave_the_rest_of_the_run_as_it_was(distill, straight) -> None:
     """Neither the student's first weights nor what the teacher says of them depend on there being projectors."""
-    without = distil("without", train_iters=1, **{"distillation.hidden_losses": "[]"})
+    without = distill("without", train_iters=1, **{"distillation.hidden_losses": "[]"})
     for name in ("lm loss", "kd loss", "teacher lm loss", "kl to teacher"):
         assert without[name][0] == straight[name][0], name
     assert without["grad-norm"][0] != straight["grad-norm"][0]
     assert not any("hidden loss" in name for name in without)
 
 
-def test_megatron_loads_the_student_and_forgets_the_projectors(distil, straight, saved: Path, workspace: Path) -> None:
+def test_megatron_loads_the_student_and_forgets_the_projectors(distill, straight, saved: Path, workspace: Path) -> None:
     plain = workspace / "hidden" / "plain"
-    distil("plain", job="pretrain", load=saved, finetune="true", train_iters=1, lr=0, save=plain, save_interval=1)
+    distill("plain", job="pretrain", load=saved, finetune="true", train_iters=1, lr=0, save=plain, save_interval=1)
     wanted, got = tensors(saved, 4), tensors(plain, 1)
     assert got.keys() == wanted.keys() - KEYS
     for key, tensor in got.items():
         assert torch.equal(tensor, wanted[key]), key
 
 
-def test_another_distillation_begins_with_the_saved_projectors(distil, straight, saved: Path, workspace: Path) -> None:
+def test_another_distillation_begins_with_the_saved_projectors(distill, straight, saved: Path, workspace: Path) -> None:
     """Of the model's part of the checkpoint, for the optimizer is left behind."""
     further = workspace / "hidden" / "further"
-    distil("further", load=saved, finetune="true", train_iters=1, lr=0, save=further, save_interval=1)
+    distill("further", load=saved, finetune="true", train_iters=1, lr=0, save=further, save_interval=1)
     wanted, got = tensors(saved, 4), tensors(further, 1)
     assert got.keys() == wanted.keys()
     for key, tensor in wanted.items():

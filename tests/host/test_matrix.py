@@ -69,7 +69,7 @@ def train(workspace: Path, config: Path, teacher_of, made, student: Path, short_
         tensorboard = workspace / "matrix" / name
         settings = {
             "data.dir": short_documents,
-            "distillation.head": "materialised",
+            "distillation.head": "materialized",
             "train-iters": 3,
             "load": made("student", reference) if by.student else student,
             "finetune": "true",

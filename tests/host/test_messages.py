@@ -10,8 +10,8 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.timers import Timers
 from megatron.core.transformer import TransformerConfig
 
-from abkd_megatron.distillation.channel import Outbox
-from abkd_megatron.distillation.runner import hidden_between_stages
+from abkd_megatron.teacher.channel import Outbox
+from abkd_megatron.teacher.runner import hidden_between_stages
 
 
 @pytest.mark.parametrize(("fp32_residual", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])

@@ -7,20 +7,20 @@ from typing import Any
 import pytest
 from launch import launch, run_job, scalars
 
-from abkd_megatron.config_file import load_config, to_argv
-from abkd_megatron.data import PreparedData
+from abkd_megatron.config.load import load_config, to_argv
+from abkd_megatron.data.prepare import PreparedData
 
 STOCK = Path(__file__).with_name("stock.py")
 
 
 def stock_arguments(config: Path, **overrides: object) -> list[str]:
     """The command line of stock.py for what `config` says."""
-    from abkd_megatron import cpu
-    from abkd_megatron.integrations.megatron_args import megatron_options
+    from abkd_megatron import cpu_backend
+    from abkd_megatron.config.megatron_args import megatron_options
 
     options = megatron_options()
     settings = [f"megatron.{key.replace('_', '-')}={value}" for key, value in overrides.items()]
-    loaded = load_config(config, settings, options, lambda _: cpu.MEGATRON_DEFAULTS)
+    loaded = load_config(config, settings, options, lambda _: cpu_backend.MEGATRON_DEFAULTS)
     assert loaded.data.dir is not None
     return to_argv({**PreparedData.open(loaded.data.dir).megatron_arguments(), **loaded.megatron}, options)
 
@@ -34,7 +34,7 @@ def run_stock(config: Path, *first: object, num_ranks: int = 1, **overrides: obj
 
 
 def saved_tensors(checkpoint: Path) -> dict[str, tuple[int, ...]]:
-    from abkd_megatron.distillation.checkpoint import tensor_shapes
+    from abkd_megatron.teacher.checkpoint import tensor_shapes
 
     return tensor_shapes(checkpoint / "iter_0000005")
 

@@ -11,8 +11,8 @@ import option_fuzz
 import pytest
 from option_fuzz import CONTEXTS, REFUSED, SAME, Case, Fuzz, cases, summary, try_case
 
-from abkd_megatron.cpu import MEGATRON_DEFAULTS
-from abkd_megatron.integrations.megatron_args import megatron_options
+from abkd_megatron.config.megatron_args import megatron_options
+from abkd_megatron.cpu_backend import MEGATRON_DEFAULTS
 
 
 def try_in(workspace: Path, case: Case) -> dict[str, Any]:

@@ -19,7 +19,7 @@ SETTINGS = {
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_step_is_fused(config: Path, teacher: Path, tmp_path: Path, tied: bool) -> None:
     found, calls = {}, {}
-    for head in ("fused", "materialised"):
+    for head in ("fused", "materialized"):
         settings = SETTINGS | {
             "untie-embeddings-and-output-weights": not tied,
             "tensorboard-dir": tmp_path / head,
@@ -35,6 +35,6 @@ def test_every_step_is_fused(config: Path, teacher: Path, tmp_path: Path, tied: 
     validations = 2 * 2 * 2  # of validation and test data: steps and micro-batches
     micro_batches = 4 * 2 + validations
     assert calls["fused"] == [{"fused": micro_batches, "materialized": 0}] * 2
-    assert calls["materialised"] == [{"fused": 0, "materialized": micro_batches}] * 2
+    assert calls["materialized"] == [{"fused": 0, "materialized": micro_batches}] * 2
     for name in ("lm loss", "kd loss", "total loss", "grad-norm", "kd loss validation"):
-        assert found["fused"][name] == pytest.approx(found["materialised"][name], rel=1e-5), name
+        assert found["fused"][name] == pytest.approx(found["materialized"][name], rel=1e-5), name

@@ -15,9 +15,11 @@ from test_stock_script import command_line, kd_arguments, run_script
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from abkd_megatron.config import PREFLIGHT, Config, DistillationConfig
-from abkd_megatron.distillation import Objective
-from abkd_megatron.distillation.preflight import (
+from abkd_megatron.config.schema import PREFLIGHT, Config, DistillationConfig
+from abkd_megatron.errors import ConfigError
+from abkd_megatron.losses import AlphaBeta
+from abkd_megatron.losses.objective import Objective
+from abkd_megatron.preflight.live import (
     CHECKS,
     LARGEST,
     check_batch,
@@ -26,8 +28,6 @@ from abkd_megatron.distillation.preflight import (
     digest,
     wrong_losses,
 )
-from abkd_megatron.divergences import AlphaBeta
-from abkd_megatron.errors import ConfigError
 from abkd_megatron.vocab_parallel import VocabShard
 
 TEMPERATURE = 0.08  # at which Neyman's chi-square of these models is beyond fp32's digits, and not infinite
@@ -88,7 +88,7 @@ def test_a_teacher_of_zeros_is_refused(config: Path, zeroed: Path) -> None:
 
 
 def test_logits_without_room_are_refused(config: Path, teacher: Path) -> None:
-    words = ["distill", "--config", config, f"teacher.load={teacher}", "distillation.head=materialised", PIPELINE]
+    words = ["distill", "--config", config, f"teacher.load={teacher}", "distillation.head=materialized", PIPELINE]
     ranks = launch([Path(__file__).with_name("little_memory.py"), *words], 2)
     message = (
         r"error: expected room for \S+ GiB of logits, both models' of \d+ tokens and their gradient, got \S+ GiB "
@@ -147,7 +147,7 @@ def test_what_is_skipped_trains(config: Path, zeroed: Path) -> None:
     ranks = run_job("distill", config, settings, num_ranks=2)
     assert re.search(r"iteration +2/ +2 ", ranks[-1].output)
     for rank in ranks:  # a warning, since guessing is no worse than guessing
-        assert "is 5.991 nats, guessing costs ln 400 = 5.991: it has learnt next to nothing" in rank.output
+        assert "is 5.991 nats, guessing costs ln 400 = 5.991: it has learned next to nothing" in rank.output
 
 
 # ---- the parts
@@ -165,8 +165,8 @@ def test_sums_that_are_not_those_of_the_terms_are_found(of_value: float, of_slop
     """As a loss that counts something once a rank."""
 
     class Repeated(AlphaBeta):
-        def from_sums(self, sums: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
-            value, slopes = super().from_sums(sums)
+        def finalize(self, sums: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+            value, slopes = super().finalize(sums)
             assert slopes is not None
             return of_value * value, of_slopes * slopes
 
@@ -229,4 +229,4 @@ def test_a_teacher_is_refused_above_guessing_and_warned_of_near_it(caplog: pytes
         check_teacher_loss(math.log(400) - 0.2, 400)
         assert not caplog.records
         check_teacher_loss(math.log(400) + 0.4, 400)
-    assert "it has learnt next to nothing" in caplog.text
+    assert "it has learned next to nothing" in caplog.text

@@ -158,7 +158,7 @@ def test_so_is_a_script_of_ones_own(config: Path, begun: Path) -> None:
 
 @pytest.mark.parametrize("given", [{"finetune": True}, {"skip_train": True}, {}], ids=str)
 def test_begun_anew_or_evaluated_nothing_is_compared(begun: Path, given: dict) -> None:
-    from abkd_megatron.integrations.provenance import check_resumed
+    from abkd_megatron.hosts.run_record import check_resumed
 
     plain = {
         "skip_train": False,

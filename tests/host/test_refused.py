@@ -30,9 +30,9 @@ from launch import launch
 from matrix import check_refused, run_refused
 
 from abkd_megatron import AlphaBeta, ToDi, vocab_parallel_divergence
-from abkd_megatron.distillation import Objective
 from abkd_megatron.errors import AbkdError
-from abkd_megatron.selection import TokenSelection
+from abkd_megatron.losses.objective import Objective
+from abkd_megatron.losses.selection import TokenSelection
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation
 
 ROWS: dict[str, Row] = {}

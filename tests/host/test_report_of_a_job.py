@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from launch import run_job, scalars
 
-from abkd_megatron.config_file import load_config
-from abkd_megatron.events import find_runs
-from abkd_megatron.integrations.megatron_args import megatron_options
-from abkd_megatron.report import write_report
+from abkd_megatron.config.load import load_config
+from abkd_megatron.config.megatron_args import megatron_options
+from abkd_megatron.tools.events import find_runs
+from abkd_megatron.tools.report import write_report
 
 
 def test_the_report_of_a_job(tmp_path: Path, config: Path, teacher: Path) -> None:
@@ -42,7 +42,7 @@ def test_the_report_of_a_job(tmp_path: Path, config: Path, teacher: Path) -> Non
     page = unescape(write_report(tmp_path / "run").read_text())
     for text in ("The teacher's share of a step", "last of 2 pipeline stages", "kd_weight 0.7", "2 ranks, PP 2"):
         assert text in page, text
-    (shares,) = re.findall(r'"label":"teacher\'s share","colour":0,"line":(\[\[.*?\]\])', page)
+    (shares,) = re.findall(r'"label":"teacher\'s share","color":0,"line":(\[\[.*?\]\])', page)
     first, second, *later = written["teacher seconds"]
     wanted = [
         4 * seconds / step  # four micro-batches a step

@@ -7,10 +7,11 @@ import pytest
 from launch import run_job, scalars
 
 from abkd_megatron import AlphaBeta, ToDi
-from abkd_megatron.config import Config, DistillationConfig
-from abkd_megatron.distillation import Objective, Progress, Schedule, ScheduledObjective
+from abkd_megatron.config.schema import Config, DistillationConfig
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.integrations.add_teacher import kernel_of
+from abkd_megatron.hosts.add_teacher import kernel_of
+from abkd_megatron.losses.objective import Objective, ScheduledObjective
+from abkd_megatron.losses.schedule import Progress, Schedule
 
 TRAINED = ("lm loss", "kd loss", "total loss", "grad-norm")
 # Four micro-batches of 2 sequences of 32 tokens a step: the same for all three at each step but in other counts.
@@ -130,7 +131,7 @@ def test_a_weight_of_0_at_some_step_takes_logits_at_all() -> None:
                 ScheduledObjective(objective, {"kd_weight": schedule})
             continue
         heads = {ScheduledObjective(objective, {"kd_weight": schedule}).at(Progress(at)).head for at in (0, 5, 10)}
-        assert heads == {"materialised" if schedule is down else head}
+        assert heads == {"materialized" if schedule is down else head}
 
 
 def test_auto_takes_no_kernel_that_each_step_would_compile() -> None:

@@ -63,7 +63,7 @@ def test_a_student_with_more_tokens(workspace: Path, config: Path, larger: Path,
     wanted, said = run(config, workspace / "400-to-420", 1, start)
     assert said.count("vocabularies: student 420 tokens, teacher 400; the divergence is over the first 400\n") == 1
     assert said.count("one of the student's tokens 400 .. 419, the divergence is 0 from there on\n") == 1
-    assert said.count("LM head materialised: ") == 1
+    assert said.count("LM head materialized: ") == 1
     assert "(shared_vocab 400 of the student's 420 tokens: " in said
     narrow = {**TP, **PP, "megatron.make-vocab-size-divisible-by": 8}
     check_equal(run(config, workspace / "400-to-420-narrow", 4, {**start, **narrow})[0], wanted)

@@ -2,7 +2,7 @@
 
 import torch
 
-from abkd_megatron.distillation.step import masked_loss
+from abkd_megatron.student.step import masked_loss
 
 
 def test_sums_and_counts() -> None:
@@ -67,7 +67,7 @@ def selected_sums(mask: list[float], selected: list[float]) -> dict[str, list[fl
     report = {"lm loss": numbers, "kd loss": numbers, "teacher entropy": numbers}
     report["selected tokens"] = torch.tensor([selected])
     _, _, sums = masked_loss(
-        torch.tensor([mask]), numbers, report=report, of_selected=("teacher entropy",), check_for_nan=False
+        torch.tensor([mask]), numbers, report=report, selected_only_metrics=("teacher entropy",), check_for_nan=False
     )
     return {name: pair.tolist() for name, pair in sums.items()}
 

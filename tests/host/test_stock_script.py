@@ -16,8 +16,8 @@ from matrix import run_refused
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from abkd_megatron.config_file import load_config, to_argv
-from abkd_megatron.data import PreparedData
+from abkd_megatron.config.load import load_config, to_argv
+from abkd_megatron.data.prepare import PreparedData
 from abkd_megatron.errors import HostError
 
 SCRIPT = ROOT / "examples" / "pretrain_gpt.py"
@@ -34,7 +34,7 @@ DISTILLATION = {
 
 def command_line(config: Path, settings: Mapping[str, object]) -> list[str]:
     """Megatron's command line for what `config` says of it; what a CPU needs is left to the runner."""
-    from abkd_megatron.integrations.megatron_args import megatron_options
+    from abkd_megatron.config.megatron_args import megatron_options
 
     options = megatron_options()
     loaded = load_config(config, [f"megatron.{key}={value}" for key, value in settings.items()], options)
@@ -50,7 +50,7 @@ def kd_arguments(teacher: Path, distillation: Mapping[str, str] = DISTILLATION) 
 
 
 def run_script(script: Path, words: Sequence[str], num_ranks: int = 1) -> list[Rank]:
-    return launch(["-m", "abkd_megatron.cpu", script, *words], num_ranks)
+    return launch(["-m", "abkd_megatron.cpu_backend", script, *words], num_ranks)
 
 
 def train(script: Path, config: Path, out: Path, words: Sequence[str], num_ranks: int = 1, **settings: object) -> dict:
@@ -61,7 +61,7 @@ def train(script: Path, config: Path, out: Path, words: Sequence[str], num_ranks
 
 
 def ours(line: str) -> bool:
-    return "add_kd_arguments" in line or "distil(" in line
+    return "add_kd_arguments" in line or "distill(" in line
 
 
 def saved(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
@@ -242,7 +242,7 @@ def test_a_step_that_keeps_its_loss_mask_to_itself_is_told(tmp_path: Path, confi
 
 
 def test_a_model_without_the_hook_is_told() -> None:
-    from abkd_megatron.integrations.add_teacher import DistilledStep
+    from abkd_megatron.hosts.add_teacher import DistilledStep
 
     step = DistilledStep(lambda *_: pytest.fail("was run"), needs_input_ids=False)
     with pytest.raises(HostError, match="give pretrain\\(\\) that one"):
@@ -250,5 +250,5 @@ def test_a_model_without_the_hook_is_told() -> None:
 
 
 def test_a_script_that_is_not_there_is_told() -> None:
-    (rank,) = launch(["-m", "abkd_megatron.cpu", "nowhere.py"], 1)
+    (rank,) = launch(["-m", "abkd_megatron.cpu_backend", "nowhere.py"], 1)
     assert rank.code == 2 and "no such script: 'nowhere.py'" in rank.output

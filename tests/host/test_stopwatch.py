@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from abkd_megatron.distillation.step import TEACHER_SECONDS, masked_loss
-from abkd_megatron.distillation.stopwatch import Stopwatch
+from abkd_megatron.student.step import TEACHER_SECONDS, masked_loss
+from abkd_megatron.student.timer import Stopwatch
 
 
 class Event:
@@ -87,7 +87,7 @@ def test_a_failed_pass_is_none(gpu: Stopwatch) -> None:
 
 def test_on_a_cpu_it_is_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([10.0, 10.5, 20.0, 21.0])
-    monkeypatch.setattr("abkd_megatron.distillation.stopwatch.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("abkd_megatron.student.timer.time.perf_counter", lambda: next(times))
     stopwatch = Stopwatch(torch.device("cpu"))
     for _ in range(2):
         with stopwatch.measure():

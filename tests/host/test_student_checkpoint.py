@@ -6,7 +6,7 @@ import pytest
 from launch import run_job, scalars
 from test_neutrality import run_stock
 
-from abkd_megatron.distillation.checkpoint import tensor_shapes
+from abkd_megatron.teacher.checkpoint import tensor_shapes
 
 # No column is padding: Megatron's cross entropy counts padded ones in, and that of distillation does not.
 LAYOUT = {"use_distributed_optimizer": "true", "make_vocab_size_divisible_by": 8}

@@ -22,10 +22,9 @@ from megatron.core.transformer.enums import AttnBackend
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
-from abkd_megatron.distillation import TeacherCheckpoint
-from abkd_megatron.distillation.checkpoint import tensor_shapes
-from abkd_megatron.distillation.safe_reading import plain_values, read_common, read_index
 from abkd_megatron.errors import CheckpointError
+from abkd_megatron.teacher.checkpoint import TeacherCheckpoint, tensor_shapes
+from abkd_megatron.teacher.safe_load import plain_values, read_common, read_index
 
 
 class Payload:

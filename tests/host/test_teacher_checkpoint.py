@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from abkd_megatron.distillation import TeacherCheckpoint
 from abkd_megatron.errors import CheckpointError
+from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 
 SAVED = {
     "num_layers": 4,

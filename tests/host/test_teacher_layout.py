@@ -5,8 +5,8 @@ from collections import defaultdict
 
 import pytest
 
-from abkd_megatron.distillation.layout import Place, TeacherLayout
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.teacher.layout import RankCoords, TeacherLayout
 
 # Of the student: (pipeline, data, context, tensor parallelism).
 STUDENTS = [
@@ -22,9 +22,9 @@ STUDENTS = [
 TEACHERS = list(itertools.product((1, 2, 4), (1, 2, 3, 4, 8)))
 
 
-def places(student: tuple[int, int, int, int]) -> list[Place]:
+def places(student: tuple[int, int, int, int]) -> list[RankCoords]:
     """In Megatron's order of ranks: tensor, context, data, pipeline."""
-    return [Place(*place) for place in itertools.product(*map(range, student))]
+    return [RankCoords(*place) for place in itertools.product(*map(range, student))]
 
 
 def layouts(student: tuple[int, int, int, int], teacher: tuple[int, int]) -> list[TeacherLayout] | None:
@@ -72,9 +72,9 @@ def test_messages_are_awaited_by_whom_they_are_sent_to_and_move_forward(student:
         sent: dict[str, list] = defaultdict(list)
         awaited: dict[str, list] = defaultdict(list)
         for rank, layout in enumerate(found):
-            for n in range(layout.neighbours):
+            for n in range(layout.neighbors):
                 replica = layout.replica_for(micro_batch, n)
-                if layout.place.pp == 0 and n == layout.neighbour:
+                if layout.place.pp == 0 and n == layout.neighbor:
                     for index, to in enumerate(layout.first_host(replica)):
                         if layout.source_of_tokens(n, index) == rank != to:
                             kind = "tokens now" if layout.student_stage_of(to) == 0 else "tokens"
@@ -93,7 +93,7 @@ def test_messages_are_awaited_by_whom_they_are_sent_to_and_move_forward(student:
                     if layout.stage > 0:
                         awaited["states"].append((layout.pipeline[layout.stage - 1], rank, n))
             if layout.place.pp == last:
-                n, tp = layout.neighbour, layout.place.tp
+                n, tp = layout.neighbor, layout.place.tp
                 source = layout.source_of_result(layout.replica_for(micro_batch, n), n, tp)
                 assert layout.destination(n, tp) == rank
                 if source != rank:
@@ -116,8 +116,8 @@ def test_a_round_gives_every_replica_as_much_to_do() -> None:
         found = layouts(student, teacher)
         assert found is not None
         one = found[0]
-        work = [one.replica_for(i, n) for i in range(one.replicas) for n in range(one.neighbours)]
-        assert {work.count(replica) for replica in range(one.replicas)} == {one.neighbours}
+        work = [one.replica_for(i, n) for i in range(one.replicas) for n in range(one.neighbors)]
+        assert {work.count(replica) for replica in range(one.replicas)} == {one.neighbors}
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from launch import Rank, launch, scalars
 
-from abkd_megatron import cpu
-from abkd_megatron.distillation.safe_reading import read_common
+from abkd_megatron import cpu_backend
+from abkd_megatron.teacher.safe_load import read_common
 
 SETTINGS = {
-    **cpu.MEGATRON_DEFAULTS,
+    **cpu_backend.MEGATRON_DEFAULTS,
     "tensor-model-parallel-size": 2,
     "micro-batch-size": 8,  # 256 tokens, of which one rank would make one chunk and the other two
     "train-iters": 4,

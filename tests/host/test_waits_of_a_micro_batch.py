@@ -16,11 +16,12 @@ from megatron.core.transformer import TransformerConfig
 from torch.testing._internal.distributed import fake_pg
 
 from abkd_megatron import AlphaBeta
-from abkd_megatron.distillation.head import OutputLayer, compute_loss
-from abkd_megatron.distillation.objective import Objective
-from abkd_megatron.distillation.step import masked_loss
-from abkd_megatron.logit_losses import AdaptiveKL, Sinkhorn
-from abkd_megatron.selection import TokenSelection, positions_here
+from abkd_megatron.losses import AdaptiveKL, Sinkhorn
+from abkd_megatron.losses.objective import Objective
+from abkd_megatron.losses.selection import TokenSelection, positions_here
+from abkd_megatron.student.head import compute_loss
+from abkd_megatron.student.step import masked_loss
+from abkd_megatron.teacher.output_layer import OutputLayer
 from abkd_megatron.vocab_parallel import VocabShard
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
@@ -69,7 +70,7 @@ OBJECTIVES = {
     "shared vocabulary": {"shared_vocab": VOCAB - 7},
     "watching": {"kd_weight": 0.0},
 }
-CASES = [(name, head) for name in OBJECTIVES for head in ("materialised", "fused")]
+CASES = [(name, head) for name in OBJECTIVES for head in ("materialized", "fused")]
 CASES = [(name, head) for name, head in CASES if head != "fused" or name in ("plain", *list(OBJECTIVES)[1:4])]
 
 
@@ -103,7 +104,7 @@ def test_the_loss_of_a_micro_batch(group, name, head, packed):
     if name == "every" and packed == "packed on the GPU":
         # Where the selected tokens are depends on the lengths of the sequences, which are there.
         (wait,) = found
-        assert wait.startswith("copy to the host in /distillation/head.py")
+        assert wait.startswith("copy to the host in /student/head.py")
     else:
         assert found == []
     assert waits.by_chance == [] and waits.launches > 0
@@ -138,7 +139,7 @@ def test_all_losses_are_looked_at_in_one_copy(machine, step, spikes):
         loss.backward()
 
     (wait,) = host_waits(run).found
-    assert wait.startswith("copy to the host in /distillation/faults.py")
+    assert wait.startswith("copy to the host in /student/loss_guard.py")
 
 
 @pytest.mark.parametrize(("bad", "what"), [(torch.nan, "NaN"), (torch.inf, "Inf"), (-torch.inf, "Inf")])

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 from torch.overrides import TorchFunctionMode
 
-from abkd_megatron import cpu
+from abkd_megatron import cpu_backend
 
 # Of one rank's chunk in the test: [V/TP] logits of two models in fp32, twice.
 OF_TOKEN = 2 * 56 * 4 * 2
@@ -37,11 +37,11 @@ class Recorder(TorchFunctionMode):
 
 def main() -> None:
     rank = int(os.environ["RANK"])
-    cpu.install()
-    cpu.init_process_group(timedelta(minutes=3))
+    cpu_backend.install()
+    cpu_backend.init_process_group(timedelta(minutes=3))
     from abkd_megatron.__main__ import main as command_line
-    from abkd_megatron.distillation import plan
-    from abkd_megatron.integrations import megatron_lm
+    from abkd_megatron.hosts import megatron_lm
+    from abkd_megatron.student import plan
 
     memory = 64 * OF_TOKEN * (130 if rank else 300)
     torch.cuda.mem_get_info = lambda *_: (memory // (rank + 2), memory)

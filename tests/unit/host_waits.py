@@ -36,7 +36,7 @@ _ORDER_IS_CHANCE = {"put_", "histc", "kthvalue", "cumsum", "cumprod", "scatter_a
 
 
 class HostWaits:
-    """Context manager; afterwards `found` says where the host waited, and `launches` how many operations ran."""
+    """Context manager; afterward `found` says where the host waited, and `launches` how many operations ran."""
 
     def __init__(self) -> None:
         self.found: list[str] = []

@@ -7,7 +7,7 @@ import torch
 from abkd_megatron import AlphaBeta, ToDi
 from abkd_megatron.kernels import eager
 from abkd_megatron.kernels.record import Layout
-from abkd_megatron.vocab_parallel.statistics import conclude
+from abkd_megatron.vocab_parallel.stats import conclude
 
 DIVERGENCES = {
     "ab(0.2,0.7)": AlphaBeta(0.2, 0.7),

@@ -8,12 +8,23 @@ import pytest
 import torch
 
 from abkd_megatron import AlphaBeta, ToDi, vocab_parallel_divergence
-from abkd_megatron.divergences import JensenShannon, SkewForwardKL, SkewReverseKL, Sum
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.hidden_loss import HiddenLoss
-from abkd_megatron.logit_losses import AdaptiveKL, ClippedKL, LogitMSE, Pearson, Preference, Ranking, Sinkhorn
-from abkd_megatron.schedule import Schedule
-from abkd_megatron.selection import TokenSelection
+from abkd_megatron.losses import (
+    AdaptiveKL,
+    ClippedKL,
+    JensenShannon,
+    LogitMSE,
+    Pearson,
+    Preference,
+    Ranking,
+    Sinkhorn,
+    SkewForwardKL,
+    SkewReverseKL,
+    WeightedSum,
+)
+from abkd_megatron.losses.hidden import HiddenLoss
+from abkd_megatron.losses.schedule import Schedule
+from abkd_megatron.losses.selection import TokenSelection
 from abkd_megatron.vocab_parallel import (
     VocabShard,
     vocab_parallel_distillation,
@@ -67,7 +78,7 @@ REAL = {
     "mixture": JensenShannon,
     "skew forward": SkewForwardKL,
     "skew reverse": SkewReverseKL,
-    "term": lambda it: Sum([(it, ToDi())]),
+    "term": lambda it: WeightedSum([(it, ToDi())]),
     "mu": AdaptiveKL,
     "mass": lambda it: ClippedKL(mass=it),
     "preference": Preference,
@@ -109,7 +120,7 @@ FLAGS = {
     "distillation in place": lambda it: distillation(gradient_in_place=it),
     "into_main_grad": lambda it: head(into_main_grad=it),
     "detach": lambda it: ToDi(detach=it),
-    "centred": LogitMSE,
+    "centered": LogitMSE,
     "projector": lambda it: HiddenLoss(1, 2, "mse", projector=it),
     "objective in place": lambda it: objective(gradient_in_place=it),
     "objective diagnostics": lambda it: objective(diagnostics=it),

@@ -22,7 +22,7 @@ with pytest.MonkeyPatch.context() as patch:
     import head as benchmark
 
 SETTINGS = benchmark.Settings(1, tokens=16, vocab=256, hidden=8, teacher_hidden=12, chunk=4, rounds=1)
-WAYS = [benchmark.MATERIALISED, benchmark.IN_PLACE, benchmark.IN_FORWARD, benchmark.RECOMPUTED]
+WAYS = [benchmark.MATERIALIZED, benchmark.IN_PLACE, benchmark.IN_FORWARD, benchmark.RECOMPUTED]
 NAMES = [benchmark.AUTOGRAD, *WAYS]
 
 
@@ -41,7 +41,7 @@ def of_run():
 
 def test_every_contestant_has_a_row(of_run):
     assert [row["name"] for row in of_run["rows"]] == NAMES
-    assert all(len(row["seconds"]) == 1 and row["x materialised"] > 0 for row in of_run["rows"])
+    assert all(len(row["seconds"]) == 1 and row["x materialized"] > 0 for row in of_run["rows"])
     text = benchmark.table(of_run)
     assert all(f"\n{name:30}" in text for name in NAMES) and "only indicate" not in text
     assert "only indicate" in benchmark.table({**of_run, "tensor_parallel": 10**6})
@@ -51,16 +51,16 @@ def test_every_contestant_has_a_row(of_run):
 def test_gradients_agree_and_memory_is_less(of_run):
     of = {row["name"]: row for row in of_run["rows"]}
     assert all(row["error"] < 1e-5 and row["outputs"] == 4 * 8 * (16 + 256) for row in of.values())
-    assert of[benchmark.MATERIALISED]["error"] == 0.0
+    assert of[benchmark.MATERIALIZED]["error"] == 0.0
     for name in (benchmark.IN_FORWARD, benchmark.RECOMPUTED):
-        assert of[name]["outputs"] < of[name]["peak"] < of[benchmark.MATERIALISED]["peak"]
+        assert of[name]["outputs"] < of[name]["peak"] < of[benchmark.MATERIALIZED]["peak"]
         assert of[name]["predicted"] == 2 * 4 * 256 * 4 + 4 * 8 * (16 + 256)
         assert of[name]["peak / predicted"] == of[name]["peak"] / of[name]["predicted"]
 
 
 def test_a_wrong_gradient_is_seen(monkeypatch):
     def off(case):
-        return 1.01 * benchmark.materialised(False)(case)
+        return 1.01 * benchmark.materialized(False)(case)
 
     monkeypatch.setattr(benchmark, "contestants", lambda settings: {"off": off})
     (row,) = benchmark.measure(dataclasses.replace(SETTINGS, rounds=0))
@@ -92,15 +92,15 @@ def test_ranks_and_ratios():
     def rank(times, peak):
         return [
             {"name": benchmark.AUTOGRAD, "why": "because"},
-            {"name": benchmark.MATERIALISED, "seconds": [2.0, 2.0, 4.0], "peak": peak, "error": 0.0},
+            {"name": benchmark.MATERIALIZED, "seconds": [2.0, 2.0, 4.0], "peak": peak, "error": 0.0},
             {"name": benchmark.IN_FORWARD, "seconds": times, "peak": 1, "error": 1e-7},
         ]
 
     absent, base, row = benchmark.finish(SETTINGS, [rank([1.0, 5.0, 3.0], 100), rank([3.0, 1.0, 3.0], 300)])
     assert absent == {"name": benchmark.AUTOGRAD, "why": "because"}
-    assert base["peak"] == 300 and base["x materialised"] == 1.0
+    assert base["peak"] == 300 and base["x materialized"] == 1.0
     assert row["seconds"] == [3.0, 5.0, 3.0] and (row["median"], row["min"], row["max"]) == (3.0, 3.0, 5.0)
-    assert row["x materialised"] == 1.5
+    assert row["x materialized"] == 1.5
 
 
 def test_what_cannot_run_keeps_its_row(of_run, tmp_path):

@@ -19,7 +19,7 @@ import pytest
 from abkd_megatron.errors import HostError
 
 ROOT = Path(__file__).resolve().parents[2]
-USER = ROOT / "abkd_megatron" / "integrations" / "bridge.py"
+USER = ROOT / "abkd_megatron" / "hosts" / "bridge.py"
 
 
 @dataclass(frozen=True)
@@ -199,4 +199,4 @@ def test_without_bridge_that_is_said() -> None:
     if importlib.util.find_spec("megatron.bridge") is not None:
         pytest.skip("Megatron Bridge is installed")
     with pytest.raises(HostError, match=r"expected Megatron Bridge 0.6 .* got: No module named 'megatron.bridge'"):
-        importlib.import_module("abkd_megatron.integrations.bridge")
+        importlib.import_module("abkd_megatron.hosts.bridge")

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from abkd_megatron.distillation.checksums import check_contents
-from abkd_megatron.distillation.safe_reading import read_index
 from abkd_megatron.errors import CheckpointError
+from abkd_megatron.teacher.checksums import check_contents
+from abkd_megatron.teacher.safe_load import read_index
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from abkd_megatron.config_file import load_config
-from abkd_megatron.distillation import TeacherCheckpoint
-from abkd_megatron.dry_run import megatron_arguments
+from abkd_megatron.config.load import load_config
+from abkd_megatron.config.megatron_args import megatron_options
 from abkd_megatron.errors import CheckpointError
-from abkd_megatron.integrations.megatron_args import megatron_options
-from abkd_megatron.integrations.teacher_arguments import check_teacher
+from abkd_megatron.teacher.args import check_teacher
+from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
+from abkd_megatron.tools.dry_run import megatron_arguments
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from abkd_megatron import cpu
+from abkd_megatron import cpu_backend
 from abkd_megatron.__main__ import JOBS, main, make_parser, parse
-from abkd_megatron.completion import script
-from abkd_megatron.config import DistillationConfig
+from abkd_megatron.config.schema import DistillationConfig
 from abkd_megatron.errors import HostError
+from abkd_megatron.tools.completion import script
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = [(name, line) for name, job in JOBS.items() for line in job.examples]
@@ -43,12 +43,12 @@ def words_of(line: str) -> list[str]:
 def test_the_stand_in_refuses_to_start_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(HostError, match=r"this machine has a GPU.*device: cuda"):
-        cpu.install()
+        cpu_backend.install()
     assert not torch.cuda.is_initialized()
 
 
 @pytest.mark.parametrize(
-    ("job", "message"), [("distil", "did you mean 'distill'?"), ("finetune", "known: env, prepare")]
+    ("job", "message"), [("distill", "did you mean 'distill'?"), ("finetune", "known: env, prepare")]
 )
 def test_an_unknown_job_is_told(job: str, message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -242,7 +242,7 @@ def test_env_runs_beside_an_unrelated_apex(foreign_apex: str) -> None:
 
 def test_a_terminal_gets_a_table() -> None:
     code = """
-from abkd_megatron.tables import show
+from abkd_megatron.tools.tables import show
 show(("what", "found", "verdict"), [("data", "[0.3, a]", "ok"), ("ranks", "64", "refused")], {"ok": "green"})
 """
     outside, inside = pty.openpty()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from abkd_megatron import compare
-from abkd_megatron.config_file import load_config
+from abkd_megatron.config.load import load_config
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.tools import compare
 
 YAML = """\
 device: cpu
@@ -62,7 +62,7 @@ def test_every_loss_at_every_seed_with_a_configuration_of_its_own(load, tmp_path
 
 
 def test_the_shown_configuration_is_the_same(load, tmp_path):
-    from abkd_megatron.config_file import render
+    from abkd_megatron.config.load import render
 
     config = load([])
     path = tmp_path / "shown.yaml"
@@ -121,7 +121,7 @@ def result(loss: str, seed: int, ce: float) -> dict:
 def test_spread_within_seeds_leaves_out_what_they_have_in_common():
     found = {"A": (4.0, 5.0, 6.0), "B": (4.1, 5.3, 6.2), "C": (4.2, 5.1, 6.1)}
     results = [result(loss, seed, ce) for loss, values in found.items() for seed, ce in enumerate(values)]
-    summary = compare.summarise(results, list(found))
+    summary = compare.summarize(results, list(found))
     of = {loss: summary[loss]["cross entropy"] for loss in found}
     assert of["B"]["mean"] == pytest.approx(5.2)
     assert of["B"]["std"] == pytest.approx(statistics.stdev(found["B"]))
@@ -135,7 +135,7 @@ def test_spread_within_seeds_leaves_out_what_they_have_in_common():
 
 def test_an_unfinished_comparison_is_told_as_such():
     results = [result("A", 0, 4.0), result("A", 1, 5.0), result("B", 0, 4.5)]
-    summary = compare.summarise(results, ["A", "B", "C"])
+    summary = compare.summarize(results, ["A", "B", "C"])
     assert summary["A"]["cross entropy"]["std within seeds"] is None and "C" not in summary
     text = compare.table(summary)
     assert "| A | 4.500 ± 0.707 |" in text and "| B | 4.500 |" in text
@@ -159,7 +159,7 @@ def test_the_picture_is_drawn_of_whatever_is_done(tmp_path):
         one["validation"] = {str(step): dict.fromkeys(names, 0.5) for step in (10, 20)}
     compare.draw(results, ["A", "B", "C"], tmp_path / "picture.png")
     assert Path(tmp_path / "picture.png").stat().st_size > 10_000
-    json.dumps(compare.summarise(results, ["A", "B"]))
+    json.dumps(compare.summarize(results, ["A", "B"]))
 
 
 @pytest.mark.parametrize("content", [None, "mine", "[1]", '{"runs": []}'])

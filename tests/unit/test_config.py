@@ -10,17 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abkd_megatron.config import (
-    Config,
-    DataConfig,
-    DistillationConfig,
-    TeacherConfig,
-)
-from abkd_megatron.config_file import load_config, render, to_argv
+from abkd_megatron.config.load import load_config, render, to_argv
+from abkd_megatron.config.schema import Config, DataConfig, DistillationConfig, TeacherConfig
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.hidden_loss import HiddenLoss
-from abkd_megatron.schedule import COUNTS, Schedule
-from abkd_megatron.selection import TokenSelection
+from abkd_megatron.losses.hidden import HiddenLoss
+from abkd_megatron.losses.schedule import COUNTS, Schedule
+from abkd_megatron.losses.selection import TokenSelection
 
 
 def custom(text):
@@ -357,7 +352,7 @@ def ramp(first, last, end=10, by="iteration"):
             {"beta": ramp(1, 2), "divergence": "todi"},
             "distillation.beta: expected no value beside divergence: todi, .* got {schedule",
         ),
-        ({"kd_weight": ramp(1, 0), "head": "fused"}, "expected auto or materialised with kd_weight 0"),
+        ({"kd_weight": ramp(1, 0), "head": "fused"}, "expected auto or materialized with kd_weight 0"),
         ({"kd_weight": ramp(1, 0), "lm_weight": 0}, "got 0 for both at iteration 10"),
         ({"kd_weight": ramp(1, 0), "lm_weight": ramp(1, 0, 20)}, "got 0 for both at iteration 20"),
         (
@@ -450,7 +445,7 @@ def test_check_of_one_section(section, values, message):
         ("{losses: [{name: alpha_beta}]}", "distillation.losses: alpha_beta: missing a required argument: 'alpha'"),
         ("{losses: [{name: todi, skew: 0.1}]}", "distillation.losses: todi: got an unexpected .*'skew'"),
         ("{losses: [{weight: 1}]}", "distillation.losses: unknown divergence ''"),
-        ("{losses: [{name: todi, weight: 0}]}", "distillation.losses: Sum: expected a weight above 0, got 0.0"),
+        ("{losses: [{name: todi, weight: 0}]}", "distillation.losses: WeightedSum: expected a weight above 0, got 0.0"),
         ("{losses: [{name: todi, weight: .nan}]}", "expected weight to be a finite number, got '.nan'"),
         ("{losses: [{name: todi, scale: [1]}]}", "distillation.losses: expected a plain value of scale, got"),
         ("{divergence: preference, beta: 0.1}", "beside divergence: preference, which takes no parameters here"),
@@ -516,9 +511,9 @@ def test_check_names_the_origin(load):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("{head: fast}", r"unknown distillation.head 'fast'; known: auto, fused, materialised"),
+        ("{head: fast}", r"unknown distillation.head 'fast'; known: auto, fused, materialized"),
         ("{chunk_tokens: 0}", r"distillation.chunk_tokens: expected 1 or more, got 0"),
-        ("{head: fused, kd_weight: 0}", r"distillation.head: expected auto or materialised with kd_weight 0"),
+        ("{head: fused, kd_weight: 0}", r"distillation.head: expected auto or materialized with kd_weight 0"),
     ],
 )
 def test_check_refuses_heads_that_cannot_be(load, settings, message):
@@ -659,7 +654,7 @@ def test_render_round_trip(tmp_path_factory, name, paths, lr, alpha, layers, poi
 
 
 def test_importing_leaves_megatron_alone():
-    code = "import sys, abkd_megatron.config_file, abkd_megatron.data; print('megatron' in sys.modules)"
+    code = "import sys, abkd_megatron.config.load, abkd_megatron.data.prepare; print('megatron' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -38,18 +38,19 @@ class Call:
         return self.target
 
 
-PREFLIGHT = "distillation/preflight.py"
-FAULTS, ATTACH, HEAD = "distillation/faults.py", "distillation/attach.py", "distillation/head.py"
-SAFE_READING = "distillation/safe_reading.py"
-CHECKPOINT, TEACHER, RUNNER = "distillation/checkpoint.py", "distillation/teacher.py", "distillation/runner.py"
-HIDDEN = "distillation/hidden.py"
-ADD, JOB, STOCK, BRIDGE = (f"integrations/{name}.py" for name in ("add_teacher", "megatron_lm", "stock", "bridge"))
-MEGATRON_ARGS, UNSUPPORTED = "integrations/megatron_args.py", "integrations/unsupported.py"
-TEACHER_ARGS = "integrations/teacher_arguments.py"
-PROVENANCE, MODEL_CONFIG = "integrations/provenance.py", "integrations/model_config.py"
-STAGES = "distillation/stages.py"
-STUDENT = "integrations/student_checkpoint.py"
-DRY, PHANTOM = "dry_run.py", "phantom.py"
+PREFLIGHT = "preflight/live.py"
+FAULTS, ATTACH, HEAD = "student/loss_guard.py", "student/attach.py", "student/head.py"
+SAFE_READING = "teacher/safe_load.py"
+CHECKPOINT, TEACHER, RUNNER = "teacher/checkpoint.py", "teacher/build.py", "teacher/runner.py"
+HIDDEN = "student/hidden.py"
+ADD, JOB, SCRIPT, BRIDGE = (f"hosts/{name}.py" for name in ("add_teacher", "megatron_lm", "script", "bridge"))
+MEGATRON_ARGS, UNSUPPORTED = "config/megatron_args.py", "config/unsupported.py"
+TEACHER_ARGS = "teacher/args.py"
+PROVENANCE, MODEL_CONFIG = "hosts/run_record.py", "config/model_config.py"
+STAGES = "config/stages.py"
+STUDENT = "hosts/student_checkpoint.py"
+CPU = "cpu_backend.py"
+DRY, META_RUN = "tools/dry_run.py", "tools/meta_run.py"
 GPT = "megatron.core.models.gpt:GPTModel"
 LINEAR = "megatron.core.tensor_parallel:ColumnParallelLinear"
 CHECKPOINTS = "megatron.core.dist_checkpointing"
@@ -178,7 +179,7 @@ CALLS = [
     Call(f"{CHECKPOINTS}.strategies.filesystem_async:get_write_results_queue", JOB),
     Call("megatron.training.arguments:add_megatron_arguments", MEGATRON_ARGS, ("parser",)),
     Call("megatron.training.arguments:parse_args", TEACHER_ARGS),
-    Call("megatron.training.arguments:parse_and_validate_args", STOCK, (), ("extra_args_provider", "args_defaults")),
+    Call("megatron.training.arguments:parse_and_validate_args", SCRIPT, (), ("extra_args_provider", "args_defaults")),
     Call("megatron.training.arguments:validate_args", TEACHER_ARGS, ("args",)),
     Call("megatron.training.argument_utils:gpt_config_from_args", MODEL_CONFIG, ("args",)),
     Call("megatron.training.argument_utils:pretrain_cfg_container_from_args", JOB, ("args", "model_cfg")),
@@ -219,17 +220,17 @@ CALLS = [
     # A rank without data.
     Call(
         "megatron.training:training.train_step",
-        PHANTOM,
+        META_RUN,
         (
             *("forward_step_func", "data_iterator", "model", "optimizer", "opt_param_scheduler", "config"),
             "forward_backward_func",
         ),
     ),
-    Call("megatron.training:training.get_num_microbatches", PHANTOM),
-    Call(f"{CHECKPOINTS}.dict_utils:dict_list_map_outplace", PHANTOM, ("f", "x")),
+    Call("megatron.training:training.get_num_microbatches", META_RUN),
+    Call(f"{CHECKPOINTS}.dict_utils:dict_list_map_outplace", META_RUN, ("f", "x")),
     Call(
         "megatron.core.models.gpt.gpt_layer_specs:get_gpt_layer_local_spec",
-        PHANTOM,
+        META_RUN,
         (),
         ("qk_layernorm", "normalization"),
     ),
@@ -278,22 +279,26 @@ CALLS = [
             *("context_parallel_size", "data_parallel_size", "sequence_parallel_size"),
         ),
     ),
-    Call("megatron.core.tokenizers.utils.build_tokenizer:build_tokenizer", "data.py", ("args",)),
-    Call(f"{INDEXED}DType.dtype_from_code", "indexed.py", ("value",)),
-    Call("megatron.core.datasets.object_storage_utils:is_object_storage_path", "indexed.py", ("path",)),
-    Call("megatron.training.utils:get_blend_and_blend_per_split", "indexed.py", ("args",)),
-    Call(f"{INDEXED}DType.optimal_dtype", "data.py", ("cardinality",)),
-    Call(f"{INDEXED}IndexedDatasetBuilder", "data.py", ("bin_path",), ("dtype",)),
-    Call(f"{INDEXED}IndexedDatasetBuilder.add_item", "data.py", ("self", "tensor")),
-    Call(f"{INDEXED}IndexedDatasetBuilder.end_document", "data.py", ("self",)),
-    Call(f"{INDEXED}IndexedDatasetBuilder.finalize", "data.py", ("self", "idx_path")),
+    Call("megatron.core.tokenizers.utils.build_tokenizer:build_tokenizer", "data/prepare.py", ("args",)),
+    Call(f"{INDEXED}DType.dtype_from_code", "data/indexed.py", ("value",)),
+    Call("megatron.core.datasets.object_storage_utils:is_object_storage_path", "data/indexed.py", ("path",)),
+    Call("megatron.training.utils:get_blend_and_blend_per_split", "data/indexed.py", ("args",)),
+    Call(f"{INDEXED}DType.optimal_dtype", "data/prepare.py", ("cardinality",)),
+    Call(f"{INDEXED}IndexedDatasetBuilder", "data/prepare.py", ("bin_path",), ("dtype",)),
+    Call(f"{INDEXED}IndexedDatasetBuilder.add_item", "data/prepare.py", ("self", "tensor")),
+    Call(f"{INDEXED}IndexedDatasetBuilder.end_document", "data/prepare.py", ("self",)),
+    Call(f"{INDEXED}IndexedDatasetBuilder.finalize", "data/prepare.py", ("self", "idx_path")),
     # What the stand-in for a GPU puts something else in place of.
-    Call(f"{OPTIMIZER}.sharded_state_dict", "cpu.py", ("self", "model_sharded_state_dict", "is_loading")),
-    Call(f"{OPTIMIZER}.load_state_dict", "cpu.py", ("self", "state_dict")),
-    Call("megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__", "cpu.py", ("cls", "config", "hidden_size")),
-    Call("megatron.core.datasets.utils:compile_helpers", "cpu.py"),
-    Call("megatron.core.tensor_parallel.random:_lazy_call", "cpu.py", ("callable",)),
-    Call("megatron.core.tensor_parallel.random:_lazy_init", "cpu.py"),
+    Call(f"{OPTIMIZER}.sharded_state_dict", CPU, ("self", "model_sharded_state_dict", "is_loading")),
+    Call(f"{OPTIMIZER}.load_state_dict", CPU, ("self", "state_dict")),
+    Call(
+        "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
+        CPU,
+        ("cls", "config", "hidden_size"),
+    ),
+    Call("megatron.core.datasets.utils:compile_helpers", CPU),
+    Call("megatron.core.tensor_parallel.random:_lazy_call", CPU, ("callable",)),
+    Call("megatron.core.tensor_parallel.random:_lazy_init", CPU),
 ]
 
 # What we read or write of objects: fields of dataclasses, methods, and what their classes set on self.
@@ -372,7 +377,7 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
     (f"{CHECKPOINTS}.mapping:ShardedTensor", CHECKPOINT, ("key", "global_shape", "allow_shape_mismatch")),
     ("megatron.training.models.base:ModelConfig", BRIDGE, ("post_wrap_hooks",)),
     ("megatron.core.enums:ModelType", JOB, ("encoder_or_decoder",)),
-    (OPTIMIZER, "cpu.py", ("optimizer", "config", "init_state_fn")),
+    (OPTIMIZER, CPU, ("optimizer", "config", "init_state_fn")),
     ("megatron.core.utils", DRY, ("_te_version",)),
     (
         "megatron.core.tokenizers.text.libraries.megatron_hf_tokenizer:MegatronHFTokenizer",
@@ -381,9 +386,9 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
     ),
     ("megatron.core.models.common.embeddings.rope_utils", DRY, ("fused_apply_rotary_pos_emb",)),
     ("megatron.core.transformer.moe.moe_utils", DRY, ("fused_permute", "fused_unpermute")),
-    ("megatron.core.transformer:transformer_block", PHANTOM, ("LayerNormImpl",)),
-    ("megatron.core.transformer.spec_utils:ModuleSpec", PHANTOM, ("submodules",)),
-    ("megatron.training.models:GPTModelConfig", PHANTOM, ("transformer",)),
+    ("megatron.core.transformer:transformer_block", META_RUN, ("LayerNormImpl",)),
+    ("megatron.core.transformer.spec_utils:ModuleSpec", META_RUN, ("submodules",)),
+    ("megatron.training.models:GPTModelConfig", META_RUN, ("transformer",)),
     ("megatron.core.datasets.gpt_dataset:GPTDataset", JOB, ()),
     ("megatron.core.datasets.gpt_dataset:MockGPTDataset", JOB, ()),
 ]
@@ -431,7 +436,7 @@ def test_it_has_what_we_look_at(target: str, user: str, names: tuple[str, ...]) 
 
 
 def test_the_model_gives_the_head_what_it_takes() -> None:
-    from abkd_megatron.distillation.attach import Attachment
+    from abkd_megatron.student.attach import Attachment
 
     parameters = inspect.signature(Attachment._head).parameters.values()
     taken = {it.name for it in parameters if it.kind is it.KEYWORD_ONLY}
@@ -454,8 +459,9 @@ def test_megatron_has_the_arguments_we_read() -> None:
     """As options of its command line, or as what its own code derives from them."""
     from megatron.training import arguments, global_vars, training
 
-    from abkd_megatron.distillation.checkpoint import _ARCHITECTURE
-    from abkd_megatron.integrations import megatron_args, model_config, teacher_arguments, unsupported
+    from abkd_megatron.config import megatron_args, model_config, unsupported
+    from abkd_megatron.teacher import args
+    from abkd_megatron.teacher.checkpoint import _ARCHITECTURE
 
     derived = {
         node.attr
@@ -470,7 +476,7 @@ def test_megatron_has_the_arguments_we_read() -> None:
         for node in ast.walk(ast.parse((PACKAGE / user).read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("args", "student")
     }
-    read |= {(TEACHER_ARGS, name) for name in teacher_arguments._SHARED}
+    read |= {(TEACHER_ARGS, name) for name in args._SHARED}
     read |= {(UNSUPPORTED, name.partition("=")[0]) for name in unsupported.UNSUPPORTED_IN_JOBS}
     read |= {(UNSUPPORTED, name) for name in unsupported._BELONGS_TO}
     read |= {(MODEL_CONFIG, name) for name in model_config._LEFT_OUT}

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[2]
 
 CODE = """\
 import torch
-from abkd_megatron import cpu
-cpu.install()
+from abkd_megatron import cpu_backend
+cpu_backend.install()
 # Up to torch 2.11 an optimizer asks the first, later ones the second.
 assert torch.cuda.is_current_stream_capturing() is False
 assert torch.accelerator.current_stream().is_capturing() is False
@@ -28,9 +28,9 @@ import importlib.util
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *more: None if name.endswith("helpers_cpp") else found(name, *more)
 import megatron.core.datasets.utils as utils
-from abkd_megatron import cpu
+from abkd_megatron import cpu_backend
 compiles = utils.compile_helpers
-cpu.install()
+cpu_backend.install()
 assert utils.compile_helpers is compiles
 """
 

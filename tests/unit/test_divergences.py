@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from abkd_megatron import AlphaBeta, ToDi, kernels, vocab_parallel_divergence
-from abkd_megatron.divergences import (
+from abkd_megatron.errors import ConfigError
+from abkd_megatron.losses import (
     Divergence,
     JensenShannon,
     SkewForwardKL,
     SkewReverseKL,
-    Sum,
     TotalVariation,
+    WeightedSum,
     forward_kl,
     jeffreys,
     neyman_chi_square,
@@ -35,7 +36,6 @@ from abkd_megatron.divergences import (
     squared_hellinger,
     squared_l2,
 )
-from abkd_megatron.errors import ConfigError
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation
 
 VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
@@ -75,7 +75,7 @@ POINTS = [
     SkewReverseKL(0.3, detach_mixture=True),
     TotalVariation(),
     pearson_chi_square(),
-    Sum([(0.3, AlphaBeta(0.2, 0.7)), (2.0, SkewReverseKL(0.6)), (0.1, ToDi(detach=False))]),
+    WeightedSum([(0.3, AlphaBeta(0.2, 0.7)), (2.0, SkewReverseKL(0.6)), (0.1, ToDi(detach=False))]),
 ]
 # Those whose value and gradient stay bounded where a probability vanishes on either side.
 MIXTURES = [
@@ -164,11 +164,11 @@ def test_every_term_is_exact_at_every_log_ratio(alpha, beta):
         arguments = (log_q + log_ratio, log_q, log_ratio)
         divergence = AlphaBeta(alpha, beta)
         torch.testing.assert_close(divergence.value(*arguments).double(), expected[:, 0], rtol=tolerance, atol=0)
-        torch.testing.assert_close(divergence.slope(*arguments).double(), expected[:, 1], rtol=tolerance, atol=0)
+        torch.testing.assert_close(divergence.grad_log_q(*arguments).double(), expected[:, 1], rtol=tolerance, atol=0)
 
 
 def plain_mixed_term(of_p: str, of_q: str, share: str, log_q: float, log_ratio: float) -> tuple[float, float]:
-    """of_p (p log(p/M) - p + M) + of_q (q log(q/M) - q + M) and its slope in log q, in 60 digits."""
+    """of_p (p log(p/M) - p + M) + of_q (q log(q/M) - q + M) and its grad_log_q in log q, in 60 digits."""
     with localcontext(prec=60):
         of_p, of_q, share = Decimal(of_p), Decimal(of_q), Decimal(share)
         log_p, log_q = Decimal(log_q) + Decimal(log_ratio), Decimal(log_q)
@@ -201,7 +201,7 @@ def test_every_term_of_a_mixture_is_exact_at_every_log_ratio(divergence, of_p, o
         log_q = torch.full_like(log_ratio, -0.5)
         arguments = (log_q + log_ratio, log_q, log_ratio)
         torch.testing.assert_close(divergence.value(*arguments).double(), expected[:, 0], rtol=tolerance, atol=0)
-        torch.testing.assert_close(divergence.slope(*arguments).double(), expected[:, 1], rtol=tolerance, atol=0)
+        torch.testing.assert_close(divergence.grad_log_q(*arguments).double(), expected[:, 1], rtol=tolerance, atol=0)
 
 
 def test_mixtures_tend_to_both_kls():
@@ -209,8 +209,8 @@ def test_mixtures_tend_to_both_kls():
     forward, reverse = (reference(student, teacher, kl) for kl in (forward_kl(), reverse_kl()))
     assert_close(fast(student, teacher, SkewForwardKL(1e-9)), forward, 1e-6, 1e-6)
     assert_close(fast(student, teacher, SkewReverseKL(1e-9)), reverse, 1e-6, 1e-6)
-    assert_close(fast(student, teacher, Sum([(1e9, JensenShannon(1e-9))])), forward, 1e-6, 1e-6)
-    assert_close(fast(student, teacher, Sum([(1e9, JensenShannon(1 - 1e-9))])), reverse, 1e-6, 1e-6)
+    assert_close(fast(student, teacher, WeightedSum([(1e9, JensenShannon(1e-9))])), forward, 1e-6, 1e-6)
+    assert_close(fast(student, teacher, WeightedSum([(1e9, JensenShannon(1 - 1e-9))])), reverse, 1e-6, 1e-6)
 
 
 def test_named_points_are_the_usual_definitions():
@@ -231,19 +231,19 @@ def test_named_points_are_the_usual_definitions():
 
 def test_a_sum_is_its_terms_and_separates_as_they_do():
     student, teacher = random_logits(5, 40)
-    jeffreys_of_two = Sum([(1, forward_kl()), (1, reverse_kl())])
+    jeffreys_of_two = WeightedSum([(1, forward_kl()), (1, reverse_kl())])
     assert_close(fast(student, teacher, jeffreys_of_two), fast(student, teacher, jeffreys()), 1e-12, 1e-12)
-    assert jeffreys_of_two.num_sums == 6
-    assert Sum([(0.5, jeffreys_of_two), (2.0, squared_l2())]).num_sums == 9
-    assert Sum([(1.0, forward_kl()), (1.0, JensenShannon())]).num_sums == 0
-    assert Sum([[1, forward_kl()]]) == Sum(((1.0, forward_kl()),))
+    assert jeffreys_of_two.num_partial_sums == 6
+    assert WeightedSum([(0.5, jeffreys_of_two), (2.0, squared_l2())]).num_partial_sums == 9
+    assert WeightedSum([(1.0, forward_kl()), (1.0, JensenShannon())]).num_partial_sums == 0
+    assert WeightedSum([[1, forward_kl()]]) == WeightedSum(((1.0, forward_kl()),))
 
 
 def test_equal_probabilities_have_no_slope_in_total_variation():
     log_q = torch.tensor([-1.0, -1.0, -1.0, -math.inf])
     log_p = torch.tensor([-1.0, -2.0, -0.5, -1.0])
-    slope = TotalVariation().slope(log_p, log_q, log_p - log_q)
-    torch.testing.assert_close(slope, torch.tensor([0.0, 0.5, -0.5, 0.0]) * math.exp(-1.0))
+    grad_log_q = TotalVariation().grad_log_q(log_p, log_q, log_p - log_q)
+    torch.testing.assert_close(grad_log_q, torch.tensor([0.0, 0.5, -0.5, 0.0]) * math.exp(-1.0))
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_limits_are_continuous(near, limit):
     student, teacher = random_logits(16, 50)
     expected = reference(student, teacher, AlphaBeta(*limit))
     assert_close(fast(student, teacher, AlphaBeta(*limit)), expected, 1e-12, 1e-12)
-    # The true slope in the parameter times 1e-9 is what may remain; a jump would be of order 1.
+    # The true grad_log_q in the parameter times 1e-9 is what may remain; a jump would be of order 1.
     assert_close(fast(student, teacher, AlphaBeta(*near)), expected, 3e-8, 3e-8)
     assert_close(fast(student.float(), teacher.float(), AlphaBeta(*near)), expected, 1e-5, 1e-5)
 
@@ -392,9 +392,9 @@ def test_todi_is_infinite_only_where_it_must_be(scale, detach):
     todi = ToDi(scale, detach)
     assert todi.value(zero, half, zero - half).item() == math.inf  # the reverse KL term
     assert todi.value(half, zero, half - zero).item() == math.inf  # the forward one
-    # A student that excludes a token: its slope there is -w p, or -p at w = 1.
+    # A student that excludes a token: its grad_log_q there is -w p, or -p at w = 1.
     expected = -0.5 * (0.5 if scale == 0 else 1.0)
-    assert todi.slope(half, zero, half - zero).item() == pytest.approx(expected, rel=1e-15)
+    assert todi.grad_log_q(half, zero, half - zero).item() == pytest.approx(expected, rel=1e-15)
     far = torch.tensor([-800.0]).double()  # exp underflows to 0, its logarithm is still finite
     assert todi.value(far, half, far - half).item() == pytest.approx(
         (0.5 if scale == 0 else 1.0) * 0.5 * (800 + half.item())
@@ -405,8 +405,8 @@ def test_todi_at_a_large_scale_in_fp32():
     log_ratio = torch.linspace(-4e-3, 4e-3, 401)
     log_q = torch.full_like(log_ratio, -1.0)
     todi = ToDi(1e4, detach=False)
-    expected = todi.slope(log_q.double() + log_ratio.double(), log_q.double(), log_ratio.double())
-    actual = todi.slope(log_q + log_ratio, log_q, log_ratio)
+    expected = todi.grad_log_q(log_q.double() + log_ratio.double(), log_q.double(), log_ratio.double())
+    actual = todi.grad_log_q(log_q + log_ratio, log_q, log_ratio)
     torch.testing.assert_close(actual.double(), expected, rtol=5e-6, atol=5e-7)
 
 
@@ -531,8 +531,8 @@ class FrozenWeights(Divergence):
     def value(self, log_p, log_q, log_ratio):
         return (self.w * log_p.exp() - (1 - self.w) * log_q.exp()) * log_ratio
 
-    def slope(self, log_p, log_q, log_ratio):
-        return self.at.slope(log_p, log_q, log_ratio)
+    def grad_log_q(self, log_p, log_q, log_ratio):
+        return self.at.grad_log_q(log_p, log_q, log_ratio)
 
 
 @pytest.mark.parametrize("divergence", [it for it in POINTS if not getattr(it, "detach_mixture", False)], ids=str)
@@ -671,7 +671,7 @@ def test_other_parameters_are_refused():
         ([(1.0, "todi")], "expected a Divergence, got 'todi'"),
     ):
         with pytest.raises(ConfigError, match=message):
-            Sum(terms)
+            WeightedSum(terms)
 
 
 def test_input_that_cannot_be_right_is_refused():

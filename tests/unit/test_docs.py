@@ -11,10 +11,9 @@ from statistics import mean
 import pytest
 from pages import DOCS, PAGES, ROOT
 
-from abkd_megatron.compare import summarise, table
-from abkd_megatron.config import CompareConfig, DataConfig, DistillationConfig, TeacherConfig
-from abkd_megatron.divergences.registry import DIVERGENCES, parameters
-from abkd_megatron.logit_losses.registry import LOGIT_LOSSES
+from abkd_megatron.config.schema import CompareConfig, DataConfig, DistillationConfig, TeacherConfig
+from abkd_megatron.losses.registry import DIVERGENCES, LOGIT_LOSSES, parameters
+from abkd_megatron.tools.compare import summarize, table
 
 RESULTS = json.loads((DOCS / "comparison.json").read_text())
 
@@ -28,7 +27,7 @@ def between(page: Path, mark: str) -> list[list[str]]:
 
 
 def test_the_comparison_shows_its_results() -> None:
-    summary = summarise(RESULTS["runs"], list(RESULTS["summary"])[:-1])
+    summary = summarize(RESULTS["runs"], list(RESULTS["summary"])[:-1])
     assert summary == RESULTS["summary"]
     assert table(summary) in (DOCS / "comparison.md").read_text()
     seeds = {run["seed"] for run in RESULTS["runs"]}

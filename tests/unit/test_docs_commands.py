@@ -19,11 +19,11 @@ pytest.importorskip("megatron.training")
 from megatron.training.arguments import add_megatron_arguments
 from torch.distributed.run import get_args_parser
 
-from abkd_megatron import cpu
+from abkd_megatron import cpu_backend
 from abkd_megatron.__main__ import JOBS, parse
-from abkd_megatron.config_file import load_config
-from abkd_megatron.integrations.megatron_args import megatron_options
-from abkd_megatron.integrations.stock import add_kd_arguments
+from abkd_megatron.config.load import load_config
+from abkd_megatron.config.megatron_args import megatron_options
+from abkd_megatron.hosts.script import add_kd_arguments
 
 OPTIONS = megatron_options()
 PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9_]+$")
@@ -52,7 +52,7 @@ def commands() -> list[tuple[str, str]]:
 
 
 def defaults(device: str) -> Mapping[str, Any]:
-    return cpu.MEGATRON_DEFAULTS if device == "cpu" else {}
+    return cpu_backend.MEGATRON_DEFAULTS if device == "cpu" else {}
 
 
 def check_job(words: list[str]) -> None:
@@ -104,7 +104,7 @@ def test_a_command_is_taken(page: str, line: str) -> None:
         if given.module and given.training_script == "abkd_megatron":
             check_job(given.training_script_args)
         elif given.module:
-            assert given.training_script == "abkd_megatron.cpu"
+            assert given.training_script == "abkd_megatron.cpu_backend"
             check_script(given.training_script_args)
         else:
             check_script([given.training_script, *given.training_script_args])

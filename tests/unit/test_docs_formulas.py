@@ -6,9 +6,9 @@ import pytest
 import torch
 from pages import DOCS
 
-from abkd_megatron import divergences, vocab_parallel_divergence
-from abkd_megatron.config import DistillationConfig
-from abkd_megatron.divergences import AlphaBeta, Divergence, Sum, ToDi, reference_divergence, registry
+from abkd_megatron import losses, vocab_parallel_divergence
+from abkd_megatron.config.schema import DistillationConfig
+from abkd_megatron.losses import AlphaBeta, Divergence, ToDi, WeightedSum, reference_divergence, registry
 
 MATHS = (DOCS / "maths.md").read_text()
 NUMBERS = {"a": 0.7, "b": 0.4, "c": 1.7, "m": 0.3, "s": 0.2}
@@ -23,7 +23,7 @@ ROWS = re.findall(r"^\| `(\w+\(.*?\))` \| `(.+?)` \| `(.+?)` \|$", MATHS, re.MUL
 
 
 def made(expression: str) -> Divergence:
-    return eval(expression, {**vars(divergences), **NUMBERS})
+    return eval(expression, {**vars(losses), **NUMBERS})
 
 
 def distributions() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -32,14 +32,14 @@ def distributions() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Ten
     return student.requires_grad_(), teacher, teacher.softmax(-1), student.detach().softmax(-1)
 
 
-@pytest.mark.parametrize(("divergence", "value", "slope"), ROWS, ids=[row[0] for row in ROWS])
-def test_the_formulas_are_the_references(divergence: str, value: str, slope: str) -> None:
+@pytest.mark.parametrize(("divergence", "value", "grad_log_q"), ROWS, ids=[row[0] for row in ROWS])
+def test_the_formulas_are_the_references(divergence: str, value: str, grad_log_q: str) -> None:
     student, teacher, p, q = distributions()
     names = {**FUNCTIONS, **NUMBERS, "p": p, "q": q}
     wanted = reference_divergence(made(divergence), student, teacher)
     torch.testing.assert_close(eval(value, names), wanted, rtol=1e-10, atol=1e-12)
     (gradient,) = torch.autograd.grad(wanted.sum(), student)
-    h = eval(slope, names)
+    h = eval(grad_log_q, names)
     torch.testing.assert_close(h - q * h.sum(-1, keepdim=True), gradient, rtol=1e-10, atol=1e-12)
 
 
@@ -49,7 +49,7 @@ def test_every_family_is_there() -> None:
     assert len(shown) == len(set(shown))
     assert {"AlphaBeta(a, 0)", "AlphaBeta(0, b)", "AlphaBeta(a, -a)", "AlphaBeta(0, 0)"} <= set(shown)
     there = [made(divergence) for divergence in shown]
-    kinds = {type(divergence) for divergence in there} - {Sum}
+    kinds = {type(divergence) for divergence in there} - {WeightedSum}
     for name in registry.DIVERGENCES:
         divergence = DistillationConfig(divergence=name).make_divergence()
         assert type(divergence) in kinds or divergence in there, name

@@ -10,8 +10,7 @@ import torch
 from pages import DOCS
 
 from abkd_megatron import vocab_parallel_divergence
-from abkd_megatron.divergences import forward_kl, reverse_kl
-from abkd_megatron.logit_losses import ClippedKL
+from abkd_megatron.losses import ClippedKL, forward_kl, reverse_kl
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_logit_loss
 
 MIGRATION = (DOCS / "migration.md").read_text()

@@ -9,10 +9,10 @@ import torch
 from megatron.core.tokenizers.text.libraries import megatron_hf_tokenizer
 from megatron.training import global_vars
 
-from abkd_megatron.config_file import load_config
-from abkd_megatron.dry_run import megatron_arguments, smallest_world_size
+from abkd_megatron.config.load import load_config
+from abkd_megatron.config.megatron_args import megatron_options
 from abkd_megatron.errors import ConfigError, DataError
-from abkd_megatron.integrations.megatron_args import megatron_options
+from abkd_megatron.tools.dry_run import megatron_arguments, smallest_world_size
 
 SETTINGS = {
     "tensor-model-parallel-size": 4,

@@ -12,9 +12,9 @@ pytest.importorskip("megatron.training")
 
 import torch
 
-from abkd_megatron import estimate_view, phantom
-from abkd_megatron.estimate import Alternative, Estimate, RankEstimate, flops, kinds_of_ranks, layouts, parameters
-from abkd_megatron.phantom import Account, Ledger
+from abkd_megatron.tools import estimate_view, meta_run
+from abkd_megatron.tools.estimate import Alternative, Estimate, RankEstimate, flops, kinds_of_ranks, layouts, parameters
+from abkd_megatron.tools.meta_run import Account, MemoryTracker
 
 # https://huggingface.co/meta-llama/Llama-3.1-8B/blob/main/config.json, and that of 70B.
 SIZES = {
@@ -141,29 +141,29 @@ def test_layouts_are_those_that_the_sizes_allow() -> None:
 
 
 def test_a_ledger_follows_storages_by_part() -> None:
-    with Ledger() as ledger:
-        with ledger.belongs_to(phantom.HEADS):
+    with MemoryTracker() as ledger:
+        with ledger.belongs_to(meta_run.HEADS):
             kept = torch.zeros(1024)
         view = kept[:10]
-        assert kept.device.type == "meta" and ledger.held == {phantom.HEADS: 4096}
+        assert kept.device.type == "meta" and ledger.held == {meta_run.HEADS: 4096}
         temporary = torch.ones(4096, requires_grad=True) * 2
         assert ledger.total == 4096 + 2 * 16384
         grown = ledger.total
         del temporary
         assert ledger.total == 4096  # the graph went with it
         assert sum(ledger.peak.values()) == grown
-        ledger.assign([view], phantom.TEACHER)
-        assert {part: size for part, size in ledger.held.items() if size} == {phantom.TEACHER: 4096}
+        ledger.assign([view], meta_run.TEACHER)
+        assert {part: size for part, size in ledger.held.items() if size} == {meta_run.TEACHER: 4096}
         ledger.restart()
         assert sum(ledger.peak.values()) == 4096
         assert torch.ones(()).item() == 1.0
         weight = torch.ones(256, requires_grad=True)
         (weight * 3).sum().backward()
-        assert ledger.peak[phantom.BACKWARD] >= 1024
+        assert ledger.peak[meta_run.BACKWARD] >= 1024
 
 
 def test_a_selection_by_position_and_its_complement_are_of_the_size_they_have() -> None:
-    with Ledger(one_in=4):
+    with MemoryTracker(one_in=4):
         selected = torch.zeros(10, dtype=torch.bool)
         assert selected.nonzero().shape == (2, 1)
         assert (~selected).nonzero().shape == (8, 1)
@@ -172,9 +172,9 @@ def test_a_selection_by_position_and_its_complement_are_of_the_size_they_have() 
 def an_estimate() -> Estimate:
     gib = 2**30
     first = Account(
-        {phantom.PARAMETERS: 2 * gib, phantom.ACTIVATIONS: 30 * gib}, {phantom.PARAMETERS: 2 * gib}, 1, 2, 0
+        {meta_run.PARAMETERS: 2 * gib, meta_run.ACTIVATIONS: 30 * gib}, {meta_run.PARAMETERS: 2 * gib}, 1, 2, 0
     )
-    last = Account({phantom.PARAMETERS: 2 * gib, phantom.HEADS: 5 * gib}, {phantom.PARAMETERS: 2 * gib}, 1, 2, 0)
+    last = Account({meta_run.PARAMETERS: 2 * gib, meta_run.HEADS: 5 * gib}, {meta_run.PARAMETERS: 2 * gib}, 1, 2, 0)
     return Estimate(
         device="cuda",
         world_size=64,

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_config import OPTIONS
 
-from abkd_megatron.config import CompareConfig, Config, DataConfig, DistillationConfig
-from abkd_megatron.config_file import load_config, render
+from abkd_megatron.config.load import load_config, render
+from abkd_megatron.config.schema import CompareConfig, Config, DataConfig, DistillationConfig
 from abkd_megatron.errors import AbkdError, ConfigError
 
 EXAMPLE = (Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml").read_text()

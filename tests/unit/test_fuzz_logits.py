@@ -14,10 +14,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from abkd_megatron import AlphaBeta, ToDi, kernels, vocab_parallel_divergence
-from abkd_megatron.divergences import Divergence, Sum, TotalVariation, reference_divergence
-from abkd_megatron.divergences.registry import DIVERGENCES
-from abkd_megatron.logit_losses import LogitCosine, LogitLoss, LogitMSE, LogitPearson, Pearson, reference_logit_loss
-from abkd_megatron.logit_losses.registry import LOGIT_LOSSES
+from abkd_megatron.losses import (
+    Divergence,
+    LogitCosine,
+    LogitLoss,
+    LogitMSE,
+    LogitPearson,
+    Pearson,
+    TotalVariation,
+    WeightedSum,
+    reference_divergence,
+    reference_logit_loss,
+)
+from abkd_megatron.losses.registry import DIVERGENCES, LOGIT_LOSSES
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_logit_loss
 
 COLUMNS = 12
@@ -68,7 +77,7 @@ def compare(
     got: tuple[Tensor, Tensor], twin: tuple[Tensor, Tensor], student: Tensor, teacher: Tensor, slack: float = 1.0
 ) -> None:
     """Value and gradient of each row, against the twin's."""
-    (value, gradient), (wanted, slope) = got, twin
+    (value, gradient), (wanted, grad_log_q) = got, twin
     eps = slack * torch.finfo(value.dtype).eps
     size = size_of(student, teacher)
     infinite, huge = wanted.isinf(), wanted.isfinite() & (wanted.abs() >= LARGEST)
@@ -79,9 +88,9 @@ def compare(
     tolerance = slack * (1e-9 if value.dtype == torch.float64 else 1e-5)
     allowed = tolerance * wanted.abs() + 32 * eps * size
     assert ((value.double() - wanted).abs() <= allowed)[there].all()
-    known = there & slope.isfinite().all(dim=-1)  # autograd's of the twin: 0 * inf where a model excludes a column
-    allowed = tolerance * slope.abs().amax(dim=-1) + 32 * eps * size
-    assert ((gradient.double() - slope).abs().amax(dim=-1) <= allowed)[known].all()
+    known = there & grad_log_q.isfinite().all(dim=-1)  # autograd's of the twin: 0 * inf where a model excludes a column
+    allowed = tolerance * grad_log_q.abs().amax(dim=-1) + 32 * eps * size
+    assert ((gradient.double() - grad_log_q).abs().amax(dim=-1) <= allowed)[known].all()
     assert known.sum() > len(known) / 4
 
 
@@ -138,7 +147,7 @@ def test_divergences(name, kernel, seed):
     there = twin[0].isfinite() & (twin[0].abs() < LARGEST)
     for dtype in (torch.float32, torch.float64) if kernel == "eager" else (torch.float32,):
         got = of_divergence(divergence, student.to(dtype), teacher.to(dtype))
-        if isinstance(divergence, TotalVariation):  # |p - q| has no slope where the two differ by rounding alone
+        if isinstance(divergence, TotalVariation):  # |p - q| has no grad_log_q where the two differ by rounding alone
             same = (student.double().softmax(-1) - teacher.double().softmax(-1)).abs().amax(-1) < 1e-12
             got[1][same], twin[1][same] = 0.0, 0.0
         compare(got, twin, student, teacher)
@@ -150,18 +159,20 @@ def test_divergences(name, kernel, seed):
             continue
         rounded = student.to(dtype), teacher.to(dtype)
         value, gradient = of_divergence(divergence, *rounded)
-        wanted, slope = twin_of_divergence(divergence, *(logits.float() for logits in rounded))
-        there = wanted.isfinite() & (wanted < 1e4) & (slope.abs().amax(dim=-1) < 1e4)
+        wanted, grad_log_q = twin_of_divergence(divergence, *(logits.float() for logits in rounded))
+        there = wanted.isfinite() & (wanted < 1e4) & (grad_log_q.abs().amax(dim=-1) < 1e4)
         assert value[there].isfinite().all() and gradient[there].isfinite().all()
         # Computed in fp32 from these very logits; the gradient is rounded to their dtype at the end.
         rounding = 32 * torch.finfo(torch.float32).eps * size_of(*rounded).double()
         assert ((value.double() - wanted).abs() <= 1e-5 * wanted.abs() + rounding)[there].all()
-        largest = slope.abs().amax(dim=-1, keepdim=True)
-        allowed = torch.finfo(dtype).eps * slope.abs() + 1e-5 * largest + rounding[:, None] + torch.finfo(dtype).tiny
+        largest = grad_log_q.abs().amax(dim=-1, keepdim=True)
+        allowed = (
+            torch.finfo(dtype).eps * grad_log_q.abs() + 1e-5 * largest + rounding[:, None] + torch.finfo(dtype).tiny
+        )
         if isinstance(divergence, TotalVariation):  # as above
             q, p = (logits.double().softmax(-1) for logits in rounded)
             there &= (q - p).abs().amax(-1) > 1e-12
-        assert ((gradient.double() - slope).abs() <= allowed)[there].all()
+        assert ((gradient.double() - grad_log_q).abs() <= allowed)[there].all()
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -234,5 +245,5 @@ def test_a_sum_of_finite_and_infinite_terms_is_infinite():
     logits = torch.zeros(1, COLUMNS)
     less = logits.clone()
     less[:, 2] = -math.inf
-    both = Sum([(1.0, AlphaBeta(0.5, 0.5)), (1.0, AlphaBeta(0, 1))])
+    both = WeightedSum([(1.0, AlphaBeta(0.5, 0.5)), (1.0, AlphaBeta(0, 1))])
     assert of_divergence(both, logits, less)[0].item() == math.inf

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abkd_megatron.data import _read
+from abkd_megatron.data.prepare import _read
 from abkd_megatron.errors import DataError
 
 few = settings(max_examples=100, deadline=None, derandomize=True)

@@ -114,8 +114,8 @@ def test_the_stages_are_all_that_is_asked_for():
 
 def test_the_settings_of_every_stage_are_megatrons():
     pytest.importorskip("megatron.training")
-    from abkd_megatron.config_file import load_config
-    from abkd_megatron.integrations.megatron_args import megatron_options
+    from abkd_megatron.config.load import load_config
+    from abkd_megatron.config.megatron_args import megatron_options
 
     options = megatron_options()
     place = gpu_stages.Place("cuda", "full", ROOT)
@@ -348,7 +348,7 @@ def test_what_a_log_says():
     assert nan.startswith("grad norm is not finite")
     assert len(gpu_stages.problems_of_steps(steps, 3)) == 5
     assert gpu_stages.problems_of_head(LOG) == []
-    for log in (LOG + "abkd_megatron: LM head materialised: 64 x 512 logits (has hooks)", ""):
+    for log in (LOG + "abkd_megatron: LM head materialized: 64 x 512 logits (has hooks)", ""):
         assert len(gpu_stages.problems_of_head(log)) == 1
 
 

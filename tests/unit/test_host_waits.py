@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.testing._internal.distributed import fake_pg
 
 from abkd_megatron import AlphaBeta, ToDi, vocab_parallel_divergence
-from abkd_megatron.divergences import JensenShannon
-from abkd_megatron.logit_losses import (
+from abkd_megatron.losses import (
     AdaptiveKL,
     ClippedKL,
+    JensenShannon,
     LogitCosine,
     LogitMSE,
     LogitPearson,
@@ -23,7 +23,7 @@ from abkd_megatron.logit_losses import (
     Ranking,
     Sinkhorn,
 )
-from abkd_megatron.selection import TokenSelection, positions_here
+from abkd_megatron.losses.selection import TokenSelection, positions_here
 from abkd_megatron.vocab_parallel import (
     VocabShard,
     vocab_parallel_distillation,
@@ -40,7 +40,7 @@ LOGIT_LOSSES = [
     LogitPearson(),
     LogitCosine(),
     LogitMSE(),
-    LogitMSE(centred=True),
+    LogitMSE(centered=True),
     ClippedKL(top_k=10),
     ClippedKL(mass=0.8),
     Ranking(top_k=5),

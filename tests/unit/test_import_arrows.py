@@ -1,8 +1,4 @@
-"""The divergences and the vocabulary-parallel engine know torch alone.
-
-Proves: importing them, or the package's front door, imports no Megatron; and their sources name nothing but
-torch, the standard library and each other (divergences never the engine).
-"""
+"""Imports point down between all rooms, and the losses need torch only."""
 
 import ast
 import subprocess
@@ -14,24 +10,16 @@ import pytest
 import abkd_megatron
 
 PACKAGE = Path(abkd_megatron.__file__).parent
-# What every room may use.
-_COMMON = {"abkd_megatron.arguments", "abkd_megatron.errors", "abkd_megatron.tensors"}
-ALLOWED = {
-    "divergences": _COMMON | {"abkd_megatron.divergences"},
-    "logit_losses": _COMMON | {"abkd_megatron.divergences", "abkd_megatron.logit_losses"},
-    "kernels": _COMMON | {"abkd_megatron.divergences", "abkd_megatron.kernels"},
-    "vocab_parallel": _COMMON
-    | {
-        "abkd_megatron.divergences",
-        "abkd_megatron.kernels",
-        "abkd_megatron.logit_losses",
-        "abkd_megatron.vocab_parallel",
-    },
-}
+# From the lowest room to the highest; a module directly in the package is a room of its own.
+ROOMS = (
+    *("errors", "validation", "tensors", "losses", "kernels", "vocab_parallel"),
+    *("config", "cpu_backend", "data", "teacher", "student", "preflight", "hosts", "tools", "__main__"),
+)
+TORCH_ONLY = ("errors", "validation", "tensors", "losses", "kernels", "vocab_parallel")
 
 
 @pytest.mark.parametrize(
-    "statement", ["import abkd_megatron.divergences", "import abkd_megatron, abkd_megatron.vocab_parallel"]
+    "statement", ["import abkd_megatron.losses", "import abkd_megatron, abkd_megatron.vocab_parallel"]
 )
 def test_importing_does_not_import_megatron(statement):
     code = f"{statement}; import sys; print([m for m in sys.modules if m.partition('.')[0] == 'megatron'])"
@@ -52,20 +40,28 @@ def imported_modules(source: Path) -> set[str]:
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{source}: a relative import hides where the arrow points"
-            modules.add(node.module)
+            assert node.level == 0, f"{source}: expected an absolute import"
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return modules
 
 
-@pytest.mark.parametrize("room", ALLOWED)
-def test_arrows_point_down(room):
-    sources = sorted((PACKAGE / room).rglob("*.py"))
-    assert sources
-    for source in sources:
+def sources(room: str) -> list[Path]:
+    return sorted((PACKAGE / room).rglob("*.py")) or [PACKAGE / f"{room}.py"]
+
+
+def test_every_module_is_in_a_room():
+    found = {path for room in ROOMS for path in sources(room)}
+    assert found | {PACKAGE / "__init__.py"} == set(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_down(room):
+    allowed = ROOMS[: ROOMS.index(room) + 1]
+    for source in sources(room):
         for module in imported_modules(source):
-            top = module.partition(".")[0]
-            if top == "abkd_megatron":
-                assert ".".join(module.split(".")[:2]) in ALLOWED[room], f"{source} imports {module}"
-            else:
+            top, *rest = module.split(".")
+            if top == "abkd_megatron" and rest:
+                assert rest[0] in allowed or rest == ["__version__"], f"{source} imports {module}"
+            elif room in TORCH_ONLY and top != "abkd_megatron":
                 known = {"torch", "triton"} if room == "kernels" else {"torch"}
                 assert top in known or top in sys.stdlib_module_names, f"{source} imports {module}"

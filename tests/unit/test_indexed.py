@@ -20,9 +20,9 @@ pytest.importorskip("megatron.training")
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from abkd_megatron import indexed
+from abkd_megatron.data import indexed
+from abkd_megatron.data.indexed import Tokens, check_datasets, prefixes_of
 from abkd_megatron.errors import DataError
-from abkd_megatron.indexed import Tokens, check_datasets, prefixes_of
 
 VOCAB = 400
 LENGTHS = [5, 1, 0, 17, 3, 8]

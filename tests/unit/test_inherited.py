@@ -14,20 +14,13 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from megatron.training.models import GPTModelConfig
 
-from abkd_megatron.config_file import load_config
-from abkd_megatron.distillation.checkpoint import _ARCHITECTURE
-from abkd_megatron.dry_run import megatron_arguments
+from abkd_megatron.config.load import load_config
+from abkd_megatron.config.megatron_args import megatron_options
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.integrations import inherited
-from abkd_megatron.integrations.inherited import (
-    MODEL,
-    STUDENT,
-    forget_run_of,
-    group_of_each,
-    kind_of,
-    teacher_settings,
-)
-from abkd_megatron.integrations.megatron_args import megatron_options
+from abkd_megatron.teacher import inherited
+from abkd_megatron.teacher.checkpoint import _ARCHITECTURE
+from abkd_megatron.teacher.inherited import MODEL, STUDENT, forget_run_of, group_of_each, kind_of, teacher_settings
+from abkd_megatron.tools.dry_run import megatron_arguments
 
 OPTIONS = megatron_options()
 GROUPS = group_of_each(OPTIONS)

@@ -7,11 +7,11 @@ import pytest
 
 pytest.importorskip("megatron.training")
 
-from abkd_megatron.config import DistillationConfig
-from abkd_megatron.config_file import from_argv, to_argv
+from abkd_megatron.config.load import from_argv, to_argv
+from abkd_megatron.config.megatron_args import megatron_options
+from abkd_megatron.config.schema import DistillationConfig
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.integrations.megatron_args import megatron_options
-from abkd_megatron.integrations.stock import _settings, add_kd_arguments, distil
+from abkd_megatron.hosts.script import _settings, add_kd_arguments, distill
 
 OPTIONS = megatron_options()
 
@@ -24,7 +24,7 @@ def parser() -> ArgumentParser:
 def test_each_setting_has_one_and_its_docstring(parser: ArgumentParser) -> None:
     actions = {action.dest: action for action in parser._actions}
     text = " ".join(parser.format_help().split())
-    assert "A name of abkd_megatron.divergences.registry" in text and "(default: alpha_beta)" in text
+    assert "A name of abkd_megatron.losses.registry" in text and "(default: alpha_beta)" in text
     for item in fields(DistillationConfig):
         action = actions.pop(f"kd_{item.name.removeprefix('kd_')}")
         assert action.help and "(default: " in action.help
@@ -48,10 +48,10 @@ def test_without_a_teacher_the_forward_step_is_the_same_object() -> None:
     def forward_step() -> None: ...
 
     args = Namespace(seed=1, skip_train=False, load=None, finetune=False, pretrained_checkpoint=None)
-    assert distil(args, None, forward_step) is forward_step
+    assert distill(args, None, forward_step) is forward_step
     assert args == Namespace(seed=1, skip_train=False, load=None, finetune=False, pretrained_checkpoint=None)
     with pytest.raises(ConfigError, match="got only --kd-alpha, --kd-teacher-args; add it, or remove them"):
-        distil(Namespace(kd_alpha="1", kd_teacher_args=["num-layers=4"]), None, forward_step)
+        distill(Namespace(kd_alpha="1", kd_teacher_args=["num-layers=4"]), None, forward_step)
 
 
 def test_a_command_line_is_read_back() -> None:

@@ -8,15 +8,16 @@ import torch
 from kernel_cases import DIVERGENCES, SETTINGS, compare, special
 from torch._dynamo.utils import counters
 
-from abkd_megatron import AlphaBeta, ToDi, config, kernels, vocab_parallel_divergence
-from abkd_megatron.divergences import JensenShannon, SkewForwardKL, SkewReverseKL, Sum, TotalVariation
+from abkd_megatron import AlphaBeta, ToDi, kernels, vocab_parallel_divergence
+from abkd_megatron.config import schema
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.kernels import cpp
+from abkd_megatron.losses import JensenShannon, SkewForwardKL, SkewReverseKL, TotalVariation, WeightedSum
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation
 
 FP16 = torch.float16
 
-MIXED = Sum([(1.0, JensenShannon(0.3)), (0.7, SkewForwardKL()), (0.4, SkewReverseKL())])
+MIXED = WeightedSum([(1.0, JensenShannon(0.3)), (0.7, SkewForwardKL()), (0.4, SkewReverseKL())])
 
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
 
@@ -42,7 +43,7 @@ def results(name, student, teacher, divergence, labels, shard, temperature):
     [
         (AlphaBeta(0.2, 0.7), torch.float32, 1.0),
         (ToDi(), torch.bfloat16, 2.0),
-        (Sum([(1.0, TotalVariation()), (1.0, MIXED)]), torch.float32, 1.0),
+        (WeightedSum([(1.0, TotalVariation()), (1.0, MIXED)]), torch.float32, 1.0),
     ],
     ids=str,
 )
@@ -188,11 +189,13 @@ def test_chunks_suit_the_device(device, elements):
 
 
 def test_the_configuration_knows_the_same_kernels():
-    assert kernels.CHOICES == config.KERNELS
+    assert kernels.CHOICES == schema.KERNELS
 
 
 @needs_compiler
-@pytest.mark.parametrize("divergence", [JensenShannon(), TotalVariation(), Sum([(2.0, AlphaBeta(1, 1))])], ids=str)
+@pytest.mark.parametrize(
+    "divergence", [JensenShannon(), TotalVariation(), WeightedSum([(2.0, AlphaBeta(1, 1))])], ids=str
+)
 def test_a_divergence_that_cpp_does_not_know(divergence):
     student, teacher = torch.randn(2, 3, 8)
     assert kernels.select(AlphaBeta(1, 1), student, teacher).name == "cpp"

@@ -9,8 +9,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 pytest.importorskip("megatron.training")
 
-from abkd_megatron.integrations import last_words as module
-from abkd_megatron.integrations.last_words import UNFORESEEN, before_the_first_step, has_begun, last_words
+from abkd_megatron.hosts import crash_report as module
+from abkd_megatron.hosts.crash_report import UNFORESEEN, before_the_first_step, has_begun, last_words
 
 CLOSED = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:24469. More"
 SILENT = "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 60000ms for recv operation"

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.logit_losses import (
+from abkd_megatron.losses import (
     AdaptiveKL,
     ClippedKL,
     Columns,
@@ -33,7 +33,7 @@ from abkd_megatron.logit_losses import (
     Sinkhorn,
     reference_logit_loss,
 )
-from abkd_megatron.logit_losses.registry import LOGIT_LOSSES
+from abkd_megatron.losses.registry import LOGIT_LOSSES
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_logit_loss
 
 VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
@@ -44,7 +44,7 @@ NAMES = {
     "pearson_distance_logits": LogitPearson(),
     "cosine_distance_logits": LogitCosine(),
     "mse_logits_mean": LogitMSE(),
-    "mse_logits_centered_mean": LogitMSE(centred=True),
+    "mse_logits_centered_mean": LogitMSE(centered=True),
 }
 ROWS = [(row, NAMES[row["loss_name"]]) for row in VECTORS["other"] if row["loss_name"] in NAMES]
 ROW_IDS = [row["loss_name"] for row, _ in ROWS]
@@ -56,7 +56,7 @@ LOSSES = [
     LogitPearson(),
     LogitCosine(),
     LogitMSE(),
-    LogitMSE(centred=True),
+    LogitMSE(centered=True),
     ClippedKL(top_k=10),
     ClippedKL(mass=0.8),
     Ranking(top_k=5),
@@ -399,7 +399,7 @@ def test_names_are_those_of_the_registry():
         (lambda: Sinkhorn(epsilon=1e-3), "sinkhorn: expected epsilon of at least 0.01"),
         (lambda: Sinkhorn(iterations=0), "sinkhorn: expected iterations to be a whole number of at least 1"),
         (lambda: Preference(beta=-1), "preference: expected beta to be a finite number above 0"),
-        (lambda: LogitMSE(centred=1), "logit_mse: expected centred to be true or false"),
+        (lambda: LogitMSE(centered=1), "logit_mse: expected centered to be true or false"),
     ],
 )
 def test_bad_parameters_are_refused(make, message):

@@ -8,8 +8,8 @@ pytest.importorskip("megatron.training")
 from megatron.core.transformer import TransformerConfig
 from megatron.training.models.gpt import GPTModelConfig
 
+from abkd_megatron.config.model_config import check_model_config
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.integrations.model_config import check_model_config
 
 
 def made(*, scaled: bool, factor: float) -> GPTModelConfig:

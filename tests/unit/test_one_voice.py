@@ -19,7 +19,7 @@ def be_rank(rank: int, port: int, out: str, ready: Connection) -> None:
     """Rank 0 fails; rank 1 waits, as in a collective; rank 2 has trained a step before, and rank 0 does not end it."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="1")
-    from abkd_megatron.integrations import one_voice as module
+    from abkd_megatron.hosts import startup_errors as module
 
     module._SECONDS_TO_WAIT_FOR_OTHERS = 4.0
     args = Namespace(curr_iteration=0, consumed_train_samples=0)

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abkd_megatron import AlphaBeta, ToDi, vocab_parallel_divergence
-from abkd_megatron.divergences import (
+from abkd_megatron.losses import (
     JensenShannon,
     SkewForwardKL,
     SkewReverseKL,
-    Sum,
     TotalVariation,
+    WeightedSum,
     jeffreys,
     reference_alpha_beta,
     squared_hellinger,
@@ -37,7 +37,9 @@ shares = st.floats(1e-3, 1 - 1e-3)
 mixtures = st.one_of(
     *(st.builds(kind, shares) for kind in (JensenShannon, SkewForwardKL, SkewReverseKL)), st.just(TotalVariation())
 )
-sums = st.builds(lambda *terms: Sum(terms), *[st.tuples(st.floats(0.1, 2.0), st.one_of(alpha_betas, mixtures))] * 2)
+sums = st.builds(
+    lambda *terms: WeightedSum(terms), *[st.tuples(st.floats(0.1, 2.0), st.one_of(alpha_betas, mixtures))] * 2
+)
 divergences = st.one_of(alpha_betas, todis, mixtures, sums)
 
 
@@ -90,7 +92,7 @@ def test_upper_bounds(share, seed, scale):
 @few
 @given(parameters, parameters, seeds, st.floats(0.5, 2.0))
 def test_scaling(alpha, beta, seed, w):
-    # D^(a,b)(p || q) = D^(a/w, b/w)(p^w || q^w) / w^2, elementwise: powers need not be normalised.
+    # D^(a,b)(p || q) = D^(a/w, b/w)(p^w || q^w) / w^2, elementwise: powers need not be normalized.
     student, teacher = logits(seed, 1.0)
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
     plain = AlphaBeta(alpha, beta).value(log_p, log_q, log_p - log_q)

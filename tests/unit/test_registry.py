@@ -7,23 +7,30 @@ import pytest
 import torch
 
 from abkd_megatron import AlphaBeta, ToDi, vocab_parallel_divergence
-from abkd_megatron.config import DistillationConfig
-from abkd_megatron.divergences import Divergence, JensenShannon, SkewForwardKL, Sum, reference_divergence
-from abkd_megatron.divergences.registry import DIVERGENCES, build, parameters
+from abkd_megatron.config.schema import DistillationConfig
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.logit_losses import AdaptiveKL, ClippedKL, Preference
-from abkd_megatron.logit_losses.registry import LOGIT_LOSSES
+from abkd_megatron.losses import (
+    AdaptiveKL,
+    ClippedKL,
+    Divergence,
+    JensenShannon,
+    Preference,
+    SkewForwardKL,
+    WeightedSum,
+    reference_divergence,
+)
+from abkd_megatron.losses.registry import DIVERGENCES, LOGIT_LOSSES, build, parameters
 
 OWN = """
-from abkd_megatron.divergences import AlphaBeta, Divergence
-from abkd_megatron.logit_losses import LogitLoss
+from abkd_megatron.losses import AlphaBeta, Divergence
+from abkd_megatron.losses import LogitLoss
 
 class Cubic(Divergence):
     def __init__(self, gamma=1.0, sign=1.0):
         self.gamma, self.sign = gamma, sign
     def value(self, log_p, log_q, log_ratio):
         return self.gamma * log_q.exp() * log_ratio.square()
-    def slope(self, log_p, log_q, log_ratio):
+    def grad_log_q(self, log_p, log_q, log_ratio):
         return self.sign * self.gamma * log_q.exp() * (log_ratio.square() - 2 * log_ratio)
 
 class Whole(Cubic):
@@ -103,7 +110,7 @@ def test_the_self_test_leaves_the_random_numbers_alone():
             "own_losses.stranger: expected a Divergence, got builtin_function_or_method; derive",
         ),
         ("own_losses.Cubic", {"delta": 1.0}, "unexpected keyword argument 'delta'"),
-        ("own_losses.Cubic", {"sign": -1.0}, r"expected slope to be the derivative .* off by 2.0e\+00"),
+        ("own_losses.Cubic", {"sign": -1.0}, r"expected grad_log_q to be the derivative .* off by 2.0e\+00"),
         ("own_losses.Cubic", {"sign": 1.001}, r"off by 1.0e-03 of the largest \(allowed: 1e-04\)"),
         ("own_losses.Whole", {}, r"expected value to be elementwise, \[8, 32\] torch.float64 here, got \[8\]"),
     ],
@@ -115,7 +122,7 @@ def test_refused(name, settings, message):
 
 def test_losses_of_the_configuration():
     losses = [{"name": "forward_kl"}, {"name": "jensen_shannon", "weight": 0.5, "mixture": 0.3}]
-    assert DistillationConfig(losses=losses).make_divergence() == Sum(
+    assert DistillationConfig(losses=losses).make_divergence() == WeightedSum(
         [(1.0, AlphaBeta(1, 0)), (0.5, JensenShannon(0.3))]
     )
 
@@ -131,7 +138,7 @@ def test_logit_losses_of_the_configuration():
         {"name": "akl", "mu": 0.7, "crossing": "head", "weight": 0.1},
     ]
     config = DistillationConfig(losses=losses)
-    assert config.make_divergence() == Sum([(0.5, AlphaBeta(1, 0))])
+    assert config.make_divergence() == WeightedSum([(0.5, AlphaBeta(1, 0))])
     (clipped, (weight, own), akl) = config.make_logit_losses()
     assert clipped == (1.0, ClippedKL(top_k=5)) and akl == (0.1, AdaptiveKL(0.7, "head"))
     assert weight == 2.0 and own.name == "Gap"

@@ -18,11 +18,11 @@ pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from abkd_megatron import chart
-from abkd_megatron.config_file import CONFIG_TEXT
+from abkd_megatron.config.load import CONFIG_TEXT
 from abkd_megatron.errors import ConfigError, HostError
-from abkd_megatron.events import find_runs
-from abkd_megatron.report import write_report
+from abkd_megatron.tools import chart
+from abkd_megatron.tools.events import find_runs
+from abkd_megatron.tools.report import write_report
 from abkd_megatron.vocab_parallel.diagnostics import NUM_BINS, gap_name
 
 # As Megatron writes them: 2 data-parallel ranks of 4 micro-batches each a step.
@@ -224,11 +224,11 @@ def test_the_same_files_give_the_same_page(run: Path, page: Page) -> None:
 
 def test_several_runs_are_drawn_over_each_other(tmp_path: Path, run: Path) -> None:
     plain = write_job(tmp_path / "alone", names=("lm loss",), config=None, shift=0.5)
-    # The first one's colour stays free where it has no such curve.
+    # The first one's color stays free where it has no such curve.
     page = report(plain, run, out=tmp_path / "both.html")
     found = page.chart("Cross entropy with the data: lm loss")["series"]
-    assert [(one["label"], one["colour"]) for one in found] == [("alone", 0), ("student", 1)]
-    assert [(one["label"], one["colour"]) for one in page.chart("What is trained")["series"]] == [("student", 1)]
+    assert [(one["label"], one["color"]) for one in found] == [("alone", 0), ("student", 1)]
+    assert [(one["label"], one["color"]) for one in page.chart("What is trained")["series"]] == [("student", 1)]
     assert found[0]["line"][0][1] == pytest.approx(curve("lm loss", 1) + 0.5)
     text = " ".join(page.texts["td"])
     assert "cross entropy with the data, without a teacher" in text and "alpha_beta" in text
@@ -237,7 +237,7 @@ def test_several_runs_are_drawn_over_each_other(tmp_path: Path, run: Path) -> No
         write_report([plain, run])
 
 
-def test_more_runs_than_colours_are_refused(tmp_path: Path) -> None:
+def test_more_runs_than_colors_are_refused(tmp_path: Path) -> None:
     for index in range(9):
         write_job(tmp_path / f"{index}", range(1, 2), ("lm loss",))
     with pytest.raises(ConfigError, match=r"at most 8 runs.*got 9: 0, 1, 2.*give the directories"):

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from abkd_megatron import runs
 from abkd_megatron.errors import HostError
+from abkd_megatron.tools import runs
 
 STEPS = """\
 training ...

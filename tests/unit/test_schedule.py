@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.schedule import COUNTS, Progress, Schedule, both_zero
+from abkd_megatron.losses.schedule import COUNTS, Progress, Schedule, both_zero
 
 values = st.floats(allow_nan=False, allow_infinity=False)
 counts = st.integers(0, 10**9)
@@ -56,7 +56,7 @@ def test_goes_one_way(kind, ends, steps):
 
 
 @given(points=st.lists(st.tuples(counts, values), min_size=1, max_size=6), count=counts)
-def test_piecewise_stays_between_its_neighbours(points, count):
+def test_piecewise_stays_between_its_neighbors(points, count):
     points.sort()
     schedule = Schedule.piecewise(points)
     before = [value for at, value in points if at <= count][-1:] or [points[0][1]]

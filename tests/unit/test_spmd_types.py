@@ -43,16 +43,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from abkd_megatron import AlphaBeta, ToDi, kernels
-from abkd_megatron.divergences import Divergence, JensenShannon, TotalVariation
-from abkd_megatron.logit_losses import base, sinkhorn
-from abkd_megatron.logit_losses.base import Columns, LogitLoss
-from abkd_megatron.logit_losses.clipped import ClippedKL
-from abkd_megatron.logit_losses.registry import LOGIT_LOSSES
+from abkd_megatron.losses import Divergence, JensenShannon, TotalVariation, columns
+from abkd_megatron.losses.base import LogitLoss
+from abkd_megatron.losses.columns import Columns
+from abkd_megatron.losses.extra import sinkhorn
+from abkd_megatron.losses.extra.clipped import ClippedKL
+from abkd_megatron.losses.registry import LOGIT_LOSSES
 from abkd_megatron.vocab_parallel import (
     VocabShard,
-    engine,
-    head,
+    fused_head,
     logit_loss,
+    logits,
     passes,
     vocab_parallel_distillation,
     vocab_parallel_distillation_head,
@@ -90,7 +91,7 @@ class Bodies(TorchFunctionMode):
     def __init__(self, group: dist.ProcessGroup, same: Any = I) -> None:
         super().__init__()
         self.group, self.axis, self.same = group, spmd.normalize_axis(group), same
-        self.backwards: set[type] = set()
+        self.backward: set[type] = set()
         """The functions whose backward was checked."""
         self._views: dict[int, list[weakref.ref]] = {}
         self._unwritten: set[int] = set()
@@ -211,10 +212,10 @@ class Bodies(TorchFunctionMode):
         results = list(results) if isinstance(results, tuple) else [results]
         for position, (it, needed, result) in enumerate(zip(args, context.needs_input_grad, results, strict=True)):
             if needed and result is not None:
-                kind = P if function is base._Total else self.type_of(it)
+                kind = P if function is columns._Total else self.type_of(it)
                 what = f"{function.__name__}: the gradient of argument {position}"
                 self._check(what, kind.backward_type(), self.type_of(result))
-        self.backwards.add(function)
+        self.backward.add(function)
         return results
 
 
@@ -327,7 +328,7 @@ def check_engine(bodies: Bodies, divergence: Divergence, compared: bool = True, 
     for value in terms.metrics.values():
         spmd.assert_type(value, {group: R})
     differentiate(bodies, terms.divergence + terms.cross_entropy, (leaf,))
-    assert engine._Distillation in bodies.backwards
+    assert logits._Distillation in bodies.backward
 
 
 DIVERGENCES = [AlphaBeta(0.2, 0.7), ToDi(), ToDi(2.0, detach=False), JensenShannon(), TotalVariation()]
@@ -384,7 +385,7 @@ def check_head(
     for value in (terms.divergence, terms.cross_entropy, *terms.metrics.values()):
         spmd.assert_type(value, {group: R})
     differentiate(bodies, loss, (student_hidden, student_weight), token_weights)
-    assert head._DistillationHead in bodies.backwards
+    assert fused_head._DistillationHead in bodies.backward
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES[1:4], ids=str)
@@ -404,7 +405,7 @@ def check_logit_loss(bodies: Bodies, loss: LogitLoss, counted: bool = False) -> 
     which = typed(bodies.group, I, *TOKENS, labels=True) > 3 if counted else None
     result = vocab_parallel_logit_loss(student, teacher, loss, Shard(bodies.group), 2.0, which)
     differentiate(bodies, result, (student,))
-    assert logit_loss._LogitLoss in bodies.backwards
+    assert logit_loss._LogitLoss in bodies.backward
 
 
 LOSSES = {name: make() for name, make in LOGIT_LOSSES.items() if name != "clipped_kl"}
@@ -420,7 +421,7 @@ def test_logit_loss(bodies, name, counted):
 def test_functions_of_logit_losses_are_checked(bodies):
     for name in ("akl", "logit_mse", "clipped_kl", "sinkhorn"):
         check_logit_loss(bodies, LOSSES[name])
-    assert {base._Total, base._SoftmaxSums, base._Pick, sinkhorn._Distances} <= bodies.backwards
+    assert {columns._Total, columns._SoftmaxSums, columns._Pick, sinkhorn._Distances} <= bodies.backward
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -434,7 +435,7 @@ def test_hidden_gradient_is_partial(group, dtype):
             return spmd.assert_type(tensor, {group: kind})
 
         hidden, weight, labels = sharded(R, 6, HIDDEN), sharded(S(0), WIDTH, HIDDEN), typed(group, I, 6, labels=True)
-        gradients = head._Gradients(head._Operands(hidden, weight, hidden, weight, labels), True, True)
+        gradients = fused_head._Gradients(fused_head._Operands(hidden, weight, hidden, weight, labels), True, True)
         gradients.add(slice(0, 6), sharded(S(1), 6, WIDTH))  # one chunk: to the checker no slice of a P is a P
         assert bodies.type_of(gradients.of_hidden) is P
         assert bodies.type_of(gradients.of_weight) is V
@@ -467,10 +468,10 @@ def test_loss_that_is_not_reduced(bodies, monkeypatch):
 
 
 def test_second_sum_that_is_not_reduced(bodies, monkeypatch):
-    def mistaken(self: passes.Sum, record: Tensor, *_: Any, **__: Any) -> None:
+    def mistaken(self: passes.PendingSum, record: Tensor, *_: Any, **__: Any) -> None:
         self.records, self.work = record.unsqueeze(0), None
 
-    monkeypatch.setattr(passes.Sum, "__init__", mistaken)
+    monkeypatch.setattr(passes.PendingSum, "__init__", mistaken)
     with refused("Invariant type .* cannot mix"):
         check_engine(bodies, JensenShannon())
 
@@ -518,14 +519,14 @@ def test_hidden_states_whose_gradient_nobody_sums(bodies, in_forward):
 
 def test_hidden_states_whose_gradient_is_summed_twice(bodies, monkeypatch):
     """By the head, and by its caller."""
-    add = head._Gradients.add
+    add = fused_head._Gradients.add
 
-    def mistaken(self: head._Gradients, chunk: slice, of_logits: Tensor) -> None:
+    def mistaken(self: fused_head._Gradients, chunk: slice, of_logits: Tensor) -> None:
         add(self, chunk, of_logits)
         if chunk.stop == len(self.of_hidden):
             dist.all_reduce(self.of_hidden, group=bodies.group)
 
-    monkeypatch.setattr(head._Gradients, "add", mistaken)
+    monkeypatch.setattr(fused_head._Gradients, "add", mistaken)
     with refused("_DistillationHead: the gradient of argument 0: expected P, got R"):
         check_head(bodies, AlphaBeta(0.2, 0.7))
 

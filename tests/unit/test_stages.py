@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("megatron.core")
 from megatron.core.transformer import TransformerConfig
 
-from abkd_megatron.distillation.stages import check_stages, layers_of_stages
+from abkd_megatron.config.stages import check_stages, layers_of_stages
 from abkd_megatron.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from abkd_megatron import AlphaBeta
 from abkd_megatron.kernels.record import Layout
-from abkd_megatron.vocab_parallel.statistics import merge, pack, rebase, unpack
+from abkd_megatron.vocab_parallel.stats import merge, pack, shift_max, unpack
 
 LAYOUT = Layout(AlphaBeta(0.2, 0.7), True, 2.0)
 MAXIMA = st.sampled_from([0.0, -0.0, 1e-40, -1e-40, 1.5, -1.5, 3e38, -3e38, -math.inf])
@@ -33,7 +33,7 @@ def test_a_reduction_finds_what_a_gathering_does(shards):
     of_ranks = records([shard[:2] for shard in shards], [shard[2:] for shard in shards])
     gathered = merge(of_ranks, AlphaBeta(0.2, 0.7), LAYOUT)
     reduced = unpack(torch.stack([pack(record, LAYOUT) for record in of_ranks]).amax(dim=0), LAYOUT)
-    sums = torch.stack([rebase(record, reduced, AlphaBeta(0.2, 0.7), LAYOUT) for record in of_ranks]).sum(dim=0)
+    sums = torch.stack([shift_max(record, reduced, AlphaBeta(0.2, 0.7), LAYOUT) for record in of_ranks]).sum(dim=0)
     assert torch.equal(reduced[LAYOUT.maxima], gathered[LAYOUT.maxima])
     assert torch.equal(reduced[LAYOUT.targets], gathered[LAYOUT.targets])
     there = gathered[LAYOUT.maxima].isfinite()
@@ -53,7 +53,7 @@ def test_what_is_packed_is_a_copy(has_labels):
 
 def test_rebasing_to_its_own_maxima_changes_nothing():
     record = records([[1.5, -0.25]], [[3, 4]])[0]
-    same = rebase(record, record, AlphaBeta(0.2, 0.7), LAYOUT)
+    same = shift_max(record, record, AlphaBeta(0.2, 0.7), LAYOUT)
     torch.testing.assert_close(same, LAYOUT.additive(record), rtol=1e-15, atol=0)
 
 

@@ -1,4 +1,4 @@
-"""What is installed with the package has a licence that docs/security.md lists."""
+"""What is installed with the package has a license that docs/security.md lists."""
 
 import importlib.metadata
 import re
@@ -50,7 +50,7 @@ NOT_STATED = {"cuda-toolkit": "NVIDIA's own"}
 
 
 def stated(distribution: importlib.metadata.Distribution) -> str:
-    """What a distribution's metadata state as its licence: an expression, or classifiers and the line of a field."""
+    """What a distribution's metadata state as its license: an expression, or classifiers and the line of a field."""
     about = distribution.metadata
     if expressions := about.get_all("License-Expression", []):
         return expressions[0]
@@ -58,23 +58,23 @@ def stated(distribution: importlib.metadata.Distribution) -> str:
     return "; ".join([*classifiers, *(text.partition("\n")[0] for text in about.get_all("License", []))])
 
 
-def licences(name: str, distribution: importlib.metadata.Distribution) -> set[str]:
+def licenses(name: str, distribution: importlib.metadata.Distribution) -> set[str]:
     """The names in docs/security.md for what it states."""
     text = stated(distribution) or NOT_STATED.get(name, "")
-    found = {licence for licence, spelling in {**PERMISSIVE, **OTHERS}.items() if re.search(spelling, text)}
-    assert found and not re.search(r"GPL|Commons Clause|SSPL|BUSL", text), f"{name} states {text!r} as its licence"
+    found = {license for license, spelling in {**PERMISSIVE, **OTHERS}.items() if re.search(spelling, text)}
+    assert found and not re.search(r"GPL|Commons Clause|SSPL|BUSL", text), f"{name} states {text!r} as its license"
     return found
 
 
 def listed() -> dict[str, set[str]]:
-    table = (DOCS / "security.md").read_text().partition("<!-- licences -->\n")[2].partition("\n<!-- /licences -->")[0]
+    table = (DOCS / "security.md").read_text().partition("<!-- licenses -->\n")[2].partition("\n<!-- /licenses -->")[0]
     rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.splitlines()[2:]]
     return {name: set(row[0].split(", ")) for row in rows for name in row[1].split(", ")}
 
 
-def test_licences_are_as_the_page_says() -> None:
+def test_licenses_are_as_the_page_says() -> None:
     """What a later resolution brings beside them has to be permissive."""
-    found = {name: licences(name, distribution) for name, distribution in runtime().items()}
+    found = {name: licenses(name, distribution) for name, distribution in runtime().items()}
     assert {"torch", "numpy", "pyyaml", "rich"} <= found.keys()
     known = listed()
     wrong = {name: sorted(of) for name, of in found.items() if name in known and known[name] != of}

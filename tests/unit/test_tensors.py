@@ -13,11 +13,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import abkd_megatron
 from abkd_megatron import AlphaBeta, ToDi, kernels, vocab_parallel_divergence
-from abkd_megatron.divergences import JensenShannon
-from abkd_megatron.divergences.reference import reference_divergence
 from abkd_megatron.errors import AbkdError, ConfigError, HostError
 from abkd_megatron.kernels import cpp
-from abkd_megatron.logit_losses import registry
+from abkd_megatron.losses import JensenShannon, registry
+from abkd_megatron.losses.reference import reference_divergence
 from abkd_megatron.tensors import Function, has_memory
 from abkd_megatron.vocab_parallel import (
     VocabShard,
@@ -131,7 +130,7 @@ def test_a_trunk_in_inference_mode_trains_its_head():
 
 
 def test_hidden_losses_take_constants_of_inference_mode():
-    hidden = pytest.importorskip("abkd_megatron.distillation.hidden", exc_type=ImportError)
+    hidden = pytest.importorskip("abkd_megatron.student.hidden", exc_type=ImportError)
     with torch.inference_mode():
         teacher = drawn(N, H)
     for kind in ("mse", "cosine"):

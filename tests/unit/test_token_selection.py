@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.selection import TokenSelection, positions_here
+from abkd_megatron.losses.selection import TokenSelection, positions_here
 
 NAN = float("nan")
 

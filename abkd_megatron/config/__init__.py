@@ -1,0 +1,1 @@
+"""Configuration: fields and rules, YAML and overrides, and the way to Megatron's arguments."""

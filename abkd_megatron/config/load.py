@@ -1,0 +1,272 @@
+"""Configurations in files and on command lines: YAML, ``section.key=value`` overrides, and Megatron's own arguments.
+
+Megatron's arguments keep Megatron's names and are checked against the actions of Megatron's own parser, which the
+caller hands in: importing this module does not import megatron.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from abkd_megatron.config.schema import (
+    DEVICES,
+    SECTIONS,
+    TEACHER_KEYS,
+    CompareConfig,
+    Config,
+    DataConfig,
+    DistillationConfig,
+    Scalar,
+    Value,
+)
+from abkd_megatron.config.values import Given, MegatronOptions, Options, field_value, option_value, wrong
+from abkd_megatron.config.yaml import flow, load_yaml, plain
+from abkd_megatron.errors import ConfigError, brief, check_name, shown
+
+# What a job's own configuration is called in TensorBoard.
+CONFIG_TEXT = "abkd_megatron/config"
+
+
+def _read_file(path: Path) -> list[Given]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: expected a readable YAML file, got: {error.strerror}; check the path (a setting is "
+            "section.key=value, in one word)"
+        ) from error
+    except UnicodeError as error:
+        raise ConfigError(f"{path}: expected a YAML file in UTF-8, got: {error}; save it as UTF-8") from error
+    except ValueError as error:  # no path at all
+        raise ConfigError(f"{path}: expected a readable YAML file, got: {error}; check the path") from error
+    top = load_yaml(text, path.name)
+    if not isinstance(top, dict):
+        got = "an empty file" if top is None else f"a {'list' if isinstance(top, list) else 'single value'}"
+        raise ConfigError(
+            f"{path}: expected the sections {', '.join(SECTIONS)}, got {got}; write `section:` and below it, indented, "
+            "`key: value`"
+        )
+    given = []
+    for section, entry in top.items():
+        origin = f"{path.name}:{entry.line}"
+        check_name(section, SECTIONS, origin, "section")
+        if section == "device":
+            given.append(Given(section, "", entry.value, origin))
+        elif isinstance(entry.value, dict):
+            given += [Given.spelled(section, k, e.value, f"{path.name}:{e.line}") for k, e in entry.value.items()]
+        elif entry.value is not None:
+            raise ConfigError(f"{origin}: {section}: expected `key: value` lines, got {shown(plain(entry.value))}")
+    return given
+
+
+def _read_override(text: str) -> Given:
+    name, equals, value = text.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not equals or (bool(dot and key) == (section == "device")) or not name.isprintable():
+        raise ConfigError(
+            f"command line: expected section.key=value or device=NAME, got {shown(text)}; for example "
+            "megatron.num-layers=4"
+        )
+    check_name(section, SECTIONS, "command line", "section")
+    return Given.spelled(section, key, load_yaml(value, f"command line: {brief(name)}"), "command line")
+
+
+def load_config(
+    path: Path | None,
+    overrides: Sequence[str],
+    megatron_options: Options,
+    device_defaults: Callable[[str], Mapping[str, Value]] = lambda device: {},
+) -> Config:
+    """Read a configuration: defaults, then what the device implies, then the YAML file, then the overrides.
+
+    Args:
+        path: the YAML file; None for none.
+        overrides: ``section.key=value`` (or ``device=NAME``), the value a YAML scalar or list; of two for
+            the same key the last one counts.
+        megatron_options: the action of each Megatron option, keyed by its spelling without leading dashes.
+        device_defaults: the Megatron arguments that a device implies.
+
+    Returns:
+        The configuration, each value of its field's or action's type; `Config.check` is left to the caller.
+
+    Raises:
+        ConfigError: anything unknown, given twice or of the wrong type.
+    """
+    from_file = _read_file(path) if path is not None else []
+    from_command_line = [_read_override(text) for text in overrides]
+
+    config = Config()
+    origins = config.origins
+    origins["device"] = "default"
+    for item in (*from_file, *from_command_line):
+        if item.section == "device":
+            config.device, origins["device"] = item.value, item.origin
+            check_name(config.device, DEVICES, item.origin, "device")
+    implied = [
+        Given.spelled("megatron", key, value, f"device: {config.device}")
+        for key, value in device_defaults(config.device).items()
+    ]
+    kinds = {"distillation": DistillationConfig, "data": DataConfig, "compare": CompareConfig}
+    for section, kind in kinds.items():
+        origins.update({f"{section}.{item.name}": "default" for item in fields(kind)})
+    origins.update({f"teacher.{key}": "default" for key in TEACHER_KEYS})
+
+    options = MegatronOptions(megatron_options)
+    for layer in (implied, from_file, from_command_line):
+        spelled: dict[tuple[str, str], Given] = {}
+        # Another divergence than a file's comes with its own parameters; the file's cannot be taken out of it.
+        kd, given = config.distillation, {item.key: item.value for item in layer if item.section == "distillation"}
+        if given.get("losses") or ("divergence" in given and (kd.losses or given["divergence"] != kd.divergence)):
+            config.forget_divergence()
+        for item in layer:
+            if item.section == "device":
+                continue
+            if item.section == "distillation":
+                _set_field(config, config.distillation, item)
+            elif item.section == "data":
+                _set_field(config, config.data, item)
+            elif item.section == "compare":
+                _set_field(config, config.compare, item)
+            elif item.section == "teacher" and item.key in TEACHER_KEYS:
+                _set_field(config, config.teacher, item)
+            else:
+                arguments = config.megatron if item.section == "megatron" else config.teacher.megatron
+                _, action = options.find(item.key, item.origin)
+                twin = spelled.setdefault((item.section, action.dest), item)
+                if twin.key != item.key:
+                    raise ConfigError(
+                        f"{item.origin}: '{item.key}' and '{twin.key}' ({twin.origin}) are two spellings "
+                        "of one Megatron argument; remove one"
+                    )
+                # A later layer may spell the argument otherwise; it replaces it all the same.
+                for key in [key for key in arguments if key != item.key and options.dest(key) == action.dest]:
+                    del arguments[key], origins[f"{item.section}.{key}"]
+                arguments[item.key] = option_value(item, action)
+                origins[item.name] = item.origin
+    return config
+
+
+def _set_field(config: Config, target: Any, item: Given) -> None:
+    types, name = get_type_hints(type(target)), item.key.replace("-", "_")
+    check_name(name, types, item.origin, f"key of {item.section}")
+    setattr(target, name, field_value(item, types[name]))
+    config.origins[item.name] = item.origin
+
+
+def to_argv(values: Mapping[str, Value], megatron_options: Options) -> list[str]:
+    """Megatron's command line for these arguments.
+
+    Args:
+        values: Megatron arguments, keyed by option name without the leading dashes. None, and false for a
+            plain flag, leave the argument out.
+        megatron_options: as in `load_config`.
+
+    Returns:
+        The words of the command line.
+
+    Raises:
+        ConfigError: an unknown argument, or a value that its action does not take.
+    """
+    options = MegatronOptions(megatron_options)
+    argv: list[str] = []
+    for key, given in values.items():
+        spelling, action = options.find(key, "megatron")
+        item = Given("megatron", key, given, "Megatron's command line")
+        value = option_value(item, action)
+        flag = f"--{spelling}"
+        if value is None:
+            continue
+        if isinstance(action, argparse.BooleanOptionalAction):
+            opposite = f"--{spelling.removeprefix('no-')}" if spelling.startswith("no-") else f"--no-{spelling}"
+            argv.append(flag if value else opposite)
+        elif action.nargs == 0:
+            argv += [flag] if value else []
+        elif action.type is bool:
+            # argparse calls bool() on the text: only the empty one is false.
+            argv.append(f"{flag}={value or ''}")
+        elif isinstance(value, list):
+            argv += [flag, *(_word(item, entry) for entry in value)]
+        else:
+            text = str(value)
+            argv += [f"{flag}={text}"] if text.startswith("-") or not text else [flag, text]
+    return argv
+
+
+def from_argv(argv: Sequence[str], megatron_options: Options) -> dict[str, Value]:
+    """The Megatron arguments of a command line that Megatron has taken: the inverse of `to_argv`.
+
+    Args:
+        argv: the words. Options that are not Megatron's are passed over with their values.
+        megatron_options: as in `load_config`.
+
+    Returns:
+        The arguments that are there, keyed by their spelling without the leading dashes; of an argument given twice the
+        last. Values are text, lists of text, or true for a plain flag: `to_argv` gives them their types.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for action in {id(action): action for action in megatron_options.values()}.values():
+        parser.add_argument(*action.option_strings, dest=action.dest, nargs=action.nargs, action=_Record)
+    given: dict[str, tuple[str, Any]] = parser.parse_known_args(argv)[0].__dict__.get(_RECORDED, {})
+    return {name: bool(value) if megatron_options[name].type is bool else value for name, value in given.values()}
+
+
+_RECORDED = "what was given"
+
+
+class _Record(argparse.Action):
+    """Keeps of each argument the spelling and the words that were given last."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        given = namespace.__dict__.setdefault(_RECORDED, {})
+        given[self.dest] = (option or "").removeprefix("--"), True if self.nargs == 0 else values
+
+
+def _word(item: Given, value: Scalar) -> str:
+    """One of several values; argparse takes a leading dash only from plain decimals."""
+    if isinstance(value, float) and value < 0:
+        return format(Decimal(repr(value)), "f")
+    text = str(value)
+    if text.startswith("-") and not isinstance(value, int):
+        raise wrong(item, "values without a leading dash", text)
+    return text
+
+
+def render(config: Config, shown: Sequence[str] = SECTIONS, origins: bool = True) -> str:
+    """The configuration as YAML, each value with its origin as a comment; it loads again as the same one.
+
+    Args:
+        config: what `load_config` returned.
+        shown: the sections that are wanted.
+        origins: whether to say where each value comes from.
+
+    Returns:
+        The text, ending in a newline.
+    """
+    teacher = {key: getattr(config.teacher, key.replace("-", "_")) for key in TEACHER_KEYS} | config.teacher.megatron
+    sections: dict[str, dict[str, Any]] = {"megatron": config.megatron, "teacher": teacher}
+    for section in ("distillation", "data", "compare"):
+        values = getattr(config, section)
+        sections[section] = {item.name: getattr(values, item.name) for item in fields(values)}
+    sections["compare"]["losses"] = {
+        name: {key: plain(load_yaml(value, name)) for key, value in (setting.split("=", 1) for setting in settings)}
+        for name, settings in config.compare.losses.items()
+    }
+    for name in config.without_effect():
+        if not config.is_given(name):  # what was given and has none is shown, and refused by `check`
+            del sections["distillation"][name]
+    rows = [(f"device: {flow(config.device)}", config.origins.get("device", ""))]
+    for section, items in ((name, items) for name, items in sections.items() if name in shown):
+        rows.append((f"{section}:" if items else f"{section}: {{}}", ""))
+        for key, value in items.items():
+            origin = config.origins.get(f"{section}.{key}", "")
+            nested = isinstance(value, dict)
+            rows.append((f"  {key}:" if nested else f"  {key}: {flow(value)}", origin))
+            rows += [(f"    {flow(name)}: {flow(one)}", "") for name, one in value.items()] if nested else []
+    width = max(len(text) for text, _ in rows if len(text) <= 60)  # a long path does not push all others
+    lines = (f"{text:<{width}}  # {origin}" if origin and origins else text for text, origin in rows)
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""Training data: text to Megatron's indexed datasets, and checks of them."""

@@ -1,0 +1,505 @@
+"""Megatron Bridge's own training loop with a teacher: a container, one call, recipes, and the way to Hugging Face.
+
+Importing this module takes Megatron Bridge; where that is missing or too old it raises a `HostError`.
+"""
+
+import pkgutil
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_model_config, unwrap_model
+from megatron.training import print_rank_0
+from megatron.training.models.base import ModelConfig
+
+from abkd_megatron import cpu_backend
+from abkd_megatron.config.load import load_config
+from abkd_megatron.config.model_config import model_config
+from abkd_megatron.config.schema import DistillationConfig
+from abkd_megatron.config.unsupported_features import UNSUPPORTED
+from abkd_megatron.config.yaml import flow
+from abkd_megatron.errors import CheckpointError, ConfigError, HostError, on_every_rank
+from abkd_megatron.hosts.add_teacher import kernel_of, loss_with_report, make_objective
+from abkd_megatron.losses.objective import Objective
+from abkd_megatron.losses.schedule import Progress
+from abkd_megatron.preflight.live import FirstStep, check_files, check_models
+from abkd_megatron.student.attach import Attachment, attach, check_tokens
+from abkd_megatron.teacher.build import Teacher, build_teacher, random_states_kept, to_params_dtype
+from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
+from abkd_megatron.teacher.description import of_model_config
+from abkd_megatron.teacher.inherited import forget_run_of
+
+try:
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.models.model_provider import ModelProviderMixin
+    from megatron.bridge.recipes.llama import llama3
+    from megatron.bridge.recipes.qwen import qwen3
+    from megatron.bridge.training import gpt_step
+    from megatron.bridge.training.config import ConfigContainer, TokenizerConfig
+    from megatron.bridge.training.model_load_save import load_model_config
+    from megatron.bridge.training.pretrain import pretrain
+    from megatron.bridge.training.state import GlobalState
+    from megatron.bridge.training.utils.train_utils import maybe_inject_state, needs_global_state_injection
+    from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
+
+    # The newest of what is called below: an older Bridge is told of here, and not when its model is built.
+    _ = ModelProviderMixin.apply_overrides_and_finalize
+except (ImportError, AttributeError) as error:
+    raise HostError(
+        f"expected Megatron Bridge 0.6 and what it imports, got: {error}; use the NeMo container, or install "
+        "megatron-bridge>=0.6,<0.7 and TransformerEngine (docs/bridge.md)"
+    ) from error
+
+# So that a container which Bridge wrote as YAML can be read again by it.
+register_allowed_target_prefix("abkd_megatron.")
+
+# The teacher lies as the student does; what of its layout is the student's.
+_SHARED = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "sequence_parallel",
+    "pipeline_dtype",
+    "use_cpu_initialization",
+)
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    """The frozen teacher: one of `hf` and `load`."""
+
+    hf: str | None = None
+    """A model of Hugging Face that Bridge's AutoBridge knows: its name on the Hub, or a folder."""
+    load: str | None = None
+    """A torch_dist checkpoint, of Bridge's or of Megatron-LM's; the model is built as the checkpoint describes it."""
+    ckpt_step: int | None = None
+    """The iteration of `load`; None takes the latest."""
+    expected_loss: float | None = None
+    """The teacher's cross entropy per token on the first step's batch as measured elsewhere, in nats."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """What to set of the teacher's model config after that, by name: attention_backend and the like; a function such as
+    transformer_layer_spec by its dotted path."""
+
+
+@dataclass(kw_only=True)
+class DistillConfigContainer(ConfigContainer):
+    """Bridge's container with two sections more; all of Bridge's overrides, YAML and printing reach them."""
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+
+    @classmethod
+    def of(
+        cls, recipe: ConfigContainer, teacher: TeacherConfig, distillation: DistillationConfig | None = None
+    ) -> "DistillConfigContainer":
+        """What a recipe of Bridge's trains, with a teacher beside it. The sections are the recipe's own objects."""
+        given = {item.name: getattr(recipe, item.name) for item in fields(recipe) if item.init}
+        made = cls(**given, teacher=teacher, distillation=distillation or DistillationConfig())
+        for item in fields(recipe):
+            if not item.init:
+                setattr(made, item.name, getattr(recipe, item.name))
+        return made
+
+
+def distill(
+    config: DistillConfigContainer, forward_step: Callable[..., Any] = gpt_step.forward_step, callbacks: Any = None
+) -> None:
+    """Train with Bridge's own `pretrain`, the student beside its teacher.
+
+    Args:
+        config: a recipe's; its `model` gets a post-wrap hook, so it is for one call.
+        forward_step: of any kind that Bridge takes, that calls the model with labels.
+        callbacks: Bridge's.
+
+    Raises:
+        AbkdError: on every rank, before the first step, when something cannot be run.
+
+    Collectives: Bridge's, and those of `check_files`, `build_teacher`, `attach` and `check_models`.
+    """
+    pretrain(config, add_teacher(config, forward_step), callbacks)
+
+
+def add_teacher(
+    config: DistillConfigContainer, forward_step: Callable[..., Any] = gpt_step.forward_step
+) -> "DistilledStep":
+    """Have Bridge give a teacher to the student that it is about to build from `config.model`.
+
+    Args:
+        config: its `model` gets a post-wrap hook, in which the teacher is built and attached.
+        forward_step: as in `distill`.
+
+    Returns:
+        The forward step for Bridge's `pretrain`.
+
+    Raises:
+        ConfigError: a setting that cannot be run; more may show in the hook, when Bridge has built the student.
+    """
+    device = "cpu" if cpu_backend.is_installed() else "cuda"
+    settings = [
+        f"distillation.{item.name}={flow(value)}"
+        for item in fields(DistillationConfig)
+        if (value := getattr(config.distillation, item.name)) != getattr(DistillationConfig(), item.name)
+    ]
+    source = _source(config.teacher)
+    try:
+        ours = load_config(None, [f"device={device}", f"teacher.load={flow(source)}", *settings], {})
+        ours.teacher.expected_loss = config.teacher.expected_loss
+        ours.check("distill")
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("command line: ", "")) from None
+    scheduled = make_objective(ours.distillation)
+    objective = scheduled.objective
+    _check_host(config, objective)
+    step = DistilledStep(forward_step)
+
+    def attach_teacher(student: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        transformer, vocab_size = get_model_config(student[0]), config.model.vocab_size  # the tokenizer's by now
+        groups = get_attr_wrapped_model(student[0], "pg_collection")
+        with on_every_rank():
+            check_tokens(objective, vocab_size)
+            if objective.shares_part_of(vocab_size) and groups.pp.size() > 1:
+                raise ConfigError(
+                    f"shared_vocab {objective.shared_vocab} of the student's {vocab_size} tokens needs the input ids "
+                    "on the last pipeline stage, and Bridge's forward step has them on the first alone; set "
+                    "model.pipeline_model_parallel_size to 1"
+                )
+        print_rank_0(f"distilling with {objective.divergence or 'logit losses'} from the teacher in {source}")
+        timeout = timedelta(minutes=config.dist.distributed_timeout_minutes)
+        last = unwrap_model(student[-1])
+        teacher = _build_teacher(config, transformer, _columns(config.model), objective, groups, timeout)
+        if last.post_process:
+            last.register_forward_pre_hook(step.give_loss_mask, with_kwargs=True)
+        tokens = config.train.micro_batch_size * config.model.seq_length // groups.cp.size()
+        step.attachment = attach(
+            student,
+            teacher,
+            scheduled,
+            vocab_size=vocab_size,
+            pg_collection=groups,
+            timeout=timeout,
+            tokens=tokens,
+            kernel=kernel_of(ours),
+        )
+        step.first_step = check_models(
+            student,
+            step.attachment,
+            vocab_size=vocab_size,
+            pg_collection=groups,
+            tokens=tokens,
+            skip=ours.distillation.skip_preflight,
+            expected_loss=config.teacher.expected_loss,
+        )
+        return student
+
+    if isinstance(config.model, ModelConfig):
+        config.model.post_wrap_hooks.append(attach_teacher)
+    else:
+        config.model.register_post_wrap_hook(attach_teacher)
+    return step
+
+
+class DistilledStep:
+    """A forward step of Bridge's kind, of a student that has a teacher: its numbers go into the report.
+
+    The step within stays in charge of batches, and its loss function of the loss; `lm loss` is the student's cross
+    entropy here, not what is trained. Bridge's own step keeps the loss mask to itself: it is noted as the batch passes
+    and given to the model, where multi-token prediction, if there is any, then goes by it too.
+
+    Attributes:
+        attachment: the teacher's, once the model is built.
+        first_step: what is looked at in the first training step, once the model is built.
+    """
+
+    def __init__(self, forward_step: Callable[..., Any]) -> None:
+        self.attachment: Attachment | None = None
+        self.first_step: FirstStep | None = None
+        self._forward_step = forward_step
+        self._takes_state = needs_global_state_injection(forward_step)
+        self._batch: Mapping[str, Any] = {}
+
+    def __call__(
+        self, state: GlobalState, data_iterator: Iterator | None, model: torch.nn.Module
+    ) -> tuple[Any, Callable[..., Any] | None]:
+        """Run the step within, its model with the teacher.
+
+        Returns:
+            Its output, and its loss function with our numbers in the report.
+
+        Raises:
+            HostError: the model has no teacher.
+        """
+        if self.attachment is None:
+            raise HostError(
+                "expected a teacher beside the student, got none: the model was not built from the container that was "
+                "to add it; give pretrain() that one"
+            )
+        assert self.first_step is not None
+        if model.training:
+            self.first_step.begin(is_first=state.train_state.consumed_train_samples == 0)
+        self._set_progress(state, model.training)
+        step = maybe_inject_state(self._forward_step, state, needs_injection=self._takes_state)
+        self._batch = {}
+        output, loss_func = step(self._noted(data_iterator) if data_iterator is not None else None, model)
+        check_for_nan = state.cfg.rerun_state_machine.check_for_nan_in_loss
+        return output, partial(self._loss, loss_func, check_for_nan) if loss_func is not None else None
+
+    def give_loss_mask(
+        self, student: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        """A forward pre-hook: the mask of the batch that the step took, on this rank, where the step gives none."""
+        mask = self._batch.get("loss_mask")
+        if mask is None or kwargs.get("labels") is None or kwargs.get("loss_mask") is not None:
+            return None
+        group = get_attr_wrapped_model(student, "pg_collection").cp
+        if group.size() > 1:
+            if kwargs.get("packed_seq_params") is not None:
+                raise ConfigError(
+                    "packed sequences with context parallelism are not supported here: Bridge's forward step keeps "
+                    "its part of the loss mask to itself; set model.context_parallel_size to 1, or turn packing off"
+                )
+            mask = get_batch_on_this_cp_rank({"loss_mask": mask}, is_hybrid_cp=False, cp_group=group)["loss_mask"]
+        return args, {**kwargs, "loss_mask": mask.cuda(non_blocking=True)}
+
+    def _noted(self, batches: Iterator) -> Iterator:
+        for self._batch in map(next, repeat(batches)):  # what Bridge gives has `next` and no more
+            yield self._batch
+
+    def _set_progress(self, state: GlobalState, training: bool) -> None:
+        """Tell how far Bridge is before this step; validation keeps the numbers of the step it follows."""
+        assert self.attachment is not None
+        done = state.train_state
+        iteration, samples = done.step, done.consumed_train_samples
+        if not training:
+            if self.attachment.progress is not None:
+                return
+            # No step before it: what was loaded was saved after one.
+            iteration, samples = max(iteration - 1, 0), max(samples - state.cfg.train.global_batch_size, 0)
+        self.attachment.set_progress(Progress(iteration, samples, samples * state.cfg.model.seq_length))
+
+    def _loss(self, loss_func: Callable[..., Any], check_for_nan: bool, output_tensor: Any, **kwargs: Any) -> Any:
+        if kwargs:  # non_loss_data: what the caller collects is no loss
+            return loss_func(output_tensor, **kwargs)
+        assert self.attachment is not None and self.first_step is not None
+        return loss_with_report(self.attachment, self.first_step, loss_func, output_tensor, check_for_nan)
+
+
+def export_to_hf(checkpoint: str | Path, hf_reference: str | Path, out: str | Path) -> None:
+    """Write a student that Bridge has saved as a model of Hugging Face: Bridge's `AutoBridge.export_ckpt`.
+
+    In a process of its own, on the CPU: it starts torch.distributed for one rank, and ends it.
+
+    Args:
+        checkpoint: the folder that `checkpoint.save` named, or one iteration in it.
+        hf_reference: a model of the student's architecture, by name or folder; its config and tokenizer are taken over.
+        out: the folder to write.
+
+    Raises:
+        CheckpointError: there is no whole torch_dist checkpoint of Bridge's.
+        HostError: torch.distributed is initialized already.
+    """
+    if torch.distributed.is_initialized():
+        raise HostError(
+            "expected a process without torch.distributed, which Bridge's export starts for one rank; run the export "
+            "in a process of its own"
+        )
+    directory = TeacherCheckpoint.open(checkpoint).directory
+    if not (directory / "run_config.yaml").is_file():
+        raise CheckpointError(
+            f"expected a checkpoint that Megatron Bridge saved, with run_config.yaml, got {directory}; to export a "
+            "student of Megatron-LM's loop, give its weights to AutoBridge.save_hf_pretrained yourself"
+        )
+    AutoBridge.from_hf_pretrained(str(hf_reference)).export_ckpt(
+        str(directory), str(out), show_progress=False, strict=True
+    )
+
+
+def llama32_3b_to_1b_distill_config() -> DistillConfigContainer:
+    """Llama 3.2 1B from Llama 3.2 3B: Bridge's recipe for pretraining the 1B, with its own parallelism (1 GPU)."""
+    return _with_hf_teacher(llama3.llama32_1b_pretrain_config(), "meta-llama/Llama-3.2-3B")
+
+
+def llama31_70b_to_8b_distill_config() -> DistillConfigContainer:
+    """Llama 3.1 8B from Llama 3.1 70B: Bridge's recipe for the 8B, at tensor parallelism 8, as the teacher's size asks.
+
+    Each rank then holds 17.5 GB of the teacher in bf16.
+    """
+    recipe = llama3.llama31_8b_pretrain_config()
+    recipe.model.tensor_model_parallel_size = 8
+    recipe.model.sequence_parallel = True
+    recipe.model.context_parallel_size = 1
+    return _with_hf_teacher(recipe, "meta-llama/Llama-3.1-70B")
+
+
+def qwen3_8b_to_1p7b_distill_config() -> DistillConfigContainer:
+    """Qwen3 1.7B from Qwen3 8B: Bridge's recipe for pretraining the 1.7B, with its own parallelism (1 GPU)."""
+    return _with_hf_teacher(qwen3.qwen3_1p7b_pretrain_config(), "Qwen/Qwen3-8B")
+
+
+def _with_hf_teacher(recipe: ConfigContainer, hf: str) -> DistillConfigContainer:
+    # Both models' ids are the teacher's tokens; the recipe's own NullTokenizer would resize the student's vocabulary.
+    recipe.tokenizer = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=hf)
+    return DistillConfigContainer.of(recipe, TeacherConfig(hf=hf))
+
+
+def _source(teacher: TeacherConfig) -> str:
+    given = [source for source in (teacher.hf, teacher.load) if source]
+    if len(given) != 1:
+        raise ConfigError(
+            "expected one of teacher.hf (a model of Hugging Face) and teacher.load (a torch_dist checkpoint), got "
+            f"{'both' if given else 'neither'}; set one"
+        )
+    return given[0]
+
+
+def _check_host(config: DistillConfigContainer, objective: Objective) -> None:
+    """Refuse what of Bridge was never run with a teacher, by name."""
+    refused = {
+        "peft": (config.peft, "an adapter changes the layers that the loss reads"),
+        "dist.use_megatron_fsdp": (config.dist.use_megatron_fsdp, UNSUPPORTED["use_megatron_fsdp"][1]),
+        "dist.use_torch_fsdp2": (config.dist.use_torch_fsdp2, UNSUPPORTED["use_torch_fsdp2"][1]),
+        "dist.eval_context_parallel_size": (
+            config.dist.eval_context_parallel_size,
+            "validation would move the student to other process groups than the teacher's",
+        ),
+    }
+    for name, (value, reason) in refused.items():
+        if value:
+            raise ConfigError(f"{name} is not supported with a teacher: {reason}; remove it")
+    if objective.hidden_losses:
+        raise ConfigError(
+            "distillation.hidden_losses need projectors that Bridge's checkpoints do not know; use `abkd-megatron "
+            "distill`, or remove them"
+        )
+    if not isinstance(config.model, ModelConfig | ModelProviderMixin):
+        raise HostError(f"expected a model provider or a ModelConfig of Bridge's, got {type(config.model).__name__}")
+
+
+def _columns(model: Any) -> int:
+    """Columns of the student's output layer, over all tensor-parallel ranks."""
+    size: int = model.vocab_size
+    if not model.should_pad_vocab:
+        return size
+    multiple = model.make_vocab_size_divisible_by * model.tensor_model_parallel_size
+    return -(-size // multiple) * multiple
+
+
+def _build_teacher(
+    config: DistillConfigContainer,
+    transformer: TransformerConfig,
+    columns: int,
+    objective: Objective,
+    groups: ProcessGroupCollection,
+    timeout: timedelta,
+) -> Teacher:
+    """This rank's share of the teacher, loaded and frozen."""
+    checkpoint = None
+    with on_every_rank():
+        if config.teacher.hf:
+            try:
+                model = AutoBridge.from_hf_pretrained(config.teacher.hf).to_megatron_provider()
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"the teacher {config.teacher.hf} cannot be had: {error}") from error
+            _check_vocabulary(model.vocab_size, config.model.vocab_size, objective.shared_vocab)
+        else:
+            checkpoint = TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step)
+            _check_described(checkpoint)
+            model, args = load_model_config(str(checkpoint.directory))
+            if args is not None:  # of Megatron-LM's loop, which saves its arguments
+                model = model_config(args)
+        forget_run_of(model)
+        settings = {name: getattr(transformer, name) for name in _SHARED}
+        if getattr(model, "num_moe_experts", None):
+            settings |= {name: getattr(transformer, name) for name in ("expert_model_parallel_size",)}
+        settings |= {
+            "seq_length": config.model.seq_length,
+            # A rank holds the same ids of both models, however the teacher was padded: loading pads or drops the rest.
+            "vocab_size": columns,
+            "should_pad_vocab": False,
+            **_resolved(config.teacher.overrides, model),
+        }
+        if checkpoint is not None:
+            # Built as it is described; what is left to compare are the overrides and the vocabulary.
+            overrides = {name: settings[name] for name in config.teacher.overrides}
+            built = _as_arguments(model, overrides, config.model.seq_length)
+            checkpoint.check_arguments(built, config.model.vocab_size, objective.shared_vocab)
+    if checkpoint is not None:
+        check_files(checkpoint, config.distillation.skip_preflight)
+    dtype = transformer.params_dtype
+    if isinstance(model, ModelConfig):
+        assert checkpoint is not None  # AutoBridge makes providers
+        precision = {"params_dtype": dtype, "bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+        for name, value in (precision | settings).items():
+            setattr(model, name, value)
+        model.finalize()
+        return build_teacher(
+            model, checkpoint, groups, sequence_parallel=transformer.sequence_parallel, timeout=timeout
+        )
+    model.apply_overrides_and_finalize(dtype=dtype, overrides=settings)
+    with random_states_kept():
+        (built,) = model.provide_distributed_model(
+            wrap_with_ddp=False,
+            mixed_precision_wrapper=None,
+            pg_collection=groups,
+            use_cpu_initialization=transformer.use_cpu_initialization,
+        )
+    if checkpoint is not None:
+        wanted = built.sharded_state_dict(metadata=checkpoint.metadata(groups.dp_cp))
+        built.load_state_dict(checkpoint.load(wanted, groups.dp_cp))
+    return Teacher.of(to_params_dtype(built, dtype), groups)
+
+
+def _check_described(checkpoint: TeacherCheckpoint) -> None:
+    """Reject a checkpoint that Bridge cannot build a model of."""
+    if checkpoint.common.get("args") is None and not (checkpoint.directory / "run_config.yaml").is_file():
+        raise CheckpointError(
+            f"expected Megatron's arguments or Bridge's run_config.yaml in {checkpoint.directory}, from which the "
+            "teacher would be built, got neither; give teacher.load a checkpoint that Bridge or Megatron-LM saved, or "
+            "teacher.hf the model of Hugging Face"
+        )
+
+
+def _as_arguments(model: Any, overrides: Mapping[str, Any], seq_length: int) -> Namespace:
+    """The model config with overrides as Megatron's arguments, to be compared with a checkpoint's."""
+    transformer = getattr(model, "transformer", None)
+    names = [item.name for of in (transformer, model) if of is not None for item in fields(of)]
+    values = {name: getattr(model, name) for name in names if not name.startswith("_")}
+    values = {name: value for name, value in values.items() if value is not transformer}
+    # A builder's config reads a transformer's fields as its own.
+    return Namespace(**{**of_model_config({**values, **overrides}), "seq_length": seq_length})
+
+
+def _resolved(overrides: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """The overrides of a model config, with functions in place of their dotted paths."""
+    resolved = dict(overrides)
+    for name, value in overrides.items():
+        if not hasattr(model, name):
+            raise ConfigError(f"teacher.overrides: a {type(model).__name__} has no {name}; remove it")
+        if isinstance(value, str) and callable(getattr(model, name)):
+            try:
+                resolved[name] = pkgutil.resolve_name(value)
+            except (ImportError, AttributeError, ValueError) as error:
+                raise ConfigError(
+                    f"teacher.overrides.{name}: expected the dotted path of a function: {error}"
+                ) from error
+    return resolved
+
+
+def _check_vocabulary(theirs: int, ours: int, shared: int | None) -> None:
+    if shared is None and theirs != ours:
+        raise CheckpointError(
+            f"the teacher has a vocabulary of {theirs} tokens, the student one of {ours}; teacher and student must "
+            "share one tokenizer; if only the first N tokens are the same in both, give distillation.shared_vocab=N"
+        )
+    if shared is not None and shared > min(theirs, ours):
+        raise CheckpointError(
+            f"shared_vocab is {shared}; the teacher has a vocabulary of {theirs} tokens, the student one of {ours}; "
+            "give at most the smaller"
+        )

@@ -1,0 +1,412 @@
+"""Megatron-LM's own training loop (`megatron.training.pretrain`), fed with our config, our data and our head."""
+
+import copy
+import json
+import logging
+import re
+import signal
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from textwrap import indent
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+from megatron.core.enums import ModelType
+from megatron.core.rerun_state_machine import RerunMode
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.utils import (
+    StragglerDetector,
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args, get_tensorboard_writer, get_timers, get_tokenizer, pretrain, print_rank_0
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.training import get_optimizer_param_scheduler
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from abkd_megatron.config.load import CONFIG_TEXT, render, to_argv
+from abkd_megatron.config.megatron_args import assertion, command_line, megatron_options, megatron_refusals_named
+from abkd_megatron.config.schema import Config
+from abkd_megatron.config.unsupported import UNSUPPORTED_IN_JOBS, check_layout, checked_model_config
+from abkd_megatron.data.indexed import check_datasets, prefixes_of
+from abkd_megatron.data.prepare import PreparedData
+from abkd_megatron.errors import ConfigError, on_every_rank
+from abkd_megatron.hosts.add_teacher import DistilledStep, add_teacher
+from abkd_megatron.hosts.run_record import check_resumed_alone
+from abkd_megatron.hosts.student_checkpoint import (
+    check_folders,
+    check_save,
+    check_student,
+    mixed_events,
+    only_writer,
+    other_schedule_named,
+)
+from abkd_megatron.student.step import masked_loss
+
+logger = logging.getLogger(__name__)
+_stimer = StragglerDetector()
+
+
+def run(config: Config, job: str) -> None:
+    """Train with Megatron's own loop on this rank.
+
+    Args:
+        config: checked for `job`.
+        job: "pretrain" (no teacher) or "distill".
+
+    Raises:
+        AbkdError: before the first step, on every rank, when something cannot be run.
+    """
+    with ExitStack() as held:
+        _run(config, job, held)
+
+
+def _run(config: Config, job: str, held: ExitStack) -> None:
+    options = megatron_options()
+    megatron = dict(config.megatron)
+    if config.data.dir is not None:
+        with on_every_rank():
+            megatron = {**PreparedData.open(config.data.dir).megatron_arguments(), **megatron}
+    # The time of a step, for the report: Megatron measures it for its log in any case.
+    megatron.setdefault("log-timers-to-tensorboard", True)
+    argv = to_argv(megatron, options)
+    with on_every_rank():
+        check_folders(megatron)
+    with on_every_rank(), command_line(argv):
+        args = parse_args()
+        check_layout(args, "student", UNSUPPORTED_IN_JOBS)
+        # Before Megatron opens an event file.
+        check_save(args)
+        if args.rank == 0:
+            held.enter_context(only_writer(args))
+            if (mixed := mixed_events(args)) is not None:
+                print_rank_0(f"WARNING: {mixed}")
+    with megatron_refusals_named(), command_line(argv):
+        args = parse_and_validate_args()
+        # Megatron saves its arguments with the checkpoint; this one lets a later student see whose vocabulary it was.
+        args.vocab_size = get_tokenizer().vocab_size
+    with on_every_rank():
+        config_of_model = checked_model_config(args, "student", UNSUPPORTED_IN_JOBS)
+        job_config = job_config_from_args(args, config_of_model)
+        if args.rank == 0:  # the others hear of it, and thousands of them do not read the same files
+            if (other := check_student(args)) is not None:
+                print_rank_0(f"WARNING: the student's checkpoint is of another model: {other}")
+            check_datasets(prefixes_of(args), args.vocab_size)
+            if job == "pretrain" and (alone := check_resumed_alone(args)) is not None:
+                print_rank_0(f"WARNING: {alone}")
+    if (writer := get_tensorboard_writer()) is not None:  # on the last rank
+        shown = ("megatron", "teacher", "distillation", "data") if job == "distill" else ("megatron", "data")
+        # Indented, which TensorBoard's Markdown takes for code.
+        writer.add_text(CONFIG_TEXT, indent(render(config, shown), " " * 4))
+    if args.save and args.exit_signal_handler:
+        _keep_checkpoint_writer_from_signals()
+    plain = _ForwardStep()
+    distilled = None
+    if job == "distill":
+        distilled = add_teacher(config, megatron, options, args, config_of_model, plain, UNSUPPORTED_IN_JOBS)
+        plain.distilled = distilled
+
+    try:
+        with other_schedule_named():
+            pretrain(
+                job_config,
+                _DatasetsProvider(plain),
+                ModelType.encoder_or_decoder,
+                distilled or plain,
+            )
+    finally:
+        plain.counted.end()
+        # TensorBoard's writer thread ends with the process and what is still in its queue: the last validation.
+        if (writer := get_tensorboard_writer()) is not None:
+            writer.flush()
+    if distilled is not None and distilled.attachment is not None:
+        attachment = distilled.attachment
+        attachment.detach()
+        logger.info(
+            f"teacher hidden states: at most {attachment.max_queued_microbatches} micro-batches at a time waited here, "
+            f"{attachment.max_queued_bytes} bytes"
+        )
+        if attachment.objective.hidden_losses:
+            logger.info(
+                f"outputs of the teacher's layers: those of at most {attachment.most_waiting_of_layers} "
+                "micro-batches at a time waited for the student's layer here"
+            )
+
+
+def job_config_from_args(args: Namespace, model_config: Any) -> Any:
+    """Make Megatron's PretrainConfigContainer of a job, and refuse what Megatron would once it has built the models.
+
+    Args:
+        args: Megatron's, validated.
+        model_config: made of them.
+
+    Raises:
+        ConfigError: an optimizer, a schedule or a mode that cannot be.
+
+    Collectives: none.
+    """
+    modes = [mode.value for mode in RerunMode]
+    if args.rerun_mode not in modes:
+        raise ConfigError(f"rerun-mode: expected one of {', '.join(modes)}, got {args.rerun_mode}")
+    if not args.skip_train:
+        _check_schedule(args)
+    with megatron_refusals_named():
+        return pretrain_cfg_container_from_args(args, model_config)
+
+
+# Of what Megatron's scheduler asserts, by its names: the arguments that it makes them of.
+_OF_SCHEDULE = {
+    "init_lr": ("lr_warmup_init",),
+    "max_lr": ("lr",),
+    "min_lr": ("min_lr",),
+    "lr_warmup_steps": ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction"),
+    "lr_decay_steps": ("lr_decay_iters", "lr_decay_samples", "train_iters", "train_samples"),
+    "wsd_decay_steps": ("lr_wsd_decay_iters", "lr_wsd_decay_samples"),
+    "start_wd": ("start_weight_decay",),
+    "end_wd": ("end_weight_decay",),
+}
+
+
+def _check_schedule(args: Namespace) -> None:
+    """Have Megatron make its scheduler once before there is an optimizer: it asserts what it does not say.
+
+    Raises:
+        ConfigError: a schedule that cannot be.
+    """
+    if args.lr is None:
+        raise ConfigError("expected megatron.lr, the learning rate, got none; set it")
+    if not (args.train_iters or args.train_samples):
+        raise ConfigError("expected megatron.train-iters or megatron.train-samples, got neither; set one above 0")
+    # The same code on a copy of the arguments: it changes them, and reads them from where a dry run has none.
+    names = {"get_args": lambda: copy.copy(args), "update_train_iters": lambda _: None}
+    make = FunctionType(get_optimizer_param_scheduler.__code__, get_optimizer_param_scheduler.__globals__ | names)
+    try:
+        make(SimpleNamespace(param_groups=[{}]))
+    except AssertionError as error:
+        said = str(error) or assertion(error)
+        asked = [name for words, names in _OF_SCHEDULE.items() if re.search(rf"\b{words}\b", said) for name in names]
+        given = [f"{name.replace('_', '-')} is {value}" for name in asked if (value := getattr(args, name)) is not None]
+        missing = f"none of {', '.join(name.replace('_', '-') for name in asked)} is given"
+        raise ConfigError(
+            f"Megatron refuses this schedule of learning rate and weight decay: {said.partition(' (')[0]}; "
+            f"{', '.join(given) or missing}; change one of them"
+        ) from error
+
+
+def _keep_checkpoint_writer_from_signals() -> None:
+    """Start the process through which Megatron's checkpoint writer reports, deaf to SIGTERM.
+
+    torchrun and schedulers send the signal to a rank's children, too, and without that process, which stays from the
+    first save on, the save that the signal asks for fails.
+    """
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is ignored is inherited
+    try:
+        get_write_results_queue()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Counted:
+    """Says on a rank that reads data when none of its tokens in a step counts: its means are logged as 0."""
+
+    def __init__(self) -> None:
+        self._step: tuple[str, int] | None = None
+        self._is_empty = False
+
+    def add(self, loss_mask: torch.Tensor, training: bool) -> None:
+        """Take a micro-batch's, while it is still on the host."""
+        args = get_args()
+        done = getattr(args, "curr_iteration", args.iteration - 1)  # an evaluation alone has no current one
+        step = "step" if training else "validation after step", done + 1
+        if step != self._step:
+            self.end()
+            self._step, self._is_empty = step, True
+        self._is_empty = self._is_empty and not loss_mask.any()
+
+    def end(self) -> None:
+        """The step is over."""
+        if self._step is not None and self._is_empty:
+            logger.warning(
+                "%s %d: no token that rank %d has read counts, its loss mask is 0; where that is so on all ranks, "
+                "losses are logged as 0 and there is no gradient",
+                *self._step,
+                torch.distributed.get_rank(),
+            )
+        self._step = None
+
+
+class _ForwardStep:
+    """Megatron's forward step for GPT pretraining.
+
+    Attributes:
+        distilled: the step around it, if there is a teacher: what that takes of a batch it is given.
+        counted: is told the loss masks that this rank reads.
+    """
+
+    def __init__(self) -> None:
+        self.distilled: DistilledStep | None = None
+        self.counted = _Counted()
+
+    def __call__(
+        self, data_iterator: Iterator | None, model: torch.nn.Module, return_schedule_plan: bool = False
+    ) -> tuple[torch.Tensor, partial]:
+        timers = get_timers()
+        timers("batch-generator", log_level=2).start()
+        tokens_on_last = self.distilled is not None and self.distilled.needs_input_ids
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        with _stimer(bdata=True):
+            batch = get_batch(
+                data_iterator,
+                vp_stage,
+                tokens_on_last,
+                self.needs_loss_mask(vp_stage),
+                training=model.training,
+                counted=self.counted if get_attr_wrapped_model(model, "post_process") else None,
+            )
+        timers("batch-generator").stop()
+        with _stimer:
+            output = model(
+                batch["tokens"],
+                batch["position_ids"],
+                batch["attention_mask"],
+                labels=batch["labels"],
+                loss_mask=batch["loss_mask"],
+            )
+        return output, partial(self._loss, batch["loss_mask"])
+
+    def needs_loss_mask(self, vp_stage: int | None) -> bool:
+        """Whether this stage is to get the loss mask even if it is not the last one."""
+        attachment = self.distilled.attachment if self.distilled is not None else None
+        return attachment is not None and vp_stage in attachment.needs_loss_mask
+
+    def _loss(
+        self, loss_mask: torch.Tensor | None, output_tensor: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        assert loss_mask is not None  # Megatron asks for the loss on the last stage alone
+        args = get_args()
+        # With a teacher it is the step around this one that looks at the losses, and knows them by name.
+        return masked_loss(
+            loss_mask,
+            output_tensor,
+            check_for_nan=args.check_for_nan_in_loss_and_grad and self.distilled is None,
+            check_for_spikes=args.check_for_spiky_loss,
+            save=args.save,
+        )
+
+
+def get_batch(
+    data_iterator: Iterator | None,
+    vp_stage: int | None,
+    tokens_on_last: bool = False,
+    mask_here: bool = False,
+    *,
+    training: bool = True,
+    counted: _Counted | None = None,
+) -> dict[str, torch.Tensor | None]:
+    """This rank's share of the next micro-batch; nothing on the pipeline stages that need none.
+
+    With `tokens_on_last` the last stage gets the input tokens too, as it does with multi-token prediction. With
+    `mask_here` this stage gets all of it, whichever it is. Validation may have micro-batches of another size.
+    `counted` is told the loss mask on the rank that reads it.
+    """
+    args = get_args()
+    keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens")
+    batch: dict[str, Any] = dict.fromkeys(keys)
+    predicts_ahead = mtp_on_this_rank(None, args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage)
+    if not is_first_or_last_pipeline_stage(vp_stage) and not predicts_ahead and not mask_here:
+        return batch
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        assert data_iterator is not None
+        data = next(data_iterator)
+        if counted is not None:
+            counted.add(data["loss_mask"], training)
+        batch.update({key: data[key].cuda(non_blocking=True) for key in keys if data.get(key) is not None})
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size if training else args.eval_micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=predicts_ahead or tokens_on_last or mask_here,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+
+
+def train_valid_test_datasets_provider(
+    num_samples: Sequence[int], vp_stage: int | None = None, mask_here: bool = False
+) -> tuple:
+    """Megatron's GPT datasets for training, validation and test, on the ranks that read data, see `get_batch`."""
+    args = get_args()
+
+    def is_built_here() -> bool:
+        reads = mask_here or is_first_or_last_pipeline_stage(vp_stage)
+        return mpu.get_tensor_model_parallel_rank() == 0 and reads
+
+    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, datasets_config(args)).build()
+
+
+def datasets_config(args: Namespace) -> GPTDatasetConfig:
+    """What Megatron's arguments say of the datasets: all that its GPT datasets know, packed sequences apart."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    sequences = args.per_dataset_sequences_path
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        sequences_per_dataset=json.loads(Path(sequences).read_text()) if sequences is not None else None,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+    )
+
+
+# Megatron then builds the datasets on every rank that needs them, not on rank 0 alone.
+train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+
+
+class _DatasetsProvider:
+    """The same, when Megatron has built the model and it is known which stages take the loss mask."""
+
+    is_distributed = True
+
+    def __init__(self, step: _ForwardStep) -> None:
+        self._step = step
+
+    def __call__(self, num_samples: Sequence[int], vp_stage: int | None = None) -> tuple:
+        return train_valid_test_datasets_provider(num_samples, vp_stage, self._step.needs_loss_mask(vp_stage))

@@ -1,0 +1,195 @@
+"""A pretraining script of one's own, such as Megatron-LM's pretrain_gpt.py: an argument group, and one call.
+
+Without `--kd-teacher-load` on the command line both leave the script as it is, to the bit.
+"""
+
+import ast
+import inspect
+import logging
+import sys
+import textwrap
+from argparse import SUPPRESS, ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields
+from typing import Any
+
+from megatron.training import get_tokenizer, print_rank_0
+
+from abkd_megatron import cpu_backend
+from abkd_megatron.config.load import from_argv, load_config
+from abkd_megatron.config.megatron_args import megatron_options
+from abkd_megatron.config.model_config import check_model_config
+from abkd_megatron.config.schema import TEACHER_KEYS, DistillationConfig
+from abkd_megatron.config.stages import check_stages
+from abkd_megatron.config.unsupported import UNSUPPORTED, check_layout
+from abkd_megatron.errors import AbkdError, ConfigError, on_every_rank
+from abkd_megatron.hosts.add_teacher import add_teacher
+from abkd_megatron.hosts.run_record import check_resumed_alone
+from abkd_megatron.hosts.student_checkpoint import check_save, only_writer
+
+# By its name without the prefix: the section.key that an argument sets, its metavar and its help.
+_TEACHER = {
+    "teacher_load": ("teacher.load", "CHECKPOINT", "The teacher's torch_dist checkpoint; without it nothing changes."),
+    "teacher_step": ("teacher.ckpt-step", "ITERATION", "The iteration to load; the checkpoint's latest if left out."),
+    "teacher_declared": (
+        "teacher.declared",
+        "DECLARED",
+        "Whether these settings are declared to be the teacher's where nothing saved with its weights describes it.",
+    ),
+    "teacher_expected_loss": (
+        "teacher.expected-loss",
+        "LOSS",
+        "The teacher's cross entropy per token on the first step's batch as measured elsewhere, in nats.",
+    ),
+}
+# The lock of the folder that the script saves to, until its process ends.
+_held = ExitStack()
+_TEACHER_ARGS = "Megatron arguments in which the teacher differs from the student, such as num-layers=32 swiglu=false."
+
+
+def _settings() -> dict[str, str]:
+    """What each argument sets, by its name without the prefix: section.key."""
+    ours = {item.name.removeprefix("kd_"): f"distillation.{item.name}" for item in fields(DistillationConfig)}
+    return {name: key for name, (key, *_) in _TEACHER.items()} | ours
+
+
+def add_kd_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add the argument group "knowledge distillation" to Megatron's parser: an `extra_args_provider`.
+
+    There is one argument for each field of `DistillationConfig` (`--kd-weight` for `kd_weight`), its value spelled as
+    in the configuration file: `--kd-alpha '{schedule: linear, from: 0.5, to: 0.2, end: 1000}'`. Beside them
+    `--kd-teacher-load`, `--kd-teacher-step`, `--kd-teacher-declared`, `--kd-teacher-expected-loss` and
+    `--kd-teacher-args`. What is not given leaves no trace in Megatron's
+    arguments.
+
+    Args:
+        parser: Megatron's.
+
+    Returns:
+        The same parser.
+    """
+    group = parser.add_argument_group("knowledge distillation", "of a student from the teacher in --kd-teacher-load")
+
+    def add(name: str, text: str, **how: Any) -> None:
+        option, text = f"--kd-{name.replace('_', '-')}", text.replace("%", "%%").replace("`", "")
+        group.add_argument(option, dest=f"kd_{name}", default=SUPPRESS, help=text, **how)
+
+    for name, (_, metavar, text) in _TEACHER.items():
+        add(name, text, metavar=metavar, **({"nargs": "?", "const": "true"} if name == "teacher_declared" else {}))
+    add("teacher_args", _TEACHER_ARGS, metavar="NAME=VALUE", nargs="+")
+    texts = _documented(DistillationConfig)
+    for item in fields(DistillationConfig):
+        default = getattr(DistillationConfig(), item.name)
+        how: dict[str, Any] = {"nargs": "?", "const": "true"} if isinstance(default, bool) else {}
+        shown = "none" if default in (None, []) else str(default).lower() if isinstance(default, bool) else default
+        text = f"{texts[item.name]} (default: {shown})"
+        add(item.name.removeprefix("kd_"), text, metavar=item.name.rpartition("_")[2].upper(), **how)
+    return parser
+
+
+def distill[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_step: Step) -> Step | Callable[..., Any]:
+    """Have Megatron distill what it is about to pretrain, if the command line names a teacher.
+
+    Call it between `parse_and_validate_args` and `pretrain`. The teacher is built and attached when Megatron has built
+    the student; its arguments are the student's on this process's command line, with `--kd-teacher-args` on top.
+
+    Args:
+        args: Megatron's arguments, parsed with `add_kd_arguments`. With a teacher `vocab_size` is set, the tokenizer's.
+        model_cfg: the GPTModelConfig that `pretrain` will be given; with a teacher it gets a post-wrap hook.
+        forward_step: the script's own: called as (data_iterator, model, ...), returns the model's loss a token, [b, s],
+            and a loss function of it. Batches, packed sequences among them, stay its business. It has to call the model
+            with `labels` and `loss_mask`.
+
+    Returns:
+        The forward step for `pretrain`: without a teacher the same object. With one, what its loss function returns
+        stays, and the report gets our numbers (docs/training.md); `lm loss` is the student's cross entropy.
+
+    Raises:
+        ConfigError: an argument of ours without a teacher, a value that cannot be, or a feature that is not supported.
+        CheckpointError: a teacher that is missing, damaged or not the one configured; or what Megatron is to load.
+
+    Collectives: without a teacher none, with one those of `add_teacher` and one all_gather_object where
+    torch.distributed is initialized. In stock scripts it is not yet: a rank then raises what it sees itself.
+    """
+    given = {key: getattr(args, f"kd_{name}") for name, key in _settings().items() if hasattr(args, f"kd_{name}")}
+    own: list[str] = getattr(args, "kd_teacher_args", [])
+    if "teacher.load" not in given:
+        if given or own:
+            names = [name for name in vars(args) if name.startswith("kd_")]
+            raise ConfigError(
+                "expected --kd-teacher-load with the teacher's checkpoint, got only "
+                f"{', '.join(_option(name) for name in names)}; add it, or remove them to train without a teacher"
+            )
+        if (alone := check_resumed_alone(args)) is not None:
+            print_rank_0(f"WARNING: {alone}; give --kd-teacher-load to go on with a teacher")
+        return forward_step
+    if args.rank != args.world_size - 1:  # the last one logs, as it does of Megatron's own numbers
+        logging.getLogger("abkd_megatron").setLevel(logging.WARNING)
+    options = megatron_options()
+    with _told_as_options():
+        with on_every_rank():
+            for setting in own:
+                if setting.partition("=")[0].replace("_", "-") in TEACHER_KEYS:
+                    given_by = ", ".join(_option(f"kd_{name}") for name in _TEACHER)
+                    raise ConfigError(
+                        f"expected Megatron arguments of the teacher's model in --kd-teacher-args, got {setting}; its "
+                        f"checkpoint is given by {given_by}"
+                    )
+            device = "cpu" if cpu_backend.is_installed() else "cuda"
+            overrides = [f"teacher.{setting}" for setting in own] + [f"{key}={text}" for key, text in given.items()]
+            config = load_config(None, [f"device={device}", *overrides], options)
+            config.check("distill")
+            check_layout(args, "student", UNSUPPORTED)
+            check_model_config(model_cfg, args)
+            check_stages(model_cfg.transformer, "student")
+            check_save(args)
+            if args.rank == 0:
+                _held.enter_context(only_writer(args))
+            _check_shared_vocab(config.distillation.shared_vocab, get_tokenizer().vocab_size, args)
+            if config.distillation.hidden_losses and args.pipeline_model_parallel_size > 1:
+                raise ConfigError(
+                    "hidden_losses need the loss mask on every pipeline stage that holds a pair of layers, and a "
+                    "forward step of Megatron's kind has it on the last alone; set pipeline-model-parallel-size to 1, "
+                    "or use `abkd-megatron distill`"
+                )
+        args.vocab_size = get_tokenizer().vocab_size
+        # A script may have chosen these by itself, by args_defaults; they have to be the same for both models.
+        chosen = {"tokenizer-type": args.tokenizer_type, "tokenizer-model": args.tokenizer_model}
+        return add_teacher(config, chosen | from_argv(sys.argv[1:], options), options, args, model_cfg, forward_step)
+
+
+def _check_shared_vocab(shared: int | None, vocab_size: int, args: Namespace) -> None:
+    there = args.pipeline_model_parallel_size == 1 or args.mtp_num_layers
+    if shared is not None and shared < vocab_size and not there:
+        raise ConfigError(
+            f"shared_vocab {shared} of the student's {vocab_size} tokens needs the input ids on the last pipeline "
+            "stage, and a forward step of Megatron's kind has them on the first alone; set "
+            "pipeline-model-parallel-size to 1, or use `abkd-megatron distill`"
+        )
+
+
+def _option(dest: str) -> str:
+    return f"--{dest.replace('_', '-')}"
+
+
+@contextmanager
+def _told_as_options() -> Iterator[None]:
+    """Errors name settings as the configuration file does."""
+    try:
+        yield
+    except AbkdError as error:
+        hint = "here distillation.NAME is --kd-NAME, and the keys of `teacher:` are in --kd-teacher-args"
+        raise type(error)(f"{error}\n({hint})") from None
+
+
+def _documented(kind: type) -> dict[str, str]:
+    """The docstrings of a dataclass's fields, which Python does not keep."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(body, ast.ClassDef)
+    texts = {}
+    for item, text in zip(body.body, body.body[1:], strict=False):
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(text, ast.Expr):
+            assert isinstance(text.value, ast.Constant)
+            texts[item.target.id] = " ".join(str(text.value.value).split())
+    return texts

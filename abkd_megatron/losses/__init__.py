@@ -1,0 +1,81 @@
+"""Losses between a teacher's and a student's distribution over the vocabulary, and the objective that they make up.
+
+A loss is a `LossTerm` of one of two kinds. A `Divergence` is a sum over the vocabulary of one function of p and q per
+column; the fast paths are for it. A `LogitLoss` is any other function of the two models' logits. `registry` has both
+by name, `reference` and `extra.reference` the dense fp64 form that every fast path is tested against.
+"""
+
+from abkd_megatron.losses.alpha_beta import AlphaBeta
+from abkd_megatron.losses.base import Divergence, LogitLoss, LossTerm
+from abkd_megatron.losses.columns import Columns, Pair
+from abkd_megatron.losses.combination import (
+    WeightedSum,
+    forward_kl,
+    jeffreys,
+    neyman_chi_square,
+    pearson_chi_square,
+    reverse_kl,
+    squared_hellinger,
+    squared_l2,
+)
+from abkd_megatron.losses.extra.adaptive import AdaptiveKL
+from abkd_megatron.losses.extra.clipped import ClippedKL
+from abkd_megatron.losses.extra.correlation import LogitCosine, LogitPearson, Pearson
+from abkd_megatron.losses.extra.preference import Preference
+from abkd_megatron.losses.extra.ranking import Ranking
+from abkd_megatron.losses.extra.reference import reference_logit_loss
+from abkd_megatron.losses.extra.sinkhorn import Sinkhorn
+from abkd_megatron.losses.extra.squared_error import LogitMSE
+from abkd_megatron.losses.mixture import JensenShannon, SkewForwardKL, SkewReverseKL
+from abkd_megatron.losses.reference import (
+    reference_alpha_beta,
+    reference_cross_entropy,
+    reference_divergence,
+    reference_jensen_shannon,
+    reference_skew_forward_kl,
+    reference_skew_reverse_kl,
+    reference_todi,
+    reference_total_variation,
+)
+from abkd_megatron.losses.todi import ToDi
+from abkd_megatron.losses.total_variation import TotalVariation
+
+__all__ = [
+    "AdaptiveKL",
+    "AlphaBeta",
+    "ClippedKL",
+    "Columns",
+    "Divergence",
+    "JensenShannon",
+    "LogitCosine",
+    "LogitLoss",
+    "LogitMSE",
+    "LogitPearson",
+    "LossTerm",
+    "Pair",
+    "Pearson",
+    "Preference",
+    "Ranking",
+    "Sinkhorn",
+    "SkewForwardKL",
+    "SkewReverseKL",
+    "ToDi",
+    "TotalVariation",
+    "WeightedSum",
+    "forward_kl",
+    "jeffreys",
+    "neyman_chi_square",
+    "pearson_chi_square",
+    "reference_alpha_beta",
+    "reference_cross_entropy",
+    "reference_divergence",
+    "reference_jensen_shannon",
+    "reference_logit_loss",
+    "reference_skew_forward_kl",
+    "reference_skew_reverse_kl",
+    "reference_todi",
+    "reference_total_variation",
+    "reverse_kl",
+    "squared_hellinger",
+    "squared_l2",
+]

@@ -1,0 +1,1 @@
+"""Losses that do not separate over the vocabulary, each from a single paper."""

@@ -1,0 +1,136 @@
+"""Numbers that change while a student trains: pure functions of how far it has come.
+
+Nothing here has a state, so nothing has to be saved: a resumed run is as far as Megatron's checkpoint says.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from abkd_megatron.errors import ConfigError
+from abkd_megatron.validation import finite_number, whole_number
+
+KINDS = ("constant", "linear", "cosine", "piecewise")
+COUNTS = ("iteration", "samples", "tokens")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What was trained on before a step; all 0 at a run's first."""
+
+    iteration: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A number by iteration, samples or tokens: straight or cosine-shaped between points, constant outside of them.
+
+    A value is never beyond those of the two points around it, and at a point exactly its. Of two points at one place
+    the first ends what is before and the second begins what is after: a jump.
+
+    Args:
+        kind: one of `KINDS`.
+        points: (count, value), in the order of their counts.
+        by: what is counted, one of `COUNTS`.
+
+    Raises:
+        ConfigError: unless counts are whole numbers in order and values finite; constant takes one point, linear and
+            cosine two, of different counts.
+    """
+
+    kind: str
+    points: tuple[tuple[int, float], ...]
+    by: str = "iteration"
+
+    def __post_init__(self) -> None:
+        for what, got, known in (("schedule", self.kind, KINDS), ("by", self.by, COUNTS)):
+            if got not in known:
+                raise ConfigError(f"expected {what} to be one of {', '.join(known)}, got {got!r}")
+        counts = [whole_number("a schedule", "a count", count, least=0) for count, _ in self.points]
+        values = [finite_number("a schedule", "a value", value) for _, value in self.points]
+        object.__setattr__(self, "points", tuple(zip(counts, values, strict=True)))
+        if not counts or any(first > last for first, last in pairwise(counts)):
+            raise ConfigError(f"expected points of 0 or more, in order, got {counts}")
+        if self.kind in ("linear", "cosine") and not (len(counts) == 2 and counts[0] < counts[1]):
+            raise ConfigError(f"expected an end after the start, got {counts}")
+        if self.kind == "constant" and len(counts) != 1:
+            raise ConfigError(f"expected one value, got {values}")
+
+    @classmethod
+    def of(cls, number: "float | Schedule") -> "Schedule":
+        """A plain number as a schedule; a schedule as it is."""
+        return number if isinstance(number, Schedule) else cls("constant", ((0, number),))
+
+    @classmethod
+    def linear(cls, first: float, last: float, *, end: int, start: int = 0, by: str = "iteration") -> "Schedule":
+        """From one value to another in a straight line."""
+        return cls("linear", ((start, first), (end, last)), by)
+
+    @classmethod
+    def cosine(cls, first: float, last: float, *, end: int, start: int = 0, by: str = "iteration") -> "Schedule":
+        """From one value to another along half a cosine wave: slowly at both ends."""
+        return cls("cosine", ((start, first), (end, last)), by)
+
+    @classmethod
+    def piecewise(cls, points: Sequence[tuple[int, float]], *, by: str = "iteration") -> "Schedule":
+        """From point to point in straight lines."""
+        return cls("piecewise", tuple((count, value) for count, value in points), by)
+
+    def __call__(self, progress: Progress) -> float:
+        """The value at that progress."""
+        return self.value(getattr(progress, self.by))
+
+    def value(self, count: int) -> float:
+        """The value once that many were counted."""
+        after = bisect_right(self.points, count, key=lambda point: point[0])
+        start, first = self.points[max(after - 1, 0)]
+        if after in (0, len(self.points)) or count == start:
+            return first
+        end, last = self.points[after]
+        share = (count - start) / (end - start)
+        if self.kind == "cosine":
+            share = (1.0 - math.cos(math.pi * share)) / 2.0
+        low, high = sorted((first, last))
+        return min(max(first + (last - first) * share, low), high)
+
+    @property
+    def lowest(self) -> float:
+        """No value is below it."""
+        return min(value for _, value in self.points)
+
+    @property
+    def glides(self) -> bool:
+        """Whether it takes more values than it has points."""
+        return any(start < end and first != last for (start, first), (end, last) in pairwise(self.points))
+
+    def described(self) -> dict[str, Any]:
+        """As the configuration has it."""
+        (start, first), (end, last) = self.points[0], self.points[-1]
+        keys: dict[str, Any] = {"from": first, "to": last, "start": start, "end": end, "by": self.by}
+        if self.kind == "constant":
+            keys = {"value": first}
+        elif self.kind == "piecewise":
+            keys = {"points": [list(point) for point in self.points], "by": self.by}
+        return {"schedule": self.kind, **keys}
+
+    def __str__(self) -> str:
+        return "{" + ", ".join(f"{key}: {value}" for key, value in self.described().items()) + "}"
+
+
+def both_zero(one: Schedule, other: Schedule) -> str | None:
+    """Where both are 0 at once, or may be: counts of two kinds cannot be compared. None if nowhere."""
+    if one.lowest > 0 or other.lowest > 0:
+        return None
+    counted = {schedule.by for schedule in (one, other) if len(schedule.points) > 1}
+    if len(counted) > 1:
+        return "at some step: one goes by " + ", the other by ".join(sorted(counted))
+    # Neither is below 0, so where they are 0 at once begins at 0 or at a point of one of them.
+    for count in sorted({0, *(count for schedule in (one, other) for count, _ in schedule.points)}):
+        if one.value(count) == other.value(count) == 0:
+            return f"at {counted.pop()} {count}" if counted else "always"
+    return None

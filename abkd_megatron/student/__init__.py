@@ -1,0 +1,1 @@
+"""The student's side of a step: hooks, loss head, losses between layers, logged numbers."""

@@ -1,0 +1,480 @@
+"""Attaching a teacher to a student that Megatron trains: one hook before its forward, one head in place of its loss."""
+
+import inspect
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import TorchFullyShardedDataParallel
+from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel as MegatronFSDP
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import log_single_rank, unwrap_model
+from torch.distributed.fsdp import FSDPModule
+
+from abkd_megatron import kernels
+from abkd_megatron.config.stages import check_stages
+from abkd_megatron.config.unsupported_features import check_config
+from abkd_megatron.errors import ConfigError, HostError, on_every_rank
+from abkd_megatron.losses.objective import Objective, ScheduledObjective
+from abkd_megatron.losses.schedule import Progress
+from abkd_megatron.losses.selection import positions_here
+from abkd_megatron.student.head import compute_loss
+from abkd_megatron.student.hidden import HiddenLosses, Layers, check_pairs, layers_of_stages
+from abkd_megatron.student.plan import Plan, agree, propose_plan
+from abkd_megatron.student.step import SELECTED
+from abkd_megatron.student.timer import Stopwatch
+from abkd_megatron.teacher.build import Teacher
+from abkd_megatron.teacher.output_layer import OutputLayer
+from abkd_megatron.teacher.runner import TeacherRunner
+from abkd_megatron.vocab_parallel import VocabShard
+from abkd_megatron.vocab_parallel.logits import METRICS
+
+logger = logging.getLogger(__name__)
+
+
+def attach(
+    student: torch.nn.Module | Sequence[torch.nn.Module],
+    teacher: Teacher,
+    objective: Objective | ScheduledObjective,
+    *,
+    vocab_size: int,
+    pg_collection: ProcessGroupCollection,
+    timeout: timedelta = timedelta(minutes=10),
+    tokens: int | None = None,
+    kernel: str | None = None,
+) -> "Attachment":
+    """Attach `teacher` to `student`; from now on the student's forward returns the distillation loss.
+
+    Works with any forward step that calls the model with labels. The student may be wrapped (DDP, Float16Module); its
+    class, state dict, parameters and gradients are left alone.
+
+    Args:
+        student: this rank's model as Megatron built it: one chunk, or the list of its virtual pipeline stages.
+        teacher: this rank's share, as `build_teacher` returns it.
+        objective: divergence, temperature and weights. Of a scheduled one, `Attachment.set_progress` has to be told
+            every step's progress.
+        vocab_size: the student's true vocabulary size; the padded columns beyond it take part in nothing.
+        pg_collection: the student's process groups; `tp` is used, and `cp` where tokens are selected by position or the
+            student has some beyond `objective.shared_vocab`. There the last pipeline stage has to be given the input
+            ids too. With `objective.hidden_losses` also `pp`; every stage that holds one of them has to be given the
+            loss mask.
+        timeout: for the teacher's messages between ranks.
+        tokens: of a micro-batch on this rank, s * b, by which ``head: auto`` is decided; None: fused where it can be.
+        kernel: one of `kernels.CHOICES` for this attachment; None for what `kernels.use` has chosen for the process.
+
+    Returns:
+        The handle: `report` holds the last micro-batch's numbers, `detach()` restores the student exactly.
+
+    Raises:
+        ConfigError: on every rank: a student that has a teacher already, a feature that goes around the hooks,
+            vocabularies that are padded differently, logits that a model gathers over tensor-parallel ranks
+            (``parallel_output=False``), a `shared_vocab` beyond the vocabulary or of a part of it with
+            context parallelism or a selection of tokens, or hidden losses that cannot be had here (see `check_pairs`)
+            or lack their projectors (see `add_projectors`). At the first micro-batch, on a stage with a hidden loss and
+            without a loss mask.
+        HostError: a student without `output_processor`: not a GPTModel of megatron-core >= 0.19.
+
+    Collectives: three all_gather_object (five with hidden losses), and those of making the groups for messages. Per
+    micro-batch: the teacher's own, its messages, and those of `vocab_parallel_distillation`, of each logit loss and of
+    `HiddenLosses`.
+    """
+    scheduled = objective if isinstance(objective, ScheduledObjective) else ScheduledObjective(objective, {})
+    objective = scheduled.objective
+    # Some of it shows on the last pipeline stage alone, and the others would go on into making groups.
+    with on_every_rank():
+        check_shared_vocab(objective, vocab_size, pg_collection.cp.size())
+        check_tokens(objective, vocab_size)
+        chunks = _checked_student(student, teacher, objective, vocab_size)
+    stages = {}
+    if objective.hidden_losses:
+        stages = layers_of_stages(chunks, teacher, pg_collection)
+        with on_every_rank():
+            check_pairs(chunks, teacher, objective.hidden_losses, stages)
+    ranks = getattr(pg_collection, "dp_cp", None)
+    if chunks[0].config.mtp_num_layers and ranks is not None and ranks.size() > 1:
+        log_single_rank(
+            logger,
+            logging.WARNING,
+            "Megatron divides the losses of multi-token prediction by the number of tokens of each rank and micro-"
+            f"batch: over {ranks.size()} data- and context-parallel ranks, their gradients are means over all tokens "
+            "only where loss masks leave out equally many",
+        )
+    if objective.tokens is not None:
+        logger.info("the divergence is trained on some tokens: %s", objective.tokens)
+    proposed = None
+    with on_every_rank():
+        if (last := chunks[-1]).post_process:
+            weight = last.output_layer.weight
+            if last.share_embeddings_and_output_weights:
+                weight = last.shared_embedding_or_output_weight()
+            shard = VocabShard.megatron(weight.shape[0], pg_collection.tp, vocab_size)
+            layers = last.output_layer, teacher.head
+            proposed = propose_plan(*layers, weight, objective, shard, tokens=tokens, kernel=kernel)
+    return Attachment(chunks, teacher, scheduled, vocab_size, pg_collection, timeout, stages, agree(proposed))
+
+
+def check_shared_vocab(objective: Objective, vocab_size: int, context_parallel: int) -> None:
+    """Refuse a part of the vocabulary that the student does not have, or where a sequence is spread over ranks.
+
+    It takes every input token of a sequence to see which of them the teacher can read.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
+    shared = objective.shared_vocab
+    if shared is not None and shared > vocab_size:
+        raise ConfigError(f"shared_vocab is {shared}, the student has {vocab_size} tokens; give at most these")
+    if not objective.shares_part_of(vocab_size):
+        return
+    if context_parallel > 1:
+        raise ConfigError(
+            f"shared_vocab {shared} of the student's {vocab_size} tokens is not supported with context parallelism, "
+            "which spreads a sequence over ranks; set context-parallel-size to 1"
+        )
+    logger.info(
+        "of a sequence with one of the student's tokens %d .. %d, the divergence is 0 from there on",
+        shared,
+        vocab_size - 1,
+    )
+
+
+def check_tokens(objective: Objective, vocab_size: int) -> None:
+    """Refuse a selection of tokens where the student has some that the teacher does not know.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if objective.tokens is not None and objective.shares_part_of(vocab_size):
+        raise ConfigError(
+            f"a selection of tokens ({objective.tokens}) is not supported with shared_vocab {objective.shared_vocab} "
+            f"of the student's {vocab_size} tokens, which leaves out tokens by itself; leave the selection out"
+        )
+
+
+def _checked_student(
+    student: torch.nn.Module | Sequence[torch.nn.Module], teacher: Teacher, objective: Objective, vocab_size: int
+) -> list[GPTModel]:
+    chunks = list(student) if isinstance(student, Sequence) else [student]
+    check_wrappers(chunks)
+    chunks = unwrap_model(chunks)
+    for model in chunks:
+        if not isinstance(model, GPTModel) or "output_processor" not in inspect.signature(model.forward).parameters:
+            raise HostError(
+                f"expected a GPTModel whose forward takes `output_processor` (megatron-core >= 0.19), got "
+                f"{type(model).__name__}; build the student with a GPTModelConfig"
+            )
+        if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in model._forward_pre_hooks.values()):
+            raise ConfigError("this student has a teacher attached already; call `detach()` on that attachment first")
+    for who, config in (("student", chunks[0].config), ("teacher", teacher.model.config)):
+        check_config(config, who)
+        check_stages(config, who)
+    if teacher.layout.neighbors > 1 and chunks[0].config.variable_seq_lengths:
+        raise ConfigError(
+            "a teacher that spans data-parallel neighbors runs all their micro-batches, which must have one length: "
+            "turn variable_seq_lengths off, or give the teacher the student's tensor parallelism"
+        )
+    if chunks[0].config.variable_seq_lengths and teacher.layout.student_stages > 1:
+        if not teacher.layout.is_students:
+            raise ConfigError(
+                "variable_seq_lengths over pipeline stages is not supported with a teacher in a layout of its own: its "
+                "messages pass stages that do not know their length; pad micro-batches to one length, or remove the "
+                "teacher's tensor and pipeline parallelism"
+            )
+        if len(chunks) > 1:
+            raise ConfigError(
+                "variable_seq_lengths is not supported with a teacher and virtual pipeline stages: a stage cannot tell "
+                "in time which activations a message of the teacher comes with; pad micro-batches to one length, or "
+                "remove the virtual stages"
+            )
+    last = chunks[-1]
+    if last.post_process:
+        assert teacher.head is not None
+        check_sharded_output(last.output_layer, "student")
+        check_sharded_output(teacher.head, "teacher")
+        ours, theirs = last.output_layer.output_size_per_partition, teacher.head.output_size_per_partition
+        if ours != theirs:
+            raise ConfigError(
+                f"student and teacher must pad the vocabulary alike: {ours} columns a rank against {theirs}; "
+                "give both configs the same vocab_size, or make_vocab_size_divisible_by"
+            )
+    return chunks
+
+
+def check_sharded_output(layer: torch.nn.Module, who: str) -> None:
+    """Reject an output layer that gathers its logits over the tensor-parallel ranks.
+
+    Args:
+        layer: an output layer.
+        who: "student" or "teacher".
+
+    Raises:
+        ConfigError: naming the setting. On one tensor-parallel rank there is nothing to gather.
+    """
+    whole, here = getattr(layer, "output_size", None), getattr(layer, "output_size_per_partition", None)
+    if getattr(layer, "gather_output", False) and whole != here:
+        raise ConfigError(
+            f"{who}: parallel_output=False is not supported with tensor parallelism: the output layer gathers {whole} "
+            f"columns on every rank, and the loss takes this rank's {here}; build the model with parallel_output=True"
+        )
+
+
+# How a model shows FSDP that was built elsewhere.
+_WRAPPERS = {
+    MegatronFSDP: "use_megatron_fsdp",
+    TorchFullyShardedDataParallel: "use_torch_fsdp2",
+    FSDPModule: "use_torch_fsdp2",
+}
+
+
+def check_wrappers(student: Sequence[torch.nn.Module]) -> None:
+    """Refuse a model whose weights are sharded over data-parallel ranks, or that is compiled as a whole.
+
+    Raises:
+        ConfigError: naming the feature, the reason and what to change.
+    """
+    for module in itertools.chain.from_iterable(chunk.modules() for chunk in student):
+        compiled = isinstance(module, GPTModel) and module._compiled_call_impl is not None
+        if compiled or isinstance(module, torch._dynamo.OptimizedModule):
+            raise ConfigError(
+                "student: torch.compile of the whole model is not supported: hooks on its forward run the teacher and "
+                "send its messages; compile its layers"
+            )
+        for wrapper, name in _WRAPPERS.items():
+            if isinstance(module, wrapper):
+                check_config(SimpleNamespace(**{name: True}), "student")
+
+
+class Attachment:
+    """A teacher attached to a student.
+
+    Attributes:
+        teacher: the frozen teacher's share of this rank.
+        plan: how the loss is computed, the same on every rank of the job.
+        objective: what the student is trained on; of a scheduled objective, at the progress that was set last.
+        scheduled: what of it changes, by name, as it is now.
+        progress: what was set last; None before that.
+        needs_input_ids: whether the last pipeline stage has to be given the input ids, too.
+        report: per-token numbers [b, s] of the last micro-batch, by the name they are logged under; None before the
+            first, and on every pipeline stage but the last.
+        loss_mask: [b, s] of the last micro-batch, on the last pipeline stage; None if the forward step gives the model
+            none.
+        max_queued_microbatches: the most micro-batches whose teacher hidden states have waited here for the student at
+            one time. 1 without virtual pipeline stages; with them as many as Megatron runs through one chunk before the
+            next (microbatch_group_size_per_vp_stage, by default the pipeline size).
+        max_queued_bytes: the same in bytes; a micro-batch is s * b * H / (TP if sequence parallel) numbers.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[GPTModel],
+        teacher: Teacher,
+        objective: ScheduledObjective,
+        vocab_size: int,
+        pg_collection: ProcessGroupCollection,
+        timeout: timedelta,
+        stages: Mapping[int, Layers],
+        plan: Plan | None,
+    ) -> None:
+        self.teacher = teacher
+        self.plan = plan
+        self.objective = objective.objective
+        self.scheduled: dict[str, float] = {}
+        self.progress: Progress | None = None
+        self._scheduled_objective = objective
+        self.needs_input_ids = self.objective.shares_part_of(vocab_size)
+        self.report: dict[str, torch.Tensor] | None = None
+        self.loss_mask: torch.Tensor | None = None
+        self.max_queued_microbatches = self.max_queued_bytes = 0
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._vocab_size = vocab_size
+        self._tp_group = pg_collection.tp
+        self._cp_group: dist.ProcessGroup | None = getattr(pg_collection, "cp", None)
+        self._waiting: deque[torch.Tensor] = deque()
+        self._runner = TeacherRunner(chunks, teacher, timeout)
+        # Only where there is a loss to report it with.
+        device = next(chunks[-1].parameters()).device
+        self._stopwatch = Stopwatch(device) if chunks[-1].post_process else None
+        self._alone = chunks[0].pre_process and chunks[0].post_process
+        self._signature = inspect.signature(chunks[0].forward)
+        # The first chunk's micro-batches come in order, and so do the last one's; in between there may be others.
+        self._hooks = [chunks[0].register_forward_pre_hook(self._run_teacher, with_kwargs=True)]
+        if chunks[-1].post_process:
+            self._hooks.append(chunks[-1].register_forward_pre_hook(self._give_head, with_kwargs=True))
+        self._hidden = None
+        if losses := self.objective.hidden_losses:
+            self._hidden = HiddenLosses(
+                chunks, teacher, losses, stages, pg_collection.tp, self._logits_are_wanted, timeout
+            )
+
+    def set_progress(self, progress: Progress) -> None:
+        """Take the numbers of a step, before its first micro-batch: on every rank, with the same progress.
+
+        Validation has those of the step before if nothing else is set. Without schedules this changes nothing.
+        """
+        if progress != self.progress:
+            self._runner.drain()
+            if self._hidden is not None:
+                self._hidden.drain()
+            self.progress = progress
+            self.objective = self._scheduled_objective.at(progress)
+            self.scheduled = self._scheduled_objective.values(progress)
+
+    def detach(self) -> None:
+        """Take the teacher off; the student is what it was before. A second call does nothing.
+
+        Projectors go too. Megatron's wrapper and optimizer, which were made with them, cannot train on without.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        if self._hidden is not None:
+            self._hidden.remove()
+        self._runner.close()
+        self._waiting.clear()
+
+    @property
+    def selected_only_metrics(self) -> tuple[str, ...]:
+        """The names in `report` that are known of the selected tokens alone: give them to `masked_loss`."""
+        tokens = self.objective.tokens
+        of_all = self.objective.diagnostics and not torch.is_grad_enabled()  # a diagnosis is of all tokens
+        return METRICS if tokens is not None and tokens.by_position and not of_all else ()
+
+    def pop_tensors(self) -> dict[str, torch.Tensor]:
+        """Both models' last hidden states of the last micro-batch, on the last pipeline stage, once.
+
+        [s, b, h], with sequence parallelism this rank's [s/TP, b, h]. They are kept until they are taken, or until the
+        next micro-batch; `masked_loss` has statistics of them where a loss is not finite.
+        """
+        tensors, self._tensors = self._tensors, {}
+        return tensors
+
+    def pop_teacher_seconds(self) -> tuple[float, float] | None:
+        """What the teacher's passes of training have taken on this rank since the last call: (seconds, passes).
+
+        `masked_loss` calls it, once a micro-batch. A pass is what this rank does of the teacher within one
+        micro-batch, and its waiting for the teacher's messages; without the teacher's output layer, which is part of
+        the loss. On a GPU only what it is past is known, the rest comes later; see `Stopwatch.take`.
+
+        Returns:
+            None on every pipeline stage but the last, and in validation.
+        """
+        return self._stopwatch.take() if self._stopwatch and torch.is_grad_enabled() else None
+
+    @property
+    def num_in_flight(self) -> int:
+        """Messages of the teacher that were started here and are not known to have arrived."""
+        return self._runner.num_in_flight + (self._hidden.num_in_flight if self._hidden is not None else 0)
+
+    @property
+    def hidden(self) -> dict[str, tuple[float, torch.Tensor]] | None:
+        """The last micro-batch's losses between layers: {name: (weight, sum over counted tokens)}.
+
+        None before the first, on every pipeline stage but the last, and without such losses.
+        """
+        return self._hidden.report if self._hidden is not None else None
+
+    @property
+    def needs_loss_mask(self) -> set[int | None]:
+        """Virtual stages of this rank, None for its only one, that are to be given the loss mask for hidden losses."""
+        return self._hidden.stages_with_mask if self._hidden is not None else set()
+
+    @property
+    def most_waiting_of_layers(self) -> int:
+        """The most micro-batches whose outputs of a teacher's layer have waited for the student's at one time."""
+        return self._hidden.max_queued_microbatches if self._hidden is not None else 0
+
+    def _run_teacher(self, student: GPTModel, args: tuple, kwargs: dict[str, Any]) -> None:
+        batch = self._signature.bind_partial(*args, **kwargs).arguments
+        if self._logits_are_wanted(batch):
+            return
+        if self._scheduled_objective.schedules and self.progress is None:
+            raise ConfigError("a ScheduledObjective goes by the progress: call attachment.set_progress() at every step")
+        measured = self._stopwatch.measure() if self._stopwatch and torch.is_grad_enabled() else nullcontext()
+        with measured, torch.no_grad():
+            hidden_states = self._runner.run(batch)
+        if hidden_states is not None:
+            self._waiting.append(hidden_states)
+            self.max_queued_microbatches = max(self.max_queued_microbatches, len(self._waiting))
+            self.max_queued_bytes = max(self.max_queued_bytes, sum(hidden.nbytes for hidden in self._waiting))
+
+    def _give_head(self, student: GPTModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if self._logits_are_wanted(self._signature.bind_partial(*args, **kwargs).arguments):
+            return None
+        context = self.teacher.output_layer(self._waiting.popleft())
+        return args, {**kwargs, "output_processor": self._head, "output_processor_context": context}
+
+    def _logits_are_wanted(self, batch: dict[str, Any]) -> bool:
+        """Whether this is no training step: a pipeline of one stage without labels."""
+        return self._alone and batch.get("labels") is None
+
+    def _head(
+        self,
+        *,
+        hidden_states: torch.Tensor,
+        output_layer: torch.nn.Module,
+        output_weight: torch.Tensor | None,
+        labels: torch.Tensor,
+        loss_mask: torch.Tensor | None,
+        input_ids: torch.Tensor | None,
+        context: OutputLayer,
+        compute_language_model_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        scale_logits: Callable[[torch.Tensor], torch.Tensor],
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """The per-token loss [b, s] from both models' hidden states; called by GPTModel."""
+        self.loss_mask = loss_mask
+        self._tensors = {
+            "student hidden states": hidden_states.detach(),
+            "teacher hidden states": context.hidden_states,
+        }
+        student = OutputLayer(hidden_states, output_layer, output_weight, scale_logits)
+        assert self.plan is not None
+        with kernels.using(self.plan.choice):
+            loss = compute_loss(
+                student,
+                context,
+                self.objective,
+                labels.transpose(0, 1),
+                loss_mask.transpose(0, 1) if loss_mask is not None else None,
+                VocabShard.megatron(student.weight.shape[0], self._tp_group, self._vocab_size),
+                self._tp_group,
+                lambda logits: compute_language_model_loss(labels, logits).transpose(0, 1),
+                input_ids.transpose(0, 1) if input_ids is not None else None,
+                self._positions(labels.shape[1], packed_seq_params),
+                self.plan.chunk_tokens,
+            )
+        several = (self.objective.divergence is not None) + len(loss.logit_losses) > 1
+        self.report = {
+            "lm loss": _batch_first(loss.terms.cross_entropy.detach()),
+            "kd loss": _batch_first(loss.distillation.detach()),
+            **{f"{name} loss": _batch_first(value.detach()) for name, value in loss.logit_losses.items() if several},
+            **{name: _batch_first(value) for name, value in loss.terms.metrics.items()},
+        }
+        if loss.selected is not None:
+            self.report[SELECTED] = _batch_first(loss.selected).float()
+        return _batch_first(loss.total)
+
+    def _positions(self, length: int, packed: PackedSeqParams | None) -> torch.Tensor | None:
+        """[length], where this rank's tokens stand in their sequences, if that is of consequence."""
+        if self.objective.tokens is None or not self.objective.tokens.by_position:
+            return None
+        ends, group = None, self._cp_group
+        if packed is not None:
+            ends = packed.cu_seqlens_q_padded if packed.cu_seqlens_q_padded is not None else packed.cu_seqlens_q
+            group = packed.cp_group or group
+        rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
+        return positions_here(length, ends, rank, size)
+
+
+def _batch_first(per_token: torch.Tensor) -> torch.Tensor:
+    """[s, b] -> contiguous [b, s], as Megatron's loss functions expect."""
+    return per_token.transpose(0, 1).contiguous()

@@ -1,0 +1,261 @@
+"""The loss in place of Megatron's own, from both models' last hidden states: with logits, or without them.
+
+Legend: s sequence, b micro-batch, h hidden size, V/TP vocabulary columns of a rank.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from abkd_megatron.errors import ConfigError
+from abkd_megatron.losses import AlphaBeta
+from abkd_megatron.losses.objective import Objective
+from abkd_megatron.losses.selection import TokenSelection
+from abkd_megatron.student.plan import run_pre_forward_hooks
+from abkd_megatron.teacher.output_layer import OutputLayer
+from abkd_megatron.vocab_parallel import (
+    DistillationTerms,
+    VocabShard,
+    vocab_parallel_distillation,
+    vocab_parallel_distillation_head,
+    vocab_parallel_logit_loss,
+)
+from abkd_megatron.vocab_parallel.diagnostics import diagnose
+from abkd_megatron.vocab_parallel.transfer import to_device
+
+
+class Loss(NamedTuple):
+    """Per token, [s, b]."""
+
+    total: Tensor
+    """What is trained: kd_weight * distillation + lm_weight * cross entropy."""
+    distillation: Tensor
+    """The divergence, if there is one, and all logit losses by their weights."""
+    terms: DistillationTerms
+    """Its divergence is forward KL if the objective has none."""
+    logit_losses: dict[str, Tensor]
+    """Each one without its weight; 0 for tokens that do not count or are not selected."""
+    selected: Tensor | None
+    """bool, which tokens are distilled; None where all are. Of a selection by position the others have a cross entropy
+    and zeros."""
+
+
+def compute_loss(
+    student: OutputLayer,
+    teacher: OutputLayer,
+    objective: Objective,
+    labels: Tensor,
+    loss_mask: Tensor | None,
+    shard: VocabShard,
+    tp_group: dist.ProcessGroup,
+    megatron_cross_entropy: Callable[[Tensor], Tensor],
+    input_ids: Tensor | None = None,
+    positions: Tensor | None = None,
+    chunk_tokens: int | None = None,
+) -> Loss:
+    """The objective's loss, through logits or without them.
+
+    Args:
+        student: gets gradients.
+        teacher: gets none.
+        objective: divergence, weights, and how.
+        labels: [s, b].
+        loss_mask: [s, b], what the caller multiplies the loss by before it sums; None if it is not known. Of logit
+            losses a token of mask 0 takes no part in those of several tokens.
+        shard: of the student's vocabulary.
+        tp_group: the tensor-parallel group.
+        megatron_cross_entropy: Megatron's own [s, b] from logits; it may overwrite them.
+        input_ids: [s, b]; looked at where the student has tokens beyond `objective.shared_vocab`.
+        positions: [s], where the tokens stand in their sequences; looked at where `objective.tokens` goes by it. On the
+            CPU, or the host waits for them.
+        chunk_tokens: `Plan.chunk_tokens`: of the fused head; None makes logits. Diagnosed validation makes them anyway.
+
+    Raises:
+        ConfigError: without input ids where they are needed.
+        RuntimeError: for a fused head, if hooks were registered on the student's output layer meanwhile.
+
+    Collectives: those of `vocab_parallel_distillation`, twice if the student has tokens beyond the shared ones, and of
+    `vocab_parallel_logit_loss` for each logit loss. With sequence parallelism and a selection by position, the
+    teacher's hidden states are gathered once more.
+    """
+    tokens = objective.tokens
+    selected = None
+    if tokens is not None and tokens.by_position:
+        assert positions is not None
+        # On the CPU, where the number of selected tokens is known without waiting for a GPU. Where the ends of packed
+        # sequences are on a GPU the host waits for it here, once.
+        selected = tokens.at(positions.cpu()).unsqueeze(-1).expand(labels.shape)
+    by_models = tokens.of if tokens is not None and not tokens.by_position else None
+    diagnosing = objective.diagnostics and not torch.is_grad_enabled()
+    if chunk_tokens is not None and not diagnosing:
+        run_pre_forward_hooks(student.layer)
+        total, terms = vocab_parallel_distillation_head(
+            student.whole_hidden_states(tp_group),
+            student.weight,
+            teacher.whole_hidden_states(tp_group),
+            teacher.weight,
+            objective.effective_divergence,
+            labels,
+            shard,
+            kd_weight=objective.kd_weight,
+            lm_weight=objective.lm_weight,
+            temperature=objective.temperature,
+            token_weights=loss_mask,
+            student_scale=student.scale(),
+            teacher_scale=teacher.scale(),
+            chunk_tokens=chunk_tokens,
+            into_main_grad=bool(getattr(student.layer, "gradient_accumulation_fusion", False)),
+            selected=selected,
+            select=by_models,
+        )
+        return Loss(total, terms.divergence, terms, {}, _trained(objective.tokens, terms, selected))
+
+    student_logits = student.logits()
+    with torch.no_grad():
+        if selected is None or diagnosing:  # a diagnosis is of all tokens
+            teacher_logits = teacher.logits()
+        else:
+            rows = selected.reshape(-1).nonzero().squeeze(-1)
+            teacher_logits = teacher.logits_of(to_device(rows, labels.device), tp_group)
+    compared = shard
+    if objective.shares_part_of(shard.size):
+        compared = VocabShard.megatron(student.weight.shape[0], tp_group, objective.shared_vocab)
+
+    def loss_of(student_logits: Tensor) -> Loss:
+        return _loss(student_logits, teacher_logits, objective, labels, loss_mask, shard, compared, input_ids, selected)
+
+    watch_only = objective.kd_weight == 0
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not watch_only):
+        loss = loss_of(student_logits)
+    terms = loss.terms
+    if diagnosing:
+        accuracy, confidence = terms.metrics["top-1 accuracy"], terms.metrics["student confidence"]
+        found = diagnose(
+            student_logits, teacher_logits, lambda logits: loss_of(logits).total, accuracy, confidence, compared
+        )
+        terms = terms._replace(metrics={**terms.metrics, **found})
+    if watch_only:
+        # After our reading: Megatron's cross entropy overwrites fp32 logits in place.
+        terms = terms._replace(cross_entropy=megatron_cross_entropy(student_logits))
+        loss = loss._replace(total=objective.lm_weight * terms.cross_entropy)
+    return loss._replace(terms=terms)
+
+
+def _loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    objective: Objective,
+    labels: Tensor,
+    loss_mask: Tensor | None,
+    shard: VocabShard,
+    compared: VocabShard,
+    input_ids: Tensor | None,
+    selected: Tensor | None,
+) -> Loss:
+    """The objective's loss of logits that exist.
+
+    `compared` are the columns that both models know. The teacher's logits are of all tokens, or [n, V/TP] of those
+    `selected` by position.
+    """
+    counted = loss_mask != 0 if loss_mask is not None else None
+    if objective.shares_part_of(shard.size):
+        read = _read(input_ids, shard, compared)
+        terms = _terms_of_part(student_logits, teacher_logits, objective, labels, read, shard, compared)
+        counted = read if counted is None else read & counted
+    else:
+        spared = selected if teacher_logits.dim() == 2 else None
+        terms = _terms(student_logits, teacher_logits, objective, labels, shard, spared)
+    trained = _trained(objective.tokens, terms, selected)
+    if trained is not None:
+        terms = terms._replace(divergence=torch.where(trained, terms.divergence, 0.0))
+        counted = trained if counted is None else trained & counted
+    # After the divergence, so that their backward comes before its own, which may overwrite the logits.
+    logit_losses = _logit_losses(student_logits, teacher_logits, objective, compared, counted)
+    weights = [weight for weight, _ in objective.logit_losses]
+    parts = [weight * value for weight, value in zip(weights, logit_losses.values(), strict=True)]
+    if objective.divergence is not None:
+        parts.insert(0, terms.divergence)
+    distillation = functools.reduce(torch.add, parts)
+    addends = ((objective.kd_weight, distillation), (objective.lm_weight, terms.cross_entropy))
+    total = functools.reduce(torch.add, [weight * addend for weight, addend in addends if weight != 0])
+    return Loss(total, distillation, terms, logit_losses, trained)
+
+
+def _trained(tokens: TokenSelection | None, terms: DistillationTerms, by_position: Tensor | None) -> Tensor | None:
+    """Which tokens are distilled, on their device."""
+    if tokens is not None and not tokens.by_position:
+        return tokens.of(terms.metrics)
+    return to_device(by_position, terms.divergence.device) if by_position is not None else None
+
+
+def _logit_losses(
+    student_logits: Tensor, teacher_logits: Tensor, objective: Objective, shard: VocabShard, counted: Tensor | None
+) -> dict[str, Tensor]:
+    """[s, b] each, by name."""
+    found = {}
+    for name, (_, loss) in zip(objective.names_of_logit_losses, objective.logit_losses, strict=True):
+        together = loss.group_size > 1
+        # The tokens of a group are of one sequence.
+        student, teacher = (
+            logits.transpose(0, 1) if together else logits for logits in (student_logits, teacher_logits)
+        )
+        counts = counted.transpose(0, 1) if together and counted is not None else counted
+        value = vocab_parallel_logit_loss(student, teacher, loss, shard, objective.temperature, counts)
+        found[name] = value.transpose(0, 1) if together else value
+    return found
+
+
+def _terms(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    objective: Objective,
+    labels: Tensor,
+    shard: VocabShard,
+    selected: Tensor | None = None,
+) -> DistillationTerms:
+    return vocab_parallel_distillation(
+        student_logits,
+        teacher_logits,
+        objective.effective_divergence,
+        labels,
+        shard,
+        temperature=objective.temperature,
+        gradient_in_place=objective.gradient_in_place,
+        selected=selected,
+    )
+
+
+def _read(input_ids: Tensor | None, shard: VocabShard, shared: VocabShard) -> Tensor:
+    """[s, b] bool: the tokens up to which the teacher has read what the student has."""
+    if input_ids is None:
+        raise ConfigError(
+            f"shared_vocab {shared.size} of the student's {shard.size} tokens needs the input ids on the last pipeline "
+            "stage too, to see where the teacher could not read them; pass input_ids= to the model there"
+        )
+    # From its first unknown token on, the teacher has read another text than the student.
+    return (input_ids >= shared.size).cumsum(0) == 0
+
+
+def _terms_of_part(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    objective: Objective,
+    labels: Tensor,
+    read: Tensor,
+    shard: VocabShard,
+    shared: VocabShard,
+) -> DistillationTerms:
+    """The cross entropy over the student's whole vocabulary, everything else over the part that is shared."""
+    terms = _terms(student_logits, teacher_logits, objective, labels.masked_fill(labels >= shared.size, -1), shared)
+    # A pass for the cross entropy alone, so of the student with itself. It comes second, and its backward thus first:
+    # the divergence's may overwrite the logits.
+    whole = vocab_parallel_distillation(student_logits, student_logits, AlphaBeta(1.0, 0.0), labels, shard)
+    return DistillationTerms(
+        terms.divergence.masked_fill(~read, 0.0),
+        whole.cross_entropy,
+        {name: value.masked_fill(~read, 0.0) for name, value in terms.metrics.items()},
+    )

@@ -1,0 +1,520 @@
+"""Losses between layers of the student and of the teacher: the projectors, the gradients, and the numbers to log.
+
+Legend: s sequence, b micro-batch, h and H the student's and the teacher's hidden size.
+"""
+
+import inspect
+import zlib
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+
+from abkd_megatron.errors import ConfigError
+from abkd_megatron.losses.hidden import HiddenLoss
+from abkd_megatron.teacher.build import Teacher
+from abkd_megatron.teacher.channel import Channel, new_group
+from abkd_megatron.tensors import Function, check_context, check_tensor, constant
+
+PROJECTORS = "distillation_projectors"
+"""The student's submodule, and so the beginning of the projectors' names in its checkpoint."""
+
+
+class Projectors(torch.nn.ModuleDict):
+    """The projectors of one model chunk, by `HiddenLoss.pair`: bias-free Linear layers h -> H.
+
+    Every rank of a tensor-parallel group holds them whole.
+    """
+
+    def __init__(self, tp_group: dist.ProcessGroup, absent: Collection[str]) -> None:
+        super().__init__()
+        self._tp_group = tp_group
+        self._absent = set(absent)
+
+    def project(self, pair: str, hidden_states: Tensor) -> Tensor:
+        """[s, b, h] -> [s, b, H], through the module: DDP's hooks on it may have a parameter to wait for."""
+        self._absent.clear()  # what was to be loaded is
+        projected: Tensor = self[pair](hidden_states)
+        return projected
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """As Megatron's own modules; without the projectors that the checkpoint to start from does not have."""
+        here = self.state_dict(prefix="", keep_vars=True)
+        asked = {name: weight for name, weight in here.items() if name.partition(".")[0] not in self._absent}
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            asked,
+            prefix,
+            {},
+            sharded_offsets,
+            tp_group=self._tp_group,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )
+        return sharded
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, weight in self.state_dict().items():
+            if name.partition(".")[0] in self._absent:
+                state_dict.setdefault(prefix + name, weight)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def add_projectors(
+    student: Sequence[GPTModel],
+    losses: Sequence[HiddenLoss],
+    teacher_hidden_size: int,
+    *,
+    tp_group: dist.ProcessGroup,
+    absent: Collection[str] = (),
+    seed: int = 0,
+) -> None:
+    """Give the student its projectors, before Megatron wraps it: call it in a `GPTModelConfig.pre_wrap_hooks`.
+
+    They are parameters like any other of the student: Megatron's optimizer trains them, and its checkpoint has them as
+    ``distillation_projectors.{student layer}-{teacher layer}.weight``, [H, h]. `Attachment.detach` takes them off.
+    Their first values are normal with deviation h^-1/2, depend on `seed` and the pair alone, and draw no number from
+    the generators of torch or Megatron.
+
+    Args:
+        student: this rank's model chunks, as they were built.
+        losses: all of the objective's; those without a projector and of other ranks' layers add nothing here.
+        teacher_hidden_size: H.
+        tp_group: the student's tensor-parallel group.
+        absent: `HiddenLoss.pair` of projectors that the checkpoint to start from does not have; they begin with their
+            first values. Saved they are all.
+        seed: another one gives other first values.
+
+    Raises:
+        ConfigError: for a student that has projectors already.
+
+    Collectives: none.
+    """
+    for chunk in student:
+        if hasattr(chunk, PROJECTORS):
+            raise ConfigError("this student has projectors already; call add_projectors() once, with all hidden losses")
+        layers, config = _layer_numbers(chunk), chunk.config
+        here = [loss for loss in losses if loss.projector and loss.student_layer in layers]
+        if not here:
+            continue
+        projectors, like = Projectors(tp_group, absent), next(chunk.parameters())
+        if like.is_meta:
+            raise ConfigError(
+                "projectors take their first values where they are made; remove init-model-with-meta-device"
+            )
+        for loss in here:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {loss.pair}".encode()))
+            weight = torch.randn((teacher_hidden_size, config.hidden_size), generator=generator, device="cpu")
+            linear = torch.nn.Linear(config.hidden_size, teacher_hidden_size, bias=False, device="meta")
+            linear.weight = torch.nn.Parameter((weight / config.hidden_size**0.5).to(like.device, config.params_dtype))
+            # Each rank then sees its part of the sequence, and Megatron sums such gradients over the ranks.
+            linear.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            projectors[loss.pair] = linear
+        chunk.add_module(PROJECTORS, projectors)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What a rank holds: numbers of layers, counted over the whole model, from 1."""
+
+    stage: int
+    student: tuple[int, ...]
+    teacher: tuple[int, ...]
+
+
+def layers_of_stages(
+    chunks: Sequence[GPTModel], teacher: Teacher, pg_collection: ProcessGroupCollection
+) -> dict[int, Layers]:
+    """The layers of every pipeline stage of this rank's student and teacher, virtual ones together.
+
+    Collectives: one all_gather_object over the job.
+    """
+    student = tuple(number for chunk in chunks for number in _layer_numbers(chunk))
+    found: list[Layers | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, Layers(pg_collection.pp.rank(), student, tuple(_layer_numbers(teacher.model))))
+    return {layers.stage: layers for layers in found if layers is not None}
+
+
+def check_layers(
+    losses: Sequence[HiddenLoss], stages: Mapping[int, Layers], *, beside: bool, sizes: tuple[int, int]
+) -> None:
+    """Refuse hidden losses that two models of these layers cannot have.
+
+    Args:
+        losses: between their layers.
+        stages: the layers of every pipeline stage.
+        beside: whether the teacher lies as the student does, sequence parallelism included.
+        sizes: hidden size of the student and of the teacher.
+
+    Raises:
+        ConfigError: see `check_pairs`.
+    """
+    if not losses:
+        return
+    ours, theirs = sizes
+    if not beside:
+        raise ConfigError(
+            "hidden losses compare layers of one rank, so the teacher must lie as the student does; remove its "
+            "tensor-model-parallel-size, pipeline-model-parallel-size and sequence-parallel from `teacher:`"
+        )
+    for loss in losses:
+        for who, layer in (("student", loss.student_layer), ("teacher", loss.teacher_layer)):
+            known = sorted({number for of in stages.values() for number in getattr(of, who)})
+            if layer not in known:
+                raise ConfigError(f"{loss.name}: expected a layer of the {who}, 1 to {known[-1]}, got {layer}")
+        (at,) = [stage for stage, of in stages.items() if loss.student_layer in of.student]
+        (other,) = [stage for stage, of in stages.items() if loss.teacher_layer in of.teacher]
+        if at != other:
+            near = ", ".join(map(str, stages[at].teacher)) or "none"
+            raise ConfigError(
+                f"{loss.name}: expected two layers of one pipeline stage, got the student's {loss.student_layer} on "
+                f"stage {at} and the teacher's {loss.teacher_layer} on stage {other}; beside the student's "
+                f"{loss.student_layer} lie the teacher's layers {near}: give one of these, or another student layer"
+            )
+        if not loss.projector and ours != theirs:
+            raise ConfigError(
+                f"{loss.name}: projector: false takes equal hidden sizes, got {ours} of the student and {theirs} of "
+                "the teacher; give projector: true"
+            )
+
+
+def check_pairs(
+    chunks: Sequence[GPTModel], teacher: Teacher, losses: Sequence[HiddenLoss], stages: Mapping[int, Layers]
+) -> None:
+    """Refuse hidden losses that cannot be trained, with the same words on every rank.
+
+    Raises:
+        ConfigError: for a teacher in a layout of its own, a layer that is not there, two layers of different stages,
+            sizes that differ without a projector, projectors that were not added, or an unknown number of
+            micro-batches.
+    """
+    config, theirs = chunks[0].config, teacher.model.config
+    beside = teacher.layout.is_students and theirs.sequence_parallel == config.sequence_parallel
+    check_layers(losses, stages, beside=beside, sizes=(config.hidden_size, theirs.hidden_size))
+    for loss in losses:
+        chunk = _chunk_of(chunks, loss)
+        if loss.projector and chunk is not None:
+            _check_projector(chunk, loss, theirs.hidden_size)
+    if not config.calculate_per_token_loss:
+        try:
+            get_num_microbatches()
+        except AttributeError as error:  # Megatron's calculator is None
+            raise ConfigError(
+                "hidden losses are divided by the number of micro-batches, as Megatron divides its loss, and it is not "
+                "known here; call megatron.core's init_num_microbatches_calculator(), or set calculate_per_token_loss"
+            ) from error
+
+
+def _check_projector(chunk: GPTModel, loss: HiddenLoss, teacher_hidden_size: int) -> None:
+    projectors = getattr(chunk, PROJECTORS, {})
+    if loss.pair not in projectors:
+        raise ConfigError(
+            f"{loss.name} has a projector, which the student lacks: Megatron must see it before it wraps the model; "
+            "call add_projectors() in a pre_wrap_hook"
+        )
+    shape, wanted = tuple(projectors[loss.pair].weight.shape), (teacher_hidden_size, chunk.config.hidden_size)
+    if shape != wanted:
+        raise ConfigError(f"{loss.name}: expected a projector of {wanted}, got {shape}; call add_projectors() with it")
+
+
+def _layer_numbers(model: GPTModel) -> list[int]:
+    return [layer.layer_number for layer in model.decoder.layers]
+
+
+def _layer(model: GPTModel, number: int) -> torch.nn.Module:
+    (found,) = [layer for layer in model.decoder.layers if layer.layer_number == number]
+    assert isinstance(found, torch.nn.Module)
+    return found
+
+
+def _chunk_of(chunks: Sequence[GPTModel], loss: HiddenLoss) -> GPTModel | None:
+    return next((chunk for chunk in chunks if loss.student_layer in _layer_numbers(chunk)), None)
+
+
+def hidden_distance(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
+    """Compute the loss per token, [..., H] and [..., H] -> [...], in fp32 at least; see `HiddenLoss`.
+
+    Differentiable in `student`. For backward it keeps both tensors as they are, in their own dtypes, and computes in
+    fp32 again: of each micro-batch under way nothing in fp32 is held. A token whose loss has a gradient of 0 passes on
+    exactly 0, whatever it holds.
+    """
+    check_context("hidden_distance")
+    check_tensor("the student's hidden states", student)
+    check_tensor("the teacher's hidden states", teacher, like=student)
+    distance: Tensor = _Distance.apply(student, constant(teacher), kind)
+    return distance
+
+
+def _distance(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    if kind == "mse":
+        return (student - teacher).square().mean(-1)
+    return 1 - torch.nn.functional.cosine_similarity(student, teacher, dim=-1)
+
+
+class _Distance(Function):
+    title = "a loss between layers"
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, kind: str) -> Tensor:
+        ctx.save_for_backward(student, teacher)
+        ctx.kind = kind
+        return _distance(kind, student, teacher)
+
+    @staticmethod
+    def backward(ctx: Any, of_distance: Tensor) -> tuple[Tensor, None, None]:
+        student, teacher = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = student.detach().requires_grad_()
+            distance = _distance(ctx.kind, leaf, teacher)
+        (gradient,) = torch.autograd.grad(distance, leaf, of_distance)
+        return gradient.masked_fill_((of_distance == 0).unsqueeze(-1), 0.0), None, None
+
+
+class _Add(torch.autograd.Function):
+    """The hidden states as they are; backward adds the gradient of a loss that nobody differentiates.
+
+    Its backward is right at any order; the loss's own raises at the second.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, loss: Tensor) -> Tensor:
+        ctx.loss = loss.shape, loss.dtype, loss.device
+        return hidden_states
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype, device = ctx.loss
+        return gradient, torch.ones(shape, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Which tokens of a micro-batch count."""
+
+    mask: Tensor
+    """[s, b] fp32 of this rank's part of the sequence."""
+    count: Tensor
+    """Of all of them on this context-parallel rank, as Megatron counts: one int."""
+
+
+@dataclass
+class _Pair:
+    """One loss on the rank that holds both layers."""
+
+    loss: HiddenLoss
+    waiting: deque[Tensor] = field(default_factory=deque)
+    """The teacher's hidden states of micro-batches that the student's layer has not seen yet, [s, b, H]."""
+    again: deque[tuple[Tensor, _Tokens]] = field(default_factory=deque)
+    """Those of micro-batches whose layer runs once more in backward, with full recomputation."""
+
+
+@dataclass
+class _Chunk:
+    """A model chunk that holds a student layer of some pairs."""
+
+    model: GPTModel
+    pairs: list[_Pair]
+    tokens: _Tokens | None = None
+    """While it runs forward; None between, and where no loss is wanted."""
+    differentiated: bool = False
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Of the micro-batch that runs."""
+    done: deque[dict[str, Tensor]] = field(default_factory=deque)
+    """Of micro-batches that later chunks of this rank have yet to run."""
+
+
+class HiddenLosses:
+    """Takes the hidden losses where their layers run, and carries their sums to the last pipeline stage.
+
+    A hook on the teacher's layer keeps its output until the hook on the student's layer sees the same micro-batch; that
+    hook has the gradient added to the student's, scaled as Megatron scales the main loss. What is left for the last
+    stage is one number a pair, to be logged: one message a stage and micro-batch, which moves to a later stage as the
+    student's own activations do and is not waited for by the sender.
+
+    Args:
+        chunks: this rank's model chunks.
+        teacher: this rank's stage.
+        losses: all of the objective's, checked by `check_pairs`.
+        stages: as `layers_of_stages` found them.
+        tp_group: the student's tensor-parallel group.
+        logits_are_wanted: whether a forward pass, by its arguments, is none of training or validation.
+        timeout: for messages.
+
+    Attributes:
+        report: {name: (weight, sum over counted tokens of the last micro-batch)}; None but on the last stage.
+        max_queued_microbatches: the most micro-batches that any pair's teacher hidden states have waited for at one
+        time.
+
+    Collectives: making it creates a group a pipeline, and sends one number from each stage. Per micro-batch: an
+    all-reduce of the sums over `tp_group` with sequence parallelism, and the messages.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[GPTModel],
+        teacher: Teacher,
+        losses: Sequence[HiddenLoss],
+        stages: Mapping[int, Layers],
+        tp_group: dist.ProcessGroup,
+        logits_are_wanted: Callable[[dict[str, Any]], bool],
+        timeout: timedelta,
+    ) -> None:
+        self.report: dict[str, tuple[float, Tensor]] | None = None
+        self.max_queued_microbatches = 0
+        self._losses, self._config, self._tp_group = losses, chunks[0].config, tp_group
+        self._signature, self._logits_are_wanted = inspect.signature(chunks[0].forward), logits_are_wanted
+        self._device = next(parameter.device for model in (*chunks, teacher.model) for parameter in model.parameters())
+        self._hooks: list[Any] = []
+        self._all_chunks = list(chunks)
+        self._chunks: list[_Chunk] = []
+        for chunk in chunks:
+            pairs = [_Pair(loss) for loss in losses if loss.student_layer in _layer_numbers(chunk)]
+            if pairs:
+                self._watch(_Chunk(chunk, pairs), teacher)
+
+        names = {stage: [x.name for x in losses if x.student_layer in of.student] for stage, of in stages.items()}
+        self._stage, self._last, pipeline = teacher.layout.place.pp, max(stages), teacher.layout.pipeline
+        self._last_rank = pipeline[-1]
+        # Of the earlier stages, in order: (rank, names of what it sends).
+        self._sources = [(pipeline[at], names[at]) for at in sorted(stages) if at < self._last and names[at]]
+        group = new_group(pipeline if self._sources else (), timeout)
+        # A few numbers per micro-batch, which leave without their receiver, so they need not wait for Megatron's send.
+        links = [(rank, self._last_rank) for rank, _ in self._sources]
+        self._channel = Channel(group, links, self._device, 64) if group is not None else None
+        if self._stage == self._last:
+            # After the hooks above, for they run in this order: its own pairs are done.
+            self._hooks.append(chunks[-1].register_forward_hook(self._collect, with_kwargs=True))
+
+    @property
+    def stages_with_mask(self) -> set[int | None]:
+        """Virtual stages of this rank (None without any) that must be given the loss mask."""
+        return {chunk.model.vp_stage for chunk in self._chunks}
+
+    @property
+    def num_in_flight(self) -> int:
+        """Messages started here and not known to have arrived."""
+        return self._channel.num_in_flight if self._channel is not None else 0
+
+    def drain(self) -> None:
+        """Wait until every message has left. Only between steps."""
+        if self._channel is not None:
+            self._channel.drain()
+
+    def remove(self) -> None:
+        """Take all of it off, the projectors too. Only between steps."""
+        for hook in self._hooks:
+            hook.remove()
+        self.drain()
+        for chunk in self._all_chunks:
+            if hasattr(chunk, PROJECTORS):
+                delattr(chunk, PROJECTORS)
+        self._chunks.clear()
+
+    def _watch(self, chunk: _Chunk, teacher: Teacher) -> None:
+        self._chunks.append(chunk)
+        before = partial(self._before, chunk)
+        self._hooks.append(chunk.model.register_forward_pre_hook(before, with_kwargs=True))
+        for pair in chunk.pairs:
+            theirs, ours = _layer(teacher.model, pair.loss.teacher_layer), _layer(chunk.model, pair.loss.student_layer)
+            self._hooks.append(theirs.register_forward_hook(partial(self._keep, pair)))
+            self._hooks.append(ours.register_forward_hook(partial(self._compare, chunk, pair)))
+        self._hooks.append(chunk.model.register_forward_hook(partial(self._after, chunk)))
+
+    def _keep(self, pair: _Pair, layer: torch.nn.Module, args: tuple, output: tuple[Tensor, Any]) -> None:
+        pair.waiting.append(output[0])
+        self.max_queued_microbatches = max(self.max_queued_microbatches, len(pair.waiting))
+
+    def _before(self, chunk: _Chunk, model: GPTModel, args: tuple, kwargs: dict[str, Any]) -> None:
+        batch = self._signature.bind_partial(*args, **kwargs).arguments
+        if self._logits_are_wanted(batch):
+            return
+        mask = batch.get("loss_mask")
+        if mask is None:
+            raise ConfigError(
+                f"{chunk.pairs[0].loss.name} on pipeline stage {self._stage}: expected the loss mask of the "
+                "micro-batch, got none; pass loss_mask= to the model on every stage that holds one of the pairs"
+            )
+        mask = mask.float()
+        count, mask = mask.sum().to(torch.int), mask.transpose(0, 1)
+        if self._config.sequence_parallel:
+            mask = mask.chunk(self._tp_group.size())[self._tp_group.rank()]
+        chunk.tokens, chunk.differentiated = _Tokens(mask, count), torch.is_grad_enabled()
+
+    def _compare(
+        self, chunk: _Chunk, pair: _Pair, layer: torch.nn.Module, args: tuple, output: tuple[Tensor, Any]
+    ) -> tuple[Tensor, Any] | None:
+        hidden_states, *rest = output
+        if chunk.tokens is not None:
+            tokens, theirs = chunk.tokens, pair.waiting.popleft()
+            loss = self._sum(chunk, pair, hidden_states, theirs, tokens)
+            chunk.sums[pair.loss.name] = loss.detach()
+            if chunk.differentiated and not torch.is_grad_enabled():
+                # Within a checkpointed block; backward, in the order of the micro-batches, runs this layer again.
+                pair.again.append((theirs, tokens))
+        elif torch.is_grad_enabled() and pair.again:
+            theirs, tokens = pair.again.popleft()
+            loss = self._sum(chunk, pair, hidden_states, theirs, tokens)
+        else:
+            return None
+        if not torch.is_grad_enabled():
+            return None
+        added = _Add.apply(hidden_states, self._scaled(pair.loss.weight * loss, tokens.count))
+        # Megatron frees what a stage has sent on, which no view may be.
+        return (make_viewless_tensor(added, requires_grad=True, keep_graph=True), *rest)
+
+    def _sum(self, chunk: _Chunk, pair: _Pair, hidden_states: Tensor, theirs: Tensor, tokens: _Tokens) -> Tensor:
+        """Over this rank's counted tokens; one that does not count adds nothing, even if it is NaN or infinite."""
+        if pair.loss.projector:
+            hidden_states = getattr(chunk.model, PROJECTORS).project(pair.loss.pair, hidden_states)
+        of_token = hidden_distance(pair.loss.loss, hidden_states, theirs)
+        return torch.where(tokens.mask == 0, 0.0, of_token * tokens.mask).sum()
+
+    def _scaled(self, loss: Tensor, count: Tensor) -> Tensor:
+        """As Megatron's schedules scale the main loss of a micro-batch."""
+        if not self._config.calculate_per_token_loss:
+            loss = loss / count.clamp(min=1) / get_num_microbatches()
+        if self._config.grad_scale_func is not None:
+            loss = self._config.grad_scale_func(loss)
+        return loss
+
+    def _after(self, chunk: _Chunk, model: GPTModel, args: tuple, output: Any) -> None:
+        if chunk.tokens is None:
+            return
+        chunk.tokens = None
+        names = [pair.loss.name for pair in chunk.pairs]
+        sums = torch.stack([chunk.sums.pop(name) for name in names])
+        if self._config.sequence_parallel:
+            dist.all_reduce(sums, group=self._tp_group)
+        chunk.done.append(dict(zip(names, sums, strict=True)))
+        if chunk is self._chunks[-1] and self._stage != self._last:
+            assert self._channel is not None
+            found = self._own()
+            here = next(names for rank, names in self._sources if rank == dist.get_rank())
+            self._channel.send(torch.stack([found[name] for name in here]), self._last_rank)
+
+    def _own(self) -> dict[str, Tensor]:
+        """This rank's sums of the next micro-batch; its chunks see them in one order."""
+        return {name: value for chunk in self._chunks for name, value in chunk.done.popleft().items()}
+
+    def _collect(self, model: GPTModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if self._logits_are_wanted(self._signature.bind_partial(*args, **kwargs).arguments):
+            return
+        found = self._own()
+        for rank, names in self._sources:
+            assert self._channel is not None
+            sums = self._channel.receive((len(names),), torch.float32, rank)
+            found |= dict(zip(names, sums, strict=True))
+        self.report = {loss.name: (loss.weight, found[loss.name]) for loss in self._losses}

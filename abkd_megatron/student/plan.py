@@ -1,0 +1,252 @@
+"""How a run computes its loss: decided once, when the models are built, and the same on all tensor-parallel ranks."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from torch import Tensor
+
+from abkd_megatron import kernels
+from abkd_megatron.errors import ConfigError
+from abkd_megatron.losses.objective import Objective
+from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_divergence
+from abkd_megatron.vocab_parallel.fused_head import automatic_chunk_tokens, bytes_of_a_token
+
+logger = logging.getLogger(__name__)
+
+# The hooks with which Megatron's DDP waits for gathered parameters (--overlap-param-gather). They look at the module's
+# own parameters and at nothing else, so the fused head can run them in place of the layer's forward.
+_RUNNABLE_HOOKS = "megatron.core.distributed"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Head, kernel and chunks of this rank, on the student's last pipeline stage.
+
+    Nothing of it is decided again: two tensor-parallel ranks that chose different chunks, from what memory each has
+    free, would issue different collectives and wait for each other forever; and a run that chose anew after a resume
+    would sum in another order.
+    """
+
+    choice: str
+    """One of `kernels.CHOICES`: what is in use while the loss is computed."""
+    kernel: str
+    """Which of `kernels.NAMES` that is for the trained divergence."""
+    chunk_tokens: int | None
+    """Tokens per chunk of the fused head; None where both models' logits are materialized."""
+    why: str
+    """For the log: sizes, and the reason where logits are materialized."""
+
+    def record(self) -> dict[str, Any]:
+        """For the run's record: plain text and numbers."""
+        return asdict(self)
+
+
+def propose_plan(
+    student: torch.nn.Module,
+    teacher: torch.nn.Module,
+    weight: Tensor,
+    objective: Objective,
+    shard: VocabShard,
+    *,
+    tokens: int | None,
+    kernel: str | None,
+) -> Plan:
+    """Decide for one rank how the loss is computed, and see that it can be: a small one is, with the chosen kernel.
+
+    Call it when the models are on their device, after `torch.cuda.set_device`, and give the result to `agree`.
+
+    Args:
+        student: its output layer.
+        teacher: its output layer.
+        weight: [V/TP, h], what the student's output layer multiplies by.
+        objective: what is trained.
+        shard: of the student's vocabulary.
+        tokens: of a micro-batch on this rank, s * b, by which ``head: auto`` estimates what a fused head saves; None if
+            it is not known: auto is then fused wherever it can be.
+        kernel: one of `kernels.CHOICES`; None for what `kernels.use` has chosen.
+
+    Raises:
+        ConfigError: for head: fused where there is an obstacle, or a kernel that cannot be had here.
+    """
+    reasons = ["as chosen"] if objective.head == "materialized" else []
+    reasons += obstacles(student, teacher, objective, shard.size)
+    check_fused(objective, reasons)
+    with kernels.using(kernel) as choice:
+        name = try_kernel(objective, weight)
+    of_token = bytes_of_a_token(weight, shard)
+    chunk_tokens = objective.chunk_tokens or automatic_chunk_tokens(weight.device, of_token)
+    whole = f"{weight.shape[0]} logits of both models"
+    if tokens is not None:
+        # About; in a packed row it depends on the lengths, and a head that changed with these would be a surprise.
+        every = objective.tokens.n if objective.tokens is not None and objective.tokens.n is not None else 1
+        compared = tokens // every
+        both = "both models" if every == 1 else f"the student and about {compared} of the teacher"
+        size = _mib((tokens + compared) * weight.shape[0] * weight.dtype.itemsize)
+        whole = f"{tokens} x {weight.shape[0]} logits of {both}, {size}"
+        if objective.head == "auto" and not reasons:
+            chunks = chunk_tokens * of_token
+            reasons = nothing_to_gain(weight, tokens, chunk_tokens, chunks, objective.gradient_in_place, compared)
+    if reasons:
+        return Plan(choice, name, None, f"{whole} ({reasons[0]})")
+    chunk = f"{chunk_tokens} tokens, {_mib(chunk_tokens * of_token)}"
+    return Plan(choice, name, chunk_tokens, f"chunks of {chunk}, in place of {whole}")
+
+
+def agree(proposed: Plan | None) -> Plan | None:
+    """Make one plan of what the ranks of the last pipeline stage propose, log it, and return it on every rank.
+
+    Args:
+        proposed: this rank's; None on the other stages.
+
+    Returns:
+        Materialized logits if a rank proposes them, the smallest of the chunks. None if no rank proposes anything.
+
+    Raises:
+        ConfigError: on every rank, if their kernels differ.
+
+    Collectives: one all_gather_object over the whole job.
+    """
+    found: list[Plan | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, proposed)
+    plans = [plan for plan in found if plan is not None]
+    if not plans:
+        return None
+    if len(names := {plan.kernel for plan in plans}) > 1:
+        raise ConfigError(
+            f"expected one kernel on all ranks of the last pipeline stage, got {', '.join(sorted(names))}: their nodes "
+            "differ in what is installed; give distillation.kernel, or install the same"
+        )
+    plan = min(plans, key=lambda plan: plan.chunk_tokens or 0)
+    if proposed is not None:
+        logger.info("LM head %s: %s", "fused with the loss" if plan.chunk_tokens else "materialized", plan.why)
+    return plan
+
+
+def check_fused(objective: Objective, reasons: Sequence[str]) -> None:
+    """Reject a fused head that was asked for and cannot be had.
+
+    Args:
+        objective: with the head that was asked for.
+        reasons: as `obstacles` returns them.
+
+    Raises:
+        ConfigError: naming the first reason.
+    """
+    if objective.head == "fused" and reasons:
+        raise ConfigError(f"head: fused is not possible ({reasons[0]}); give head: materialized, or auto")
+
+
+def try_kernel(objective: Objective, like: Tensor) -> str:
+    """Compute a small loss as in training, so that a kernel is built, or fails, before the first step.
+
+    Args:
+        objective: with the divergence.
+        like: whose device and dtype the logits have.
+
+    Returns:
+        The kernel's name.
+    """
+    logits = torch.zeros(1, 8, device=like.device, dtype=like.dtype)
+    vocab_parallel_divergence(logits.clone().requires_grad_(), logits, objective.effective_divergence).sum().backward()
+    return kernels.select(objective.effective_divergence, logits, logits).name
+
+
+def obstacle(layer: torch.nn.Module) -> str | None:
+    """Why this output layer cannot be left out, or None."""
+    if type(layer) is not ColumnParallelLinear:
+        return f"the output layer is a {type(layer).__name__}, not Megatron's ColumnParallelLinear"
+    config: Any = layer.config
+    found = {
+        "has a bias": layer.bias is not None,
+        "gathers its output": layer.gather_output,
+        "defers its weight gradient (defer-embedding-wgrad-compute)": config.defer_embedding_wgrad_compute,
+        "offloads activations": config._cpu_offloading_context is not None,
+        "shares its weight over another group": layer.gtp_remat_size != 1,
+        "has hooks that would not run": has_other_hooks(layer),
+    }
+    return next((f"the output layer {what}" for what, holds in found.items() if holds), None)
+
+
+def has_other_hooks(layer: torch.nn.Module) -> bool:
+    """Whether hooks are registered on a module that `run_pre_forward_hooks` does not run."""
+    if any(map(bool, (layer._forward_hooks, layer._backward_hooks, layer._backward_pre_hooks))):
+        return True
+    hooks = layer._forward_pre_hooks.values()
+    return any(not getattr(hook, "__module__", "").startswith(_RUNNABLE_HOOKS) for hook in hooks)
+
+
+def run_pre_forward_hooks(layer: torch.nn.Module) -> None:
+    """Run what Megatron's DDP does before a module's forward, for a module whose weight is used without it.
+
+    Raises:
+        RuntimeError: hooks were registered since the plan was made that need the layer's own forward.
+    """
+    if has_other_hooks(layer):
+        raise RuntimeError(
+            "expected an output layer without hooks of others, as it was when the teacher was attached; the fused head "
+            "does not call the layer: register them before, or set head: materialized"
+        )
+    for hook in list(layer._forward_pre_hooks.values()):
+        hook(layer, ())
+
+
+def obstacles(student: torch.nn.Module, teacher: torch.nn.Module, objective: Objective, vocab_size: int) -> list[str]:
+    """Why the head of these output layers cannot be fused with this loss; empty if it can."""
+    layers = (("student", student), ("teacher", teacher))
+    found = [f"{name}: {why}" for name, layer in layers if (why := obstacle(layer))]
+    return found + obstacles_of(objective, vocab_size)
+
+
+def obstacles_of(objective: Objective, vocab_size: int) -> list[str]:
+    """Why the head cannot be fused with this loss, whatever the output layers are."""
+    found = []
+    if objective.kd_weight == 0:
+        found.append("kd_weight 0 trains on Megatron's own cross entropy, of logits")
+    if objective.logit_losses:
+        found.append(
+            f"{', '.join(objective.names_of_logit_losses)}: no sum over the vocabulary, so of logits that exist"
+        )
+    if objective.shares_part_of(vocab_size):
+        found.append(
+            f"shared_vocab {objective.shared_vocab} of the student's {vocab_size} tokens: divergence and cross entropy "
+            "are of different columns"
+        )
+    return found
+
+
+def nothing_to_gain(
+    weight: Tensor,
+    num_tokens: int,
+    chunk_tokens: int,
+    of_chunks: int,
+    gradient_in_place: bool,
+    num_compared: int | None = None,
+) -> list[str]:
+    """Why a fused head would take no less memory, if it would not: it holds the weight's gradient in fp32 meanwhile.
+
+    Args:
+        weight: [V/TP, h] of the student's output layer.
+        num_tokens: of a micro-batch.
+        chunk_tokens: of a chunk.
+        of_chunks: bytes of the chunks under way at one time.
+        gradient_in_place: whether logits that exist are overwritten by their gradient.
+        num_compared: tokens that the teacher's logits are of; None for all.
+    """
+    size = weight.dtype.itemsize
+    of_student = (1 if gradient_in_place else 2) * num_tokens
+    logits = (of_student + (num_tokens if num_compared is None else num_compared)) * weight.shape[0] * size
+    gradient = weight.numel() * (4 + size * (size < 4))  # and a chunk's product where it is not added in place
+    if num_tokens <= chunk_tokens:
+        return [f"a chunk would be {chunk_tokens} tokens"]
+    if of_chunks + gradient >= logits:
+        return [f"fused would take {_mib(of_chunks)} and {_mib(gradient)} for the weight's gradient"]
+    return []
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.0f} MiB"

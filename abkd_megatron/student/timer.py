@@ -1,0 +1,62 @@
+"""How long a kind of work takes on a device, without making the host wait for it."""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from abkd_megatron.student.step import NOTHING
+
+
+class Stopwatch:
+    """Seconds that passes have taken: on a CPU by the clock, on a GPU from when its queue comes to one until past it.
+
+    On a GPU that is a pair of events for each pass, which are read when both have happened: then, or at a later one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._seconds, self._number = 0.0, 0
+        self._mean: float | None = None
+
+    @contextmanager
+    def measure(self) -> Iterator[None]:
+        """Measure the block as one pass, on the current stream."""
+        if self._on_gpu:
+            self._read()  # here too, so that what nobody takes does not pile up
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._pending.append((begin, end))
+        else:
+            begun = time.perf_counter()
+            yield
+            self._add(time.perf_counter() - begun)
+
+    def take(self) -> tuple[float, float]:
+        """What is known since it was last taken: (sum of seconds, number of passes).
+
+        Where no pass has ended since: the last mean, with a number so small that it weighs nothing beside others, and
+        alone is no 0/0. For the very first pass of all it waits.
+        """
+        if self._mean is None and self._pending:
+            self._pending[0][1].synchronize()
+        self._read()
+        if not self._number:
+            return (self._mean or 0.0) * NOTHING, NOTHING
+        taken = self._seconds, float(self._number)
+        self._mean = self._seconds / self._number
+        self._seconds, self._number = 0.0, 0
+        return taken
+
+    def _read(self) -> None:
+        while self._pending and self._pending[0][1].query():
+            begin, end = self._pending.popleft()
+            self._add(begin.elapsed_time(end) / 1000)
+
+    def _add(self, seconds: float) -> None:
+        self._seconds, self._number = self._seconds + seconds, self._number + 1

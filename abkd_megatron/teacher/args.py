@@ -1,0 +1,129 @@
+"""The teacher's Megatron arguments, and its checkpoint held to them."""
+
+import argparse
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from megatron.training.arguments import parse_args, validate_args
+
+from abkd_megatron.config.load import to_argv
+from abkd_megatron.config.megatron_args import command_line, megatron_refusals_named
+from abkd_megatron.config.model_config import model_config
+from abkd_megatron.config.schema import Config
+from abkd_megatron.config.unsupported import UNSUPPORTED, check_effect, check_layout
+from abkd_megatron.config.values import MegatronOptions
+from abkd_megatron.errors import ConfigError
+from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
+from abkd_megatron.teacher.inherited import declared_vocabulary, inherited_architecture, of_checkpoint, teacher_settings
+from abkd_megatron.teacher.layout import neighbors_of
+
+# What teacher and student share: they see the same tokens, each on the rank that holds them.
+_SHARED = ("context_parallel_size", "seq_length", "micro_batch_size", "tokenizer_type", "tokenizer_model")
+
+
+def teacher_arguments(
+    megatron: Mapping[str, Any],
+    own: Mapping[str, Any],
+    options: Mapping[str, argparse.Action],
+    student: Namespace,
+    unsupported: Mapping[str, tuple[str, str]] = UNSUPPORTED,
+) -> Namespace:
+    """Megatron's validated arguments of the teacher.
+
+    Args:
+        megatron: of the student, as `to_argv` takes them; what a teacher has no use for is not inherited.
+        own: of the `teacher:` section.
+        options: as `megatron_options` returns them.
+        student: validated, with the `padded_vocab_size`.
+        unsupported: as `check_layout` takes it.
+
+    Raises:
+        ConfigError: what Megatron refuses of them, or a teacher that cannot lie beside this student.
+    """
+    if student.use_checkpoint_args:
+        megatron = of_checkpoint(megatron, student, options)
+    inherited = inherited_architecture(megatron, own, options)
+    with _inheritance_named(inherited), command_line(to_argv(teacher_settings(megatron, own, options), options)):
+        args = parse_args()
+        check_layout(args, "teacher", unsupported)
+        check_effect(args, "teacher", map(MegatronOptions(options).dest, own))
+        validate_args(args)
+    for name in _SHARED:
+        theirs, ours = getattr(args, name), getattr(student, name)
+        if theirs != ours:
+            raise ConfigError(
+                f"teacher.{name.replace('_', '-')} is {theirs}, the student's is {ours}; they must be the same: "
+                "remove it from `teacher:`"
+            )
+    students, teachers = ((of.tensor_model_parallel_size, of.pipeline_model_parallel_size) for of in (student, args))
+    neighbors_of(students, student.data_parallel_size, teachers, has_experts=args.num_experts is not None)
+    if student.create_attention_mask_in_dataloader and students != teachers:
+        raise ConfigError(
+            "a teacher in a layout of its own is sent tokens, not attention masks; give "
+            "megatron.no-create-attention-mask-in-dataloader=true, or the teacher the student's layout"
+        )
+    # A rank holds the same ids of both models, however the teacher was padded: loading drops or zeroes what differs.
+    args.padded_vocab_size = student.padded_vocab_size
+    tensor = args.tensor_model_parallel_size
+    if args.padded_vocab_size % tensor:
+        raise ConfigError(
+            f"the student's vocabulary is padded to {args.padded_vocab_size} columns, which {tensor} tensor-parallel "
+            f"ranks of the teacher do not divide; give megatron.make-vocab-size-divisible-by a multiple of {tensor}"
+        )
+    if args.sequence_parallel and args.seq_length // args.context_parallel_size % tensor:
+        raise ConfigError(
+            f"sequences of {args.seq_length} tokens do not divide over {tensor} tensor-parallel ranks of the teacher; "
+            "change seq-length, or give teacher.sequence-parallel=false"
+        )
+    with _inheritance_named(inherited):
+        model_config(args)
+    return args
+
+
+@contextmanager
+def _inheritance_named(inherited: Mapping[str, str]) -> Iterator[None]:
+    """The same of a teacher's arguments, with those that it has from the student."""
+    try:
+        with megatron_refusals_named():
+            yield
+    except ConfigError as error:
+        if error.__cause__ is None or not inherited:
+            raise
+        raise ConfigError(
+            f"{error}; these are the teacher's, which inherits from the student what is not set under `teacher:`: "
+            + ", ".join(sorted(inherited.values()))
+        ) from error
+
+
+def open_teacher(
+    config: Config, megatron: Mapping[str, Any], options: Mapping[str, argparse.Action]
+) -> TeacherCheckpoint:
+    """Find the teacher's checkpoint, see `TeacherCheckpoint.open`.
+
+    Args:
+        config: `teacher` is used.
+        megatron: the student's Megatron arguments, as `to_argv` takes them.
+        options: as `megatron_options` returns them.
+    """
+    inherited = inherited_architecture(megatron, config.teacher.megatron, options)
+    return TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step, inherited)
+
+
+def check_teacher(config: Config, checkpoint: TeacherCheckpoint, args: Namespace, vocab_size: int) -> str:
+    """Reject a teacher that is not the configured one, see `TeacherCheckpoint.check_arguments`.
+
+    Args:
+        config: `teacher` and `distillation` are used.
+        checkpoint: the teacher's.
+        args: Megatron's arguments of the teacher, as configured.
+        vocab_size: true size of the student's vocabulary.
+    """
+    return checkpoint.check_arguments(
+        args,
+        vocab_size,
+        config.distillation.shared_vocab,
+        declared=config.teacher.declared,
+        declared_vocab=declared_vocabulary(config.teacher.megatron),
+    )

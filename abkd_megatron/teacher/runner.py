@@ -1,0 +1,377 @@
+"""The teacher's forward pass on the student's micro-batches: who runs which stage, and what travels where."""
+
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+
+from abkd_megatron.errors import ConfigError
+from abkd_megatron.teacher.build import Teacher
+from abkd_megatron.teacher.channel import Channel, Outbox, batched_p2p, new_group
+
+_Expected = tuple[Sequence[int], torch.dtype]
+"""Shape and dtype of a message."""
+
+# Ahead of a message whose shape the receiver cannot know: its three sizes.
+_HEADER: _Expected = (3,), torch.int64
+
+
+def hidden_between_stages(config: TransformerConfig, length: int, size: int, tensor_parallel: int) -> _Expected:
+    """Shape and dtype of what two stages of a model exchange: as Megatron's own, fp32 with fp32-residual-connection."""
+    length = length // tensor_parallel if config.sequence_parallel else length
+    return (length, size, config.hidden_size), config.pipeline_dtype or config.params_dtype
+
+
+class TeacherRunner:
+    """Runs this rank's stage of the teacher, once per micro-batch, wherever `TeacherLayout` has put it.
+
+    Everything happens within the student's forward step, one micro-batch at a time, so nothing has to be known ahead:
+    tokens go from the student's first stage to the first stage of the replica whose turn it is, hidden states from
+    stage to stage of that replica, and the last ones to the student's last stage. With a teacher in the student's
+    layout only the second of the three travels.
+
+    Order of messages. Ranks of one student stage exchange theirs within the forward step of the same micro-batch, where
+    Megatron synchronizes nothing. What goes to a later stage waits in the `Outbox` for Megatron's own send of this
+    micro-batch, and goes one stage at a time; the stages between receive it and pass it on. All of it moves forward, to
+    a later stage or along data-parallel neighbors, so no rank waits for one that waits for it, and stage i is received
+    from no later than stage i + 1 runs the micro-batch: the pipeline is not serialized.
+
+    By both schedules, when a stage runs micro-batch m, the next stage has received its messages of the micro-batch
+    `max_lead` earlier. Sends older than that are waited for, which blocks nothing, and their tensors are freed: not
+    every backend says by itself that a message has left.
+
+    Args:
+        chunks: the student's model chunks on this rank.
+        teacher: this rank's stage.
+        timeout: for messages.
+
+    Collectives: making it creates a group per pipeline or cell of ranks for each kind of message there is, and connects
+    all pairs of ranks that will exchange messages.
+    """
+
+    def __init__(self, chunks: Sequence[GPTModel], teacher: Teacher, timeout: timedelta) -> None:
+        student = chunks[0]
+        self._student, self._teacher, self._layout = student, teacher, teacher.layout
+        layout, config = self._layout, student.config
+        self._micro_batch = 0
+        self._extent: tuple[int, int] | None = None
+        self._device = next(parameter.device for parameter in (*student.parameters(), *teacher.parameters()))
+        self._num_chunks = len(chunks)
+        self._in_a_row = config.microbatch_group_size_per_vp_stage or layout.student_stages
+        max_lead = 2 * len(chunks) * max(layout.student_stages, self._in_a_row) + 2
+        per_micro_batch = layout.neighbors * max(layout.tensor_parallel, layout.student_tensor_parallel)
+
+        def channel(kind: str, ranks: Sequence[int]) -> Channel | None:
+            group = new_group(ranks, timeout)
+            if group is None:
+                return None
+            return Channel(group, layout.links(kind), self._device, max_lead * per_micro_batch)
+
+        # A group for each kind, or two kinds could be mistaken for each other, or wait for each other: some links have
+        # states in one direction and results in the other.
+        cell = () if layout.is_students else layout.cell
+        self._stages = channel("hidden", layout.pipeline if layout.pipeline_parallel > 1 else ())
+        self._tokens, self._results = channel("tokens", cell), channel("results", cell)
+        # Ranks of the first stage exchange tokens at one time.
+        first = [rank for rank in cell if layout.student_stage_of(rank) == 0]
+        self._now = new_group(first if layout.place.pp == 0 else (), timeout)
+        if self._now is not None:
+            dist.barrier(group=self._now)  # NCCL wants all of a group in its first call; exchanges are of some
+        self._outbox = Outbox(config, self._post_ahead)
+        self._posted: dict[tuple[Channel, int], deque[tuple[dist.Work, torch.Tensor]]] = defaultdict(deque)
+        self._passes = self._posted_for = 0
+        self._counters = []
+        if layout.student_stages > 1:
+            self._outbox.watch()
+            if config.variable_seq_lengths:
+                # NCCL wants all ranks of Megatron's group in its first call, and a stage waits for a header before its.
+                dist.barrier(group=teacher.pg_collection.pp)
+            if len(chunks) > 1:
+                self._counters = [chunk.register_forward_pre_hook(self._count) for chunk in chunks]
+
+    def run(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
+        """Run this rank's share of the cell's next micro-batches.
+
+        Args:
+            batch: the arguments of the student's forward on this micro-batch.
+
+        Returns:
+            On the student's last stage, the teacher's last hidden states for this rank's own micro-batch: [s, b, H],
+            or [s/TP, b, H] if the student is sequence parallel. Elsewhere None.
+        """
+        layout = self._layout
+        self._outbox.release()  # a schedule without Megatron's P2PCommunicator has let none of them go
+        if layout.student_stages > 1:
+            self._outbox.watch()
+        number, self._micro_batch = self._micro_batch, self._micro_batch + 1
+        length, size = self._extent_of(batch)
+        if self._student.training:  # validation may have micro-batches of another size
+            self._extent = length, size
+        work = [n for n in range(layout.neighbors) if layout.replica_for(number, n) == layout.replica]
+        tokens = self._distribute_tokens(batch, number, work, (size, length))
+
+        model, mine = self._teacher.model, None
+        between, result = self._expected_hidden(length, size), self._expected_result(length, size)
+        for n in work:
+            inputs = tokens.get(n, batch)
+            if layout.stage > 0:
+                assert self._stages is not None
+                model.set_input_tensor(self._receive(self._stages, between, layout.pipeline[layout.stage - 1]))
+            output = model(
+                inputs.get("input_ids"),
+                inputs.get("position_ids"),
+                inputs.get("attention_mask"),
+                packed_seq_params=batch.get("packed_seq_params"),
+                padding_mask=inputs.get("padding_mask"),
+                output_processor=_hidden_states,
+            )
+            if layout.stage + 1 < layout.pipeline_parallel:
+                assert self._stages is not None
+                to = layout.pipeline[layout.stage + 1]
+                if self._student.config.variable_seq_lengths:
+                    header = torch.tensor(output.shape, dtype=torch.int64, device=self._device)
+                    self._send(self._stages, header, to)
+                self._send(self._stages, output, to, between)
+            else:
+                kept = self._hand_over(output, n, result)
+                mine = kept if kept is not None else mine
+        return self._distribute_results(number, mine, result)
+
+    def _extent_of(self, batch: Mapping[str, Any]) -> tuple[int, int]:
+        """Tokens of a sequence on this context-parallel rank, and sequences."""
+        if self._student.pre_process:
+            size, length = batch["input_ids"].shape
+            return length, size
+        like = self._student.decoder.input_tensor
+        parts = self._layout.student_tensor_parallel if self._student.config.sequence_parallel else 1
+        return like.shape[0] * parts, like.shape[1]
+
+    def _expected_hidden(self, length: int, size: int) -> _Expected:
+        return hidden_between_stages(self._teacher.model.config, length, size, self._layout.tensor_parallel)
+
+    def _expected_result(self, length: int, size: int) -> _Expected:
+        """The last hidden states, as the last norm gives them to the output layer, for one of the student's ranks."""
+        config = self._teacher.model.config
+        length = length // self._layout.student_tensor_parallel if self._student.config.sequence_parallel else length
+        return (length, size, config.hidden_size), config.params_dtype
+
+    def _send(self, channel: Channel, tensor: torch.Tensor, to: int, expected: _Expected | None = None) -> None:
+        """Send at once within the stage, else with the student's activation."""
+        send = partial(channel.send, tensor, to, expected)
+        if self._layout.student_stage_of(to) > self._layout.place.pp:
+            self._outbox.add(send)
+        else:
+            send()
+
+    def _receive(self, channel: Channel, expected: _Expected, source: int) -> torch.Tensor:
+        """Return the next message of a link, which may have been posted ahead."""
+        posted = self._posted[channel, source]
+        if not posted:
+            if self._student.config.variable_seq_lengths and self._layout.student_stages > 1:
+                raise ConfigError(
+                    "variable_seq_lengths over pipeline stages: expected Megatron's receive to be seen by its timer, "
+                    "but config.timers was replaced since the last micro-batch, as Megatron's evaluate() does; pad "
+                    "micro-batches to one length"
+                )
+            return channel.receive(*expected, source)
+        work, received = posted.popleft()
+        work.wait()
+        if (tuple(received.shape), received.dtype) != (tuple(expected[0]), expected[1]):
+            raise RuntimeError(
+                f"expected a message of the teacher of {list(expected[0])} {expected[1]}, got one of "
+                f"{list(received.shape)} {received.dtype}: micro-batches changed their size between steps; set "
+                "timing-log-level below 2"
+            )
+        return received
+
+    def _post_ahead(self, name: str) -> None:
+        """Post what arrives for the next micro-batch within Megatron's receive of its activation, where it has to be.
+
+        It has to be where Megatron synchronizes after a stage's send and before the next stage's forward step: with
+        variable_seq_lengths (between shapes and activations), and with virtual stages at timing-log-level 2 (the next
+        stage runs a backward pass in between, whose gradient the waiting stage would have to receive).
+        """
+        if self._layout.place.pp == 0:
+            return
+        if self._student.config.variable_seq_lengths:
+            assert self._stages is not None
+            source = self._layout.pipeline[self._layout.stage - 1]
+            sizes = self._stages.receive(*_HEADER, source).tolist()  # waits on the host, as Megatron does for its own
+            dtype = self._expected_hidden(1, 1)[1]
+            self._posted[self._stages, source].append(self._stages.post(sizes, dtype, source))
+            return
+        if self._num_chunks == 1 or self._outbox.log_level < 2 or not torch.is_grad_enabled() or self._extent is None:
+            return
+        if name == "forward-recv":  # once, at the beginning of the interleaved schedule
+            self._passes, self._posted_for = 0, -1
+        # The forward passes of a stage, as get_schedule_table orders them: groups of micro-batches, chunk by chunk.
+        batches, group = get_num_microbatches(), self._in_a_row
+        done, within = divmod(self._passes, group * self._num_chunks)
+        is_first_chunk = within < min(group, batches - done * group)
+        if self._passes < batches * self._num_chunks and is_first_chunk and self._posted_for != self._passes:
+            self._posted_for = self._passes
+            for channel, (shape, dtype), source in self._incoming(self._micro_batch, *self._extent):
+                self._posted[channel, source].append(channel.post(shape, dtype, source))
+
+    def _count(self, *_: Any) -> None:
+        self._passes += torch.is_grad_enabled()
+
+    def _incoming(self, micro_batch: int, length: int, size: int) -> list[tuple[Channel, _Expected, int]]:
+        """What this rank will receive from the stage before within one micro-batch, in the order of each link."""
+        layout, rank = self._layout, self._layout.host[self._layout.index]
+        found = []
+        if layout.stage > 0 and layout.student_stage_of(layout.pipeline[layout.stage - 1]) < layout.place.pp:
+            assert self._stages is not None
+            for n in range(layout.neighbors):
+                if layout.replica_for(micro_batch, n) == layout.replica:
+                    found.append((self._stages, self._expected_hidden(length, size), layout.pipeline[layout.stage - 1]))
+        for channel, ends_of, expected in (
+            (self._tokens, layout.tokens_of, ((2, size, length), torch.int64)),
+            (self._results, layout.results_of, self._expected_result(length, size)),
+        ):
+            for n in range(layout.neighbors) if channel is not None else ():
+                assert channel is not None
+                for source, to in ends_of(layout.replica_for(micro_batch, n), n):
+                    route = layout.route(source, to)
+                    if rank in route[1:] and layout.student_stage_of(before := route[route.index(rank) - 1]) < (
+                        layout.place.pp
+                    ):
+                        found.append((channel, expected, before))
+        return found
+
+    def _distribute_tokens(
+        self, batch: Mapping[str, Any], micro_batch: int, work: list[int], shape: tuple[int, int]
+    ) -> dict[int, Mapping[str, Any]]:
+        """Give tokens to the replicas that work on them; return what this rank got, by neighbor."""
+        layout = self._layout
+        if layout.is_students:
+            return {}
+        assert self._tokens is not None
+        here, rank = layout.place.pp, layout.host[layout.index]
+        found: dict[int, torch.Tensor] = {}
+        outgoing: list[tuple[torch.Tensor, int]] = []
+        awaited: list[tuple[torch.Tensor, int]] = []
+        mine: torch.Tensor | None = None
+        if here == 0:
+            for name in ("attention_mask", "packed_seq_params")[: 1 + (layout.neighbors > 1)]:
+                if batch.get(name) is not None:
+                    raise ConfigError(
+                        f"a teacher in a layout of its own is sent tokens and positions, not {name}; leave the teacher "
+                        "in the student's layout, or for masks give no-create-attention-mask-in-dataloader"
+                    )
+            mine = torch.stack([batch["input_ids"], batch["position_ids"]])
+        expected = (2, *shape), torch.int64
+        for n in range(layout.neighbors):
+            for source, to in layout.tokens_of(layout.replica_for(micro_batch, n), n):
+                if source == to == rank:
+                    assert mine is not None
+                    found[n] = mine
+                elif layout.student_stage_of(to) > 0:
+                    arrived = self._pass_on(self._tokens, source, to, mine, expected)
+                    if arrived is not None:
+                        found[n] = arrived
+                elif rank == source:
+                    assert mine is not None
+                    outgoing.append((mine, to))
+                elif rank == to:
+                    found[n] = torch.empty(expected[0], dtype=torch.int64, device=self._device)
+                    awaited.append((found[n], source))
+        if self._now is not None:
+            batched_p2p(outgoing, awaited, self._now)
+        # A stage without tokens must not take the neighbor's for its own.
+        return {n: dict(zip(("input_ids", "position_ids"), found[n], strict=True)) if n in found else {} for n in work}
+
+    def _pass_on(
+        self,
+        channel: Channel,
+        source: int,
+        to: int,
+        own: torch.Tensor | None,
+        expected: _Expected,
+    ) -> torch.Tensor | None:
+        """Do this rank's part of a message's way; return it if this is where it ends."""
+        route, rank = self._layout.route(source, to), self._layout.host[self._layout.index]
+        if rank not in route:
+            return None
+        at = route.index(rank)
+        tensor = own if at == 0 else self._receive(channel, expected, route[at - 1])
+        if rank == to:
+            return tensor
+        assert tensor is not None
+        self._send(channel, tensor, route[at + 1], expected)
+        return None
+
+    def _hand_over(self, hidden: torch.Tensor, neighbor: int, expected: _Expected) -> torch.Tensor | None:
+        """Send the teacher's last hidden states to where the loss is; return them if that is here."""
+        layout = self._layout
+        parallel = layout.student_tensor_parallel
+        scattered, wanted = (m.config.sequence_parallel for m in (self._teacher.model, self._student))
+        parts = [hidden] * parallel
+        if scattered != wanted or (scattered and layout.tensor_parallel != parallel):
+            whole = hidden
+            if scattered:
+                whole = gather_from_sequence_parallel_region(hidden, group=self._teacher.pg_collection.tp)
+            # Cloned, since a part that waits would keep the whole.
+            parts = [part.clone() for part in whole.chunk(parallel)] if wanted else [whole] * parallel
+        kept, rank = None, layout.host[layout.index]
+        for tp, (source, to) in enumerate(layout.results_of(layout.replica, neighbor)):
+            if source != rank:
+                continue
+            if to == rank:
+                kept = parts[tp]
+            else:
+                assert self._results is not None
+                self._send(self._results, parts[tp], layout.route(source, to)[1], expected)
+        return kept
+
+    def _distribute_results(
+        self, micro_batch: int, mine: torch.Tensor | None, expected: _Expected
+    ) -> torch.Tensor | None:
+        """Pass on what goes to later stages; on the last stage, return this rank's own."""
+        layout, rank = self._layout, self._layout.host[self._layout.index]
+        if self._results is not None:
+            for n in range(layout.neighbors):
+                for source, to in layout.results_of(layout.replica_for(micro_batch, n), n):
+                    if rank != source and source != to:
+                        arrived = self._pass_on(self._results, source, to, None, expected)
+                        mine = arrived if arrived is not None else mine
+        if layout.place.pp + 1 < layout.student_stages:
+            return None
+        assert mine is not None
+        return mine
+
+    def _channels(self) -> list[Channel]:
+        return [channel for channel in (self._stages, self._tokens, self._results) if channel is not None]
+
+    def drain(self) -> None:
+        """Wait until every message has left. Only between steps, or in the first forward pass of one."""
+        self._outbox.release()
+        # Not seen at the start of a step that follows validation: Megatron's evaluate() has replaced the timers.
+        self._passes = self._posted_for = 0
+        for channel in self._channels():
+            channel.drain()
+
+    def close(self) -> None:
+        """Drain, and give Megatron its timers back."""
+        self.drain()
+        self._outbox.unwatch()
+        for counter in self._counters:
+            counter.remove()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Messages started here that are not known to have arrived."""
+        return sum(channel.num_in_flight for channel in self._channels())
+
+
+def _hidden_states(*, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+    """The teacher's output: not its logits, before the student's head asks for them."""
+    return hidden_states

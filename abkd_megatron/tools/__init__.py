@@ -1,0 +1,1 @@
+"""Jobs that do not train: check, estimate, compare, report, env."""

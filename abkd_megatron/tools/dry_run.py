@@ -1,0 +1,311 @@
+"""Megatron's arguments of a job, as its ranks would have them, without a GPU, without those ranks and without writing.
+
+The same functions as in a job parse, refuse and derive them, so what is refused here is what a job refuses. Nothing of
+torch.distributed is started, no global variable of Megatron's is set, and what Megatron prints about its arguments is
+dropped. One process may look at several configurations one after another; the first one of `device: cpu` installs the
+stand-in for a GPU (`abkd_megatron.cpu_backend`) in it for good.
+"""
+
+import contextlib
+import io
+import logging
+import math
+import os
+import warnings
+from argparse import Action, Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import megatron.core.utils
+import torch
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    init_num_microbatches_calculator,
+)
+from megatron.core.tokenizers.text.libraries.megatron_hf_tokenizer import MegatronHFTokenizer
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.utils import get_te_version
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+from packaging.version import Version
+
+from abkd_megatron import cpu_backend
+from abkd_megatron.config.load import to_argv
+from abkd_megatron.config.megatron_args import command_line, megatron_options, megatron_refusals_named
+from abkd_megatron.config.schema import Config
+from abkd_megatron.config.unsupported import UNSUPPORTED_IN_JOBS, check_layout, checked_model_config
+from abkd_megatron.data.prepare import PreparedData
+from abkd_megatron.errors import ConfigError, DataError
+from abkd_megatron.hosts.megatron_lm import job_config_from_args
+from abkd_megatron.teacher.args import teacher_arguments
+from abkd_megatron.teacher.build import check_experts
+from abkd_megatron.teacher.inherited import teacher_settings
+from abkd_megatron.teacher.layout import neighbors_of
+
+# What a job on GPUs is taken to have, where this machine has no GPU (an H100) or no TransformerEngine (the newest
+# version that megatron-core 0.19 asks for).
+COMPUTE_CAPABILITY = (9, 0)
+TRANSFORMER_ENGINE = "2.14.0"
+
+
+def megatron_arguments(config: Config, world_size: int | None = None) -> tuple[Namespace, Namespace | None]:
+    """Megatron's validated arguments of the student and of the teacher.
+
+    On a machine without a GPU, `device: cuda` is validated as on an H100 with TransformerEngine. Where the prepared
+    data are not there yet, the vocabulary is taken to be `data.vocab_size` tokens. May be called several times in a
+    process, see the module.
+
+    Args:
+        config: checked for its job (`Config.check`).
+        world_size: ranks of the job; None takes $WORLD_SIZE, or else `smallest_world_size`.
+
+    Returns:
+        The student's, with the true `vocab_size` and the `padded_vocab_size`; and the teacher's, None if the
+        configuration describes no teacher (neither `teacher.load` nor an argument of its own). Rank is 0.
+
+    Raises:
+        AbkdError: what a job of this configuration refuses before it builds a model; DataError also for a tokenizer
+            that cannot be loaded here if its size is not given as `megatron.vocab-size` either.
+
+    Collectives: none.
+    """
+    options = megatron_options()
+    megatron = arguments_with_data(config)
+    with as_in_a_job(config, ranks_of(config, megatron, options, world_size)):
+        student = student_arguments(megatron, options)
+        set_vocabulary(student)
+        teacher = None
+        if describes_teacher(config):
+            teacher = teacher_arguments(megatron, config.teacher.megatron, options, student, UNSUPPORTED_IN_JOBS)
+        check_models(student, teacher)
+    return student, teacher
+
+
+def describes_teacher(config: Config) -> bool:
+    """Whether there is to be a teacher."""
+    return config.teacher.load is not None or bool(config.teacher.megatron)
+
+
+def arguments_with_data(config: Config) -> dict[str, Any]:
+    """The student's Megatron arguments, with those of the prepared data; `data.vocab_size` alone where there are none.
+
+    Raises:
+        DataError: `data.dir` is there and is no prepared data.
+    """
+    if config.data.dir is None:
+        return dict(config.megatron)
+    if not Path(config.data.dir).expanduser().exists():
+        return {"tokenizer-type": "NullTokenizer", "vocab-size": config.data.vocab_size, **config.megatron}
+    return {**PreparedData.open(config.data.dir).megatron_arguments(), **config.megatron}
+
+
+def ranks_of(config: Config, megatron: Mapping[str, Any], options: Mapping[str, Action], world_size: int | None) -> int:
+    """How many ranks the job has: as given, as in $WORLD_SIZE, or the fewest that the layouts of both models allow.
+
+    Raises:
+        ConfigError: arguments that Megatron's parser does not take, or $WORLD_SIZE is no number of ranks.
+    """
+    if world_size is not None:
+        return world_size
+    if (given := os.environ.get("WORLD_SIZE")) is not None:
+        if not given.isdecimal() or int(given) < 1:
+            raise ConfigError(f"expected a whole number above 0 in WORLD_SIZE, got {given!r}; unset it or mend it")
+        return int(given)
+    models = [megatron]
+    if describes_teacher(config):
+        models.append(teacher_settings(megatron, config.teacher.megatron, options))
+    found = []
+    for settings in models:
+        with as_in_a_job(config, 1), parsed(settings, options) as args:
+            found.append(args)
+    return smallest_world_size(*found)
+
+
+def smallest_world_size(student: Namespace, teacher: Namespace | None = None) -> int:
+    """The fewest ranks that the layouts of both models allow; of layouts that no number allows, the student's.
+
+    Args:
+        student: Megatron's arguments, as parsed.
+        teacher: the same; None for none.
+    """
+    shares = (student.tensor_model_parallel_size, student.pipeline_model_parallel_size)
+    ranks = math.prod(shares) * student.context_parallel_size
+    multiples = [ranks]
+    for model in (student, teacher):
+        if model is not None and model.num_experts:
+            tensor = model.expert_tensor_parallel_size or model.tensor_model_parallel_size
+            multiples.append(tensor * model.expert_model_parallel_size * model.pipeline_model_parallel_size)
+    if teacher is not None:
+        teachers = (teacher.tensor_model_parallel_size, teacher.pipeline_model_parallel_size)
+        # It says how many neighbors it takes; a layout that no number of them makes possible is refused later on.
+        with contextlib.suppress(ConfigError):
+            multiples.append(
+                ranks * math.prod(neighbors_of(shares, 0, teachers, has_experts=bool(teacher.num_experts)))
+            )
+    return math.lcm(*multiples)
+
+
+@contextmanager
+def as_in_a_job(config: Config, world_size: int) -> Iterator[None]:
+    """Megatron finds itself on rank 0 of so many, on a device of the configuration's kind, and says nothing.
+
+    Raises:
+        HostError: `device: cpu` beside a real GPU.
+        ConfigError: Megatron ended the process.
+    """
+    if config.device == "cpu":
+        cpu_backend.install()
+    with contextlib.ExitStack() as stack:
+        said = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        for logger in map(logging.getLogger, ("megatron", "abkd_megatron")):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.WARNING)
+        stack.callback(os.environ.update, dict(os.environ))
+        # Megatron wants the last one for tensor parallelism on an H100; that it is not in our environment says little.
+        wanted = {"WORLD_SIZE": str(world_size), "RANK": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        for name, value in wanted.items():
+            if name not in os.environ:
+                stack.callback(os.environ.pop, name)
+            os.environ[name] = value
+        _replace(stack, MegatronHFTokenizer, "_download", _downloaded)
+        if config.device == "cuda":
+            _pretend_gpu(stack)
+        try:
+            yield
+        except SystemExit as end:
+            last = said.getvalue().strip().rpartition("\n")[2]
+            raise ConfigError(f"Megatron refuses these arguments: {last}") from end
+
+
+@contextmanager
+def parsed(settings: Mapping[str, Any], options: Mapping[str, Action]) -> Iterator[Namespace]:
+    """These arguments as Megatron parses them, not validated; within `as_in_a_job`, refusals in the block are named."""
+    with megatron_refusals_named(), command_line(to_argv(settings, options)):
+        yield parse_args()
+
+
+def _downloaded(_: MegatronHFTokenizer, path: str, url: str | None) -> str | None:
+    """In place of what fetches the vocabulary that a tokenizer's name stands for: the file of an earlier job."""
+    if url is not None and not Path(path).exists():
+        raise FileNotFoundError(f"{path}, which a job would download from {url}; give megatron.vocab-file")
+    return path if url is not None else None
+
+
+def _pretend_gpu(stack: contextlib.ExitStack) -> None:
+    if cpu_backend.is_installed() or not torch.cuda.is_available():
+        major, minor = COMPUTE_CAPABILITY
+        _replace(stack, torch.cuda, "get_device_capability", lambda *_: COMPUTE_CAPABILITY)
+        _replace(stack, torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(major=major, minor=minor))
+    if not has_transformer_engine():
+        _replace(stack, megatron.core.utils, "_te_version", Version(TRANSFORMER_ENGINE))
+        for module in (rope_utils, moe_utils):  # None here is how Megatron knows that there are no such kernels
+            for name in [name for name, value in vars(module).items() if name.startswith("fused_") and value is None]:
+                _replace(stack, module, name, object())
+
+
+def has_transformer_engine() -> bool:
+    """Whether Megatron finds TransformerEngine here."""
+    return bool(get_te_version() > Version("0.0.0"))
+
+
+def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: object) -> None:
+    stack.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
+
+
+def student_arguments(megatron: Mapping[str, Any], options: Mapping[str, Action]) -> Namespace:
+    """Megatron's validated arguments of the student, without the vocabulary; within `as_in_a_job`.
+
+    Raises:
+        ConfigError: what a job refuses of them.
+    """
+    with parsed(megatron, options) as args:
+        check_layout(args, "student", UNSUPPORTED_IN_JOBS)
+        if args.use_checkpoint_args:  # as parse_and_validate_args does
+            load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+            load_args_from_checkpoint(args)
+        validate_args(args)
+        # Refuses a global batch that micro-batches and data parallelism do not divide.
+        try:
+            init_num_microbatches_calculator(
+                rank=1,  # rank 0 would log
+                global_batch_size=args.global_batch_size,
+                micro_batch_size=args.micro_batch_size,
+                data_parallel_size=args.data_parallel_size * args.gtp_weight_remat_size,
+                decrease_batch_size_if_needed=args.decrease_batch_size_if_needed,
+                step_batch_size_schedule=args.step_batch_size_schedule,
+                seq_length=args.seq_length,
+            )
+        finally:
+            destroy_num_microbatches_calculator()
+    return args
+
+
+def set_vocabulary(args: Namespace) -> str | None:
+    """Set `vocab_size`, the tokenizer's, and `padded_vocab_size`, as a job does; `--vocab-size` serves without one.
+
+    Returns:
+        None; why the tokenizer cannot be loaded here, if `--vocab-size` had to serve.
+
+    Raises:
+        DataError: neither of the two is there.
+        ConfigError: no tokenizer is named.
+    """
+    given = args.vocab_size
+    if args.tokenizer_type is None:
+        with megatron_refusals_named():
+            build_tokenizer(args)
+    try:
+        args.vocab_size = build_tokenizer(args).vocab_size
+    except Exception as error:  # whatever the libraries of tokenizers raise
+        name = f"{args.tokenizer_type} {args.tokenizer_model or args.vocab_file or ''}".strip()
+        why = (
+            f"expected the tokenizer {name} on this machine, got {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}"
+        )
+        if given is None:
+            remedy = "copy it here, or give its size as megatron.vocab-size to go on without it"
+            raise DataError(f"{why}; {remedy}") from error
+        set_padded_vocabulary(args, given)
+        return why
+    return None
+
+
+def set_padded_vocabulary(args: Namespace, vocab_size: int) -> None:
+    """Set `vocab_size` and what Megatron pads it to."""
+    args.vocab_size = vocab_size
+    if args.padded_vocab_size is None:
+        args.padded_vocab_size = calculate_padded_vocab_size(
+            vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size, logging_enabled=False
+        )
+
+
+def check_models(student: Namespace, teacher: Namespace | None) -> None:
+    """Refuse what shows when Megatron lays out its ranks and makes its configurations of the arguments.
+
+    Raises:
+        ConfigError: in Megatron's words.
+    """
+    experts = student.expert_tensor_parallel_size * student.expert_model_parallel_size
+    experts *= student.pipeline_model_parallel_size * student.expert_gtp_weight_remat_size
+    if student.world_size % experts:  # Megatron sees it once torch.distributed runs
+        raise ConfigError(
+            f"Megatron refuses these arguments: world_size ({student.world_size}) is not divisible by "
+            f"expert_tensor_model_pipeline_parallel size ({experts})"
+        )
+    job_config_from_args(student, checked_model_config(student, "student", UNSUPPORTED_IN_JOBS))
+    if teacher is not None:
+        if teacher.num_experts:
+            check_experts(
+                teacher.world_size // teacher.pipeline_model_parallel_size,
+                teacher.expert_model_parallel_size,
+                teacher.expert_tensor_parallel_size,
+            )
+        checked_model_config(teacher, "teacher", UNSUPPORTED_IN_JOBS)

@@ -1,0 +1,431 @@
+"""What a distillation job will need, before anyone has its GPUs: memory a rank, and FLOPs a token.
+
+Memory is counted, not calculated: one rank of each kind runs the job itself without data
+(`abkd_megatron.tools.meta_run`), so whatever Megatron, the teacher and the head allocate is in it, at the moment at
+which it is most. On `device: cpu` that is what the stand-in takes. On `device: cuda` attention and norms keep what
+fused kernels keep, where no [s, s] exists (`meta_run.Attention`, `meta_run.Norm`); the rest are Megatron's own layers,
+as if TransformerEngine's kept the same.
+
+Not counted: what the allocator loses to fragmentation; NCCL's buffers; the CUDA context; workspaces of
+TransformerEngine, cuBLAS and attention kernels; what a checkpoint takes while it is written. A weight's gradient counts
+until it is added to its buffer, which gradient accumulation fusion spares. Validation is not looked at.
+
+FLOPs are two a multiplication and addition of matrix products, with attention over the half of the positions that is
+not masked; norms, activations and the losses are left out. See Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198)
+for what recomputation repeats.
+"""
+
+import math
+import multiprocessing
+import os
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from unittest import mock
+
+from abkd_megatron.config.schema import Config
+from abkd_megatron.errors import AbkdError, ConfigError, HostError
+from abkd_megatron.teacher.layout import TeacherLayout
+from abkd_megatron.tools.dry_run import megatron_arguments
+from abkd_megatron.tools.meta_run import Account, measure, places_of
+
+GIB = 2**30
+TENSOR_PARALLEL_UP_TO = 8  # ranks of a node
+MICRO_BATCHES = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """A token's, over all ranks together."""
+
+    student_forward: float
+    student_backward: float
+    recomputed: float
+    student_head: float
+    """Forward and backward."""
+    teacher_forward: float
+    teacher_head: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(vars(self).values())
+
+    @property
+    def teacher_share(self) -> float:
+        """The teacher's part of all of it."""
+        return (self.teacher_forward + self.teacher_head) / self.total
+
+
+@dataclass(frozen=True)
+class RankEstimate:
+    """One kind of rank."""
+
+    name: str
+    rank: int
+    """The one that was looked at."""
+    account: Account
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another layout of the same job on as many ranks."""
+
+    tensor_parallel: int
+    pipeline_parallel: int
+    micro_batch_size: int
+    total: int | None
+    """Bytes on the fullest rank that was looked at, of the first stage and the last; None if it was not run."""
+    why: str = ""
+    """Why it was not."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job will need."""
+
+    device: str
+    world_size: int
+    layout: str
+    parameters: int
+    teacher_parameters: int
+    gpu_memory: float
+    """GiB of a GPU."""
+    ranks: tuple[RankEstimate, ...]
+    flops: Flops
+    alternatives: tuple[Alternative, ...] = ()
+
+    @property
+    def fullest(self) -> RankEstimate:
+        """The rank with the highest peak."""
+        return max(self.ranks, key=lambda rank: rank.account.total)
+
+
+def estimate(
+    config: Config,
+    world_size: int | None = None,
+    *,
+    gpu_memory: float = 80.0,
+    alternatives: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Estimate:
+    """Estimate a `distill` job. Reads neither checkpoints nor data; changes nothing in this process.
+
+    Args:
+        config: with a teacher.
+        world_size: ranks of the job; None as `megatron_arguments` has it.
+        gpu_memory: GiB of a GPU; the fused head also sizes its chunks by what is free.
+        alternatives: whether to look at other layouts on as many ranks, too; takes minutes.
+        progress: is told what is being looked at.
+
+    Raises:
+        ConfigError: what a job refuses, or what cannot be run without data: experts, latent attention, fp8, multi-token
+            prediction, hidden losses.
+        HostError: what else does not run without data.
+    """
+    student, teacher = megatron_arguments(config, world_size)
+    if teacher is None:
+        raise ConfigError("expected a teacher, got none: set teacher.load and in what the teacher differs")
+    _check(config, student, teacher)
+    with _Pool() as pool:
+        measured = _Measured.of(pool, config, student, teacher, gpu_memory)
+        kinds = kinds_of_ranks(student, teacher)
+        futures = {name: measured.start(rank) for name, rank in kinds.items()}
+        ranks = []
+        for name, rank in kinds.items():
+            progress(f"{name}: rank {rank}")
+            ranks.append(RankEstimate(name, rank, _result(futures[name])))
+        others = _alternatives(pool, config, student, gpu_memory, progress) if alternatives else ()
+    tokens = config.distillation.tokens
+    return Estimate(
+        device=config.device,
+        world_size=student.world_size,
+        layout=_layout(student) + f"; teacher {_layout(teacher)}",
+        parameters=parameters(student, student.padded_vocab_size),
+        teacher_parameters=parameters(teacher, student.padded_vocab_size),
+        gpu_memory=gpu_memory,
+        ranks=tuple(ranks),
+        flops=flops(student, teacher, (tokens.n or 1) if tokens is not None else 1),
+        alternatives=tuple(others),
+    )
+
+
+def _layout(args: Namespace) -> str:
+    stages = args.virtual_pipeline_model_parallel_size
+    return (
+        f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size}"
+        + (f" x VPP {stages}" if stages else "")
+        + (f" x CP {args.context_parallel_size}" if args.context_parallel_size > 1 else "")
+        + f" x DP {args.data_parallel_size}"
+        + (" with SP" if args.sequence_parallel else "")
+    )
+
+
+def _check(config: Config, student: Namespace, teacher: Namespace) -> None:
+    if config.distillation.hidden_losses:
+        raise ConfigError("a job with hidden losses cannot be estimated: their ranks have to talk; leave them out here")
+    for who, args in (("student", student), ("teacher", teacher)):
+        features = {
+            "experts": args.num_experts,
+            "multi-latent attention": args.multi_latent_attention,
+            "fp8": args.fp8,
+            "fp4": args.fp4,
+            "multi-token prediction": args.mtp_num_layers,
+        }
+        for feature, is_on in features.items():
+            if is_on:
+                raise ConfigError(f"{who}: a job with {feature} cannot be estimated; leave it out here")
+
+
+# ---- memory
+
+
+def kinds_of_ranks(student: Namespace, teacher: Namespace) -> dict[str, int]:
+    """A rank of each kind, by a name of what it holds.
+
+    The kinds are the student's first stage, the ones in between, of which the second is fullest, and the last one, each
+    with whatever stages of the teacher lie there; of uneven stages each is one.
+
+    Args:
+        student: Megatron's arguments, validated.
+        teacher: the same.
+    """
+    stages = student.pipeline_model_parallel_size
+    sizes = teacher.tensor_model_parallel_size, teacher.pipeline_model_parallel_size
+    uneven = (
+        *(student.decoder_first_pipeline_num_layers, student.decoder_last_pipeline_num_layers),
+        *(student.pipeline_model_parallel_layout, student.account_for_embedding_in_pipeline_split or None),
+        student.account_for_loss_in_pipeline_split or None,
+    )
+    seen = set(range(stages)) if any(it is not None for it in uneven) else {0, min(1, stages - 1), stages - 1}
+    places, found = places_of(student), dict[str, int]()
+    for rank, place in enumerate(places):
+        if place.tp or place.cp or place.pp not in seen:
+            continue
+        layout = TeacherLayout(places, rank, *sizes)
+        name = f"stage {place.pp + 1} of {stages}"
+        if place.pp == 1 and stages > 3 and len(seen) < stages:
+            name = f"stages 2 to {stages - 1} of {stages}"
+        if not layout.is_students:
+            name += f", teacher's {layout.stage + 1} of {layout.pipeline_parallel}"
+        found.setdefault(name, rank)
+    return found
+
+
+class _Pool(ProcessPoolExecutor):
+    """Processes of one rank each, without a GPU, forked from one that has Megatron imported."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["abkd_megatron.tools.meta_run"])
+        super().__init__(max_workers=os.cpu_count(), mp_context=context, max_tasks_per_child=1)
+
+    def start(
+        self, config: Config, world_size: int, rank: int, *, vocab_size: int, global_batch_size: int, memory: float
+    ) -> Future:
+        """`measure` in one of them."""
+        sizes = {"vocab_size": vocab_size, "global_batch_size": global_batch_size, "memory": memory}
+        # What Megatron says at import without a GPU is no news: nothing here runs on one.
+        quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::UserWarning"}
+        with mock.patch.dict(os.environ, quiet):
+            return self.submit(measure, config, world_size, rank, **sizes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A job whose ranks are looked at."""
+
+    pool: _Pool
+    config: Config
+    student: Namespace
+    memory: float
+    turns: int
+    """Micro-batches until each replica of a teacher in a layout of its own has had one."""
+
+    @classmethod
+    def of(cls, pool: _Pool, config: Config, student: Namespace, teacher: Namespace, memory: float) -> "_Measured":
+        """A job of these arguments."""
+        layout = TeacherLayout(
+            places_of(student), 0, teacher.tensor_model_parallel_size, teacher.pipeline_model_parallel_size
+        )
+        return cls(pool, config, student, memory, 0 if layout.is_students else layout.replicas)
+
+    def start(self, rank: int) -> Future:
+        """Look at a rank."""
+        student, stages = self.student, self.student.pipeline_model_parallel_size
+        of_micro_batch = student.micro_batch_size * student.data_parallel_size
+        micro_batches = student.global_batch_size // of_micro_batch
+        if student.virtual_pipeline_model_parallel_size:
+            group = student.microbatch_group_size_per_vp_stage or stages
+            enough = 3 * math.lcm(group, stages)
+        else:
+            # So many are under way on this stage (1F1B), then one after another is done and begun.
+            enough = stages - places_of(student)[rank].pp + 1 + self.turns
+        return self.pool.start(
+            self.config,
+            student.world_size,
+            rank,
+            vocab_size=student.vocab_size,
+            global_batch_size=min(micro_batches, enough) * of_micro_batch,
+            memory=self.memory,
+        )
+
+
+def _result(future: Future) -> Account:
+    try:
+        account = future.result()
+    except AbkdError:
+        raise
+    except Exception as error:
+        raise HostError(
+            f"expected the job to run on tensors without data, got {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}; measure a job instead"
+        ) from error
+    assert isinstance(account, Account)
+    return account
+
+
+def layouts(student: Namespace) -> list[tuple[int, int, int]]:
+    """Tensor parallelism, pipeline parallelism and micro-batch size of what might be done on as many ranks.
+
+    Args:
+        student: Megatron's arguments, validated.
+    """
+    heads = math.gcd(student.num_attention_heads, student.num_query_groups or student.num_attention_heads)
+    found = []
+    powers = [2**exponent for exponent in range(student.world_size.bit_length())]
+    for tensor in powers:
+        for stages in powers:
+            ranks = tensor * stages * student.context_parallel_size
+            fits = not heads % tensor and tensor <= TENSOR_PARALLEL_UP_TO and not student.num_layers % stages
+            if not fits or student.world_size % ranks:
+                continue
+            of_rank = student.global_batch_size // (student.world_size // ranks)
+            found += [(tensor, stages, size) for size in MICRO_BATCHES if of_rank and not of_rank % size]
+    return found
+
+
+def _alternatives(
+    pool: _Pool, config: Config, student: Namespace, memory: float, progress: Callable[[str], None]
+) -> list[Alternative]:
+    """Each of `layouts`, in their order; larger micro-batches only where smaller ones fit."""
+    found: list[Alternative] = []
+    waves: dict[int, list[tuple[int, int]]] = {}
+    for tensor, stages, size in layouts(student):
+        waves.setdefault(size, []).append((tensor, stages))
+    given_up: dict[tuple[int, int], str] = {}
+    for size, shapes in sorted(waves.items()):
+        started = []
+        for shape in shapes:
+            if shape in given_up:
+                found.append(Alternative(*shape, size, None, given_up[shape]))
+                continue
+            other = _with_layout(config, *shape, size)
+            try:
+                args, teacher = megatron_arguments(other, student.world_size)
+                assert teacher is not None
+                ranks = list(kinds_of_ranks(args, teacher).values())
+            except AbkdError as error:
+                given_up[shape] = f"refused: {error}"
+                found.append(Alternative(*shape, size, None, given_up[shape]))
+                continue
+            measured = _Measured.of(pool, other, args, teacher, memory)
+            started.append((shape, [measured.start(rank) for rank in sorted({ranks[0], ranks[-1]})]))
+        for shape, futures in started:
+            progress(f"TP {shape[0]} x PP {shape[1]}, micro-batches of {size}")
+            total = max(_result(future).total for future in futures)
+            found.append(Alternative(*shape, size, total))
+            if total > memory * GIB:
+                given_up[shape] = "smaller micro-batches do not fit"
+    return sorted(found, key=lambda it: (it.tensor_parallel, it.pipeline_parallel, it.micro_batch_size))
+
+
+def _with_layout(config: Config, tensor: int, stages: int, micro_batch_size: int) -> Config:
+    left_out = (
+        *("num-layers-per-virtual-pipeline-stage", "num-virtual-stages-per-pipeline-rank"),
+        *("microbatch-group-size-per-virtual-pipeline-stage", "decoder-first-pipeline-num-layers"),
+        *("decoder-last-pipeline-num-layers", "pipeline-model-parallel-layout", "sequence-parallel"),
+    )
+    megatron = {key: value for key, value in config.megatron.items() if key not in left_out}
+    megatron |= {
+        "tensor-model-parallel-size": tensor,
+        "pipeline-model-parallel-size": stages,
+        "micro-batch-size": micro_batch_size,
+    }
+    if config.megatron.get("sequence-parallel") and tensor > 1:
+        megatron["sequence-parallel"] = True
+    return replace(config, megatron=megatron)
+
+
+# ---- FLOPs and parameters
+
+
+def parameters(args: Namespace, vocab_size: int) -> int:
+    """Parameters of a dense model, over all ranks together.
+
+    Args:
+        args: Megatron's, validated.
+        vocab_size: columns of the embedding, with padding if that is to count.
+    """
+    h, f = args.hidden_size, args.ffn_hidden_size
+    norm = h * (2 if args.normalization == "LayerNorm" else 1)
+    of_layer = _products(args) + 2 * norm
+    query, key_value = _widths(args)
+    if args.add_bias_linear or args.add_qkv_bias:
+        of_layer += query + key_value
+    if args.add_bias_linear:
+        of_layer += 2 * h + (2 if args.swiglu else 1) * f
+    if args.qk_layernorm:
+        of_layer += 2 * args.kv_channels * (2 if args.normalization == "LayerNorm" else 1)
+    embeddings = vocab_size * h * (2 if args.untie_embeddings_and_output_weights else 1)
+    if args.position_embedding_type == "learned_absolute":
+        embeddings += args.max_position_embeddings * h
+    return int(args.num_layers * of_layer + norm + embeddings)
+
+
+def flops(student: Namespace, teacher: Namespace, every: int = 1) -> Flops:
+    """Floating-point operations a token.
+
+    Args:
+        student: Megatron's arguments, validated, with the `padded_vocab_size`.
+        teacher: Megatron's arguments, validated.
+        every: of how many tokens one is distilled, by position: the teacher's head is spared the others.
+    """
+    linear, attention = _forward(student)
+    head = 2.0 * student.hidden_size * student.padded_vocab_size
+    repeated = 0.0
+    if student.recompute_granularity == "full":
+        share = 1.0
+        if student.recompute_method == "block":
+            chunks = student.pipeline_model_parallel_size * (student.virtual_pipeline_model_parallel_size or 1)
+            share = min(1.0, student.recompute_num_layers * chunks / student.num_layers)
+        repeated = share * (linear + attention)
+    elif student.recompute_granularity == "selective" and "core_attn" in (student.recompute_modules or ["core_attn"]):
+        repeated = attention
+    return Flops(
+        student_forward=linear + attention,
+        student_backward=2 * (linear + attention),
+        recomputed=repeated,
+        student_head=3 * head,
+        teacher_forward=sum(_forward(teacher)),
+        teacher_head=2.0 * teacher.hidden_size * student.padded_vocab_size / every,
+    )
+
+
+def _forward(args: Namespace) -> tuple[float, float]:
+    """Of all layers, a token: the products with weights, and attention's own."""
+    attention = 2.0 * args.seq_length * _widths(args)[0]  # 4 for two products, of half the positions
+    return 2.0 * args.num_layers * _products(args), args.num_layers * attention
+
+
+def _products(args: Namespace) -> int:
+    """Weights of a layer's matrices."""
+    query, key_value = _widths(args)
+    return int(args.hidden_size * (2 * query + key_value + (3 if args.swiglu else 2) * args.ffn_hidden_size))
+
+
+def _widths(args: Namespace) -> tuple[int, int]:
+    """Of a layer's queries, and of keys and values together."""
+    groups: Sequence[int] = (args.num_query_groups if args.group_query_attention else args.num_attention_heads,)
+    return args.num_attention_heads * args.kv_channels, 2 * groups[0] * args.kv_channels

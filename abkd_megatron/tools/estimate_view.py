@@ -1,0 +1,184 @@
+"""An estimate on the screen, and as a picture."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from abkd_megatron.errors import HostError
+from abkd_megatron.tools.estimate import GIB, Alternative, Estimate
+from abkd_megatron.tools.meta_run import PARTS
+
+NOT_COUNTED = (
+    "Not counted: the allocator's fragmentation, NCCL's buffers, the CUDA context, workspaces of TransformerEngine, "
+    "cuBLAS and attention, checkpoints being written, validation."
+)
+
+
+def show(estimate: Estimate, out: Path | None = None) -> None:
+    """Print an estimate, and draw it if there is a place for it.
+
+    Args:
+        estimate: what to show.
+        out: a folder for estimate.png; made if it is not there.
+
+    Raises:
+        HostError: without rich, or with `out` without matplotlib.
+    """
+    _need("rich", "estimate")
+    if out is not None:
+        _need("matplotlib", "--out")
+    from rich.console import Console
+
+    # Lines that are read by a program, or by a person in a log, are not broken.
+    console = Console() if Console().is_terminal else Console(width=160)
+    unit = _unit(estimate)
+    console.print(
+        f"{estimate.world_size} ranks, {estimate.layout}; student {_of_many(estimate.parameters)} parameters, "
+        f"teacher {_of_many(estimate.teacher_parameters)} (with the vocabulary's padding)",
+        highlight=False,
+    )
+    console.print(_memory(estimate, *unit))
+    fullest = estimate.fullest
+    share = fullest.account.peak[fullest.account.largest] / fullest.account.total
+    console.print(
+        f"Fullest: {fullest.name}, {_size(fullest.account.total, unit[0])} {unit[1]}; most of it are the "
+        f"{fullest.account.largest}, {share:.0%}."
+        + (f" {_verdict(fullest.account.total, estimate)}" if estimate.device == "cuda" else ""),
+        highlight=False,
+    )
+    console.print(_flops(estimate))
+    if estimate.alternatives:
+        console.print(_alternatives(estimate, *unit))
+    console.print(NOT_COUNTED, highlight=False)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        draw(estimate, out / "estimate.png")
+        console.print(f"{out / 'estimate.png'}", highlight=False)
+
+
+def _need(package: str, what: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise HostError(f"{what}: expected {package}, found none; install it with `pip install {package}`")
+
+
+def _unit(estimate: Estimate) -> tuple[int, str]:
+    return (GIB, "GiB") if estimate.fullest.account.total >= GIB else (2**20, "MiB")
+
+
+def _size(num_bytes: int, unit: int) -> str:
+    return f"{num_bytes / unit:.2f}" if unit == GIB else f"{num_bytes / unit:.1f}"
+
+
+def _of_many(number: int) -> str:
+    return f"{number / 1e9:.2f} G" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+def _verdict(total: int, estimate: Estimate) -> str:
+    memory = estimate.gpu_memory
+    return f"{'Fits into' if total <= memory * GIB else 'Does not fit into'} {memory:g} GiB."
+
+
+def _memory(estimate: Estimate, unit: int, name: str) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"Memory a rank at its peak, {name}", title_justify="left")
+    table.add_column("")
+    for rank in estimate.ranks:
+        table.add_column(rank.name, justify="right")
+    for part in PARTS:
+        sizes = [rank.account.peak.get(part, 0) for rank in estimate.ranks]
+        if any(size >= unit / 200 for size in sizes):
+            largest = [part == rank.account.largest for rank in estimate.ranks]
+            cells = [
+                f"[bold]{_size(size, unit)}[/bold]" if most else _size(size, unit)
+                for size, most in zip(sizes, largest, strict=True)
+            ]
+            table.add_row(part, *cells)
+    table.add_section()
+    table.add_row("total", *(f"[bold]{_size(rank.account.total, unit)}[/bold]" for rank in estimate.ranks))
+    table.add_row("kept between steps", *(_size(sum(rank.account.kept.values()), unit) for rank in estimate.ranks))
+    return table
+
+
+def _flops(estimate: Estimate) -> Any:
+    from rich.table import Table
+
+    flops = estimate.flops
+    table = Table(title="Floating-point operations a token", title_justify="left")
+    unit, name = (1e9, "GFLOP") if flops.total >= 1e9 else (1e6, "MFLOP")
+    for column in ("", name, "share"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, value in vars(flops).items():
+        if value:
+            table.add_row(name.replace("_", " "), f"{value / unit:.3f}", f"{value / flops.total:.1%}")
+    table.add_section()
+    table.add_row("total", f"{flops.total / unit:.3f}", "")
+    table.add_row("of it the teacher's", "", f"{flops.teacher_share:.1%}")
+    return table
+
+
+def _alternatives(estimate: Estimate, unit: int, name: str) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"Other layouts on {estimate.world_size} ranks, {name} on the fullest", title_justify="left")
+    for column in ("TP", "PP", "micro-batch", name):
+        table.add_column(column, justify="right")
+    table.add_column(f"fits into {estimate.gpu_memory:g} GiB")
+    for it in estimate.alternatives:
+        shape = str(it.tensor_parallel), str(it.pipeline_parallel), str(it.micro_batch_size)
+        if it.total is None:
+            table.add_row(*shape, "-", f"[dim]{it.why}[/dim]")
+        else:
+            table.add_row(*shape, _size(it.total, unit), "yes" if _fits(it, estimate) else "no")
+    return table
+
+
+def _fits(alternative: Alternative, estimate: Estimate) -> bool:
+    return alternative.total is not None and alternative.total <= estimate.gpu_memory * GIB
+
+
+def draw(estimate: Estimate, path: Path) -> None:
+    """The parts of each kind of rank on top of each other; beside them the totals of the other layouts.
+
+    Args:
+        estimate: what to draw.
+        path: of the PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    unit, name = _unit(estimate)
+    looked_at = [it for it in estimate.alternatives if it.total is not None]
+    rows = max(len(estimate.ranks) + 4, len(looked_at))
+    columns = 2 if looked_at else 1
+    figure, axes = pyplot.subplots(
+        1, columns, figsize=(8 * columns, 1.5 + 0.3 * rows), layout="constrained", squeeze=False
+    )
+    parts, others = axes[0][0], axes[0][-1]
+    colors = pyplot.get_cmap("tab10")
+    before = [0.0] * len(estimate.ranks)
+    for index, part in enumerate(PARTS):
+        sizes = [rank.account.peak.get(part, 0) / unit for rank in estimate.ranks]
+        if not any(sizes):
+            continue
+        parts.barh([rank.name for rank in estimate.ranks], sizes, left=before, label=part, color=colors(index))
+        before = [left + size for left, size in zip(before, sizes, strict=True)]
+    parts.set_title(f"{estimate.world_size} ranks, {estimate.layout}", size=9)
+    parts.set_ylim(max(len(estimate.ranks) + 1.5, rows / 4) - 0.5, -0.5)  # the first on top, and room for the legend
+    parts.legend(fontsize=7, loc="lower right", ncols=3)
+    if looked_at:
+        labels = [f"TP {it.tensor_parallel} x PP {it.pipeline_parallel}, {it.micro_batch_size}" for it in looked_at]
+        fitting = ["tab:green" if _fits(it, estimate) else "tab:red" for it in looked_at]
+        others.barh(labels, [(it.total or 0) / unit for it in looked_at], color=fitting)
+        others.set_title("layout and micro-batch size; green fits", size=9)
+        others.invert_yaxis()
+        others.tick_params(axis="y", labelsize=7)
+    for axis in axes[0]:
+        axis.set_xlabel(f"{name} a rank")
+        axis.spines[["top", "right"]].set_visible(False)
+        if estimate.device == "cuda":
+            axis.axvline(estimate.gpu_memory * GIB / unit, color="black", linestyle="--", linewidth=1)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)

@@ -1,0 +1,539 @@
+"""Distillation from hidden states: both LM heads and the loss between them, a chunk of tokens at a time.
+
+No tensor of [tokens, V/TP] of either model ever exists: of each chunk come both models' logits, the losses, the
+student's gradient in place of its logits, and from it the gradients of hidden states and weight. While one chunk's
+records travel between the ranks the next one's products are formed.
+
+There are two ways to the gradients. If it is known how tokens are weighted they are formed in forward, up to the one
+factor that backward then brings; the products cost what they do with logits that exist. If not, backward forms the
+logits again: 1.6 times the products for a student as wide as its teacher. So it always does in fp16, where the factor
+has the loss scale, without which small gradients are 0.
+
+Legend: N tokens, h and H the students' and the teacher's hidden size, W the width of a rank's logits.
+"""
+
+import functools
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from abkd_megatron.errors import ConfigError
+from abkd_megatron.losses.base import Divergence
+from abkd_megatron.tensors import Function, check_context, check_tensor, constant
+from abkd_megatron.validation import finite_number, flag, positive_number, whole_number
+from abkd_megatron.vocab_parallel.logits import (
+    ALONE,
+    METRICS,
+    DistillationTerms,
+    check_divergence,
+    check_shard,
+    rows_of,
+    token_terms,
+)
+from abkd_megatron.vocab_parallel.passes import Batch, Exchange, Known, Passes
+from abkd_megatron.vocab_parallel.shard import VocabShard
+
+
+def vocab_parallel_distillation_head(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    divergence: Divergence,
+    labels: Tensor,
+    shard: VocabShard,
+    *,
+    kd_weight: float = 1.0,
+    lm_weight: float = 1.0,
+    temperature: float = 1.0,
+    token_weights: Tensor | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    chunk_tokens: int | None = None,
+    into_main_grad: bool = False,
+    selected: Tensor | None = None,
+    select: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+) -> tuple[Tensor, DistillationTerms]:
+    """kd_weight * D + lm_weight * CE of every token, with logits = scale * hidden @ weight^T that never exist.
+
+    Args:
+        student_hidden: [..., h], every rank's the same.
+        student_weight: [W, h], this rank's rows of the LM head, of the hidden states' dtype.
+        teacher_hidden: [..., H] of the same tokens; never receives a gradient.
+        teacher_weight: [W, H], rows of the same token ids; never receives a gradient.
+        divergence: as in vocab_parallel_distillation, as are `labels`, `shard` and `temperature`.
+        labels: [...].
+        shard: which columns these are.
+        kd_weight: of the divergence.
+        lm_weight: of the student's cross entropy.
+        temperature: T > 0, for the divergence alone.
+        token_weights: [...], what each token's loss will be multiplied by, up to one factor for all: a loss mask.
+            Gradients are then formed in forward, unless the hidden states are fp16. None forms the logits again in
+            backward, for any weights.
+        student_scale: multiplies the student's logits.
+        teacher_scale: multiplies the teacher's.
+        chunk_tokens: tokens of a chunk, the same on all ranks; None for `automatic_chunk_tokens`, which the ranks must
+            agree in: their GPUs then have to be of one kind.
+        into_main_grad: add the weight's gradient to its `main_grad`, in its dtype, as Megatron's layers do with
+            gradient accumulation fusion, if it has one; its `grad_added_to_main_grad` is set and what autograd gets
+            for it means nothing.
+        selected: [...] bool, the same on every rank: the tokens that are compared. The others have a cross entropy and
+            zeros, and no logits of the teacher are formed of them. Best on the CPU: the host waits for one on a GPU.
+            None for all.
+        select: of those compared, whose divergence counts: {name: [n]} of the terms' metrics to [n] bool, the same
+            for the same numbers. The divergence of the others is 0. None for all.
+
+    Returns:
+        The loss, [...] fp32 (fp64 if the logits are), the same on every rank, once differentiable in
+        `student_hidden` and `student_weight`. The gradient of the hidden states is this rank's part: sum it over
+        `shard.group`. And the terms of vocab_parallel_distillation, detached.
+
+    Raises:
+        ConfigError: for shapes that do not fit or chunk_tokens < 1, and as vocab_parallel_distillation.
+        RuntimeError: in backward, if the tokens were not weighted as `token_weights` said, or at a second backward
+            through gradients formed in forward. On a GPU the first is known in backward only the first time; later it
+            makes all gradients NaN, and is raised by the next call here that finds the GPU past it.
+
+    Collectives: those of vocab_parallel_distillation, a chunk.
+
+    With `selected`, chunks of the selected tokens come first, then chunks of the others. Under torch.autocast products
+    are in the dtype of the hidden states all the same; where a weight has another, both are cast to autocast's.
+
+    Memory: two [chunk_tokens, W] of logits, four in a group of more than one rank; with token_weights the gradients
+    of hidden states and weight from forward on, else from backward on, the weight's in fp32 at least (on a CPU also a
+    chunk's logits and hidden states of a bf16 weight in fp32); 39 fp64 numbers per token. With `selected`, the hidden
+    states in another order.
+    """
+    owner = "vocab_parallel_distillation_head"
+    check_context(owner)
+    check_tensor("a student's weight", student_weight)
+    check_tensor("labels", labels, dtype=torch.int64, like=student_weight)
+    check_shard(shard)
+    check_divergence(divergence)
+    temperature = positive_number(owner, "temperature", temperature, "1.0 leaves the logits as they are")
+    kd_weight, lm_weight, student_scale, teacher_scale = (
+        finite_number(owner, name, number)
+        for name, number in (
+            ("kd_weight", kd_weight),
+            ("lm_weight", lm_weight),
+            ("student_scale", student_scale),
+            ("teacher_scale", teacher_scale),
+        )
+    )
+    into_main_grad = flag(owner, "into_main_grad", into_main_grad)
+    num_tokens, width = labels.numel(), student_weight.shape[0]
+    parameter = student_weight if into_main_grad and hasattr(student_weight, "main_grad") else None
+    student_hidden, student_weight = _as_under_autocast(student_hidden, student_weight)
+    teacher_hidden, teacher_weight = _as_under_autocast(teacher_hidden, teacher_weight)
+    for name, hidden, weight in (
+        ("student", student_hidden, student_weight),
+        ("teacher", teacher_hidden, teacher_weight),
+    ):
+        check_tensor(f"{name} hidden states", hidden, like=student_weight)
+        check_tensor(f"a {name}'s weight", weight, like=student_weight)
+        fits = hidden.dim() > 0 and hidden.shape[:-1] == labels.shape and weight.shape == (width, hidden.shape[-1])
+        if not (fits and hidden.dtype == weight.dtype):
+            raise ConfigError(
+                f"expected {name} hidden states [{', '.join(map(str, labels.shape))}, h] and a weight [{width}, h] of "
+                f"one dtype, got {list(hidden.shape)} {hidden.dtype} and {list(weight.shape)} {weight.dtype}: pass the "
+                "decoder's output and the output layer's weight"
+            )
+    shard.check_width("logits of the weights", width)
+    if token_weights is not None:
+        is_mask = isinstance(token_weights, Tensor) and not (
+            token_weights.is_floating_point() or token_weights.is_complex()
+        )
+        dtype = token_weights.dtype if is_mask else None
+        check_tensor("token weights", token_weights, dtype=dtype, like=student_weight)
+        if token_weights.shape != labels.shape:
+            raise ConfigError(
+                f"expected token weights of the labels' shape {list(labels.shape)}, got {list(token_weights.shape)}: "
+                "give one number per token, or None"
+            )
+    if chunk_tokens is None:
+        chunk_tokens = automatic_chunk_tokens(student_weight.device, bytes_of_a_token(student_weight, shard))
+    chunk_tokens = whole_number(owner, "chunk_tokens", chunk_tokens, least=1)
+    misweighted.raise_if_known()
+    head = _Head(
+        Passes.of(student_weight, teacher_weight, divergence, shard, temperature, has_labels=True),
+        kd_weight,
+        lm_weight,
+        student_scale,
+        teacher_scale,
+        chunk_tokens,
+        num_tokens,
+        None,
+        select,
+        parameter,
+    )
+    needs_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
+    if not student_hidden.requires_grad:  # a trunk that is not trained may have run in inference mode
+        student_hidden = constant(student_hidden)
+    if not student_weight.requires_grad:
+        student_weight = constant(student_weight)
+    of_student = student_hidden.reshape(num_tokens, student_hidden.shape[-1])
+    of_teacher = constant(teacher_hidden).reshape(num_tokens, teacher_hidden.shape[-1])
+    of_labels = constant(labels).reshape(num_tokens)
+    # What loss scaling is to save of fp16 must be scaled before it is rounded, and backward has the scale.
+    in_forward = token_weights is not None and student_hidden.dtype != torch.float16
+    weights = constant(token_weights).reshape(num_tokens) if token_weights is not None and in_forward else None
+    # Nothing in it, but its graph: a second derivative has to find its way to hidden states that are not kept.
+    anchor = of_student[:0].clone() if weights is not None and needs_gradient else None
+    back = None
+    if selected is not None:
+        chosen, others = rows_of(selected, labels)
+        order = torch.cat([chosen, others])
+        back = torch.empty_like(order)
+        back[order] = torch.arange(num_tokens, device=order.device)
+        of_student, of_teacher, of_labels = of_student[order], of_teacher[chosen], of_labels[order]
+        weights = weights[order] if weights is not None else None
+        alone = Passes.of(student_weight, student_weight, ALONE, shard, 1.0, has_labels=True)
+        head = replace(head, num_compared=len(chosen), alone=alone)
+    loss, value, cross_entropy, metrics = _DistillationHead.apply(
+        of_student,
+        student_weight,
+        of_teacher,
+        constant(teacher_weight),
+        of_labels,
+        weights,
+        head,
+        needs_gradient,
+        anchor,
+    )
+    if back is not None:
+        loss, value, cross_entropy, metrics = loss[back], value[back], cross_entropy[back], metrics[:, back]
+    metrics = metrics.view(len(METRICS), *labels.shape)
+    named = dict(zip(METRICS, metrics.unbind(0), strict=True))
+    return loss.view(labels.shape), DistillationTerms(value.view(labels.shape), cross_entropy.view(labels.shape), named)
+
+
+def _as_under_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in autocast's dtype if it is on and they differ, as torch's own linear layers have it."""
+    if not (isinstance(hidden, Tensor) and isinstance(weight, Tensor)) or hidden.dtype == weight.dtype:
+        return hidden, weight
+    device = weight.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def bytes_of_a_token(weight: Tensor, shard: VocabShard) -> int:
+    """What a token of a chunk takes with an LM head's weight [W, h]: both models' logits.
+
+    In a group of several ranks two chunks are under way at a time.
+    """
+    return 2 * weight.shape[0] * weight.dtype.itemsize * (2 if shard.num_ranks > 1 else 1)
+
+
+def automatic_chunk_tokens(device: torch.device, of_token: int) -> int:
+    """Tokens of a chunk, a power of 2 whose logits, `of_token` bytes per token, fit a share of the device's memory.
+
+    On a GPU up to 2048 tokens, whose products keep its matrix units busy, and at most a 64th of its memory; on a CPU
+    up to 512 tokens and 64 MiB, of which the caches hold a good part. What is free has no say: it differs between
+    ranks, which must have chunks of one size, and between a run and its resume.
+    """
+    most, least, room = 512, 16, 2**26
+    if device.type == "cuda":
+        most, least, room = 2048, 128, torch.cuda.mem_get_info(device)[1] // 64
+    fitting = room // max(of_token, 1)
+    return max(least, min(most, 2 ** (fitting.bit_length() - 1) if fitting else least))
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What stays the same from chunk to chunk."""
+
+    passes: Passes
+    kd_weight: float
+    lm_weight: float
+    student_scale: float
+    teacher_scale: float
+    chunk_tokens: int
+    num_compared: int
+    """The first tokens, which the teacher's hidden states are of."""
+    alone: Passes | None
+    """Of the student with itself, for the tokens after those, if there are any."""
+    select: Callable[[Mapping[str, Tensor]], Tensor] | None
+    parameter: Any
+    """The weight if it has a `main_grad` to take its gradient, else None."""
+
+    def chunks(self, num_tokens: int) -> list[slice]:
+        """The tokens of each chunk; none has both compared ones and others."""
+        return [
+            slice(first, min(first + self.chunk_tokens, end))
+            for begin, end in ((0, self.num_compared), (self.num_compared, num_tokens))
+            for first in range(begin, end, self.chunk_tokens)
+        ]
+
+    def passes_of(self, chunk: slice) -> Passes:
+        """What is done with a chunk."""
+        if chunk.start < self.num_compared:
+            return self.passes
+        assert self.alone is not None
+        return self.alone
+
+    def batch(self, operands: "_Operands", chunk: slice) -> Batch:
+        """A chunk's logits."""
+        student = operands.student_hidden[chunk] @ operands.student_weight.t()
+        if self.student_scale != 1.0:
+            student.mul_(self.student_scale)
+        teacher = student
+        if chunk.start < self.num_compared:
+            teacher = operands.teacher_hidden[chunk] @ operands.teacher_weight.t()
+            if self.teacher_scale != 1.0:
+                teacher.mul_(self.teacher_scale)
+        return self.passes_of(chunk).batch(student, teacher, operands.labels[chunk])
+
+    def terms(self, chunk: slice, known: Known, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The divergence as it counts, the cross entropy and the metrics of a chunk."""
+        dtype = self.passes.dtype
+        cross_entropy, metrics = token_terms(known, labels, dtype)
+        if chunk.start >= self.num_compared:
+            return torch.zeros_like(cross_entropy), cross_entropy, torch.zeros_like(metrics)
+        value = known.value.to(dtype)
+        if self.select is not None:
+            value = torch.where(self._selected(metrics), value, 0.0)
+        return value, cross_entropy, metrics
+
+    def gradient(self, chunk: slice, batch: Batch, known: Known, token_weights: Tensor) -> Tensor:
+        """Of a loss weighted so, with respect to hidden @ weight^T; overwrites the student's logits."""
+        of_loss = token_weights.to(self.passes.dtype) * self.student_scale
+        of_divergence: Tensor | None = None
+        if chunk.start < self.num_compared:
+            of_divergence = of_loss * self.kd_weight
+            if self.select is not None:
+                assert batch.labels is not None
+                metrics = token_terms(known, batch.labels, self.passes.dtype)[1]
+                of_divergence = torch.where(self._selected(metrics), of_divergence, 0.0)
+        logits = batch.student.logits
+        self.passes_of(chunk).write_gradient(logits, batch, known, of_divergence, of_loss * self.lm_weight)
+        return logits
+
+    def _selected(self, metrics: Tensor) -> Tensor:
+        assert self.select is not None
+        return self.select(dict(zip(METRICS, metrics.unbind(0), strict=True)))
+
+
+@dataclass(frozen=True)
+class _Operands:
+    student_hidden: Tensor
+    student_weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    labels: Tensor
+
+
+class _Gradients:
+    """Of hidden states [N, h] and weight [W, h], as the chunks bring them; the weight's in fp32 at least."""
+
+    def __init__(self, operands: _Operands, of_hidden: bool, of_weight: bool) -> None:
+        self.operands = operands
+        hidden, weight = operands.student_hidden, operands.student_weight
+        self.of_hidden = torch.empty_like(hidden) if of_hidden else None
+        accumulated = torch.promote_types(weight.dtype, torch.float32)
+        self.of_weight = torch.zeros_like(weight, dtype=accumulated) if of_weight else None
+
+    def add(self, chunk: slice, of_logits: Tensor) -> None:
+        """Take in those of a chunk's logits."""
+        if self.of_hidden is not None:
+            torch.mm(of_logits, self.operands.student_weight, out=self.of_hidden[chunk])
+        if self.of_weight is not None:
+            _add_product(self.of_weight, of_logits.t(), self.operands.student_hidden[chunk])
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to `total`, whose dtype the product is summed in, whatever the factors' is."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.device.type == "cpu":
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))  # products of bf16 are exact in fp32
+    elif _accumulates_in_place(total.device, total.dtype, left.dtype):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += torch.mm(left, right, out_dtype=total.dtype)
+
+
+@functools.cache
+def _accumulates_in_place(device: torch.device, of_sum: torch.dtype, of_factors: torch.dtype) -> bool:
+    """Whether this torch adds a product of one dtype to a sum of another; some want the sum in the factors' dtype."""
+    total = torch.zeros(16, 16, device=device, dtype=of_sum)
+    factor = torch.zeros(16, 16, device=device, dtype=of_factors)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=of_sum, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _without_autocast[F: Callable[..., Any]](function: F) -> F:
+    """Decorate a forward or backward, (ctx, tensor, ...), whose products are in their operands' dtype."""
+
+    @functools.wraps(function)
+    def call(ctx: Any, first: Tensor, *others: Any) -> Any:
+        device = first.device.type
+        if not torch.amp.is_autocast_available(device):
+            return function(ctx, first, *others)
+        with torch.autocast(device, enabled=False):
+            return function(ctx, first, *others)
+
+    return cast(F, call)
+
+
+class _DistillationHead(Function):
+    """(loss, divergence, cross entropy, metrics [len(METRICS), N]), of which only the loss is differentiable."""
+
+    title = "the fused head"
+
+    @staticmethod
+    @_without_autocast
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        labels: Tensor,
+        token_weights: Tensor | None,
+        head: _Head,
+        needs_gradient: bool,
+        anchor: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        operands = _Operands(student_hidden, student_weight, teacher_hidden, teacher_weight, labels)
+        in_forward = needs_gradient and token_weights is not None
+        gradients = _Gradients(operands, *ctx.needs_input_grad[:2]) if in_forward else None
+        result = student_hidden.new_empty(3 + len(METRICS), labels.numel(), dtype=head.passes.dtype)
+        known_of_chunks: list[Known] = []
+
+        def finish(chunk: slice, batch: Batch, exchange: Exchange) -> None:
+            known = head.passes_of(chunk).conclude(batch, exchange, needs_gradient)
+            value, cross_entropy, metrics = head.terms(chunk, known, labels[chunk])
+            result[0, chunk] = head.kd_weight * value + head.lm_weight * cross_entropy
+            result[1, chunk], result[2, chunk], result[3:, chunk] = value, cross_entropy, metrics
+            if gradients is not None and token_weights is not None:
+                gradients.add(chunk, head.gradient(chunk, batch, known, token_weights[chunk]))
+            elif needs_gradient:
+                known_of_chunks.append(known)
+
+        before: tuple[slice, Batch, Exchange] | None = None
+        for chunk in head.chunks(labels.numel()):
+            batch = head.batch(operands, chunk)
+            started = chunk, batch, head.passes_of(chunk).start(batch, async_op=True)
+            if before is not None:
+                finish(*before)
+            before = started
+            if head.passes.shard.num_ranks == 1:  # nothing travels, so nothing has to be kept meanwhile
+                finish(*before)
+                before = None
+            del batch, started
+        if before is not None:
+            finish(*before)
+
+        ctx.head, ctx.gradients, ctx.known_of_chunks = head, gradients, known_of_chunks
+        if gradients is not None:
+            gradients.operands = None  # type: ignore[assignment]  # only the results are needed from here on
+            ctx.save_for_backward(student_weight, token_weights, anchor)
+        elif needs_gradient:
+            ctx.save_for_backward(*vars(operands).values())
+        loss, value, cross_entropy, metrics = result[0], result[1], result[2], result[3:]
+        ctx.mark_non_differentiable(value, cross_entropy, metrics)
+        return loss, value, cross_entropy, metrics
+
+    @staticmethod
+    @_without_autocast
+    def backward(ctx: Any, of_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 7
+        head: _Head = ctx.head
+        if ctx.gradients is None:
+            operands = _Operands(*ctx.saved_tensors)
+            gradients = _Gradients(operands, *ctx.needs_input_grad[:2])
+            for chunk, known in zip(head.chunks(of_loss.numel()), ctx.known_of_chunks, strict=True):
+                gradients.add(chunk, head.gradient(chunk, head.batch(operands, chunk), known, of_loss[chunk]))
+            of_hidden, of_weight = gradients.of_hidden, gradients.of_weight
+            dtype = operands.student_weight.dtype
+        else:
+            weight, token_weights, _ = ctx.saved_tensors
+            of_hidden, of_weight, dtype = ctx.gradients.of_hidden, ctx.gradients.of_weight, weight.dtype
+            if of_hidden is None and of_weight is None:
+                raise RuntimeError("the gradients that forward had formed are used up: a second backward has none")
+            ctx.gradients.of_hidden = ctx.gradients.of_weight = None
+            factor = _factor(of_loss, token_weights)
+            for gradient in (of_hidden, of_weight):
+                if gradient is not None:
+                    gradient.mul_(factor)
+        if of_weight is None:
+            return of_hidden, None, *nothing
+        parameter = head.parameter
+        if parameter is None:
+            return of_hidden, of_weight.to(dtype), *nothing
+        parameter.main_grad.add_(of_weight)
+        parameter.grad_added_to_main_grad = True
+        # Something has to arrive, or Megatron's hooks do not run; it looks at it only if told to.
+        like = torch.zeros_like if getattr(parameter, "zero_out_wgrad", False) else torch.empty_like
+        return of_hidden, like(of_weight, dtype=dtype), *nothing
+
+
+def _factor(of_loss: Tensor, token_weights: Tensor) -> Tensor:
+    """The c in of_loss = c * token_weights; NaN, on a GPU, if there is none."""
+    weights = token_weights.to(of_loss.dtype)
+    if not weights.numel():
+        return weights.sum()
+    at = weights.abs().argmax(dim=0, keepdim=True)  # the largest; an index of one number would be read by the host
+    largest = weights.gather(0, at)
+    factor = torch.where(largest != 0, of_loss.gather(0, at) / largest, 0.0).squeeze(0)
+    off = (of_loss - factor * weights).abs().amax()
+    is_off = off > 1e-5 * of_loss.abs().amax()
+    misweighted.watch(is_off)
+    return torch.where(is_off, torch.nan, factor)
+
+
+class Misweighted:
+    """Raises where gradients were formed for other weights of the tokens than the loss has.
+
+    On a CPU at once. For a GPU the host waits only the first time, which finds a training script that does so always;
+    after that what the GPU finds is copied to the host and looked at when it has arrived.
+    """
+
+    def __init__(self) -> None:
+        self._has_waited = False
+        self._awaited: deque[tuple[Tensor, Any]] = deque()
+
+    def watch(self, is_off: Tensor) -> None:
+        """Raise if `is_off`, a bool on any device, is known to hold."""
+        if is_off.device.type == "cpu":
+            self._raise_if(is_off)
+        elif is_off.is_cuda:
+            found = torch.empty((), dtype=torch.bool, pin_memory=True, device="cpu")
+            found.copy_(is_off, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(is_off.device))
+            self.expect(found, arrived)
+
+    def expect(self, found: Tensor, arrived: Any) -> None:
+        """Look at `found` when the event `arrived` has happened; the first time wait for it."""
+        self._awaited.append((found, arrived))
+        if not self._has_waited:
+            self._has_waited = True
+            arrived.synchronize()
+        self.raise_if_known()
+
+    def raise_if_known(self) -> None:
+        """Raise if what has arrived says so; without waiting for what has not."""
+        while self._awaited and self._awaited[0][1].query():
+            self._raise_if(self._awaited.popleft()[0])
+
+    def _raise_if(self, is_off: Tensor) -> None:
+        if bool(is_off):
+            self._awaited.clear()
+            raise RuntimeError(
+                "vocab_parallel_distillation_head: the loss of each token was not multiplied by its token weight times "
+                "one factor for all, so the gradients formed in forward are not its: pass the weights that are used (a "
+                "loss mask), or None"
+            )
+
+
+misweighted = Misweighted()
