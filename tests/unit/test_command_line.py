@@ -252,3 +252,5 @@ show(("what", "found", "verdict"), [("data", "[0.3, a]", "ok"), ("ranks", "64", 
     assert "\x1b[32mok" in shown
     piped = run("-c", code)
     assert piped.stdout == "ok       data: [0.3, a]\nrefused  ranks: 64\n"
+    long = run("-c", code.replace("[0.3, a]", "x" * 500))
+    assert long.stdout.splitlines() == [f"ok       data: {'x' * 500}", "refused  ranks: 64"]
