@@ -124,10 +124,17 @@ def _wait(
     return ended
 
 
-def run_job(job: str, config: Path, overrides: Mapping[str, object] | None = None, *, num_ranks: int = 1) -> list[Rank]:
-    """Run one of the command line's jobs; every rank must end well."""
+def run_job(
+    job: str,
+    config: Path,
+    overrides: Mapping[str, object] | None = None,
+    *,
+    num_ranks: int = 1,
+    program: Sequence[object] = ("-m", "abkd_megatron"),
+) -> list[Rank]:
+    """Run one of the command line's jobs, or a program around it; every rank must end well."""
     settings = [f"{key}={value}" for key, value in (overrides or {}).items()]
-    ranks = launch(["-m", "abkd_megatron", job, "--config", config, *settings], num_ranks)
+    ranks = launch([*program, job, "--config", config, *settings], num_ranks)
     for number, rank in enumerate(ranks):
         assert rank.code == 0, f"rank {number} of {job} ended with {rank.code}:\n{rank.output[-6000:]}"
     return ranks
