@@ -15,11 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import forked
+import pytest
 import strict
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def chosen(request: pytest.FixtureRequest) -> list[int]:
+    """Return the cases that the session's tests read, as `index`, from a fixture `ranks` with this parameter."""
+    mine = [item.callspec.params for item in request.session.items if item.path == request.path and "[" in item.name]
+    found = {it["index"] for it in mine if "index" in it and it.get("ranks") == request.param}
+    return sorted(found) or list(range(len(request.module.CASES)))
 
 
 class RankFailed(AssertionError):
