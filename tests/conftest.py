@@ -25,7 +25,6 @@ SLOW = {
     r"host/test_fault_table\.py::test_fault\[(SIGKILL, (validation|the teacher|the backward|a save, when all|four)"
     r"|slow|SIGSTOP|raise, (the backward|the teacher|a save)|full disk, the first|SIGTERM, (before|validation)"
     r"|SIGTERM to)": "the same fault at another place",
-    r"host/test_fault_table\.py::test_the_table": "needs every row",
     r"host/test_table_in_docs\.py": "needs every row",
     r"host/test_cluster_configs_train\.py::.*(64xH100|qwen25|in_bf16)": "another configuration",
     r"unit/test_docs_examples\.py::test_the_walk": "a walk-through of half a minute",
