@@ -11,7 +11,10 @@ assert version is not None
 
 plots = ["matplotlib>=3.8", "tensorboard>=2.16", "plotly>=6", "jinja2>=3.1"]
 bench = [*plots, "nvidia-modelopt>=0.40"]
-test = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "spmd_types>=0.3.1,<0.4", *plots]
+test = [
+    *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "hypothesis>=6.100", "spmd_types>=0.3.1,<0.4"),
+    *plots,
+]
 
 setup(
     name="abkd-megatron",
