@@ -24,7 +24,7 @@ from abkd_megatron import cpu_backend
 from abkd_megatron.config.load import load_config
 from abkd_megatron.config.model_config import model_config
 from abkd_megatron.config.schema import DistillationConfig
-from abkd_megatron.config.unsupported_features import UNSUPPORTED
+from abkd_megatron.config.unsupported import BRIDGE, check_features
 from abkd_megatron.config.yaml import flow
 from abkd_megatron.errors import CheckpointError, ConfigError, HostError, on_every_rank
 from abkd_megatron.hosts.add_teacher import kernel_of, loss_with_report, make_objective
@@ -360,19 +360,8 @@ def _source(teacher: TeacherConfig) -> str:
 
 
 def _check_host(config: DistillConfigContainer, objective: Objective) -> None:
-    """Refuse what of Bridge was never run with a teacher, by name."""
-    refused = {
-        "peft": (config.peft, "an adapter changes the layers that the loss reads"),
-        "dist.use_megatron_fsdp": (config.dist.use_megatron_fsdp, UNSUPPORTED["use_megatron_fsdp"][1]),
-        "dist.use_torch_fsdp2": (config.dist.use_torch_fsdp2, UNSUPPORTED["use_torch_fsdp2"][1]),
-        "dist.eval_context_parallel_size": (
-            config.dist.eval_context_parallel_size,
-            "validation would move the student to other process groups than the teacher's",
-        ),
-    }
-    for name, (value, reason) in refused.items():
-        if value:
-            raise ConfigError(f"{name} is not supported with a teacher: {reason}; remove it")
+    """Reject what of Bridge was never run with a teacher, by name."""
+    check_features(config, "student", BRIDGE)
     if objective.hidden_losses:
         raise ConfigError(
             "distillation.hidden_losses need projectors that Bridge's checkpoints do not know; use `abkd-megatron "
