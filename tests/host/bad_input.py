@@ -472,7 +472,7 @@ CASES: dict[str, Case] = {
 
 # As one process, no configuration beside what is given; the file is written before.
 ALONE: dict[str, Case] = {
-    "job misspelt": Case("config", "distill", ["config.yaml"], r"unknown job 'distill'; did you mean 'distill'\?"),
+    "job misspelt": Case("config", "distl", ["config.yaml"], r"unknown job 'distl'; did you mean 'distill'\?"),
     "no such job": Case("config", "finetune", [], r"unknown job 'finetune'; known: env, prepare"),
     "no such file": Case(
         "config",
