@@ -13,13 +13,12 @@ from megatron.core.num_microbatches_calculator import get_current_running_global
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, print_rank_0
 
-from abkd_megatron.config.schema import SCHEDULED, Config, DistillationConfig
+from abkd_megatron.config.schema import Config
 from abkd_megatron.config.unsupported import SCRIPT
 from abkd_megatron.errors import ConfigError, HostError, from_rank_0, on_every_rank
 from abkd_megatron.hosts import run_record
 from abkd_megatron.losses.hidden import HiddenLoss
-from abkd_megatron.losses.objective import Objective, ScheduledObjective
-from abkd_megatron.losses.schedule import Progress, Schedule
+from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.preflight.live import FirstStep, check_files, check_models
 from abkd_megatron.student.attach import Attachment, attach, check_tokens
 from abkd_megatron.student.hidden import PROJECTORS, add_projectors
@@ -61,7 +60,7 @@ def add_teacher(
     second in the hooks; there those of `TeacherCheckpoint.verify` for --verify-integrity, `check_files`,
     `build_teacher`, `attach` and `check_models`.
     """
-    scheduled = make_objective(config.distillation)
+    scheduled = config.distillation.make_objective()
     objective = scheduled.objective
     vocab_size, timeout = args.vocab_size, timedelta(minutes=args.distributed_timeout_minutes)
     with on_every_rank():
@@ -245,27 +244,6 @@ def loss_with_report(
     first_step.note_losses(ours)
     *loss, logged = loss_func(output_tensor)
     return (*loss, {**logged, **ours})
-
-
-def make_objective(config: DistillationConfig) -> ScheduledObjective:
-    """The objective that the `distillation:` section describes."""
-    given = {name: getattr(config, name) for name in SCHEDULED}
-    first = {name: Schedule.of(number)(Progress()) for name, number in given.items()}
-    objective = Objective(
-        config.make_divergence(),
-        temperature=first["temperature"],
-        kd_weight=first["kd_weight"],
-        lm_weight=first["lm_weight"],
-        head=config.head,
-        chunk_tokens=config.chunk_tokens,
-        gradient_in_place=config.gradient_in_place,
-        shared_vocab=config.shared_vocab,
-        diagnostics=config.diagnostics,
-        logit_losses=config.make_logit_losses(),
-        tokens=config.tokens,
-        hidden_losses=config.make_hidden_losses(),
-    )
-    return ScheduledObjective(objective, {name: it for name, it in given.items() if isinstance(it, Schedule)})
 
 
 def kernel_of(config: Config) -> str:

@@ -27,7 +27,7 @@ from abkd_megatron.config.schema import DistillationConfig
 from abkd_megatron.config.unsupported import BRIDGE, check_features
 from abkd_megatron.config.yaml import flow
 from abkd_megatron.errors import CheckpointError, ConfigError, HostError, on_every_rank
-from abkd_megatron.hosts.add_teacher import kernel_of, loss_with_report, make_objective
+from abkd_megatron.hosts.add_teacher import kernel_of, loss_with_report
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.preflight.live import FirstStep, check_files, check_models
@@ -155,7 +155,7 @@ def add_teacher(
         ours.check("distill")
     except ConfigError as error:
         raise ConfigError(str(error).replace("command line: ", "")) from None
-    scheduled = make_objective(ours.distillation)
+    scheduled = ours.distillation.make_objective()
     objective = scheduled.objective
     _check_host(config, objective)
     step = DistilledStep(forward_step)

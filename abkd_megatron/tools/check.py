@@ -27,7 +27,7 @@ from abkd_megatron.config.unsupported import JOB
 from abkd_megatron.data.indexed import check_datasets, prefixes_of
 from abkd_megatron.data.prepare import PreparedData
 from abkd_megatron.errors import AbkdError, ConfigError, DataError
-from abkd_megatron.hosts.add_teacher import absent_projectors, kernel_of, make_objective
+from abkd_megatron.hosts.add_teacher import absent_projectors, kernel_of
 from abkd_megatron.hosts.run_record import check_resumed, record
 from abkd_megatron.hosts.student_checkpoint import check_save, check_student, mixed_events, only_writer
 from abkd_megatron.losses.objective import Objective
@@ -238,7 +238,7 @@ class _Look:
         if not self._settings_are_good or not self.config.teacher.load:
             return None
         with self.at("loss"):
-            return make_objective(self.config.distillation).objective
+            return self.config.distillation.make_objective().objective
         return None
 
     def _vocabulary(self, args: Namespace) -> bool:

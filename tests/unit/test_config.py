@@ -257,7 +257,7 @@ def test_schedules(load):
         ("{schedule: [linear]}", "unknown distillation.*schedule"),
         (
             "\n    schedule: linear\n    form: 1",
-            "run.yaml:4: unknown key.*a linear schedule, 'form'; did you mean 'from'",
+            "run.yaml:4: unknown key of distillation.kd_weight, .*'form'; did you mean 'from'",
         ),
         ("{schedule: linear, from: 1, to: 2, points: []}", "unknown key.*'points'; known: from, to, start, end, by"),
         ("{schedule: linear, from: 1}", "a linear schedule needs to, end as well"),
@@ -311,8 +311,8 @@ def test_selections(load, text, wanted):
         ("{n: 4}", "distillation.tokens: expected a mapping with a `select`, got a nested mapping"),
         ("{select: evry, n: 4}", "run.yaml:2: unknown distillation.tokens.select 'evry'; did you mean 'every'"),
         ("{select: [every]}", "unknown distillation.tokens.select"),
-        ("\n    select: every\n    m: 4", "run.yaml:4: unknown key of .*, which selects every, 'm'; known: n"),
-        ("{select: every, n: 4, at_least: 1}", "unknown key of .* selects every, 'at_least'; known: n"),
+        ("\n    select: every\n    m: 4", "run.yaml:4: unknown key of distillation.tokens, .*'m'; known: n"),
+        ("{select: every, n: 4, at_least: 1}", "unknown key of distillation.tokens, .*'at_least'; known: n"),
         ("{select: disagreement, kl: 1}", "unknown key .*'kl'; known: kl_at_least"),
         (
             "{select: every}",
@@ -340,10 +340,10 @@ def ramp(first, last, end=10, by="iteration"):
     [
         (
             {"temperature": ramp(1, 0)},
-            r"command line: distillation.temperature: expected a number above 0, got {schedule",
+            "command line: distillation.temperature: .* got 0.0",
         ),
-        ({"kd_weight": ramp(1, -0.1)}, "distillation.kd_weight: expected a number not below 0"),
-        ({"scale": ramp(1, -1), "divergence": "todi"}, "distillation.scale: expected a number not below 0"),
+        ({"kd_weight": ramp(1, -0.1)}, "distillation.kd_weight: .* got -0.1"),
+        ({"scale": ramp(1, -1), "divergence": "todi"}, "distillation.scale: .* got -1.0"),
         (
             {"scale": ramp(1, 2)},
             "distillation.scale: expected no value beside divergence: alpha_beta, .* got {schedule",
@@ -352,9 +352,9 @@ def ramp(first, last, end=10, by="iteration"):
             {"beta": ramp(1, 2), "divergence": "todi"},
             "distillation.beta: expected no value beside divergence: todi, .* got {schedule",
         ),
-        ({"kd_weight": ramp(1, 0), "head": "fused"}, "expected auto or materialized with kd_weight 0"),
-        ({"kd_weight": ramp(1, 0), "lm_weight": 0}, "got 0 for both at iteration 10"),
-        ({"kd_weight": ramp(1, 0), "lm_weight": ramp(1, 0, 20)}, "got 0 for both at iteration 20"),
+        ({"kd_weight": ramp(1, 0), "head": "fused"}, "distillation.head: .* kd_weight 0"),
+        ({"kd_weight": ramp(1, 0), "lm_weight": 0}, "distillation.kd_weight: .* both 0 at iteration 10"),
+        ({"kd_weight": ramp(1, 0), "lm_weight": ramp(1, 0, 20)}, "distillation.kd_weight: .* both 0 at iteration 20"),
         (
             {"kd_weight": ramp(1, 0), "lm_weight": ramp(0, 1, by="tokens")},
             "at some step: one goes by iteration, the other",
@@ -388,7 +388,7 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(ConfigError, match="expected a readable YAML file"):
         load_config(tmp_path, [], OPTIONS)
     (tmp_path / "latin.yaml").write_bytes(b"data: {dir: \xe9}")
-    with pytest.raises(ConfigError, match=r"expected a YAML file in UTF-8.*save it as UTF-8"):
+    with pytest.raises(ConfigError, match=r"expected a readable YAML file in UTF-8.*save it as UTF-8"):
         load_config(tmp_path / "latin.yaml", [], OPTIONS)
 
 
@@ -398,17 +398,17 @@ def test_unreadable_files(tmp_path):
         (
             "distillation",
             {"temperature": 0.0},
-            "distillation.temperature: expected a number above 0, got 0.0",
+            "^default: distillation.temperature: .* above 0, got 0.0",
         ),
-        ("distillation", {"kd_weight": -1.0}, "distillation.kd_weight: expected a number not below 0"),
+        ("distillation", {"kd_weight": -1.0}, "distillation.kd_weight: .* got -1.0"),
         ("distillation", {"lm_weight": -1.0}, "distillation.lm_weight"),
         ("distillation", {"kernel": "compield"}, r"unknown distillation.kernel 'compield'.*'compiled'"),
         ("distillation", {"scale": -1.0}, "distillation.scale"),
-        ("distillation", {"kd_weight": 0.0, "lm_weight": 0.0}, "expected kd_weight or lm_weight above 0"),
+        ("distillation", {"kd_weight": 0.0, "lm_weight": 0.0}, "distillation.kd_weight: .* both 0"),
         ("distillation", {"divergence": "alpha-beta"}, "did you mean 'alpha_beta'?"),
-        ("distillation", {"beta": math.nan}, "distillation.beta: expected a finite number, got nan"),
-        ("distillation", {"temperature": math.inf}, "expected a finite number"),
-        ("distillation", {"shared_vocab": 0}, "distillation.shared_vocab: expected 1 or more, got 0"),
+        ("distillation", {"beta": math.nan}, "distillation.beta: .* finite number, got nan"),
+        ("distillation", {"temperature": math.inf}, "distillation.temperature: .* finite number"),
+        ("distillation", {"shared_vocab": 0}, "distillation.shared_vocab: .* at least 1, got 0"),
         ("data", {"vocab_size": 299}, "data.vocab_size: expected 300 or more"),
         ("data", {"held_out": 0.0}, "data.held_out: expected a share between 0 and 0.5"),
         ("data", {"held_out": 0.5}, "data.held_out"),
@@ -437,8 +437,11 @@ def test_check_of_one_section(section, values, message):
             "{divergence: jeffreys, mixture: 0.3}",
             "beside divergence: jeffreys, which takes no parameters here, got 0.3",
         ),
-        ("{divergence: jensen_shannon, mixture: 1}", "distillation.mixture: expected a share between 0 and 1"),
-        ("{divergence: skew_reverse_kl, skew: 0}", "distillation.skew: expected a share between 0 and 1"),
+        (
+            "{divergence: jensen_shannon, mixture: 1}",
+            "distillation.mixture: .* between 0 and 1, both excluded, got 1.0",
+        ),
+        ("{divergence: skew_reverse_kl, skew: 0}", "distillation.skew: .* between 0 and 1, both excluded, got 0.0"),
         ("{divergence: nowhere.to_be.Found}", "distillation.divergence: nowhere.to_be.Found: .*check PYTHONPATH"),
         ("{divergence: todi, losses: [{name: todi}]}", "distillation.divergence: expected no value beside .*losses"),
         ("{alpha: 0.3, losses: [{name: todi}]}", "distillation.alpha: expected no value beside distillation.losses"),
@@ -450,11 +453,11 @@ def test_check_of_one_section(section, values, message):
         ("{losses: [{name: todi, scale: [1]}]}", "distillation.losses: expected a plain value of scale, got"),
         ("{divergence: preference, beta: 0.1}", "beside divergence: preference, which takes no parameters here"),
         ("{divergence: clipped_kl}", "distillation.divergence: clipped_kl: expected either top_k or mass"),
-        ("{losses: [{name: akl, weight: 0}]}", "distillation.losses: akl: expected a weight above 0, got 0.0"),
+        ("{losses: [{name: akl, weight: 0}]}", "distillation.losses: .*AdaptiveKL.* above 0, got 0.0"),
         ("{losses: [{name: akl, mu: 1}]}", "distillation.losses: akl: expected mu between 0 and 1"),
         (
             "{losses: [{name: todi}, {name: akl}], head: fused}",
-            "distillation.head: expected auto .* with akl, a loss of",
+            "distillation.head: .* no logits for akl",
         ),
         ("{losses: [todi]}", r"distillation.losses: expected a list of \{name: .*got 'todi'"),
     ],
@@ -512,8 +515,8 @@ def test_check_names_the_origin(load):
     ("settings", "message"),
     [
         ("{head: fast}", r"unknown distillation.head 'fast'; known: auto, fused, materialized"),
-        ("{chunk_tokens: 0}", r"distillation.chunk_tokens: expected 1 or more, got 0"),
-        ("{head: fused, kd_weight: 0}", r"distillation.head: expected auto or materialized with kd_weight 0"),
+        ("{chunk_tokens: 0}", r"distillation.chunk_tokens: .* at least 1, got 0"),
+        ("{head: fused, kd_weight: 0}", r"distillation.head: .* kd_weight 0"),
     ],
 )
 def test_check_refuses_heads_that_cannot_be(load, settings, message):
