@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from abkd_megatron.errors import ConfigError, brief, check_name
@@ -93,7 +93,7 @@ class DistillationConfig:
     """The tokens whose divergence is trained; None: all of them."""
     diagnostics: bool = False
     """Whether validation also reports reverse KL, calibration, ToDi's weight and where the loss pushes."""
-    hidden_losses: list[dict[str, Scalar]] = field(default_factory=list)
+    hidden_losses: list[HiddenLoss] = field(default_factory=list)
     """Losses between layers: each a `student_layer`, a `teacher_layer`, a `loss` (``cosine`` or ``mse``), a `weight` (1
     if left out) and `projector` (true if left out)."""
     skip_preflight: list[str] = field(default_factory=list)
@@ -106,10 +106,10 @@ class DistillationConfig:
         """Return the objective that these settings describe.
 
         Raises:
-            ConfigError: as `make_divergence`, `make_hidden_losses` and `ScheduledObjective`.
+            ConfigError: as `make_divergence` and `ScheduledObjective`.
         """
         given: dict[str, Any] = {name: _first(getattr(self, name)) for name in _OF_OBJECTIVE}
-        given |= {"logit_losses": self.make_logit_losses(), "hidden_losses": self.make_hidden_losses()}
+        given |= {"logit_losses": self.make_logit_losses(), "hidden_losses": tuple(self.hidden_losses)}
         schedules = {name: it for name in SCHEDULED if isinstance(it := getattr(self, name), Schedule)}
         return ScheduledObjective(Objective(self.make_divergence(), **given), schedules)
 
@@ -140,26 +140,6 @@ class DistillationConfig:
             return [(1.0, registry.build(self.divergence, given))]
         terms = [{"name": "", "weight": 1.0, **term} for term in self.losses]
         return [(term.pop("weight"), registry.build(str(term.pop("name")), term)) for term in terms]
-
-    def make_hidden_losses(self) -> tuple[HiddenLoss, ...]:
-        """Return the losses between layers.
-
-        Raises:
-            ConfigError: for an unknown or missing key, or a value that `HiddenLoss` rejects.
-        """
-        known = {item.name: item.default is MISSING for item in fields(HiddenLoss)}
-        losses = []
-        for number, term in enumerate(self.hidden_losses, 1):
-            for key in term:
-                check_name(key, known, f"entry {number}", "key")
-            if missing := [key for key, needed in known.items() if needed and key not in term]:
-                raise ConfigError(f"entry {number}: expected {', '.join(missing)} as well")
-            given: dict[str, Any] = term
-            try:
-                losses.append(HiddenLoss(**given))
-            except ConfigError as error:
-                raise ConfigError(f"entry {number}: {error}") from error
-        return tuple(losses)
 
     def gliding(self, kernel: str) -> list[str]:
         """Return what `kernel` would have to be compiled anew for at every step."""

@@ -5,26 +5,24 @@ import contextlib
 import math
 import re
 import typing
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from types import NoneType
 from typing import Any
 
 from abkd_megatron.config.schema import Number, Scalar, Value
 from abkd_megatron.config.yaml import dashed, flow, load_yaml
 from abkd_megatron.errors import ConfigError, brief, check_name, shown
-from abkd_megatron.losses.schedule import COUNTS, KINDS, Schedule
-from abkd_megatron.losses.selection import KEYS, TokenSelection
+from abkd_megatron.losses.schedule import COUNTS, Schedule
 
 _MOST_DIGITS = 100  # of a whole number; Python itself reads no more than some thousand
 
 type Options = Mapping[str, argparse.Action]
 
-# The keys of each kind of schedule, those that may be left out, and the types of those that are one number.
-_RAMP = ("from", "to", "start", "end", "by")
-_SCHEDULE_KEYS = {"constant": ("value",), "linear": _RAMP, "cosine": _RAMP, "piecewise": ("points", "by")}
+# The keys of each kind of schedule with their types, and those that may be left out.
+_RAMP: dict[str, Any] = {"from": float, "to": float, "start": int, "end": int, "by": str}
+_SCHEDULES = {"constant": {"value": float}, "linear": _RAMP, "cosine": _RAMP, "piecewise": {"points": None, "by": str}}
 _OPTIONAL = ("start", "by")
-_NUMBERS = {"value": float, "from": float, "to": float, "start": int, "end": int}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,66 +95,62 @@ def _named(item: Given) -> Iterator[None]:
         raise ConfigError(f"{item.origin}: {item.name}: {error}") from error
 
 
-def _kind(item: Given, key: str, known: Mapping[str, tuple[str, ...]]) -> tuple[str, dict[str, Given]]:
-    """Return what a mapping has at `key`, one of `known`, and its settings, each one that this kind takes."""
-    given = item.within()
-    kind = given.pop(key)
-    check_name(kind.value, known, kind.origin, f"{item.name}.{key}")
-    for name, of in given.items():
-        check_name(name, known[kind.value], of.origin, f"key of {item.name}, {key}: {kind.value},")
-    return kind.value, given
+def _typed(
+    item: Given, given: Mapping[str, Given], types: Mapping[str, Any], required: Sequence[str]
+) -> dict[str, Any]:
+    """Return the values of a mapping in their types, no key unknown and none missing."""
+    for key, of in given.items():
+        check_name(key, types, of.origin, f"key of {item.name}")
+    if missing := [key for key in required if key not in given]:
+        raise ConfigError(f"{item.origin}: {item.name}: expected {', '.join(missing)} as well")
+    return {key: field_value(of, types[key]) if types[key] else of.value for key, of in given.items()}
+
+
+def _record(item: Given, kind: Any) -> Any:
+    """Return the dataclass that a mapping describes."""
+    types = typing.get_type_hints(kind)
+    if not isinstance(item.value, dict):
+        raise wrong(item, f"a mapping of {', '.join(types)}", item.value)
+    values = _typed(item, item.within(), types, [of.name for of in fields(kind) if of.default is MISSING])
+    with _named(item):
+        return kind(**values)
 
 
 def _schedule(item: Given) -> Schedule:
     """Return the schedule that a mapping describes."""
-    if "schedule" not in item.value:
-        raise wrong(item, "a number, or a mapping with a `schedule`", item.value, f"known: {', '.join(KINDS)}")
-    kind, given = _kind(item, "schedule", _SCHEDULE_KEYS)
-    if missing := [key for key in _SCHEDULE_KEYS[kind] if key not in given and key not in _OPTIONAL]:
-        raise ConfigError(f"{item.origin}: {item.name}: a {kind} schedule needs {', '.join(missing)} as well")
-    by = COUNTS[0]
-    if "by" in given:
-        by = given["by"].value
-        check_name(by, COUNTS, given["by"].origin, f"{item.name}.by")
-    number = {key: _scalar(given[key], given[key].value, kind) for key, kind in _NUMBERS.items() if key in given}
-    if kind == "constant":
-        points = [(0, number["value"])]
-    elif kind == "piecewise":
+    given = item.within()
+    if "schedule" not in given:
+        raise wrong(item, "a number, or a mapping with a `schedule`", item.value, f"known: {', '.join(_SCHEDULES)}")
+    kind = given.pop("schedule")
+    check_name(kind.value, _SCHEDULES, kind.origin, f"{item.name}.schedule")
+    types = _SCHEDULES[kind.value]
+    values = _typed(item, given, types, [key for key in types if key not in _OPTIONAL])
+    by = values.get("by", COUNTS[0])
+    check_name(by, COUNTS, given.get("by", item).origin, f"{item.name}.by")
+    points = [(0, values.get("value", 0.0))]
+    if kind.value == "piecewise":
         of = given["points"]
         if not all(isinstance(pair, list) and len(pair) == 2 for pair in _list(of.value)):
             raise wrong(of, f"pairs [{by}, value]", of.value)
         points = [(_scalar(of, at, int), _scalar(of, value, float)) for at, value in of.value]
-    else:
-        points = [(number.get("start", 0), number["from"]), (number["end"], number["to"])]
+    elif kind.value != "constant":
+        points = [(values.get("start", 0), values["from"]), (values["end"], values["to"])]
     with _named(item):
-        return Schedule(kind, tuple(points), by)
+        return Schedule(kind.value, tuple(points), by)
 
 
-def _selection(item: Given) -> TokenSelection:
-    """Return the selection of tokens that a mapping describes."""
-    if not isinstance(item.value, dict) or "select" not in item.value:
-        remedy = "for example {select: every, n: 4}; leave it out to distill on every token"
-        raise wrong(item, "a mapping with a `select`", item.value, remedy)
-    kind, given = _kind(item, "select", KEYS)
-    numbers = {name: _scalar(of, of.value, int if name == "n" else float) for name, of in given.items()}
-    with _named(item):
-        return TokenSelection(kind, **numbers)
-
-
-def _term(item: Given, entry: object) -> dict[str, Scalar]:
+def _term(item: Given) -> dict[str, Scalar]:
     """Return one of a list of losses: what reads as a number is one, for the loss alone knows its parameters' types."""
-    if not isinstance(entry, dict):
-        hidden = item.key == "hidden_losses"
-        keys = "student_layer: ..., teacher_layer: ..., loss: ..." if hidden else "name: ..., weight: ..., parameters"
-        raise wrong(item, f"a list of {{{keys}}}", entry)
+    if not isinstance(item.value, dict):
+        raise wrong(item, "a list of {name: ..., weight: ..., parameters}", item.value)
     term: dict[str, Scalar] = {}
-    for key, value in entry.items():
+    for key, value in ((key.replace("-", "_"), value) for key, value in item.value.items()):
         if isinstance(value, dict | list):
             raise wrong(item, f"a plain value of {brief(key)}", value)
-        term[key.replace("-", "_")] = value
+        term[key] = value
         if isinstance(value, str) and key != "name":
             with contextlib.suppress(ConfigError):
-                term[key.replace("-", "_")] = _scalar(item, value, float)
+                term[key] = _scalar(item, value, float)
     return term
 
 
@@ -177,22 +171,22 @@ def _settings(item: Given) -> dict[str, list[str]]:
     return settings
 
 
-def field_value(item: Given, kind: Any) -> Value | Schedule | TokenSelection | dict[str, list[str]]:
+def field_value(item: Given, kind: Any) -> Any:
     """Return the value in its dataclass field's type."""
     value, kinds = item.value, typing.get_args(kind)
     if NoneType in kinds:
-        if value is None:
-            return None
-        (kind,) = (one for one in kinds if one is not NoneType)
+        return None if value is None else field_value(item, next(one for one in kinds if one is not NoneType))
+    if typing.get_origin(kind) is list:
+        return [field_value(replace(item, value=of), kinds[0]) for of in _list(value)]
     if kind == dict[str, list[str]]:
         return _settings(item)
-    if typing.get_origin(kind) is list:
-        return [_scalar(item, of, kinds[0]) if kinds[0] in (int, str) else _term(item, of) for of in _list(value)]
-    if kind is TokenSelection:
-        return _selection(item)
-    if kind == Number and isinstance(value, dict):
-        return _schedule(item)
-    return _scalar(item, value, float if kind == Number else kind)
+    if kind == dict[str, Scalar]:
+        return _term(item)
+    if is_dataclass(kind):
+        return _record(item, kind)
+    if kind == Number:
+        return _schedule(item) if isinstance(value, dict) else _scalar(item, value, float)
+    return _scalar(item, value, kind)
 
 
 class MegatronOptions:
