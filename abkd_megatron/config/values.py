@@ -17,6 +17,14 @@ from abkd_megatron.losses.schedule import COUNTS, Schedule
 
 _MOST_DIGITS = 100  # of a whole number; Python itself reads no more than some thousand
 
+# By type, what is expected of a value, and the remedy for one that was read as another type.
+_EXPECTED: dict[type, tuple[str, type, str]] = {
+    bool: ("true or false", str, "write true or false, unquoted"),
+    int: ("a whole number", str, "write it in digits"),
+    float: ("a finite number", NoneType, ""),
+    str: ("text", bool, "quote it"),
+}
+
 type Options = Mapping[str, argparse.Action]
 
 # The keys of each kind of schedule with their types, and those that may be left out.
@@ -61,26 +69,21 @@ def wrong(item: Given, expected: str, value: object, remedy: str = "") -> Config
 
 def _scalar(item: Given, value: object, kind: type, finite: bool = True) -> Any:
     """Return a value as a bool, int, float or str."""
-    text, number = isinstance(value, str), isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        raise wrong(item, "true or false", value, "write true or false, unquoted" if text else "")
-    if kind is int:
-        if isinstance(value, int) and number:
-            return value
-        if text and len(str(value)) <= _MOST_DIGITS and re.fullmatch(r"[-+]?\d+(_\d+)*", str(value)):
-            return int(str(value))
-        raise wrong(item, "a whole number", value, "write it in digits" if text else "")
-    if kind is float:
+    text = str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and text is not None:
+        return text
+    if kind is int and text is not None and len(text) <= _MOST_DIGITS and re.fullmatch(r"[-+]?\d+(_\d+)*", text):
+        return int(text)
+    if kind is float and text is not None:
         with contextlib.suppress(ValueError):
-            found = float(re.sub(r"^([-+]?)\.(inf|nan)$", r"\1\2", str(value).lower()))
-            if (text or number) and (math.isfinite(found) or not finite):
-                return found
-        raise wrong(item, "a finite number" if finite else "a number", value)
-    if text or number:
-        return str(value)
-    raise wrong(item, "text", value, "quote it" if isinstance(value, bool) else "")
+            number = float(re.sub(r"^([-+]?)\.(inf|nan)$", r"\1\2", text.lower()))
+            if math.isfinite(number) or not finite:
+                return number
+    expected, misread, remedy = _EXPECTED[kind]
+    expected = expected if finite else expected.replace("finite ", "")
+    raise wrong(item, expected, value, remedy if isinstance(value, misread) else "")
 
 
 def _list(value: object) -> list[Any]:
