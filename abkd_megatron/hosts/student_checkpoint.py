@@ -18,7 +18,8 @@ from megatron.training.checkpointing import checkpoint_exists
 
 from abkd_megatron.errors import CheckpointError, ConfigError
 from abkd_megatron.hosts.run_record import checkpoint_to_load
-from abkd_megatron.teacher.checkpoint import check_whole, differences
+from abkd_megatron.teacher.checkpoint import check_whole
+from abkd_megatron.teacher.compatibility import differences
 from abkd_megatron.teacher.description import describe
 from abkd_megatron.teacher.safe_load import read_common, read_index
 

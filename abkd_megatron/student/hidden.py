@@ -27,103 +27,6 @@ from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.channel import Channel, new_group
 from abkd_megatron.tensors import Function, check_context, check_tensor, constant
 
-PROJECTORS = "distillation_projectors"
-"""The student's submodule, and so the beginning of the projectors' names in its checkpoint."""
-
-
-class Projectors(torch.nn.ModuleDict):
-    """The projectors of one model chunk, by `HiddenLoss.pair`: bias-free Linear layers h -> H.
-
-    Every rank of a tensor-parallel group holds them whole.
-    """
-
-    def __init__(self, tp_group: dist.ProcessGroup, absent: Collection[str]) -> None:
-        super().__init__()
-        self._tp_group = tp_group
-        self._absent = set(absent)
-
-    def project(self, pair: str, hidden_states: Tensor) -> Tensor:
-        """[s, b, h] -> [s, b, H], through the module: DDP's hooks on it may have a parameter to wait for."""
-        self._absent.clear()  # what was to be loaded is
-        projected: Tensor = self[pair](hidden_states)
-        return projected
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """As Megatron's own modules; without the projectors that the checkpoint to start from does not have."""
-        here = self.state_dict(prefix="", keep_vars=True)
-        asked = {name: weight for name, weight in here.items() if name.partition(".")[0] not in self._absent}
-        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            asked,
-            prefix,
-            {},
-            sharded_offsets,
-            tp_group=self._tp_group,
-            dp_cp_group=(metadata or {}).get("dp_cp_group"),
-        )
-        return sharded
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, weight in self.state_dict().items():
-            if name.partition(".")[0] in self._absent:
-                state_dict.setdefault(prefix + name, weight)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def add_projectors(
-    student: Sequence[GPTModel],
-    losses: Sequence[HiddenLoss],
-    teacher_hidden_size: int,
-    *,
-    tp_group: dist.ProcessGroup,
-    absent: Collection[str] = (),
-    seed: int = 0,
-) -> None:
-    """Give the student its projectors, before Megatron wraps it: call it in a `GPTModelConfig.pre_wrap_hooks`.
-
-    They are parameters like any other of the student: Megatron's optimizer trains them, and its checkpoint has them as
-    ``distillation_projectors.{student layer}-{teacher layer}.weight``, [H, h]. `Attachment.detach` takes them off.
-    Their first values are normal with deviation h^-1/2, depend on `seed` and the pair alone, and draw no number from
-    the generators of torch or Megatron.
-
-    Args:
-        student: this rank's model chunks, as they were built.
-        losses: all of the objective's; those without a projector and of other ranks' layers add nothing here.
-        teacher_hidden_size: H.
-        tp_group: the student's tensor-parallel group.
-        absent: `HiddenLoss.pair` of projectors that the checkpoint to start from does not have; they begin with their
-            first values. Saved they are all.
-        seed: another one gives other first values.
-
-    Raises:
-        ConfigError: for a student that has projectors already.
-
-    Collectives: none.
-    """
-    for chunk in student:
-        if hasattr(chunk, PROJECTORS):
-            raise ConfigError("this student has projectors already; call add_projectors() once, with all hidden losses")
-        layers, config = _layer_numbers(chunk), chunk.config
-        here = [loss for loss in losses if loss.projector and loss.student_layer in layers]
-        if not here:
-            continue
-        projectors, like = Projectors(tp_group, absent), next(chunk.parameters())
-        if like.is_meta:
-            raise ConfigError(
-                "projectors take their first values where they are made; remove init-model-with-meta-device"
-            )
-        for loss in here:
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {loss.pair}".encode()))
-            weight = torch.randn((teacher_hidden_size, config.hidden_size), generator=generator, device="cpu")
-            linear = torch.nn.Linear(config.hidden_size, teacher_hidden_size, bias=False, device="meta")
-            linear.weight = torch.nn.Parameter((weight / config.hidden_size**0.5).to(like.device, config.params_dtype))
-            # Each rank then sees its part of the sequence, and Megatron sums such gradients over the ranks.
-            linear.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-            projectors[loss.pair] = linear
-        chunk.add_module(PROJECTORS, projectors)
-
-
 @dataclass(frozen=True)
 class Layers:
     """What a rank holds: numbers of layers, counted over the whole model, from 1."""
@@ -214,18 +117,6 @@ def check_pairs(
                 "hidden losses are divided by the number of micro-batches, as Megatron divides its loss, and it is not "
                 "known here; call megatron.core's init_num_microbatches_calculator(), or set calculate_per_token_loss"
             ) from error
-
-
-def _check_projector(chunk: GPTModel, loss: HiddenLoss, teacher_hidden_size: int) -> None:
-    projectors = getattr(chunk, PROJECTORS, {})
-    if loss.pair not in projectors:
-        raise ConfigError(
-            f"{loss.name} has a projector, which the student lacks: Megatron must see it before it wraps the model; "
-            "call add_projectors() in a pre_wrap_hook"
-        )
-    shape, wanted = tuple(projectors[loss.pair].weight.shape), (teacher_hidden_size, chunk.config.hidden_size)
-    if shape != wanted:
-        raise ConfigError(f"{loss.name}: expected a projector of {wanted}, got {shape}; call add_projectors() with it")
 
 
 def _layer_numbers(model: GPTModel) -> list[int]:

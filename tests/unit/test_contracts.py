@@ -40,7 +40,7 @@ class Call:
 
 PREFLIGHT = "preflight/live.py"
 FAULTS, ATTACH, HEAD = "student/loss_guard.py", "student/attach.py", "student/head.py"
-SAFE_READING = "teacher/safe_load.py"
+SAFE_LOAD, COMPATIBILITY = "teacher/safe_load.py", "teacher/compatibility.py"
 CHECKPOINT, TEACHER, RUNNER = "teacher/checkpoint.py", "teacher/build.py", "teacher/runner.py"
 HIDDEN = "student/hidden.py"
 ADD, JOB, SCRIPT, BRIDGE = (f"hosts/{name}.py" for name in ("add_teacher", "megatron_lm", "script", "bridge"))
@@ -106,7 +106,7 @@ CALLS = [
     Call("megatron.core.tensor_parallel:gather_from_sequence_parallel_region", HEAD, ("input_",), ("group",)),
     # The teacher's checkpoint.
     Call(f"{CHECKPOINTS}:check_is_distributed_checkpoint", CHECKPOINT, ("checkpoint_dir",)),
-    Call(f"{CHECKPOINTS}:load_common_state_dict", SAFE_READING, ("checkpoint_dir",)),
+    Call(f"{CHECKPOINTS}:load_common_state_dict", SAFE_LOAD, ("checkpoint_dir",)),
     Call(f"{CHECKPOINTS}.validation:verify_integrity_manifest", CHECKPOINT, ("checkpoint_dir",)),
     Call(f"{CHECKPOINTS}:check_is_distributed_checkpoint", PROVENANCE, ("checkpoint_dir",)),
     Call(f"{CHECKPOINTS}:check_is_distributed_checkpoint", STUDENT, ("checkpoint_dir",)),
@@ -137,7 +137,7 @@ CALLS = [
     Call(f"{CHECKPOINTS}.mapping:ShardedTensorFactory.build", CHECKPOINT, ("self",)),
     Call(
         "megatron.training.vocab_utils:calculate_padded_vocab_size",
-        CHECKPOINT,
+        COMPATIBILITY,
         ("vocab_size", "make_vocab_size_divisible_by", "tensor_model_parallel_size"),
         ("logging_enabled",),
     ),
@@ -461,7 +461,7 @@ def test_megatron_has_the_arguments_we_read() -> None:
 
     from abkd_megatron.config import megatron_args, model_config, unsupported
     from abkd_megatron.teacher import args
-    from abkd_megatron.teacher.checkpoint import _ARCHITECTURE
+    from abkd_megatron.teacher.compatibility import ARCHITECTURE
 
     derived = {
         node.attr
@@ -480,7 +480,7 @@ def test_megatron_has_the_arguments_we_read() -> None:
     read |= {(UNSUPPORTED, name.partition("=")[0]) for name in unsupported.UNSUPPORTED_IN_JOBS}
     read |= {(UNSUPPORTED, name) for name in unsupported._BELONGS_TO}
     read |= {(MODEL_CONFIG, name) for name in model_config._LEFT_OUT}
-    read |= {(CHECKPOINT, name) for name in _ARCHITECTURE}
+    read |= {(COMPATIBILITY, name) for name in ARCHITECTURE}
     assert len(read) > 40
     known = options | derived | {"padded_vocab_size"}
     missing = [f"args.{name}, which abkd_megatron/{user} reads" for user, name in sorted(read) if name not in known]
