@@ -23,7 +23,7 @@ from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress, Schedule
 from abkd_megatron.preflight.live import FirstStep, check_files, check_models
 from abkd_megatron.student.attach import Attachment, attach, check_tokens
-from abkd_megatron.student.hidden import PROJECTORS, add_projectors
+from abkd_megatron.student.projectors import PROJECTORS, add_projectors
 from abkd_megatron.student.step import masked_loss
 from abkd_megatron.teacher.args import check_teacher, open_teacher, teacher_arguments
 from abkd_megatron.teacher.build import build_teacher

@@ -324,7 +324,7 @@ class _Look:
             ours, theirs = (layers_of_stages(model_config(args).transformer) for args in (student, teacher))
             stages = {stage: Layers(stage, ours[stage], theirs[stage]) for stage in range(layout[0][1])}
         sizes = (student.hidden_size, teacher.hidden_size)
-        check_layers(objective.hidden_losses, stages, beside=beside, sizes=sizes)
+        check_layers(objective.hidden_losses, stages, same_layout=beside, sizes=sizes)
         self.add("hidden losses", ", ".join(loss.name for loss in objective.hidden_losses))
 
     def _checkpoint(

@@ -137,7 +137,7 @@ OF_TINY: dict[str, tuple[list[str], list[str]]] = {
     ),
     "hidden losses beside a teacher in another layout": (
         ["teacher.tensor-model-parallel-size=2", HIDDEN.format(1, 1, "true")],
-        [r"refused +hidden losses: .*the teacher must lie as the student does"],
+        [r"refused +hidden losses: .*the teacher must have the student's layout"],
     ),
     "a part of the vocabulary that is more than all": (
         ["distillation.shared_vocab=401"],

@@ -42,7 +42,7 @@ PREFLIGHT = "preflight/live.py"
 FAULTS, ATTACH, HEAD = "student/loss_guard.py", "student/attach.py", "student/head.py"
 SAFE_LOAD, COMPATIBILITY = "teacher/safe_load.py", "teacher/compatibility.py"
 CHECKPOINT, TEACHER, RUNNER = "teacher/checkpoint.py", "teacher/build.py", "teacher/runner.py"
-HIDDEN = "student/hidden.py"
+HIDDEN, PROJECTORS = "student/hidden.py", "student/projectors.py"
 ADD, JOB, SCRIPT, BRIDGE = (f"hosts/{name}.py" for name in ("add_teacher", "megatron_lm", "script", "bridge"))
 MEGATRON_ARGS, UNSUPPORTED = "config/megatron_args.py", "config/unsupported.py"
 TEACHER_ARGS = "teacher/args.py"
@@ -170,7 +170,7 @@ CALLS = [
     Call("megatron.core.utils:make_viewless_tensor", HIDDEN, ("inp", "requires_grad", "keep_graph")),
     Call(
         "megatron.core.transformer.utils:make_sharded_tensors_for_checkpoint",
-        HIDDEN,
+        PROJECTORS,
         ("state_dict", "prefix", "tensor_parallel_layers_axis_map", "sharded_offsets"),
         ("tp_group", "dp_cp_group"),
     ),
@@ -339,8 +339,8 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
     ),
     ("megatron.core.model_parallel_config:ModelParallelConfig", PREFLIGHT, ("finalize_model_grads_func",)),
     ("megatron.core.transformer.transformer_block:TransformerBlock", RUNNER, ("input_tensor",)),
-    ("megatron.core.transformer.transformer_block:TransformerBlock", HIDDEN, ("layers",)),
-    ("megatron.core.transformer.transformer_layer:TransformerLayer", HIDDEN, ("layer_number",)),
+    ("megatron.core.transformer.transformer_block:TransformerBlock", f"{HIDDEN}, {PROJECTORS}", ("layers",)),
+    ("megatron.core.transformer.transformer_layer:TransformerLayer", f"{HIDDEN}, {PROJECTORS}", ("layer_number",)),
     (
         "megatron.core.packed_seq_params:PackedSeqParams",
         ATTACH,
