@@ -90,7 +90,7 @@ OF_TINY: dict[str, tuple[list[str], list[str]]] = {
             r"ok +batch: 8 sequences a step, 256 tokens: on each of DP 1 4 micro-batches of 2",
             r"ok +vocabulary: 400 tokens, padded to 512 columns: 512 on each of TP 1",
             r"ok +teacher's layout: the student's",
-            r"ok +teacher's checkpoint: .*whole, and of the model described",
+            r"ok +teacher's checkpoint: .*complete, and of the configured model",
             r"ok +teacher's tokenizer: the student's",
             r"0 not here, 0 refused",
         ],
@@ -161,7 +161,7 @@ OF_TINY: dict[str, tuple[list[str], list[str]]] = {
             "megatron.vocab-size=401",
         ],
         [
-            r"not here +tokenizer: .*megatron.vocab-size serves",
+            r"not here +tokenizer: .*megatron.vocab-size is used",
             r"refused +teacher's checkpoint: .* 400 tokens, the student one of 401",
         ],
     ),
@@ -192,7 +192,7 @@ OF_LLAMA: dict[str, tuple[list[str], list[str]]] = {
     "as it is": (
         ["--world-size", "64"],
         [
-            r"not here +GPU: none; looked at as on an H100",
+            r"not here +GPU: none; an H100 is assumed",
             r"ok +ranks: 64: TP 8 x PP 2 x DP 4, sequence parallel",
             r"ok +batch: 64 sequences a step, 524288 tokens: on each of DP 4 16 micro-batches of 1",
             r"ok +vocabulary: 128256 tokens, padded to 129024 columns: 16128 on each of TP 8",

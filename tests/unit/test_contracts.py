@@ -38,7 +38,7 @@ class Call:
         return self.target
 
 
-PREFLIGHT = "preflight/live.py"
+PREFLIGHT, RULES = "preflight/live.py", "preflight/rules.py"
 FAULTS, ATTACH, HEAD = "student/loss_guard.py", "student/attach.py", "student/head.py"
 SAFE_LOAD, COMPATIBILITY = "teacher/safe_load.py", "teacher/compatibility.py"
 CHECKPOINT, TEACHER, RUNNER = "teacher/checkpoint.py", "teacher/build.py", "teacher/runner.py"
@@ -46,9 +46,9 @@ HIDDEN, PROJECTORS = "student/hidden.py", "student/projectors.py"
 ADD, JOB, SCRIPT, BRIDGE = (f"hosts/{name}.py" for name in ("add_teacher", "megatron_lm", "script", "bridge"))
 MEGATRON_ARGS, UNSUPPORTED = "config/megatron_args.py", "config/unsupported.py"
 TEACHER_ARGS = "teacher/args.py"
-PROVENANCE, MODEL_CONFIG = "hosts/run_record.py", "config/model_config.py"
+PROVENANCE, MODEL_CONFIG = "preflight/run_record.py", "config/model_config.py"
 STAGES = "config/stages.py"
-STUDENT = "hosts/student_checkpoint.py"
+STUDENT = "preflight/student_checkpoint.py"
 CPU = "cpu_backend.py"
 DRY, META_RUN = "tools/dry_run.py", "tools/meta_run.py"
 GPT = "megatron.core.models.gpt:GPTModel"
@@ -174,7 +174,7 @@ CALLS = [
         ("state_dict", "prefix", "tensor_parallel_layers_axis_map", "sharded_offsets"),
         ("tp_group", "dp_cp_group"),
     ),
-    Call("megatron.training.checkpointing:checkpoint_exists", PROVENANCE, ("checkpoints_path",)),
+    Call("megatron.training.checkpointing:checkpoint_exists", f"{PROVENANCE}, {STUDENT}", ("checkpoints_path",)),
     # Arguments and the training loop.
     Call(f"{CHECKPOINTS}.strategies.filesystem_async:get_write_results_queue", JOB),
     Call("megatron.training.arguments:add_megatron_arguments", MEGATRON_ARGS, ("parser",)),
@@ -190,7 +190,7 @@ CALLS = [
     ),
     Call("megatron.training.training:get_optimizer_param_scheduler", JOB, ("optimizer",)),
     *(Call(f"megatron.training:get_{name}", JOB) for name in ("args", "tensorboard_writer", "timers", "tokenizer")),
-    Call("megatron.training:print_rank_0", ADD, ("message",)),
+    Call("megatron.training:print_rank_0", f"{ADD}, {RULES}", ("message",)),
     Call("megatron.core.utils:log_single_rank", ATTACH, ("logger",)),
     Call("megatron.core.num_microbatches_calculator:get_current_running_global_batch_size", ADD),
     Call("megatron.core.utils:get_attr_wrapped_model", ADD, ("model", "attr")),
@@ -472,7 +472,7 @@ def test_megatron_has_the_arguments_we_read() -> None:
     options = {action.dest for action in megatron_args.megatron_options().values()}
     read = {
         (user, node.attr)
-        for user in (ADD, JOB, PROVENANCE, STUDENT, UNSUPPORTED, TEACHER_ARGS)
+        for user in (ADD, JOB, PROVENANCE, RULES, STUDENT, UNSUPPORTED, TEACHER_ARGS)
         for node in ast.walk(ast.parse((PACKAGE / user).read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("args", "student")
     }
