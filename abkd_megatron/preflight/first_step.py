@@ -102,14 +102,14 @@ def check_teacher_loss(loss: float, vocab_size: int) -> None:
         ConfigError: the loss is more than `BEYOND` above ln `vocab_size`.
     """
     guessing = math.log(vocab_size)
-    said = f"the teacher's cross entropy on the first step is {loss:.3f} nats, guessing costs ln {vocab_size}"
+    summary = f"the teacher's cross entropy on the first step is {loss:.3f} nats, guessing costs ln {vocab_size}"
     if not loss <= guessing + BEYOND:
         raise ConfigError(
-            f"expected a teacher that knows the text's tokens, got one that does not: {said} = {guessing:.3f}; give "
+            f"expected a teacher that knows the text's tokens, got one that does not: {summary} = {guessing:.3f}; give "
             "the teacher of this tokenizer, with its own rotary base, norm and activation under `teacher:`"
         )
     if loss > guessing - NEAR:
-        logger.warning("%s = %.3f: it has learned next to nothing of this tokenizer's text", said, guessing)
+        logger.warning("%s = %.3f: it has learned next to nothing of this tokenizer's text", summary, guessing)
 
 
 def check_expected_loss(loss: float, expected: float) -> None:

@@ -30,16 +30,16 @@ from abkd_megatron.teacher.checksums import check_contents
 
 
 class Phase(Enum):
-    """What a check needs."""
+    """The stage of a job from which a check can run."""
 
     CONFIG = "config"
-    """The configuration and Megatron's arguments of both models."""
+    """Needs the configuration and Megatron's arguments of both models."""
     FILES = "files"
-    """The files of a job, too."""
+    """Also needs the job's files."""
     MODELS = "models"
-    """The ranks of a job and its models."""
+    """Needs the job's ranks and models."""
     FIRST_STEP = "first step"
-    """The batches and losses of the first step."""
+    """Needs the batches and losses of the first step."""
 
 
 class Verdict(Enum):
@@ -49,11 +49,11 @@ class Verdict(Enum):
     WARNING = "warning"
     ABSENT = "not here"
     """A file is not on this machine, so it was not checked."""
-    REJECTED = "refused"
+    REJECTED = "rejected"
 
 
 class Finding(NamedTuple):
-    """What a check found."""
+    """Description or warning that a check returns."""
 
     text: str
     verdict: Verdict = Verdict.OK

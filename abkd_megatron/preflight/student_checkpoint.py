@@ -276,7 +276,7 @@ def other_schedule_named() -> Iterator[None]:
         if not str(error).startswith("OptimizerParamScheduler: class input value"):
             raise
         raise ConfigError(
-            f"Megatron refuses to resume with another schedule of the learning rate ({error}), as another train-iters "
+            f"Megatron does not resume with another schedule of the learning rate ({error}), as another train-iters "
             "makes it; give megatron.override-opt_param-scheduler=true for this run's, or "
             "megatron.use-checkpoint-opt_param-scheduler=true for the checkpoint's"
         ) from error

@@ -30,7 +30,7 @@ from abkd_megatron.teacher.layout import RankCoords, TeacherLayout
 from abkd_megatron.tools import dry_run
 from abkd_megatron.tools.tables import show
 
-_STYLES = {"ok": "green", "warning": "yellow", "not here": "yellow", "refused": "bold red"}
+_STYLES = {"ok": "green", "warning": "yellow", "not here": "yellow", "rejected": "bold red"}
 # Vocabulary size if the tokenizer cannot be loaded: a power of two, which is divisible by any layout.
 _UNKNOWN_VOCABULARY = 2**17
 
@@ -59,7 +59,7 @@ def main(config: Config, world_size: int | None = None) -> int:
     show(("what", "found", "verdict"), [(row.what, row.found, row.verdict.value) for row in rows], _STYLES)
     count = {verdict: sum(row.verdict is verdict for row in rows) for verdict in Verdict}
     warnings = f"{count[Verdict.WARNING]} warning, " if count[Verdict.WARNING] else ""
-    print(f"\n{count[Verdict.OK]} ok, {warnings}{count[Verdict.ABSENT]} not here, {count[Verdict.REJECTED]} refused")
+    print(f"\n{count[Verdict.OK]} ok, {warnings}{count[Verdict.ABSENT]} not here, {count[Verdict.REJECTED]} rejected")
     return 2 if count[Verdict.REJECTED] else 0
 
 
@@ -86,7 +86,7 @@ def check(config: Config, world_size: int | None = None) -> list[Row]:
 
 
 class _Report:
-    """The rows of a report, in the order in which a job meets them."""
+    """Rows of a report, in the order of a job."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
