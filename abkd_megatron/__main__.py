@@ -229,28 +229,28 @@ def _train(arguments: Namespace) -> int:
     config.check(arguments.job)
     from abkd_megatron import cpu_backend
     from abkd_megatron.hosts import megatron_lm
-    from abkd_megatron.hosts.crash_report import UNFORESEEN, has_begun, last_words
-    from abkd_megatron.hosts.startup_errors import OneVoice
+    from abkd_megatron.hosts.crash_report import UNEXPECTED, describe_crash, training_started
+    from abkd_megatron.hosts.startup_errors import StartupErrors
 
     if config.device == "cuda":
         _require_gpu()
     _show_log()
-    voice = OneVoice(partial(_say, arguments.job), debug=arguments.debug)
+    startup_errors = StartupErrors(partial(_say, arguments.job), debug=arguments.debug)
     try:
-        with voice:
+        with startup_errors:
             if config.device == "cpu":
                 cpu_backend.install()
                 minutes = config.megatron.get("distributed-timeout-minutes", 10)
                 cpu_backend.init_process_group(timedelta(minutes=float(str(minutes))))
             megatron_lm.run(config, arguments.job)
-    except UNFORESEEN as error:
-        if not has_begun(error):
-            voice.speak(error)
+    except UNEXPECTED as error:
+        if not training_started(error):
+            startup_errors.report(error)
             return 2
         if isinstance(error, AbkdError):
             raise
         traceback.print_exception(error)
-        _say(arguments.job, last_words(error))
+        _say(arguments.job, describe_crash(error))
         return 1
     return 0
 

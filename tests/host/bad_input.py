@@ -427,7 +427,7 @@ CASES: dict[str, Case] = {
         "checkpoint",
         "pretrain",
         ["megatron.save={workspace}/student", "megatron.save-interval=1"],
-        r"megatron.save: expected a folder without checkpoints.*of step 1.*or megatron.load=.*/student to go on",
+        r"megatron.save: expected a folder without checkpoints.*of step 1.*or megatron.load=.*/student to resume",
     ),
     "folder of checkpoints that are begun with": Case(
         "checkpoint",
@@ -444,7 +444,7 @@ CASES: dict[str, Case] = {
         "checkpoint",
         "distill",
         ["megatron.load={workspace}/student", "megatron.save={workspace}/teacher", "megatron.save-interval=1"],
-        r"expected a folder without checkpoints, or that of the checkpoint that this run goes on from.*step 8",
+        r"expected a folder without checkpoints, or the folder from which this run resumes.*step 8",
     ),
     "folder that another job writes to": Case(
         "checkpoint",
