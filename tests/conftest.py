@@ -4,11 +4,18 @@ What stays shows every kind of thing once. What goes shows it again, elsewhere: 
 second layout of the same feature, on a second machine of the same kind.
 """
 
+import os
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+# What tests start as processes of their own is this checkout, whichever one is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 # By a part of the test's id: why it can wait.
 SLOW = {

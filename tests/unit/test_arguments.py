@@ -58,7 +58,7 @@ def head(hidden=HIDDEN, weight=WEIGHT, teacher=HIDDEN, teacher_weight=WEIGHT, la
 
 
 def objective(**options):
-    distillation = pytest.importorskip("abkd_megatron.distillation", exc_type=ImportError)
+    distillation = pytest.importorskip("abkd_megatron.losses.objective", exc_type=ImportError)
     return distillation.Objective(AlphaBeta(0.2, 0.7), **options)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from abkd_megatron.config.schema import DataConfig
+from abkd_megatron.data import prepare as module
 from abkd_megatron.data.prepare import SPLITS, PreparedData, prepare
 from abkd_megatron.errors import DataError
 
@@ -55,7 +56,7 @@ def read(prepared, split):
     """The documents of a split, decoded, each checked to end in eod."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    tokenizer = prepare._megatron_tokenizer(prepared.tokenizer_model)
+    tokenizer = module._megatron_tokenizer(prepared.tokenizer_model)
     dataset = IndexedDataset(str(getattr(prepared, split)))
     assert list(dataset.document_indices) == list(range(len(dataset) + 1))
     texts = []
@@ -84,7 +85,7 @@ def test_documents_come_back(prepared, sources):
 
 
 def test_tokenizer_is_the_one_megatron_sees(prepared):
-    tokenizer = prepare._megatron_tokenizer(prepared.tokenizer_model)
+    tokenizer = module._megatron_tokenizer(prepared.tokenizer_model)
     assert tokenizer.vocab_size == prepared.manifest["vocab_size"] == 400
     assert tokenizer.eod == prepared.manifest["eod"] == 2
     assert tokenizer.pad == -1  # a piece that were the padding would be masked from the loss
@@ -116,7 +117,7 @@ def test_megatron_arguments(prepared):
     args.pad_vocab_size = False
     built = build_tokenizer(args)
     assert (built.vocab_size, built.eod) == (400, 2)
-    assert built.tokenize(ODD) == prepare._megatron_tokenizer(prepared.tokenizer_model).tokenize(ODD)
+    assert built.tokenize(ODD) == module._megatron_tokenizer(prepared.tokenizer_model).tokenize(ODD)
 
 
 def test_megatron_trains_on_it(prepared, tmp_path):
@@ -130,7 +131,7 @@ def test_megatron_trains_on_it(prepared, tmp_path):
         sequence_length=32,
         blend_per_split=[(arguments[f"{split}-data-path"], None) for split in SPLITS],
         split=None,
-        tokenizer=prepare._megatron_tokenizer(prepared.tokenizer_model),
+        tokenizer=module._megatron_tokenizer(prepared.tokenizer_model),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
@@ -302,7 +303,7 @@ def test_what_is_advised_of_too_few_documents_helps(tmp_path, config):
             with contextlib.suppress(DataError):  # of so little text there is no tokenizer
                 prepare(replace(one, held_out=float(named[1])), quiet)
             digests = [hashlib.sha256(text.encode()).digest() for text in documents]
-            assert {prepare._split(digest, float(named[1])) for digest in digests} == set(prepare.SPLITS)
+            assert {module._split(digest, float(named[1])) for digest in digests} == set(SPLITS)
         assert len(documents) > 2 or not named
     assert 0 < helped < 12
 
@@ -325,13 +326,13 @@ WORDS = [f"{first}{second}" for first in "abcdefg" for second in "hijklmn"]
 )
 def test_what_is_advised_of_a_vocabulary_helps(text, vocab_size, remedy):
     with pytest.raises(DataError, match=remedy):
-        prepare._train_tokenizer([text], vocab_size, quiet)
+        module._train_tokenizer([text], vocab_size, quiet)
 
 
 def test_a_file_that_may_not_be_read_is_not_said_to_be_no_utf_8(tmp_path):
     (tmp_path / "a.txt").mkdir()
     with pytest.raises(DataError, match=r"expected a file that can be read, got: .*Is a directory.*; mend"):
-        prepare._read_text(tmp_path / "a.txt")
+        module._read_text(tmp_path / "a.txt")
 
 
 def test_sources(tmp_path):
@@ -343,7 +344,7 @@ def test_sources(tmp_path):
     (tmp_path / "d" / "empty.txt").write_text(" \n")
 
     def texts(*sources):
-        return [text for _, text in prepare._read(sources)]
+        return [text for _, text in module._read(sources)]
 
     assert texts(str(tmp_path)) == ["a.md", "b.txt", "e.rst"]
     assert texts(str(tmp_path / "c.log")) == ["c.log"]
@@ -353,9 +354,9 @@ def test_sources(tmp_path):
 
 def test_the_sample_for_the_tokenizer_is_capped(monkeypatch):
     texts = [f"document {number}\nline" for number in range(100)]
-    monkeypatch.setattr(prepare, "_TOKENIZER_BYTES", 200)
-    lines, size = prepare._tokenizer_lines(texts)
-    assert 200 <= size < 220 and lines == prepare._tokenizer_lines(texts[::-1])[0]
+    monkeypatch.setattr(module, "_TOKENIZER_BYTES", 200)
+    lines, size = module._tokenizer_lines(texts)
+    assert 200 <= size < 220 and lines == module._tokenizer_lines(texts[::-1])[0]
 
 
 def test_the_text_that_ships_with_python(tmp_path):
@@ -363,6 +364,6 @@ def test_the_text_that_ships_with_python(tmp_path):
     splits = prepared.manifest["splits"]
     assert splits["train"]["tokens"] > 1_000_000
     assert all(splits[split]["tokens"] > 10_000 for split in SPLITS)
-    names = {name for name, _ in prepare._read_python()}
+    names = {name for name, _ in module._read_python()}
     assert {"python:asyncio/events.py", "python:topics/lambda"} <= names
     assert not any("/test" in name or "site-packages" in name for name in names)

@@ -91,7 +91,7 @@ class Bodies(TorchFunctionMode):
     def __init__(self, group: dist.ProcessGroup, same: Any = I) -> None:
         super().__init__()
         self.group, self.axis, self.same = group, spmd.normalize_axis(group), same
-        self.backward: set[type] = set()
+        self.backwards: set[type] = set()
         """The functions whose backward was checked."""
         self._views: dict[int, list[weakref.ref]] = {}
         self._unwritten: set[int] = set()
@@ -215,7 +215,7 @@ class Bodies(TorchFunctionMode):
                 kind = P if function is columns._Total else self.type_of(it)
                 what = f"{function.__name__}: the gradient of argument {position}"
                 self._check(what, kind.backward_type(), self.type_of(result))
-        self.backward.add(function)
+        self.backwards.add(function)
         return results
 
 
@@ -328,7 +328,7 @@ def check_engine(bodies: Bodies, divergence: Divergence, compared: bool = True, 
     for value in terms.metrics.values():
         spmd.assert_type(value, {group: R})
     differentiate(bodies, terms.divergence + terms.cross_entropy, (leaf,))
-    assert logits._Distillation in bodies.backward
+    assert logits._Distillation in bodies.backwards
 
 
 DIVERGENCES = [AlphaBeta(0.2, 0.7), ToDi(), ToDi(2.0, detach=False), JensenShannon(), TotalVariation()]
@@ -385,7 +385,7 @@ def check_head(
     for value in (terms.divergence, terms.cross_entropy, *terms.metrics.values()):
         spmd.assert_type(value, {group: R})
     differentiate(bodies, loss, (student_hidden, student_weight), token_weights)
-    assert fused_head._DistillationHead in bodies.backward
+    assert fused_head._DistillationHead in bodies.backwards
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES[1:4], ids=str)
@@ -405,7 +405,7 @@ def check_logit_loss(bodies: Bodies, loss: LogitLoss, counted: bool = False) -> 
     which = typed(bodies.group, I, *TOKENS, labels=True) > 3 if counted else None
     result = vocab_parallel_logit_loss(student, teacher, loss, Shard(bodies.group), 2.0, which)
     differentiate(bodies, result, (student,))
-    assert logit_loss._LogitLoss in bodies.backward
+    assert logit_loss._LogitLoss in bodies.backwards
 
 
 LOSSES = {name: make() for name, make in LOGIT_LOSSES.items() if name != "clipped_kl"}
@@ -421,7 +421,7 @@ def test_logit_loss(bodies, name, counted):
 def test_functions_of_logit_losses_are_checked(bodies):
     for name in ("akl", "logit_mse", "clipped_kl", "sinkhorn"):
         check_logit_loss(bodies, LOSSES[name])
-    assert {columns._Total, columns._SoftmaxSums, columns._Pick, sinkhorn._Distances} <= bodies.backward
+    assert {columns._Total, columns._SoftmaxSums, columns._Pick, sinkhorn._Distances} <= bodies.backwards
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
