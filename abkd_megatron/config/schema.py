@@ -77,6 +77,8 @@ class DistillationConfig:
     """In place of `divergence`, terms to add up: each a `name`, a `weight` (1 if left out) and its parameters."""
     temperature: Number = 1.0
     """Divides both models' logits in the divergence; the cross-entropy stays at 1."""
+    temperature_squared: bool = False
+    """Multiply the divergence by the temperature squared, so that its gradient does not shrink with the temperature."""
     kd_weight: Number = 1.0
     """Weight of the divergence."""
     lm_weight: Number = 1.0

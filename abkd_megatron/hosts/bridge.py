@@ -8,7 +8,6 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,17 @@ from megatron.training.models.base import ModelConfig
 from abkd_megatron import cpu_backend
 from abkd_megatron.config.load import load_config
 from abkd_megatron.config.model_config import model_config
+from abkd_megatron.config.objective import make_execution, make_objective
 from abkd_megatron.config.schema import DistillationConfig
 from abkd_megatron.config.unsupported_features import UNSUPPORTED
 from abkd_megatron.config.yaml import flow
 from abkd_megatron.errors import CheckpointError, ConfigError, HostError, on_every_rank
-from abkd_megatron.hosts.add_teacher import kernel_of, loss_with_report, make_objective
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.losses.schedule import Progress
-from abkd_megatron.preflight.live import FirstStep, check_files, check_models
-from abkd_megatron.student.attach import Attachment, attach, check_tokens
+from abkd_megatron.preflight.live import check_files, check_models
+from abkd_megatron.student.attach import attach, check_tokens
+from abkd_megatron.student.report import LossChecks
+from abkd_megatron.student.step import DistilledStep
 from abkd_megatron.teacher.build import Teacher, build_teacher, random_states_kept, to_params_dtype
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.description import of_model_config
@@ -129,7 +130,7 @@ def distill(
 
 def add_teacher(
     config: DistillConfigContainer, forward_step: Callable[..., Any] = gpt_step.forward_step
-) -> "DistilledStep":
+) -> "BridgeStep":
     """Have Bridge give a teacher to the student that it is about to build from `config.model`.
 
     Args:
@@ -158,7 +159,7 @@ def add_teacher(
     scheduled = make_objective(ours.distillation)
     objective = scheduled.objective
     _check_host(config, objective)
-    step = DistilledStep(forward_step)
+    step = BridgeStep(forward_step)
 
     def attach_teacher(student: list[torch.nn.Module]) -> list[torch.nn.Module]:
         transformer, vocab_size = get_model_config(student[0]), config.model.vocab_size  # the tokenizer's by now
@@ -178,19 +179,19 @@ def add_teacher(
         if last.post_process:
             last.register_forward_pre_hook(step.give_loss_mask, with_kwargs=True)
         tokens = config.train.micro_batch_size * config.model.seq_length // groups.cp.size()
-        step.attachment = attach(
+        attachment = step.distilled.attachment = attach(
             student,
             teacher,
             scheduled,
             vocab_size=vocab_size,
             pg_collection=groups,
             timeout=timeout,
+            execution=make_execution(ours),
             tokens=tokens,
-            kernel=kernel_of(ours),
         )
-        step.first_step = check_models(
+        check_models(
             student,
-            step.attachment,
+            attachment,
             vocab_size=vocab_size,
             pg_collection=groups,
             tokens=tokens,
@@ -206,55 +207,51 @@ def add_teacher(
     return step
 
 
-class DistilledStep:
-    """A forward step of Bridge's kind, of a student that has a teacher: its numbers go into the report.
+class BridgeStep:
+    """A forward step of Bridge's kind, of a student that has a teacher; see `DistilledStep`.
 
-    The step within stays in charge of batches, and its loss function of the loss; `lm loss` is the student's cross
-    entropy here, not what is trained. Bridge's own step keeps the loss mask to itself: it is noted as the batch passes
-    and given to the model, where multi-token prediction, if there is any, then goes by it too.
+    Bridge's own step does not pass the loss mask on: it is noted as the batch passes and given to the model, where
+    multi-token prediction then uses it too.
 
     Attributes:
-        attachment: the teacher's, once the model is built.
-        first_step: what is looked at in the first training step, once the model is built.
+        distilled: the step of every training loop.
     """
 
     def __init__(self, forward_step: Callable[..., Any]) -> None:
-        self.attachment: Attachment | None = None
-        self.first_step: FirstStep | None = None
+        self.distilled = DistilledStep(self._run, self)
         self._forward_step = forward_step
         self._takes_state = needs_global_state_injection(forward_step)
+        self._state: GlobalState | None = None
         self._batch: Mapping[str, Any] = {}
 
     def __call__(
         self, state: GlobalState, data_iterator: Iterator | None, model: torch.nn.Module
     ) -> tuple[Any, Callable[..., Any] | None]:
-        """Run the step within, its model with the teacher.
+        """Run the wrapped step; see `DistilledStep.__call__`."""
+        self._state = state
+        return self.distilled(data_iterator, model)
 
-        Returns:
-            Its output, and its loss function with our numbers in the report.
+    def progress(self, training: bool) -> Progress:
+        """Return Bridge's progress before this training step, or before the last one."""
+        assert self._state is not None
+        done, config = self._state.train_state, self._state.cfg
+        iteration, samples = done.step, done.consumed_train_samples
+        if not training:  # what was loaded was saved after a step
+            iteration, samples = max(iteration - 1, 0), max(samples - config.train.global_batch_size, 0)
+        return Progress(iteration, samples, samples * config.model.seq_length)
 
-        Raises:
-            HostError: the model has no teacher.
-        """
-        if self.attachment is None:
-            raise HostError(
-                "expected a teacher beside the student, got none: the model was not built from the container that was "
-                "to add it; give pretrain() that one"
-            )
-        assert self.first_step is not None
-        if model.training:
-            self.first_step.begin(is_first=state.train_state.consumed_train_samples == 0)
-        self._set_progress(state, model.training)
-        step = maybe_inject_state(self._forward_step, state, needs_injection=self._takes_state)
-        self._batch = {}
-        output, loss_func = step(self._noted(data_iterator) if data_iterator is not None else None, model)
-        check_for_nan = state.cfg.rerun_state_machine.check_for_nan_in_loss
-        return output, partial(self._loss, loss_func, check_for_nan) if loss_func is not None else None
+    def loss_checks(self) -> LossChecks:
+        """Return what Bridge's container asks for."""
+        assert self._state is not None
+        return LossChecks(nan=self._state.cfg.rerun_state_machine.check_for_nan_in_loss)
+
+    def log(self, progress: Progress, scheduled: Mapping[str, float]) -> None:
+        """Do nothing: Bridge's checkpoints have no record of ours."""
 
     def give_loss_mask(
         self, student: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        """A forward pre-hook: the mask of the batch that the step took, on this rank, where the step gives none."""
+        """Pass this rank's part of the batch's loss mask to the model: a forward pre-hook."""
         mask = self._batch.get("loss_mask")
         if mask is None or kwargs.get("labels") is None or kwargs.get("loss_mask") is not None:
             return None
@@ -268,27 +265,16 @@ class DistilledStep:
             mask = get_batch_on_this_cp_rank({"loss_mask": mask}, is_hybrid_cp=False, cp_group=group)["loss_mask"]
         return args, {**kwargs, "loss_mask": mask.cuda(non_blocking=True)}
 
+    def _run(self, data_iterator: Iterator | None, model: torch.nn.Module) -> tuple[Any, Any]:
+        assert self._state is not None
+        step = maybe_inject_state(self._forward_step, self._state, needs_injection=self._takes_state)
+        self._batch = {}
+        result: tuple[Any, Any] = step(self._noted(data_iterator) if data_iterator is not None else None, model)
+        return result
+
     def _noted(self, batches: Iterator) -> Iterator:
         for self._batch in map(next, repeat(batches)):  # what Bridge gives has `next` and no more
             yield self._batch
-
-    def _set_progress(self, state: GlobalState, training: bool) -> None:
-        """Tell how far Bridge is before this step; validation keeps the numbers of the step it follows."""
-        assert self.attachment is not None
-        done = state.train_state
-        iteration, samples = done.step, done.consumed_train_samples
-        if not training:
-            if self.attachment.progress is not None:
-                return
-            # No step before it: what was loaded was saved after one.
-            iteration, samples = max(iteration - 1, 0), max(samples - state.cfg.train.global_batch_size, 0)
-        self.attachment.set_progress(Progress(iteration, samples, samples * state.cfg.model.seq_length))
-
-    def _loss(self, loss_func: Callable[..., Any], check_for_nan: bool, output_tensor: Any, **kwargs: Any) -> Any:
-        if kwargs:  # non_loss_data: what the caller collects is no loss
-            return loss_func(output_tensor, **kwargs)
-        assert self.attachment is not None and self.first_step is not None
-        return loss_with_report(self.attachment, self.first_step, loss_func, output_tensor, check_for_nan)
 
 
 def export_to_hf(checkpoint: str | Path, hf_reference: str | Path, out: str | Path) -> None:

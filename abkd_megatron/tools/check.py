@@ -21,13 +21,14 @@ import abkd_megatron.kernels as kernels
 from abkd_megatron import cpu_backend
 from abkd_megatron.config.megatron_args import megatron_options
 from abkd_megatron.config.model_config import model_config
+from abkd_megatron.config.objective import make_execution, make_objective
 from abkd_megatron.config.schema import Config
 from abkd_megatron.config.stages import layers_of_stages
 from abkd_megatron.config.unsupported import UNSUPPORTED_IN_JOBS, check_layout
 from abkd_megatron.data.indexed import check_datasets, prefixes_of
 from abkd_megatron.data.prepare import PreparedData
 from abkd_megatron.errors import AbkdError, ConfigError, DataError
-from abkd_megatron.hosts.add_teacher import absent_projectors, kernel_of, make_objective
+from abkd_megatron.hosts.add_teacher import absent_projectors
 from abkd_megatron.hosts.run_record import check_resumed, record
 from abkd_megatron.hosts.student_checkpoint import check_save, check_student, mixed_events, only_writer
 from abkd_megatron.losses.objective import Objective
@@ -304,11 +305,11 @@ class _Look:
             if knows:
                 check_shared_vocab(objective, student.vocab_size, student.context_parallel_size)
                 check_tokens(objective, student.vocab_size)
-                check_fused(objective, obstacles_of(objective, student.vocab_size))
+                check_fused(make_execution(self.config), obstacles_of(objective, student.vocab_size))
             self.add("loss", str(objective.divergence or ", ".join(objective.names_of_logit_losses)))
         if self.config.device == "cpu":
             with self.at("kernel"):
-                with kernels.using(kernel_of(self.config)):
+                with kernels.using(make_execution(self.config).kernel):
                     try_kernel(objective, torch.empty(0, dtype=student.params_dtype))
                 self.add("kernel", f"{self.config.distillation.kernel}: tried")
 

@@ -43,7 +43,7 @@ from abkd_megatron import cpu_backend, kernels
 from abkd_megatron.config.schema import PREFLIGHT, Config, Value
 from abkd_megatron.hosts import add_teacher, megatron_lm
 from abkd_megatron.losses import AlphaBeta, Divergence, ToDi
-from abkd_megatron.student import head, plan
+from abkd_megatron.student import head, plan, step
 from abkd_megatron.student.attach import Attachment
 from abkd_megatron.teacher import runner
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
@@ -323,7 +323,7 @@ def _replacements(
     yield runner.TeacherRunner, "run", teacher_pass
     attaching = sys.modules[Attachment.__module__]  # the package has a function of this name
     yield attaching, "compute_loss", within(HEADS, head.compute_loss)
-    yield add_teacher.DistilledStep, "__call__", within(ACTIVATIONS, add_teacher.DistilledStep.__call__)
+    yield step.DistilledStep, "__call__", within(ACTIVATIONS, step.DistilledStep.__call__)
     yield dist, "all_gather_object", _all_gather_object
     yield add_teacher, "from_rank_0", lambda function: function()
     yield TeacherCheckpoint, "open", classmethod(lambda cls, *_: _NoCheckpoint(Path(), {}, Metadata({})))

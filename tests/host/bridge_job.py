@@ -346,7 +346,7 @@ def settings(folder: Path, overrides: list[str]) -> dict[str, Any]:
         "vocabulary": lambda: bridge._check_vocabulary(VOCABULARY, 400, None),
         "shared vocabulary": lambda: bridge._check_vocabulary(VOCABULARY, 400, 300),
         "export": lambda: bridge.export_to_hf(folder, folder, folder),
-        "no hook": lambda: bridge.DistilledStep(Recording())(None, None, None),  # type: ignore[arg-type]
+        "no hook": lambda: bridge.BridgeStep(Recording())(None, None, None),  # type: ignore[arg-type]
         "no such override": lambda: bridge._resolved({"depth": 2}, config.model),
         "no such function": lambda: bridge._resolved({"transformer_layer_spec": "nowhere.spec"}, config.model),
         **{setting: lambda it=setting: bridge.add_teacher(recipe(folder, [it])) for setting in overrides},

@@ -143,11 +143,9 @@ class Case:
         tokens = TokenSelection("every", n=every) if every else None
         objective = Objective(
             AlphaBeta(0.2, 0.7),
-            2.0,
-            0.7,
-            0.4,
-            head=head,
-            gradient_in_place=in_place,
+            temperature=2.0,
+            kd_weight=0.7,
+            lm_weight=0.4,
             tokens=tokens,
         )
         rows = []
@@ -180,6 +178,7 @@ class Case:
                 lambda logits: self.fail(),
                 positions=torch.arange(SEQUENCE),
                 chunk_tokens=7 if head == "fused" else None,
+                gradient_in_place=in_place,
             )
             ((loss.total * mask).sum() / 3).backward()
             found[f"hidden {micro_batch}"] = hidden.grad

@@ -352,7 +352,7 @@ def test_engine_in_place(bodies):
 @pytest.mark.parametrize("divergence", DIVERGENCES[::3], ids=str)
 def test_engine_without_labels(bodies, divergence):
     student, teacher = (typed(bodies.group, V, *TOKENS, WIDTH, gradient=gradient) for gradient in (True, False))
-    differentiate(bodies, vocab_parallel_divergence(student, teacher, divergence, bodies.group), (student,))
+    differentiate(bodies, vocab_parallel_divergence(student, teacher, divergence, tp_group=bodies.group), (student,))
 
 
 def check_head(
