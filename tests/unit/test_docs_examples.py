@@ -1,5 +1,7 @@
 """Python on the pages: it compiles, marked blocks run, and the walk-through passes its own tests."""
 
+import ast
+import importlib
 import os
 import re
 import subprocess
@@ -23,6 +25,24 @@ def test_python_compiles(page: str, mark: str, text: str) -> None:
 @pytest.mark.parametrize(("page", "text"), RUN, ids=[page for page, _ in RUN])
 def test_what_is_marked_runs(page: str, text: str) -> None:
     exec(compile(text, page, "exec"), {})
+
+
+IMPORTED = sorted(
+    {
+        (page, node.module, it.name)
+        for page, _, text in BLOCKS
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("abkd_megatron")
+        for it in node.names
+    }
+)
+
+
+@pytest.mark.parametrize(("page", "module", "name"), IMPORTED)
+def test_an_import_resolves(page: str, module: str, name: str) -> None:
+    if module == "abkd_megatron.hosts.bridge":
+        pytest.importorskip("megatron.bridge")
+    assert hasattr(importlib.import_module(module), name)
 
 
 def test_something_runs() -> None:
