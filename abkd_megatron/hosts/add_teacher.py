@@ -21,10 +21,11 @@ from abkd_megatron.hosts import run_record
 from abkd_megatron.losses.hidden import HiddenLoss
 from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.preflight.live import check_files, check_models
-from abkd_megatron.student.attach import attach, check_tokens
+from abkd_megatron.student.attach import attach
 from abkd_megatron.student.hidden import PROJECTORS, add_projectors
 from abkd_megatron.student.report import LossChecks
 from abkd_megatron.student.step import DistilledStep
+from abkd_megatron.student.supported import check_tokens
 from abkd_megatron.teacher.args import check_teacher, open_teacher, teacher_arguments
 from abkd_megatron.teacher.build import build_teacher
 from abkd_megatron.teacher.checkpoint import tensor_shapes

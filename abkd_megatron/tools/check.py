@@ -32,9 +32,9 @@ from abkd_megatron.hosts.add_teacher import absent_projectors
 from abkd_megatron.hosts.run_record import check_resumed, record
 from abkd_megatron.hosts.student_checkpoint import check_save, check_student, mixed_events, only_writer
 from abkd_megatron.losses.objective import Objective
-from abkd_megatron.student.attach import check_shared_vocab, check_tokens
 from abkd_megatron.student.hidden import Layers, check_layers
 from abkd_megatron.student.plan import check_fused, obstacles_of, try_kernel
+from abkd_megatron.student.supported import check_shared_vocab, check_tokens
 from abkd_megatron.teacher.args import check_teacher, open_teacher, teacher_arguments
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.inherited import teacher_settings
