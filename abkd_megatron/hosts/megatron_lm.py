@@ -139,7 +139,7 @@ def _run(config: Config, job: str, held: ExitStack) -> None:
         )
         if attachment.objective.hidden_losses:
             logger.info(
-                f"outputs of the teacher's layers: those of at most {attachment.most_waiting_of_layers} "
+                f"outputs of the teacher's layers: those of at most {attachment.max_queued_layer_outputs} "
                 "micro-batches at a time waited for the student's layer here"
             )
 

@@ -1,4 +1,4 @@
-"""What a user gives wrongly, and what is said to it; docs/bad-input.md is written from what was really seen of these.
+"""What a user gives wrongly, and what the message has to name.
 
 In settings and files `{workspace}` is the folder of all that the tests make, `{other}` data of a vocabulary of another
 size.
@@ -7,15 +7,12 @@ size.
 import json
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from launch import ROOT
 from test_preflight import edited, zero
 
-PAGE = ROOT / "docs/bad-input.md"
-GROUPS = ("config", "checkpoint", "data", "tensors", "environment")
 PIPELINE = "megatron.pipeline-model-parallel-size=2"
 NO_JOB = ("RANK=", "WORLD_SIZE=", "MASTER_ADDR=", "MASTER_PORT=")
 
@@ -472,7 +469,7 @@ CASES: dict[str, Case] = {
 
 # As one process, no configuration beside what is given; the file is written before.
 ALONE: dict[str, Case] = {
-    "job misspelt": Case("config", "distill", ["config.yaml"], r"unknown job 'distill'; did you mean 'distill'\?"),
+    "job misspelt": Case("config", "distl", ["config.yaml"], r"unknown job 'distl'; did you mean 'distill'\?"),
     "no such job": Case("config", "finetune", [], r"unknown job 'finetune'; known: env, prepare"),
     "no such file": Case(
         "config",
@@ -788,33 +785,6 @@ def file_of(workspace: Path, name: str) -> Path:
     return workspace / f"{name.replace(' ', '-')}.yaml"
 
 
-class Row(NamedTuple):
-    """A row of the page."""
-
-    group: str
-    what: str
-    given: str
-    message: str
-    ended: str
-    """The exit code, or the class of the exception."""
-
-    def __str__(self) -> str:
-        return f"| {self.what} | {self.given} | {code(self.message)} | {self.ended} |"
-
-
-def code(text: str) -> str:
-    """Of a cell of a table."""
-    ticks = "``" if "`" in text else "`"
-    space = " " if ticks == "``" else ""
-    return f"{ticks}{space}{text}{space}{ticks}".replace("|", "\\|")
-
-
-def settings_shown(case: Case) -> str:
-    named = {"workspace": "RUN", "other": "RUN/other-vocabulary", "config": "CONFIG", "teacher": "TEACHER"}
-    words = " ".join([case.job, *(setting.format(**named) for setting in case.settings)])
-    return f"{code(words)}, {case.how.format()}" if case.how else code(words)
-
-
 def decisive(stderr: str, workspace: Path) -> str:
     """The message, without who says it, and without what differs from machine to machine and from run to run."""
     _, _, message = stderr.rpartition("error: ") if "usage: " in stderr else stderr.partition("error: ")
@@ -825,13 +795,3 @@ def decisive(stderr: str, workspace: Path) -> str:
     message = re.sub(r"(traceback-rank-)\S+\.txt", r"\1R-...txt", message)
     message = re.sub(r"\(process \d+ on [^)]*\)", "(process N on HOST, since TIME)", message)
     return re.sub(r"\b(on rank) \d+", r"\1 R", re.sub(r"\b\d{5,}\b", "N", message))
-
-
-def render(rows: Mapping[str, Row]) -> str:
-    """The tables, by group."""
-    lines = []
-    for group in GROUPS:
-        title = "exception" if group == "tensors" else "exit code"
-        lines += [f"## {group.capitalize()}", "", f"| what is wrong | given | said | {title} |", "|---|---|---|---|"]
-        lines += [str(row) for row in rows.values() if row.group == group] + [""]
-    return "\n".join(lines)
