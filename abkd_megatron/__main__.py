@@ -275,12 +275,6 @@ def _report(arguments: Namespace) -> None:
     print(write_report(arguments.runs, arguments.out))
 
 
-def _completion(arguments: Namespace) -> None:
-    from abkd_megatron.tools.completion import script
-
-    print(script(make_parser(), arguments.shell), end="")
-
-
 def _runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="a run's directory, up to 8, or a folder of runs"
@@ -324,10 +318,6 @@ def _gib(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return number
-
-
-def _shell(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=("bash", "zsh"), help="whose script")
 
 
 _TORCHRUN = "torchrun --nproc-per-node {} -m abkd_megatron"
@@ -434,15 +424,6 @@ JOBS = {
         codes="0; 2 and one message on stderr if there is nothing to show or no place to write to",
         takes_config=False,
         options=_runs,
-    ),
-    "completion": Job(
-        _completion,
-        "print the shell's script that completes jobs, options, files and keys",
-        (f"{PROG} completion bash", f"{PROG} completion zsh"),
-        writes=f'a script to stdout; bash: eval "$({PROG} completion bash)" in ~/.bashrc, zsh: the same in ~/.zshrc',
-        takes_config=False,
-        codes="0",
-        options=_shell,
     ),
 }
 

@@ -1,6 +1,5 @@
 """A teacher for the student that Megatron is about to build: its arguments, its objective, its place in the step."""
 
-import argparse
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +12,8 @@ from megatron.core.num_microbatches_calculator import get_current_running_global
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, print_rank_0
 
-from abkd_megatron.config.objective import make_execution, make_objective
 from abkd_megatron.config.schema import Config
-from abkd_megatron.config.unsupported import UNSUPPORTED, checked_model_config
+from abkd_megatron.config.unsupported import SCRIPT
 from abkd_megatron.errors import ConfigError, from_rank_0, on_every_rank
 from abkd_megatron.hosts import run_record
 from abkd_megatron.losses.hidden import HiddenLoss
@@ -36,24 +34,22 @@ logger = logging.getLogger(__name__)
 def add_teacher(
     config: Config,
     megatron: Mapping[str, Any],
-    options: Mapping[str, argparse.Action],
     args: Namespace,
     model_config: Any,
     forward_step: Callable[..., tuple[Any, Any]],
-    unsupported: Mapping[str, tuple[str, str]] = UNSUPPORTED,
+    host: str = SCRIPT,
 ) -> DistilledStep:
     """Have Megatron give a teacher to the student that it is about to build.
 
     Args:
         config: checked for "distill"; `device`, `teacher` and `distillation` are used.
         megatron: the student's Megatron arguments, as `to_argv` takes them: the teacher's are derived from them.
-        options: as `megatron_options` returns them.
         args: Megatron's arguments of the student, validated, with the true `vocab_size`.
         model_config: the student's GPTModelConfig; gets hooks, in which projectors are added, the teacher is built and
             attached, and `args` get a record of the distillation, `run_record.RECORD`, which Megatron saves with the
             checkpoint.
         forward_step: of Megatron's kind, with a model that is called with labels and the loss mask.
-        unsupported: as `check_layout` takes it, for the teacher.
+        host: as `check_layout` takes it, for the teacher.
 
     Returns:
         The forward step for `pretrain`.
@@ -65,14 +61,13 @@ def add_teacher(
     second in the hooks; there those of `TeacherCheckpoint.verify` for --verify-integrity, `check_files`,
     `build_teacher`, `attach` and `check_models`.
     """
-    scheduled = make_objective(config.distillation)
+    scheduled = config.distillation.make_objective()
     objective = scheduled.objective
     vocab_size, timeout = args.vocab_size, timedelta(minutes=args.distributed_timeout_minutes)
     with on_every_rank():
         check_tokens(objective, vocab_size)
-        teacher_args = teacher_arguments(megatron, config.teacher.megatron, options, args, unsupported)
-        teacher_config = checked_model_config(teacher_args, "teacher", unsupported)
-        checkpoint = open_teacher(config, megatron, options)
+        teacher_args, teacher_config = teacher_arguments(megatron, config.teacher.megatron, args, host)
+        checkpoint = open_teacher(config, megatron)
         compared = check_teacher(config, checkpoint, teacher_args, vocab_size)
         if objective.shared_vocab is None:
             checkpoint.check_tokenizer(args.tokenizer_model)
@@ -124,7 +119,7 @@ def add_teacher(
             vocab_size=vocab_size,
             pg_collection=pg_collection,
             timeout=timeout,
-            execution=make_execution(config),
+            execution=config.distillation.make_execution(config.device),
             tokens=tokens,
         )
         if step.attachment.plan is not None:

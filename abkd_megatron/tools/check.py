@@ -19,12 +19,11 @@ from megatron.training.checkpointing import checkpoint_exists
 
 import abkd_megatron.kernels as kernels
 from abkd_megatron import cpu_backend
-from abkd_megatron.config.megatron_args import megatron_options
+from abkd_megatron.config.megatron_args import megatron_options, parse_model
 from abkd_megatron.config.model_config import model_config
-from abkd_megatron.config.objective import make_execution, make_objective
 from abkd_megatron.config.schema import Config
 from abkd_megatron.config.stages import layers_of_stages
-from abkd_megatron.config.unsupported import UNSUPPORTED_IN_JOBS, check_layout
+from abkd_megatron.config.unsupported import JOB
 from abkd_megatron.data.indexed import check_datasets, prefixes_of
 from abkd_megatron.data.prepare import PreparedData
 from abkd_megatron.errors import AbkdError, ConfigError, DataError
@@ -187,13 +186,13 @@ class _Look:
         try:
             megatron = dry_run.arguments_with_data(config)
         except DataError:  # it has been said; go on as if there were none yet
-            megatron = {"tokenizer-type": "NullTokenizer", "vocab-size": config.data.vocab_size, **config.megatron}
-        ranks = dry_run.ranks_of(config, megatron, options, world_size)
+            megatron = dry_run.arguments_without_data(config)
+        ranks = dry_run.ranks_of(config, megatron, world_size)
         objective = self._objective()
         with dry_run.as_in_a_job(config, ranks):
             student = None
             with self.at("student"):
-                student = dry_run.student_arguments(megatron, options)
+                student = dry_run.student_arguments(megatron)
                 self.add("student", _model(student))
                 self.add("ranks", _layout(student))
                 self.add("batch", _batch(student))
@@ -202,7 +201,7 @@ class _Look:
                 knows = self._vocabulary(student)
                 with self.at("datasets"):
                     self._datasets(student, student.vocab_size if knows else None)
-                teacher = self._teacher(student, megatron, options)
+                teacher = self._teacher(student, megatron)
                 can_be_made = False
                 with self.at("Megatron's models"):
                     dry_run.check_models(student, teacher)
@@ -218,23 +217,18 @@ class _Look:
                         with self.at("hidden losses"):
                             self._hidden(objective, student, teacher)
             elif dry_run.describes_teacher(config):
-                with (
-                    self.at("teacher"),
-                    dry_run.parsed(teacher_settings(megatron, config.teacher.megatron, options), options) as args,
-                ):
-                    check_layout(args, "teacher", UNSUPPORTED_IN_JOBS)
+                with self.at("teacher"):
+                    parse_model(teacher_settings(megatron, config.teacher.megatron, options), "teacher", JOB)
             if config.teacher.load is not None:
                 with self.at("teacher's checkpoint"):
-                    self._checkpoint(config.teacher.load, megatron, options, student, teacher, knows)
+                    self._checkpoint(config.teacher.load, megatron, student, teacher, knows)
 
-    def _teacher(
-        self, student: Namespace, megatron: Mapping[str, Any], options: Mapping[str, Action]
-    ) -> Namespace | None:
+    def _teacher(self, student: Namespace, megatron: Mapping[str, Any]) -> Namespace | None:
         if not dry_run.describes_teacher(self.config):
             return None
         own = self.config.teacher.megatron
         with self.at("teacher"):
-            teacher = teacher_arguments(megatron, own, options, student, UNSUPPORTED_IN_JOBS)
+            teacher, _ = teacher_arguments(megatron, own, student, JOB)
             self.add("teacher", _model(teacher))
             self.add("teacher's layout", _teachers_layout(student, teacher))
             return teacher
@@ -244,7 +238,7 @@ class _Look:
         if not self._settings_are_good or not self.config.teacher.load:
             return None
         with self.at("loss"):
-            return make_objective(self.config.distillation).objective
+            return self.config.distillation.make_objective().objective
         return None
 
     def _vocabulary(self, args: Namespace) -> bool:
@@ -305,11 +299,14 @@ class _Look:
             if knows:
                 check_shared_vocab(objective, student.vocab_size, student.context_parallel_size)
                 check_tokens(objective, student.vocab_size)
-                check_fused(make_execution(self.config), obstacles_of(objective, student.vocab_size))
+                check_fused(
+                    self.config.distillation.make_execution(self.config.device),
+                    obstacles_of(objective, student.vocab_size),
+                )
             self.add("loss", str(objective.divergence or ", ".join(objective.names_of_logit_losses)))
         if self.config.device == "cpu":
             with self.at("kernel"):
-                with kernels.using(make_execution(self.config).kernel):
+                with kernels.using(self.config.distillation.make_execution(self.config.device).kernel):
                     try_kernel(objective, torch.empty(0, dtype=student.params_dtype))
                 self.add("kernel", f"{self.config.distillation.kernel}: tried")
 
@@ -332,7 +329,6 @@ class _Look:
         self,
         load: str,
         megatron: Mapping[str, Any],
-        options: Mapping[str, Action],
         student: Namespace | None,
         teacher: Namespace | None,
         knows: bool,
@@ -340,7 +336,7 @@ class _Look:
         if not Path(load).exists():
             self.add("teacher's checkpoint", load, ABSENT)
             return
-        checkpoint = open_teacher(self.config, megatron, options)
+        checkpoint = open_teacher(self.config, megatron)
         if student is None or teacher is None:
             self.add("teacher's checkpoint", f"{checkpoint.directory}: whole; whether of the model described is open")
             return

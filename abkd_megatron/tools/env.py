@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from abkd_megatron.errors import HostError
 from abkd_megatron.tools.tables import show
 
 OK, ABSENT, MISSING, WRONG = "ok", "not here", "missing", "wrong"
@@ -77,13 +78,28 @@ def look() -> Iterator[Part]:
     yield _apex()
     yield _package("triton", "the triton kernel of the losses, on GPUs", remedy="comes with CUDA builds of torch")
     yield _compiler()
-    yield _package("tensorboard", "megatron.tensorboard-dir", remedy="pip install 'abkd-megatron[plots]'")
-    yield _package("matplotlib", "the picture of compare", remedy="pip install 'abkd-megatron[plots]'")
+    for name, purpose in (
+        ("tensorboard", "megatron.tensorboard-dir, report"),
+        ("plotly", "report"),
+        ("jinja2", "report"),
+        ("matplotlib", "the pictures of compare and estimate"),
+    ):
+        yield _package(name, purpose, remedy="pip install 'abkd-megatron[plots]'")
     yield _package(
         "megatron-bridge",
         "checkpoints from and to Hugging Face",
         remedy="pip install 'abkd-megatron[bridge]', on a machine with CUDA",
     )
+
+
+def need_plots(job: str, *packages: str) -> None:
+    """Check that packages of the extra `plots` are installed.
+
+    Raises:
+        HostError: naming those that are missing.
+    """
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        raise HostError(f"{job}: expected {', '.join(missing)}, found none; pip install 'abkd-megatron[plots]'")
 
 
 def _python() -> Part:
