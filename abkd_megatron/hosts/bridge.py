@@ -276,8 +276,8 @@ def export_to_hf(checkpoint: str | Path, hf_reference: str | Path, out: str | Pa
     """
     if torch.distributed.is_initialized():
         raise HostError(
-            "expected a process without torch.distributed, which Bridge's export starts for one rank; run the export in "
-            "a separate process"
+            "expected a process without torch.distributed, which Bridge's export starts for one rank; run the export "
+            "in a separate process"
         )
     directory = TeacherCheckpoint.open(checkpoint).directory
     if not (directory / "run_config.yaml").is_file():
