@@ -25,8 +25,9 @@ from abkd_megatron.config.stages import check_stages
 from abkd_megatron.config.unsupported import SCRIPT, check_layout
 from abkd_megatron.errors import AbkdError, ConfigError, on_every_rank
 from abkd_megatron.hosts.add_teacher import add_teacher
-from abkd_megatron.hosts.run_record import check_resumed_alone
-from abkd_megatron.hosts.student_checkpoint import check_save, only_writer
+from abkd_megatron.preflight.rules import FOLDER_CHECKS, Setup, run_checks
+from abkd_megatron.preflight.run_record import check_resumed_alone
+from abkd_megatron.preflight.student_checkpoint import only_writer
 
 # By its name without the prefix: the section.key that an argument sets, its metavar and its help.
 _TEACHER = {
@@ -143,7 +144,7 @@ def distill[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_s
             check_layout(args, "student", SCRIPT, options)
             check_model_config(model_cfg, args)
             check_stages(model_cfg.transformer, "student")
-            check_save(args)
+            run_checks(FOLDER_CHECKS, Setup(config=config, job="distill", student=args))
             if args.rank == 0:
                 _held.enter_context(only_writer(args))
             _check_shared_vocab(config.distillation.shared_vocab, get_tokenizer().vocab_size, args)

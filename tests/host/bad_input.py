@@ -428,7 +428,7 @@ CASES: dict[str, Case] = {
         "checkpoint",
         "distill",
         ["megatron.load={workspace}/student", "megatron.save={workspace}/teacher", "megatron.save-interval=1"],
-        r"expected a folder without checkpoints, or that of the checkpoint that this run goes on from.*step 8",
+        r"expected a folder without checkpoints, or the folder from which this run resumes.*step 8",
     ),
     "folder that another job writes to": Case(
         "checkpoint",
