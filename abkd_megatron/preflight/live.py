@@ -45,7 +45,7 @@ def check_models(
     tokens: int,
     skip: Collection[str] = (),
     expected_loss: float | None = None,
-) -> "FirstStep":
+) -> None:
     """Run `MODEL_CHECKS`: the teacher's weights, the memory for logits, and the loss over the live process groups.
 
     Takes seconds and does not advance the random generators of torch or Megatron.
@@ -59,8 +59,7 @@ def check_models(
         skip: names of `MODEL_CHECKS` and `FIRST_STEP_CHECKS` to skip.
         expected_loss: see `FirstStep`.
 
-    Returns:
-        The observer of the first step.
+    The attachment gets a `FirstStep` as an observer.
 
     Raises:
         CheckpointError: on every rank, if a weight of the teacher is NaN or infinite, or a matrix all zero, on any.
@@ -76,7 +75,7 @@ def check_models(
         if check.name not in skip:
             with on_every_rank():
                 run_checks([check], models)
-    return FirstStep(models, skip, expected_loss)
+    attachment.observers.append(FirstStep(models, skip, expected_loss))
 
 
 class FirstStep:

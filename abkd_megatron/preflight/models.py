@@ -115,7 +115,7 @@ def bytes_of_logits(last: GPTModel, attachment: Attachment, tokens: int) -> int:
     objective, plan, weight = attachment.objective, attachment.plan, next(last.parameters())
     assert plan is not None
     every = objective.tokens.n if objective.tokens is not None and objective.tokens.n is not None else 1
-    rows = (1 if objective.gradient_in_place else 2) * tokens + tokens // every
+    rows = (1 if attachment.execution.gradient_in_place else 2) * tokens + tokens // every
     if plan.chunk_tokens is not None:
         rows = 2 * min(plan.chunk_tokens, tokens)
     size: int = rows * last.output_layer.output_size_per_partition * weight.element_size()

@@ -21,12 +21,13 @@ from abkd_megatron.errors import AbkdError
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.preflight import first_step, models, run_record, student_checkpoint
 from abkd_megatron.preflight.first_step import Observed
-from abkd_megatron.student.attach import check_shared_vocab, check_tokens
 from abkd_megatron.student.hidden import Layers, check_layers
 from abkd_megatron.student.plan import check_fused, obstacles_of, try_kernel
+from abkd_megatron.student.supported import check_shared_vocab, check_tokens
 from abkd_megatron.teacher.args import check_teacher
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.checksums import check_contents
+from abkd_megatron.vocab_parallel.execution import Execution
 
 
 class Phase(Enum):
@@ -83,7 +84,7 @@ class Setup:
     """Megatron's arguments of the teacher, validated."""
     checkpoint: TeacherCheckpoint | None = None
     objective: Objective | None = None
-    kernel: str = "auto"
+    execution: Execution | None = None
     dry_run: bool = False
     """Whether this is not the job: files may be on another machine, and nothing is written or built."""
     absent_projectors: Sequence[str] = ()
@@ -213,7 +214,8 @@ def _loss(setup: Setup) -> Finding | None:
     if setup.vocab_size is not None:
         check_shared_vocab(objective, setup.vocab_size, student.context_parallel_size)
         check_tokens(objective, setup.vocab_size)
-        check_fused(objective, obstacles_of(objective, setup.vocab_size))
+        if setup.execution is not None:
+            check_fused(setup.execution, obstacles_of(objective, setup.vocab_size))
     return Finding(str(objective.divergence or ", ".join(objective.names_of_logit_losses)))
 
 
@@ -222,7 +224,7 @@ def _kernel(setup: Setup) -> Finding | None:
         return None
     if not setup.dry_run:  # a job tries it on the ranks that use it
         return None
-    with kernels.using(setup.kernel):
+    with kernels.using(setup.execution.kernel if setup.execution is not None else None):
         try_kernel(setup.objective, torch.empty(0, dtype=setup.student.params_dtype))
     return Finding(f"{setup.config.distillation.kernel}: tried")
 

@@ -1,28 +1,23 @@
-"""Attaching a teacher to a student that Megatron trains: one hook before its forward, one head in place of its loss."""
+"""Attachment of a teacher to a student: a hook before the student's forward, and a head in place of its loss."""
 
 import inspect
-import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import TorchFullyShardedDataParallel
-from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel as MegatronFSDP
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import log_single_rank, unwrap_model
-from torch.distributed.fsdp import FSDPModule
 
 from abkd_megatron import kernels
 from abkd_megatron.config.stages import check_stages
-from abkd_megatron.config.unsupported_features import check_config
+from abkd_megatron.config.unsupported import MODEL, check_features
 from abkd_megatron.errors import ConfigError, HostError, on_every_rank
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress
@@ -30,12 +25,14 @@ from abkd_megatron.losses.selection import positions_here
 from abkd_megatron.student.head import compute_loss
 from abkd_megatron.student.hidden import HiddenLosses, Layers, check_pairs, layers_of_stages
 from abkd_megatron.student.plan import Plan, agree, propose_plan
-from abkd_megatron.student.step import SELECTED
-from abkd_megatron.student.timer import Stopwatch
+from abkd_megatron.student.report import SELECTED, LossChecks, Report, masked_loss
+from abkd_megatron.student.supported import check_sharded_output, check_shared_vocab, check_tokens, check_wrappers
+from abkd_megatron.student.timer import PassTimer
 from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.output_layer import OutputLayer
 from abkd_megatron.teacher.runner import TeacherRunner
 from abkd_megatron.vocab_parallel import VocabShard
+from abkd_megatron.vocab_parallel.execution import Execution
 from abkd_megatron.vocab_parallel.logits import METRICS
 
 logger = logging.getLogger(__name__)
@@ -49,10 +46,10 @@ def attach(
     vocab_size: int,
     pg_collection: ProcessGroupCollection,
     timeout: timedelta = timedelta(minutes=10),
+    execution: Execution | None = None,
     tokens: int | None = None,
-    kernel: str | None = None,
 ) -> "Attachment":
-    """Attach `teacher` to `student`; from now on the student's forward returns the distillation loss.
+    """Attach `teacher` to `student`, whose forward then returns the distillation loss.
 
     Works with any forward step that calls the model with labels. The student may be wrapped (DDP, Float16Module); its
     class, state dict, parameters and gradients are left alone.
@@ -60,39 +57,37 @@ def attach(
     Args:
         student: this rank's model as Megatron built it: one chunk, or the list of its virtual pipeline stages.
         teacher: this rank's share, as `build_teacher` returns it.
-        objective: divergence, temperature and weights. Of a scheduled one, `Attachment.set_progress` has to be told
-            every step's progress.
-        vocab_size: the student's true vocabulary size; the padded columns beyond it take part in nothing.
-        pg_collection: the student's process groups; `tp` is used, and `cp` where tokens are selected by position or the
-            student has some beyond `objective.shared_vocab`. There the last pipeline stage has to be given the input
-            ids too. With `objective.hidden_losses` also `pp`; every stage that holds one of them has to be given the
-            loss mask.
-        timeout: for the teacher's messages between ranks.
-        tokens: of a micro-batch on this rank, s * b, by which ``head: auto`` is decided; None: fused where it can be.
-        kernel: one of `kernels.CHOICES` for this attachment; None for what `kernels.use` has chosen for the process.
+        objective: what is trained. A scheduled one needs `Attachment.on_step` before every step.
+        vocab_size: the student's vocabulary size without padding. Padded columns are excluded from the loss.
+        pg_collection: the student's process groups. `tp` is used; `cp` for tokens selected by position; `pp` for
+            hidden losses.
+        timeout: of the teacher's messages between ranks.
+        execution: how the loss is computed; None for `Execution()`.
+        tokens: s * b of a micro-batch on this rank, by which ``head: auto`` is decided. None: fused where possible.
 
     Returns:
-        The handle: `report` holds the last micro-batch's numbers, `detach()` restores the student exactly.
+        The handle. Call its `on_step` before each step, return its `loss_func` from the forward step, and give the
+        model `labels` and `loss_mask`. With a part of a vocabulary shared, the last pipeline stage needs the input ids
+        too; with hidden losses, every stage that holds one needs the loss mask.
 
     Raises:
-        ConfigError: on every rank: a student that has a teacher already, a feature that goes around the hooks,
-            vocabularies that are padded differently, logits that a model gathers over tensor-parallel ranks
-            (``parallel_output=False``), a `shared_vocab` beyond the vocabulary or of a part of it with
-            context parallelism or a selection of tokens, or hidden losses that cannot be had here (see `check_pairs`)
-            or lack their projectors (see `add_projectors`). At the first micro-batch, on a stage with a hidden loss and
-            without a loss mask.
+        ConfigError: on every rank, for a student that already has a teacher, an unsupported feature, vocabularies
+            padded differently, gathered logits (``parallel_output=False``), a `shared_vocab` that is not supported
+            here, or hidden losses without their layers or projectors. At the first micro-batch, for a stage with a
+            hidden loss and no loss mask.
         HostError: a student without `output_processor`: not a GPTModel of megatron-core >= 0.19.
 
-    Collectives: three all_gather_object (five with hidden losses), and those of making the groups for messages. Per
+    Collectives: three all_gather_object (five with hidden losses), and those that create the groups for messages. Per
     micro-batch: the teacher's own, its messages, and those of `vocab_parallel_distillation`, of each logit loss and of
     `HiddenLosses`.
     """
     scheduled = objective if isinstance(objective, ScheduledObjective) else ScheduledObjective(objective, {})
     objective = scheduled.objective
-    # Some of it shows on the last pipeline stage alone, and the others would go on into making groups.
+    # Some errors occur only on the last pipeline stage; the other ranks must not go on to create groups.
     with on_every_rank():
         check_shared_vocab(objective, vocab_size, pg_collection.cp.size())
         check_tokens(objective, vocab_size)
+        execution = (execution or Execution()).resolve(scheduled)
         chunks = _checked_student(student, teacher, objective, vocab_size)
     stages = {}
     if objective.hidden_losses:
@@ -118,46 +113,10 @@ def attach(
                 weight = last.shared_embedding_or_output_weight()
             shard = VocabShard.megatron(weight.shape[0], pg_collection.tp, vocab_size)
             layers = last.output_layer, teacher.head
-            proposed = propose_plan(*layers, weight, objective, shard, tokens=tokens, kernel=kernel)
-    return Attachment(chunks, teacher, scheduled, vocab_size, pg_collection, timeout, stages, agree(proposed))
-
-
-def check_shared_vocab(objective: Objective, vocab_size: int, context_parallel: int) -> None:
-    """Refuse a part of the vocabulary that the student does not have, or where a sequence is spread over ranks.
-
-    It takes every input token of a sequence to see which of them the teacher can read.
-
-    Raises:
-        ConfigError: naming both numbers.
-    """
-    shared = objective.shared_vocab
-    if shared is not None and shared > vocab_size:
-        raise ConfigError(f"shared_vocab is {shared}, the student has {vocab_size} tokens; give at most these")
-    if not objective.shares_part_of(vocab_size):
-        return
-    if context_parallel > 1:
-        raise ConfigError(
-            f"shared_vocab {shared} of the student's {vocab_size} tokens is not supported with context parallelism, "
-            "which spreads a sequence over ranks; set context-parallel-size to 1"
-        )
-    logger.info(
-        "of a sequence with one of the student's tokens %d .. %d, the divergence is 0 from there on",
-        shared,
-        vocab_size - 1,
+            proposed = propose_plan(*layers, weight, objective, execution, shard, tokens=tokens)
+    return Attachment(
+        *(chunks, teacher, scheduled, execution, vocab_size, pg_collection, timeout, stages), plan=agree(proposed)
     )
-
-
-def check_tokens(objective: Objective, vocab_size: int) -> None:
-    """Refuse a selection of tokens where the student has some that the teacher does not know.
-
-    Raises:
-        ConfigError: naming both.
-    """
-    if objective.tokens is not None and objective.shares_part_of(vocab_size):
-        raise ConfigError(
-            f"a selection of tokens ({objective.tokens}) is not supported with shared_vocab {objective.shared_vocab} "
-            f"of the student's {vocab_size} tokens, which leaves out tokens by itself; leave the selection out"
-        )
 
 
 def _checked_student(
@@ -175,17 +134,17 @@ def _checked_student(
         if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in model._forward_pre_hooks.values()):
             raise ConfigError("this student has a teacher attached already; call `detach()` on that attachment first")
     for who, config in (("student", chunks[0].config), ("teacher", teacher.model.config)):
-        check_config(config, who)
+        check_features(config, who, MODEL)
         check_stages(config, who)
     if teacher.layout.neighbors > 1 and chunks[0].config.variable_seq_lengths:
         raise ConfigError(
-            "a teacher that spans data-parallel neighbors runs all their micro-batches, which must have one length: "
-            "turn variable_seq_lengths off, or give the teacher the student's tensor parallelism"
+            "variable_seq_lengths is not supported with a teacher that spans several DP replicas, whose micro-batches "
+            "it runs together: turn it off, or give the teacher the student's tensor parallelism"
         )
     if chunks[0].config.variable_seq_lengths and teacher.layout.student_stages > 1:
         if not teacher.layout.is_students:
             raise ConfigError(
-                "variable_seq_lengths over pipeline stages is not supported with a teacher in a layout of its own: its "
+                "variable_seq_lengths over pipeline stages is not supported with independent teacher parallelism: its "
                 "messages pass stages that do not know their length; pad micro-batches to one length, or remove the "
                 "teacher's tensor and pipeline parallelism"
             )
@@ -203,54 +162,20 @@ def _checked_student(
         ours, theirs = last.output_layer.output_size_per_partition, teacher.head.output_size_per_partition
         if ours != theirs:
             raise ConfigError(
-                f"student and teacher must pad the vocabulary alike: {ours} columns a rank against {theirs}; "
+                f"student and teacher must pad the vocabulary alike: {ours} columns per rank against {theirs}; "
                 "give both configs the same vocab_size, or make_vocab_size_divisible_by"
             )
     return chunks
 
 
-def check_sharded_output(layer: torch.nn.Module, who: str) -> None:
-    """Reject an output layer that gathers its logits over the tensor-parallel ranks.
+class StepObserver(Protocol):
+    """Watches training steps."""
 
-    Args:
-        layer: an output layer.
-        who: "student" or "teacher".
+    def begin(self, is_first: bool) -> None:
+        """Begin a training step; `is_first` in a run's first. Called again at each of its micro-batches."""
 
-    Raises:
-        ConfigError: naming the setting. On one tensor-parallel rank there is nothing to gather.
-    """
-    whole, here = getattr(layer, "output_size", None), getattr(layer, "output_size_per_partition", None)
-    if getattr(layer, "gather_output", False) and whole != here:
-        raise ConfigError(
-            f"{who}: parallel_output=False is not supported with tensor parallelism: the output layer gathers {whole} "
-            f"columns on every rank, and the loss takes this rank's {here}; build the model with parallel_output=True"
-        )
-
-
-# How a model shows FSDP that was built elsewhere.
-_WRAPPERS = {
-    MegatronFSDP: "use_megatron_fsdp",
-    TorchFullyShardedDataParallel: "use_torch_fsdp2",
-    FSDPModule: "use_torch_fsdp2",
-}
-
-
-def check_wrappers(student: Sequence[torch.nn.Module]) -> None:
-    """Refuse a model whose weights are sharded over data-parallel ranks, or that is compiled as a whole.
-
-    Raises:
-        ConfigError: naming the feature, the reason and what to change.
-    """
-    for module in itertools.chain.from_iterable(chunk.modules() for chunk in student):
-        compiled = isinstance(module, GPTModel) and module._compiled_call_impl is not None
-        if compiled or isinstance(module, torch._dynamo.OptimizedModule):
-            raise ConfigError(
-                "student: torch.compile of the whole model is not supported: hooks on its forward run the teacher and "
-                "send its messages; compile its layers"
-            )
-        for wrapper, name in _WRAPPERS.items():
-            if isinstance(module, wrapper):
-                check_config(SimpleNamespace(**{name: True}), "student")
+    def note_losses(self, logged: Mapping[str, torch.Tensor]) -> None:
+        """Take what a micro-batch logs, on the last pipeline stage."""
 
 
 class Attachment:
@@ -259,18 +184,17 @@ class Attachment:
     Attributes:
         teacher: the frozen teacher's share of this rank.
         plan: how the loss is computed, the same on every rank of the job.
-        objective: what the student is trained on; of a scheduled objective, at the progress that was set last.
-        scheduled: what of it changes, by name, as it is now.
-        progress: what was set last; None before that.
-        needs_input_ids: whether the last pipeline stage has to be given the input ids, too.
-        report: per-token numbers [b, s] of the last micro-batch, by the name they are logged under; None before the
-            first, and on every pipeline stage but the last.
-        loss_mask: [b, s] of the last micro-batch, on the last pipeline stage; None if the forward step gives the model
-            none.
-        max_queued_microbatches: the most micro-batches whose teacher hidden states have waited here for the student at
-            one time. 1 without virtual pipeline stages; with them as many as Megatron runs through one chunk before the
-            next (microbatch_group_size_per_vp_stage, by default the pipeline size).
-        max_queued_bytes: the same in bytes; a micro-batch is s * b * H / (TP if sequence parallel) numbers.
+        objective: what the student is trained on, in the current step.
+        execution: how the loss is computed.
+        scheduled: scheduled numbers of the current step, by name.
+        progress: of the current training step; None before the first.
+        observers: called at every training step and micro-batch; preflight adds one.
+        needs_input_ids: whether the last pipeline stage needs the input ids.
+        report: per-token numbers [b, s] of the last micro-batch, by logged name; only on the last pipeline stage.
+        loss_mask: [b, s] of the last micro-batch, on the last pipeline stage; None if the model got none.
+        max_queued_microbatches: peak number of micro-batches whose teacher hidden states waited for the student here.
+            1 without virtual pipeline stages; else Megatron's microbatch_group_size_per_vp_stage.
+        max_queued_bytes: peak of their bytes; a micro-batch is s * b * H / (TP if sequence parallel) numbers.
     """
 
     def __init__(
@@ -278,6 +202,7 @@ class Attachment:
         chunks: Sequence[GPTModel],
         teacher: Teacher,
         objective: ScheduledObjective,
+        execution: Execution,
         vocab_size: int,
         pg_collection: ProcessGroupCollection,
         timeout: timedelta,
@@ -287,6 +212,8 @@ class Attachment:
         self.teacher = teacher
         self.plan = plan
         self.objective = objective.objective
+        self.execution = execution
+        self.observers: list[StepObserver] = []
         self.scheduled: dict[str, float] = {}
         self.progress: Progress | None = None
         self._scheduled_objective = objective
@@ -300,12 +227,12 @@ class Attachment:
         self._cp_group: dist.ProcessGroup | None = getattr(pg_collection, "cp", None)
         self._waiting: deque[torch.Tensor] = deque()
         self._runner = TeacherRunner(chunks, teacher, timeout)
-        # Only where there is a loss to report it with.
+        # Only where the loss is reported.
         device = next(chunks[-1].parameters()).device
-        self._stopwatch = Stopwatch(device) if chunks[-1].post_process else None
-        self._alone = chunks[0].pre_process and chunks[0].post_process
+        self._timer = PassTimer(device) if chunks[-1].post_process else None
+        self._is_single_stage = chunks[0].pre_process and chunks[0].post_process
         self._signature = inspect.signature(chunks[0].forward)
-        # The first chunk's micro-batches come in order, and so do the last one's; in between there may be others.
+        # The first chunk sees its micro-batches in order, and so does the last one; other chunks may run in between.
         self._hooks = [chunks[0].register_forward_pre_hook(self._run_teacher, with_kwargs=True)]
         if chunks[-1].post_process:
             self._hooks.append(chunks[-1].register_forward_pre_hook(self._give_head, with_kwargs=True))
@@ -315,11 +242,18 @@ class Attachment:
                 chunks, teacher, losses, stages, pg_collection.tp, self._logits_are_wanted, timeout
             )
 
-    def set_progress(self, progress: Progress) -> None:
-        """Take the numbers of a step, before its first micro-batch: on every rank, with the same progress.
+    def on_step(self, progress: Progress, *, training: bool = True) -> None:
+        """Begin a step: call it on every rank before the step's first micro-batch; more calls within a step do nothing.
 
-        Validation has those of the step before if nothing else is set. Without schedules this changes nothing.
+        Args:
+            progress: what was trained on before this step, the same on every rank. Schedules take their values from it.
+            training: False for validation, which keeps the values of the training step before it, if there was one.
         """
+        if training:
+            for observer in self.observers:
+                observer.begin(is_first=progress.iteration == progress.samples == 0)
+        elif self.progress is not None:
+            return
         if progress != self.progress:
             self._runner.drain()
             if self._hidden is not None:
@@ -329,9 +263,9 @@ class Attachment:
             self.scheduled = self._scheduled_objective.values(progress)
 
     def detach(self) -> None:
-        """Take the teacher off; the student is what it was before. A second call does nothing.
+        """Detach the teacher and restore the student. Idempotent.
 
-        Projectors go too. Megatron's wrapper and optimizer, which were made with them, cannot train on without.
+        Projectors are removed too. A Megatron optimizer that was built with them cannot continue.
         """
         for hook in self._hooks:
             hook.remove()
@@ -340,55 +274,78 @@ class Attachment:
         self._runner.close()
         self._waiting.clear()
 
+    def loss_func(
+        self, loss_mask: torch.Tensor, output_tensor: torch.Tensor, checks: LossChecks | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Return what Megatron's schedules expect of a loss function, for the last micro-batch; see `masked_loss`.
+
+        A forward step returns ``output, partial(attachment.loss_func, loss_mask)``.
+
+        Args:
+            loss_mask: [b, s], 1 where a token counts.
+            output_tensor: [b, s], the loss per token as the student returned it.
+            checks: of the losses; None for `LossChecks()`.
+        """
+        assert self.report is not None
+        report = Report(
+            self.report,
+            self._selected_only,
+            self.hidden or {},
+            self.scheduled,
+            self._pop_teacher_seconds,
+            self._pop_tensors(),
+        )
+        loss, num_tokens, logged = masked_loss(loss_mask, output_tensor, report, checks)
+        for observer in self.observers:
+            observer.note_losses(logged)
+        return loss, num_tokens, logged
+
     @property
-    def selected_only_metrics(self) -> tuple[str, ...]:
-        """The names in `report` that are known of the selected tokens alone: give them to `masked_loss`."""
+    def _selected_only(self) -> tuple[str, ...]:
+        """The names in `report` that are means over the selected tokens."""
         tokens = self.objective.tokens
-        of_all = self.objective.diagnostics and not torch.is_grad_enabled()  # a diagnosis is of all tokens
+        of_all = self.execution.diagnostics and not torch.is_grad_enabled()  # a diagnosis is of all tokens
         return METRICS if tokens is not None and tokens.by_position and not of_all else ()
 
-    def pop_tensors(self) -> dict[str, torch.Tensor]:
-        """Both models' last hidden states of the last micro-batch, on the last pipeline stage, once.
+    def _pop_tensors(self) -> dict[str, torch.Tensor]:
+        """Return both models' last hidden states of the last micro-batch, and forget them.
 
-        [s, b, h], with sequence parallelism this rank's [s/TP, b, h]. They are kept until they are taken, or until the
-        next micro-batch; `masked_loss` has statistics of them where a loss is not finite.
+        [s, b, h] each, with sequence parallelism this rank's [s/TP, b, h]. Statistics of them are written where a loss
+        is not finite.
         """
         tensors, self._tensors = self._tensors, {}
         return tensors
 
-    def pop_teacher_seconds(self) -> tuple[float, float] | None:
-        """What the teacher's passes of training have taken on this rank since the last call: (seconds, passes).
+    def _pop_teacher_seconds(self) -> tuple[float, float] | None:
+        """Return (seconds, passes) of the teacher in training on this rank since the last call.
 
-        `masked_loss` calls it, once a micro-batch. A pass is what this rank does of the teacher within one
-        micro-batch, and its waiting for the teacher's messages; without the teacher's output layer, which is part of
-        the loss. On a GPU only what it is past is known, the rest comes later; see `Stopwatch.take`.
+        A pass is this rank's part of the teacher's forward for one micro-batch, and its waiting for the teacher's
+        messages. The teacher's output layer is part of the loss. On a GPU, passes that are not over yet are returned by
+        a later call; see `PassTimer.take`.
 
         Returns:
-            None on every pipeline stage but the last, and in validation.
+            None in validation, and on every pipeline stage but the last.
         """
-        return self._stopwatch.take() if self._stopwatch and torch.is_grad_enabled() else None
+        return self._timer.take() if self._timer and torch.is_grad_enabled() else None
 
     @property
     def num_in_flight(self) -> int:
-        """Messages of the teacher that were started here and are not known to have arrived."""
+        """Number of the teacher's messages that this rank has started and that are not known to have arrived."""
         return self._runner.num_in_flight + (self._hidden.num_in_flight if self._hidden is not None else 0)
 
     @property
     def hidden(self) -> dict[str, tuple[float, torch.Tensor]] | None:
-        """The last micro-batch's losses between layers: {name: (weight, sum over counted tokens)}.
-
-        None before the first, on every pipeline stage but the last, and without such losses.
-        """
+        """{name: (weight, sum over counted tokens)} of the last micro-batch's hidden losses, on the last stage."""
         return self._hidden.report if self._hidden is not None else None
 
     @property
     def needs_loss_mask(self) -> set[int | None]:
-        """Virtual stages of this rank, None for its only one, that are to be given the loss mask for hidden losses."""
+        """Virtual stages of this rank (None: its only one) that need the loss mask for hidden losses."""
         return self._hidden.stages_with_mask if self._hidden is not None else set()
 
     @property
-    def most_waiting_of_layers(self) -> int:
-        """The most micro-batches whose outputs of a teacher's layer have waited for the student's at one time."""
+    def max_queued_layer_outputs(self) -> int:
+        """Peak number of micro-batches whose outputs of a teacher layer waited for the student's layer."""
         return self._hidden.max_queued_microbatches if self._hidden is not None else 0
 
     def _run_teacher(self, student: GPTModel, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -396,8 +353,10 @@ class Attachment:
         if self._logits_are_wanted(batch):
             return
         if self._scheduled_objective.schedules and self.progress is None:
-            raise ConfigError("a ScheduledObjective goes by the progress: call attachment.set_progress() at every step")
-        measured = self._stopwatch.measure() if self._stopwatch and torch.is_grad_enabled() else nullcontext()
+            raise ConfigError(
+                "a ScheduledObjective needs the training progress: call attachment.on_step() before each step"
+            )
+        measured = self._timer.measure() if self._timer and torch.is_grad_enabled() else nullcontext()
         with measured, torch.no_grad():
             hidden_states = self._runner.run(batch)
         if hidden_states is not None:
@@ -412,8 +371,8 @@ class Attachment:
         return args, {**kwargs, "output_processor": self._head, "output_processor_context": context}
 
     def _logits_are_wanted(self, batch: dict[str, Any]) -> bool:
-        """Whether this is no training step: a pipeline of one stage without labels."""
-        return self._alone and batch.get("labels") is None
+        """Return whether the model was called for logits: a single pipeline stage without labels."""
+        return self._is_single_stage and batch.get("labels") is None
 
     def _head(
         self,
@@ -430,7 +389,7 @@ class Attachment:
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """The per-token loss [b, s] from both models' hidden states; called by GPTModel."""
+        """Compute the per-token loss [b, s] from both models' hidden states; called by GPTModel."""
         self.loss_mask = loss_mask
         self._tensors = {
             "student hidden states": hidden_states.detach(),
@@ -450,7 +409,9 @@ class Attachment:
                 lambda logits: compute_language_model_loss(labels, logits).transpose(0, 1),
                 input_ids.transpose(0, 1) if input_ids is not None else None,
                 self._positions(labels.shape[1], packed_seq_params),
-                self.plan.chunk_tokens,
+                chunk_tokens=self.plan.chunk_tokens,
+                gradient_in_place=self.execution.gradient_in_place,
+                diagnostics=self.execution.diagnostics,
             )
         several = (self.objective.divergence is not None) + len(loss.logit_losses) > 1
         self.report = {
@@ -464,7 +425,7 @@ class Attachment:
         return _batch_first(loss.total)
 
     def _positions(self, length: int, packed: PackedSeqParams | None) -> torch.Tensor | None:
-        """[length], where this rank's tokens stand in their sequences, if that is of consequence."""
+        """Return [length], the positions of this rank's tokens in their sequences; None if not needed."""
         if self.objective.tokens is None or not self.objective.tokens.by_position:
             return None
         ends, group = None, self._cp_group

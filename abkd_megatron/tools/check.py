@@ -17,12 +17,11 @@ from typing import Any
 import torch
 
 from abkd_megatron import cpu_backend
-from abkd_megatron.config.megatron_args import megatron_options
+from abkd_megatron.config.megatron_args import megatron_options, parse_model
 from abkd_megatron.config.schema import Config
-from abkd_megatron.config.unsupported import UNSUPPORTED_IN_JOBS, check_layout
+from abkd_megatron.config.unsupported import JOB
 from abkd_megatron.data.prepare import PreparedData
 from abkd_megatron.errors import AbkdError, ConfigError, DataError
-from abkd_megatron.hosts.add_teacher import kernel_of, make_objective
 from abkd_megatron.preflight.rules import EARLY_CHECKS, Setup, Verdict
 from abkd_megatron.teacher.args import open_teacher, teacher_arguments
 from abkd_megatron.teacher.inherited import teacher_settings
@@ -160,11 +159,12 @@ class _Report:
         try:
             megatron = dry_run.arguments_with_data(config)
         except DataError:  # reported already
-            megatron = {"tokenizer-type": "NullTokenizer", "vocab-size": config.data.vocab_size, **config.megatron}
-        ranks = dry_run.ranks_of(config, megatron, options, world_size)
+            megatron = dry_run.arguments_without_data(config)
+        ranks = dry_run.ranks_of(config, megatron, world_size)
         if self._settings_are_good and config.teacher.load:
             with self.at("loss"):
-                setup.objective, setup.kernel = make_objective(config.distillation).objective, kernel_of(config)
+                setup.objective = config.distillation.make_objective().objective
+                setup.execution = config.distillation.make_execution(config.device)
         with dry_run.as_in_a_job(config, ranks):
             self._models(megatron, options)
             if config.teacher.load is not None:
@@ -172,7 +172,7 @@ class _Report:
                     self.add("teacher's checkpoint", config.teacher.load, Verdict.ABSENT)
                 else:
                     with self.at("teacher's checkpoint"):
-                        setup.checkpoint = open_teacher(config, megatron, options)
+                        setup.checkpoint = open_teacher(config, megatron)
             for rule in EARLY_CHECKS:
                 with self.at(rule.name):
                     if (finding := rule.run(setup)) is not None:
@@ -181,24 +181,20 @@ class _Report:
     def _models(self, megatron: Mapping[str, Any], options: Mapping[str, Action]) -> None:
         config, setup = self.config, self._setup
         with self.at("student"):
-            setup.student = student = dry_run.student_arguments(megatron, options)
+            setup.student = student = dry_run.student_arguments(megatron)
             self.add("student", _model(student))
             self.add("ranks", _layout(student))
             self.add("batch", _batch(student))
         if setup.student is None:
             if dry_run.describes_teacher(config):
-                with (
-                    self.at("teacher"),
-                    dry_run.parsed(teacher_settings(megatron, config.teacher.megatron, options), options) as args,
-                ):
-                    check_layout(args, "teacher", UNSUPPORTED_IN_JOBS)
+                with self.at("teacher"):
+                    parse_model(teacher_settings(megatron, config.teacher.megatron, options), "teacher", JOB)
             return
         setup.vocab_size = self._vocabulary(student)
         if dry_run.describes_teacher(config):
             with self.at("teacher"):
-                setup.teacher = teacher = teacher_arguments(
-                    megatron, config.teacher.megatron, options, student, UNSUPPORTED_IN_JOBS
-                )
+                teacher, _ = teacher_arguments(megatron, config.teacher.megatron, student, JOB)
+                setup.teacher = teacher
                 self.add("teacher", _model(teacher))
                 self.add("teacher's layout", _teachers_layout(student, teacher))
         with self.at("Megatron's models"):

@@ -160,7 +160,10 @@ def test_every_rank_says_what_is_wrong(workspace: Path, config: Path, teacher: P
 
     pipeline = ["megatron.pipeline-model-parallel-size=2"]
     cases = {
-        "unknown loss": (settings("[{student_layer: 1, teacher_layer: 1, loss: l1}]"), "entry 1: expected loss to be"),
+        "unknown loss": (
+            settings("[{student_layer: 1, teacher_layer: 1, loss: l1}]"),
+            "distillation.hidden_losses: expected loss to be",
+        ),
         "resuming without projectors": (
             [*settings("[{student_layer: 1, teacher_layer: 1, loss: mse}]"), f"megatron.load={student}"],
             r"expected the projectors of the hidden losses 1-1 in .*student.*give megatron.finetune=true",

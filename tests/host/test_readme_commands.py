@@ -1,4 +1,4 @@
-"""The README's commands run, in their order, with only sizes and places changed."""
+"""The commands of docs/command-line.md run in their order, with only sizes and directories changed."""
 
 import re
 import shlex
@@ -16,7 +16,7 @@ TWO = "{CE only: {kd_weight: 0, lm_weight: 1}, ToDi: {divergence: todi}}"
 
 
 def test_the_commands_run(tmp_path: Path) -> None:
-    _, _, jobs = (ROOT / "README.md").read_text().partition("\n## The jobs\n")
+    _, _, jobs = (ROOT / "docs/command-line.md").read_text().partition("\n## The jobs\n")
     block = re.findall(r"```sh\n(.*?)```", jobs, re.DOTALL)[0]
     commands = [shlex.split(line) for line in block.splitlines()]
     jobs = [command[command.index("abkd_megatron") + 1 if command[0] == "torchrun" else 1] for command in commands]

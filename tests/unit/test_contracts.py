@@ -477,7 +477,7 @@ def test_megatron_has_the_arguments_we_read() -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("args", "student")
     }
     read |= {(TEACHER_ARGS, name) for name in args._SHARED}
-    read |= {(UNSUPPORTED, name.partition("=")[0]) for name in unsupported.UNSUPPORTED_IN_JOBS}
+    read |= {(UNSUPPORTED, it.argument) for it in unsupported.UNSUPPORTED if set(it.hosts) - {unsupported.BRIDGE}}
     read |= {(UNSUPPORTED, name) for name in unsupported._BELONGS_TO}
     read |= {(MODEL_CONFIG, name) for name in model_config._LEFT_OUT}
     read |= {(COMPATIBILITY, name) for name in ARCHITECTURE}

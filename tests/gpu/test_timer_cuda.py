@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from abkd_megatron.student.step import TEACHER_SECONDS, masked_loss
-from abkd_megatron.student.timer import Stopwatch
+from abkd_megatron.student.report import TEACHER_SECONDS, LossChecks, Report, masked_loss
+from abkd_megatron.student.timer import PassTimer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -13,7 +13,7 @@ pytestmark = [
 
 
 def test_passes_are_timed_without_waiting() -> None:
-    stopwatch, mask = Stopwatch(torch.device("cuda")), torch.ones(1, 4, device="cuda")
+    stopwatch, mask = PassTimer(torch.device("cuda")), torch.ones(1, 4, device="cuda")
     weight = torch.randn(4096, 4096, device="cuda")
     for _ in range(3):
         weight @ weight
@@ -32,7 +32,10 @@ def test_passes_are_timed_without_waiting() -> None:
         for _ in range(4):
             run()
             *_, logged = masked_loss(
-                mask, mask, scheduled={"alpha": 0.5}, teacher_seconds=stopwatch.take, check_for_nan=False
+                mask,
+                mask,
+                Report({}, scheduled={"alpha": 0.5}, teacher_seconds=stopwatch.take),
+                LossChecks(nan=False),
             )
     finally:
         torch.cuda.set_sync_debug_mode("default")
