@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from abkd_megatron.losses.selection import TokenSelection
     from abkd_megatron.losses.todi import ToDi
     from abkd_megatron.student.attach import Attachment, attach
-    from abkd_megatron.student.hidden import add_projectors
+    from abkd_megatron.student.projectors import add_projectors
     from abkd_megatron.teacher.build import Teacher, build_teacher
     from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
     from abkd_megatron.vocab_parallel.execution import Execution
@@ -37,7 +37,7 @@ _HOMES = {
     "ToDi": "losses.todi",
     "TokenSelection": "losses.selection",
     "add_kd_arguments": "hosts.script",
-    "add_projectors": "student.hidden",
+    "add_projectors": "student.projectors",
     "attach": "student.attach",
     "build_teacher": "teacher.build",
     "distill": "hosts.script",

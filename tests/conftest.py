@@ -4,13 +4,20 @@ All marks are set here. What is not slow shows every kind of thing once; what is
 ranks what two have shown, in a second layout of the same feature, on a second machine of the same kind.
 """
 
+import os
 import re
 import sys
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import fields
 from itertools import combinations
+from pathlib import Path
 
 import pytest
+
+# What tests start as processes of their own is this checkout, whichever one is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 # By a part of the test's id: why it can wait.
 SLOW = {

@@ -17,9 +17,8 @@ from megatron.training.models.base import ModelConfig
 
 from abkd_megatron import cpu_backend
 from abkd_megatron.config.load import load_config
-from abkd_megatron.config.objective import make_execution, make_objective
 from abkd_megatron.config.schema import DistillationConfig
-from abkd_megatron.config.unsupported_features import UNSUPPORTED
+from abkd_megatron.config.unsupported import BRIDGE, check_features
 from abkd_megatron.config.yaml import flow
 from abkd_megatron.errors import CheckpointError, ConfigError, HostError, on_every_rank
 from abkd_megatron.losses.objective import Objective
@@ -140,7 +139,7 @@ def add_teacher(
         ours.check("distill")
     except ConfigError as error:
         raise ConfigError(str(error).replace("command line: ", "")) from None
-    scheduled = make_objective(ours.distillation)
+    scheduled = ours.distillation.make_objective()
     objective = scheduled.objective
     _check_host(config, objective)
     step = BridgeStep(forward_step)
@@ -170,7 +169,7 @@ def add_teacher(
             vocab_size=vocab_size,
             pg_collection=groups,
             timeout=timeout,
-            execution=make_execution(ours),
+            execution=ours.distillation.make_execution(device),
             tokens=tokens,
         )
         check_models(
@@ -330,19 +329,8 @@ def _source(teacher: TeacherConfig) -> str:
 
 
 def _check_host(config: DistillConfigContainer, objective: Objective) -> None:
-    """Refuse what of Bridge was never run with a teacher, by name."""
-    refused = {
-        "peft": (config.peft, "an adapter changes the layers that the loss reads"),
-        "dist.use_megatron_fsdp": (config.dist.use_megatron_fsdp, UNSUPPORTED["use_megatron_fsdp"][1]),
-        "dist.use_torch_fsdp2": (config.dist.use_torch_fsdp2, UNSUPPORTED["use_torch_fsdp2"][1]),
-        "dist.eval_context_parallel_size": (
-            config.dist.eval_context_parallel_size,
-            "validation would move the student to other process groups than the teacher's",
-        ),
-    }
-    for name, (value, reason) in refused.items():
-        if value:
-            raise ConfigError(f"{name} is not supported with a teacher: {reason}; remove it")
+    """Reject what of Bridge was never run with a teacher, by name."""
+    check_features(config, "student", BRIDGE)
     if objective.hidden_losses:
         raise ConfigError(
             "distillation.hidden_losses need projectors that Bridge's checkpoints do not know; use `abkd-megatron "

@@ -28,29 +28,28 @@ from megatron.core.utils import (
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
-from megatron.training import get_args, get_tensorboard_writer, get_timers, get_tokenizer, pretrain, print_rank_0
+from megatron.training import get_args, get_tensorboard_writer, get_timers, get_tokenizer, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.arguments import parse_and_validate_args
 from megatron.training.training import get_optimizer_param_scheduler
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from abkd_megatron.config.load import CONFIG_TEXT, render, to_argv
-from abkd_megatron.config.megatron_args import assertion, command_line, megatron_options, megatron_refusals_named
+from abkd_megatron.config.load import CONFIG_TEXT, render
+from abkd_megatron.config.megatron_args import (
+    assertion,
+    checked_model_config,
+    command_line,
+    job_arguments,
+    megatron_refusals_named,
+    parse_model,
+)
 from abkd_megatron.config.schema import Config
-from abkd_megatron.config.unsupported import UNSUPPORTED_IN_JOBS, check_layout, checked_model_config
-from abkd_megatron.data.indexed import check_datasets, prefixes_of
-from abkd_megatron.data.prepare import PreparedData
+from abkd_megatron.config.unsupported import JOB
+from abkd_megatron.data.prepare import data_arguments
 from abkd_megatron.errors import ConfigError, on_every_rank
 from abkd_megatron.hosts.add_teacher import add_teacher
-from abkd_megatron.hosts.run_record import check_resumed_alone
-from abkd_megatron.hosts.student_checkpoint import (
-    check_folders,
-    check_save,
-    check_student,
-    mixed_events,
-    only_writer,
-    other_schedule_named,
-)
+from abkd_megatron.preflight.rules import EVENT_FILES, FOLDER_CHECKS, STUDENT_CHECKS, Setup, run_checks
+from abkd_megatron.preflight.student_checkpoint import only_writer, other_schedule_named
 from abkd_megatron.student.report import LossChecks, masked_loss
 from abkd_megatron.student.step import DistilledStep
 
@@ -73,38 +72,24 @@ def run(config: Config, job: str) -> None:
 
 
 def _run(config: Config, job: str, held: ExitStack) -> None:
-    options = megatron_options()
-    megatron = dict(config.megatron)
-    if config.data.dir is not None:
-        with on_every_rank():
-            megatron = {**PreparedData.open(config.data.dir).megatron_arguments(), **megatron}
-    # The time of a step, for the report: Megatron measures it for its log in any case.
-    megatron.setdefault("log-timers-to-tensorboard", True)
-    argv = to_argv(megatron, options)
     with on_every_rank():
-        check_folders(megatron)
-    with on_every_rank(), command_line(argv):
-        args = parse_args()
-        check_layout(args, "student", UNSUPPORTED_IN_JOBS)
+        megatron = job_arguments(config, data_arguments(config.data))
+        args = parse_model(megatron, "student", JOB)
         # Before Megatron opens an event file.
-        check_save(args)
+        parsed = Setup(config=config, job=job, student=args)
+        run_checks(FOLDER_CHECKS, parsed)
         if args.rank == 0:
             held.enter_context(only_writer(args))
-            if (mixed := mixed_events(args)) is not None:
-                print_rank_0(f"WARNING: {mixed}")
-    with megatron_refusals_named(), command_line(argv):
+            run_checks([EVENT_FILES], parsed)
+    with command_line(megatron):
         args = parse_and_validate_args()
         # Megatron saves its arguments with the checkpoint; this one lets a later student see whose vocabulary it was.
         args.vocab_size = get_tokenizer().vocab_size
     with on_every_rank():
-        config_of_model = checked_model_config(args, "student", UNSUPPORTED_IN_JOBS)
+        config_of_model = checked_model_config(args, "student", JOB)
         job_config = job_config_from_args(args, config_of_model)
-        if args.rank == 0:  # the others hear of it, and thousands of them do not read the same files
-            if (other := check_student(args)) is not None:
-                print_rank_0(f"WARNING: the student's checkpoint is of another model: {other}")
-            check_datasets(prefixes_of(args), args.vocab_size)
-            if job == "pretrain" and (alone := check_resumed_alone(args)) is not None:
-                print_rank_0(f"WARNING: {alone}")
+        if args.rank == 0:  # reads for all
+            run_checks(STUDENT_CHECKS, Setup(config=config, job=job, student=args, vocab_size=args.vocab_size))
     if (writer := get_tensorboard_writer()) is not None:  # on the last rank
         shown = ("megatron", "teacher", "distillation", "data") if job == "distill" else ("megatron", "data")
         # Indented, which TensorBoard's Markdown takes for code.
@@ -114,7 +99,7 @@ def _run(config: Config, job: str, held: ExitStack) -> None:
     plain = _ForwardStep()
     distilled = None
     if job == "distill":
-        distilled = add_teacher(config, megatron, options, args, config_of_model, plain, UNSUPPORTED_IN_JOBS)
+        distilled = add_teacher(config, megatron, args, config_of_model, plain, JOB)
         plain.distilled = distilled
 
     try:

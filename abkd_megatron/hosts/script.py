@@ -22,11 +22,12 @@ from abkd_megatron.config.megatron_args import megatron_options
 from abkd_megatron.config.model_config import check_model_config
 from abkd_megatron.config.schema import TEACHER_KEYS, DistillationConfig
 from abkd_megatron.config.stages import check_stages
-from abkd_megatron.config.unsupported import UNSUPPORTED, check_layout
+from abkd_megatron.config.unsupported import SCRIPT, check_layout
 from abkd_megatron.errors import AbkdError, ConfigError, on_every_rank
 from abkd_megatron.hosts.add_teacher import add_teacher
-from abkd_megatron.hosts.run_record import check_resumed_alone
-from abkd_megatron.hosts.student_checkpoint import check_save, only_writer
+from abkd_megatron.preflight.rules import FOLDER_CHECKS, Setup, run_checks
+from abkd_megatron.preflight.run_record import check_resumed_alone
+from abkd_megatron.preflight.student_checkpoint import only_writer
 
 # By its name without the prefix: the section.key that an argument sets, its metavar and its help.
 _TEACHER = {
@@ -140,10 +141,10 @@ def distill[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_s
             overrides = [f"teacher.{setting}" for setting in own] + [f"{key}={text}" for key, text in given.items()]
             config = load_config(None, [f"device={device}", *overrides], options)
             config.check("distill")
-            check_layout(args, "student", UNSUPPORTED)
+            check_layout(args, "student", SCRIPT, options)
             check_model_config(model_cfg, args)
             check_stages(model_cfg.transformer, "student")
-            check_save(args)
+            run_checks(FOLDER_CHECKS, Setup(config=config, job="distill", student=args))
             if args.rank == 0:
                 _held.enter_context(only_writer(args))
             _check_shared_vocab(config.distillation.shared_vocab, get_tokenizer().vocab_size, args)
@@ -156,7 +157,7 @@ def distill[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_s
         args.vocab_size = get_tokenizer().vocab_size
         # A script may have chosen these by itself, by args_defaults; they have to be the same for both models.
         chosen = {"tokenizer-type": args.tokenizer_type, "tokenizer-model": args.tokenizer_model}
-        return add_teacher(config, chosen | from_argv(sys.argv[1:], options), options, args, model_cfg, forward_step)
+        return add_teacher(config, chosen | from_argv(sys.argv[1:], options), args, model_cfg, forward_step)
 
 
 def _check_shared_vocab(shared: int | None, vocab_size: int, args: Namespace) -> None:

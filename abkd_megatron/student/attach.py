@@ -17,7 +17,7 @@ from megatron.core.utils import log_single_rank, unwrap_model
 
 from abkd_megatron import kernels
 from abkd_megatron.config.stages import check_stages
-from abkd_megatron.config.unsupported_features import check_config
+from abkd_megatron.config.unsupported import MODEL, check_features
 from abkd_megatron.errors import ConfigError, HostError, on_every_rank
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress
@@ -134,7 +134,7 @@ def _checked_student(
         if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in model._forward_pre_hooks.values()):
             raise ConfigError("this student has a teacher attached already; call `detach()` on that attachment first")
     for who, config in (("student", chunks[0].config), ("teacher", teacher.model.config)):
-        check_config(config, who)
+        check_features(config, who, MODEL)
         check_stages(config, who)
     if teacher.layout.neighbors > 1 and chunks[0].config.variable_seq_lengths:
         raise ConfigError(

@@ -11,7 +11,7 @@ from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataPa
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.fsdp import FSDPModule
 
-from abkd_megatron.config.unsupported_features import check_config
+from abkd_megatron.config.unsupported import MODEL, check_features
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.objective import Objective
 
@@ -97,4 +97,4 @@ def check_wrappers(student: Sequence[torch.nn.Module]) -> None:
             )
         for wrapper, name in _WRAPPERS.items():
             if isinstance(module, wrapper):
-                check_config(SimpleNamespace(**{name: True}), "student")
+                check_features(SimpleNamespace(**{name: True}), "student", MODEL)

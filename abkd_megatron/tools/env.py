@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from abkd_megatron.errors import HostError
+from abkd_megatron.hosts.launch import unrelated_apex
 from abkd_megatron.tools.tables import show
 
 OK, ABSENT, MISSING, WRONG = "ok", "not here", "missing", "wrong"
@@ -170,17 +171,6 @@ def _of_torch() -> Iterator[Part]:
     yield Part("NCCL", "several GPUs", nccl, OK if nccl else ABSENT, "" if nccl else build)
     shown = ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus))
     yield Part("GPU", gpu, shown, OK if gpus else ABSENT, "" if gpus else "a machine with an NVIDIA GPU and its driver")
-
-
-def unrelated_apex() -> bool:
-    """Whether the installed `apex` is not NVIDIA's: Megatron takes any package of that name for it; PyPI's is another.
-
-    Looking for a module within it imports it.
-    """
-    try:
-        return bool(importlib.util.find_spec("apex") and not importlib.util.find_spec("apex.multi_tensor_apply"))
-    except Exception:  # an apex that cannot even be imported
-        return True
 
 
 def _apex() -> Part:

@@ -45,27 +45,31 @@ def pieces(chunk: torch.nn.Module) -> list[tuple[str, tuple[int, ...], tuple[int
                 parts = list(bucket.grad_data.chunk(buffer.data_parallel_world_size))
                 mine = parts[dist.get_rank(buffer.data_parallel_group)].clone()
                 dist.all_gather(parts, mine, group=buffer.data_parallel_group)
-    # A checkpoint of these weights is one of the gradients.
-    trained = [weight for weight in chunk.parameters() if weight.requires_grad]
-    weights = [weight.data for weight in trained]
+    weights = [
+        (module, name, weight)
+        for module in chunk.module.modules()
+        for name, weight in module._parameters.items()
+        if weight is not None and weight.requires_grad
+    ]
+    # A checkpoint of this model is one of its gradients meanwhile.
+    for module, name, weight in weights:
+        module._parameters[name] = torch.nn.Parameter(weight.main_grad)
     try:
-        for weight in trained:
-            weight.data = weight.main_grad
         saved = chunk.module.sharded_state_dict()
-        apply_factories(saved)
-        found = [it for it in nested_values(saved) if isinstance(it, ShardedTensor)]
-        return [
-            (
-                " ".join([it.key, *map(str, it.global_offset[: it.prepend_axis_num])]),
-                it.global_shape[it.prepend_axis_num :],
-                it.global_offset[it.prepend_axis_num :],
-                it.data.detach().float().clone(),
-            )
-            for it in found
-        ]
     finally:
-        for weight, values in zip(trained, weights, strict=True):
-            weight.data = values
+        for module, name, weight in weights:
+            module._parameters[name] = weight
+    apply_factories(saved)
+    return [
+        (
+            " ".join([it.key, *map(str, it.global_offset[: it.prepend_axis_num])]),
+            it.global_shape[it.prepend_axis_num :],
+            it.global_offset[it.prepend_axis_num :],
+            it.data.detach().float().clone(),
+        )
+        for it in nested_values(saved)
+        if isinstance(it, ShardedTensor)
+    ]
 
 
 def whole(files: Sequence[Path]) -> dict[str, Tensor]:

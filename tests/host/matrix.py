@@ -376,8 +376,7 @@ ROWS = [
         "losses between layers of different stages",
         2,
         PP | {"distillation.hidden_losses": "[{student_layer: 2, teacher_layer: 2, loss: mse}]"},
-        refused="student's 2 on stage 1 and the teacher's 2 on stage 0; beside the student's 2 lie the teacher's "
-        "layers 3, 4",
+        refused="student's 2 on stage 1 and the teacher's 2 on stage 0; give one of the teacher's layers on stage 1",
     ),
 ]
 

@@ -144,7 +144,7 @@ def test_trains_as_on_one_rank(train, trained_on_one_rank, row: Row) -> None:
 
 def check_gradients(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
     """Compare every weight's, to a part of the largest of its tensor."""
-    assert got.keys() == wanted.keys()
+    assert got.keys() == wanted.keys() and len(wanted) > 10
     for name, expected in wanted.items():
         here = got[name]
         if here.shape != expected.shape:  # rows of tokens that the vocabulary has not: more ranks, more padding

@@ -45,7 +45,7 @@ def test_the_stand_in_refuses_to_start_beside_a_gpu(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("job", "message"), [("distil", "did you mean 'distill'?"), ("finetune", "known: env, prepare")]
+    ("job", "message"), [("distl", "did you mean 'distill'?"), ("finetune", "known: env, prepare")]
 )
 def test_an_unknown_job_is_told(job: str, message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
