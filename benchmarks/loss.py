@@ -126,7 +126,7 @@ def ours(backend: str, group: dist.ProcessGroup | None) -> list[Contestant]:
         return reference_divergence(alpha_beta, student, teacher) + reference_cross_entropy(student, labels)
 
     def alone(divergence: Divergence) -> Loss:
-        return lambda student, teacher, labels: vocab_parallel_divergence(student, teacher, divergence, group)
+        return lambda student, teacher, labels: vocab_parallel_divergence(student, teacher, divergence, tp_group=group)
 
     def contestant(name: str, loss: Loss, reference: Loss) -> Contestant:
         def on_backend(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:

@@ -261,11 +261,11 @@ def count_rank(name: str, rank: int) -> dict[str, Any]:
     """The same of a rank that has neither data nor others beside it; in a process of its own."""
     from megatron.training import training
 
-    from abkd_megatron.tools import meta_run
+    from abkd_megatron.tools import memory_tracker, meta_run
 
     traffic = Traffic()
 
-    class MemoryTracker(meta_run.MemoryTracker):
+    class MemoryTracker(memory_tracker.MemoryTracker):
         def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
             if func.namespace == "c10d":
                 traffic.note_op(func, args)

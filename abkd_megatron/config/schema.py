@@ -1,5 +1,6 @@
 """The keys of a configuration, and the rules between them; importing it does not import megatron."""
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -9,9 +10,12 @@ from abkd_megatron.errors import ConfigError, brief, check_name
 from abkd_megatron.kernels import CHOICES
 from abkd_megatron.losses import Divergence, LogitLoss, LossTerm, WeightedSum, registry
 from abkd_megatron.losses.hidden import HiddenLoss
-from abkd_megatron.losses.objective import HEADS, Objective, ScheduledObjective
+from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress, Schedule
 from abkd_megatron.losses.selection import TokenSelection
+from abkd_megatron.vocab_parallel.execution import HEADS, Execution
+
+logger = logging.getLogger(__name__)
 
 type Scalar = str | int | float | bool | None
 type Value = Scalar | list[Any]
@@ -31,10 +35,8 @@ _MOST_CHARACTERS = 2000
 # The keys of `distillation` that say which divergence and not how it is used.
 _OF_DIVERGENCE = ("divergence", "alpha", "beta", "scale", "detach", "skew", "mixture", "detach_mixture", "losses")
 # And how it is used: each may be wrong together with those before it.
-_OF_OBJECTIVE = (
-    *("temperature", "lm_weight", "kd_weight", "chunk_tokens", "gradient_in_place", "shared_vocab", "diagnostics"),
-    *("tokens", "hidden_losses", "head"),
-)
+_OF_OBJECTIVE = ("temperature", "temperature_squared", "lm_weight", "kd_weight", "shared_vocab", "tokens")
+_OF_EXECUTION = ("chunk_tokens", "gradient_in_place", "diagnostics", "kernel", "head")
 # What of `distillation` may be a schedule, and what a kernel has compiled in.
 SCHEDULED = ("alpha", "beta", "scale", "skew", "mixture", "temperature", "kd_weight", "lm_weight")
 _COMPILED_IN = {"triton": ("alpha", "beta", "scale"), "compiled": SCHEDULED[:6]}
@@ -75,6 +77,8 @@ class DistillationConfig:
     """In place of `divergence`, terms to add up: each a `name`, a `weight` (1 if left out) and its parameters."""
     temperature: Number = 1.0
     """Divides both models' logits in the divergence; the cross-entropy stays at 1."""
+    temperature_squared: bool = False
+    """Multiply the divergence by the temperature squared, so that its gradient does not shrink with the temperature."""
     kd_weight: Number = 1.0
     """Weight of the divergence."""
     lm_weight: Number = 1.0
@@ -112,6 +116,15 @@ class DistillationConfig:
         given |= {"logit_losses": self.make_logit_losses(), "hidden_losses": tuple(self.hidden_losses)}
         schedules = {name: it for name in SCHEDULED if isinstance(it := getattr(self, name), Schedule)}
         return ScheduledObjective(Objective(self.make_divergence(), **given), schedules)
+
+    def make_execution(self) -> Execution:
+        """Return how the objective is computed.
+
+        Raises:
+            ConfigError: as `Execution`.
+        """
+        given: dict[str, Any] = {name: getattr(self, name) for name in _OF_EXECUTION}
+        return Execution(**given)
 
     def make_divergence(self) -> Divergence | None:
         """Return the divergence that these settings describe, of several terms their sum; schedules at their beginning.
@@ -231,6 +244,20 @@ class Config:
     origins: dict[str, str] = field(default_factory=dict)
     """Where each ``section.key`` came from: default, device: NAME, FILE:LINE or command line."""
 
+    def make_execution(self) -> Execution:
+        """Return how the objective is computed on this device.
+
+        Kernel `auto` becomes `eager` on a GPU where triton would be compiled for other numbers at every step.
+
+        Raises:
+            ConfigError: as `Execution`.
+        """
+        execution, gliding = self.distillation.make_execution(), self.distillation.gliding("triton")
+        if execution.kernel == "auto" and self.device == "cuda" and gliding:
+            logger.info("eager kernel: triton would be compiled at every step for another %s", ", ".join(gliding))
+            return replace(execution, kernel="eager")
+        return execution
+
     def check(self, job: str) -> None:
         """Reject the first of `problems`.
 
@@ -307,15 +334,17 @@ class Config:
         kd, good = self.distillation, DistillationConfig()
         chosen, losses = ("losses", kd.losses) if kd.losses else ("divergence", [{"name": kd.divergence}])
         taken = () if kd.losses else registry.parameters(kd.divergence)
-        keys = [chosen, *(key for key in (*taken, *_OF_OBJECTIVE) if getattr(kd, key) != getattr(good, key))]
+        keys = [chosen, *taken, *_OF_OBJECTIVE, "hidden_losses", *_OF_EXECUTION]
+        keys = [key for key in keys if key == chosen or getattr(kd, key) != getattr(good, key)]
         if job != "distill" and any("." in str(term.get("name")) for term in losses):
             keys.remove(chosen)  # no other job imports someone's own
-        keys = [key for key in keys if key != "head" or kd.head in HEADS]
+        named = {"head": kd.head in HEADS, "kernel": kd.kernel in CHOICES}  # of others it has been said
+        keys = [key for key in keys if named.get(key, True)]
         wrong = []
         for key in keys:
             tried = replace(good, **{key: getattr(kd, key)})
             try:
-                tried.make_objective()
+                tried.make_execution().resolve(tried.make_objective())
                 good = tried
             except ConfigError as error:
                 wrong.append(key)

@@ -2,9 +2,8 @@
 
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +14,16 @@ from megatron.training import get_args, print_rank_0
 
 from abkd_megatron.config.schema import Config
 from abkd_megatron.config.unsupported import SCRIPT
-from abkd_megatron.errors import ConfigError, HostError, from_rank_0, on_every_rank
+from abkd_megatron.errors import ConfigError, from_rank_0, on_every_rank
 from abkd_megatron.hosts import run_record
 from abkd_megatron.losses.hidden import HiddenLoss
 from abkd_megatron.losses.schedule import Progress
-from abkd_megatron.preflight.live import FirstStep, check_files, check_models
-from abkd_megatron.student.attach import Attachment, attach, check_tokens
+from abkd_megatron.preflight.live import check_files, check_models
+from abkd_megatron.student.attach import attach
 from abkd_megatron.student.hidden import PROJECTORS, add_projectors
-from abkd_megatron.student.step import masked_loss
+from abkd_megatron.student.report import LossChecks
+from abkd_megatron.student.step import DistilledStep
+from abkd_megatron.student.supported import check_tokens
 from abkd_megatron.teacher.args import check_teacher, open_teacher, teacher_arguments
 from abkd_megatron.teacher.build import build_teacher
 from abkd_megatron.teacher.checkpoint import tensor_shapes
@@ -37,7 +38,7 @@ def add_teacher(
     model_config: Any,
     forward_step: Callable[..., tuple[Any, Any]],
     host: str = SCRIPT,
-) -> "DistilledStep":
+) -> DistilledStep:
     """Have Megatron give a teacher to the student that it is about to build.
 
     Args:
@@ -71,7 +72,7 @@ def add_teacher(
         if objective.shared_vocab is None:
             checkpoint.check_tokenizer(args.tokenizer_model)
         absent = absent_projectors(args, objective.hidden_losses)
-    step = DistilledStep(forward_step, needs_input_ids=objective.shares_part_of(vocab_size))
+    step = DistilledStep(forward_step, MegatronHost(), needs_input_ids=objective.shares_part_of(vocab_size))
 
     def recorded() -> tuple[dict[str, Any], str | None]:
         record = run_record.record(config, checkpoint)
@@ -118,12 +119,12 @@ def add_teacher(
             vocab_size=vocab_size,
             pg_collection=pg_collection,
             timeout=timeout,
+            execution=config.make_execution(),
             tokens=tokens,
-            kernel=kernel_of(config),
         )
         if step.attachment.plan is not None:
             record["plan"] = step.attachment.plan.record()
-        step.first_step = check_models(
+        check_models(
             student,
             step.attachment,
             vocab_size=vocab_size,
@@ -140,135 +141,27 @@ def add_teacher(
     return step
 
 
-class DistilledStep:
-    """A forward step of Megatron's kind, of a student that has a teacher: its numbers go into the report.
+class MegatronHost:
+    """Megatron-LM's training loop."""
 
-    The step within stays in charge of batches, and its loss function of the loss and of what it logs itself; `lm loss`
-    is the student's cross entropy here, not what is trained.
-
-    Attributes:
-        attachment: the teacher's, once the model is built.
-        first_step: what is looked at in the first training step, once the model is built.
-        needs_input_ids: whether the step has to give the model its input ids on the last pipeline stage, too.
-    """
-
-    def __init__(self, forward_step: Callable[..., tuple[Any, Any]], needs_input_ids: bool) -> None:
-        self.attachment: Attachment | None = None
-        self.first_step: FirstStep | None = None
-        self.needs_input_ids = needs_input_ids
-        self._forward_step = forward_step
-
-    def __call__(
-        self, data_iterator: Iterator | None, model: torch.nn.Module, *args: Any, **kwargs: Any
-    ) -> tuple[Any, Callable[..., Any] | None]:
-        """Run the step within, its model with the teacher.
-
-        Returns:
-            Its output, and its loss function with our numbers in the report.
-
-        Raises:
-            HostError: the model has no teacher.
-        """
-        if self.attachment is None:
-            raise HostError(
-                "expected a teacher beside the student, got none: the model was not built from the model config that "
-                "was to add it; give pretrain() that one"
-            )
-        assert self.first_step is not None
-        if model.training:
-            self.first_step.begin(is_first=get_args().consumed_train_samples == 0)
-        _set_progress(self.attachment, model.training)
-        output, loss_func = self._forward_step(data_iterator, model, *args, **kwargs)
-        return output, partial(self._loss, loss_func) if loss_func is not None else None
-
-    def _loss(self, loss_func: Callable[..., Any], output_tensor: torch.Tensor, **kwargs: Any) -> Any:
-        if kwargs:  # non_loss_data: what the caller collects is no loss
-            return loss_func(output_tensor, **kwargs)
-        assert self.attachment is not None and self.first_step is not None
+    def progress(self, training: bool) -> Progress:
+        """Return Megatron's progress before this training step, or before the last one."""
         args = get_args()
-        return loss_with_report(
-            self.attachment,
-            self.first_step,
-            loss_func,
-            output_tensor,
-            args.check_for_nan_in_loss_and_grad,
-            check_for_spikes=args.check_for_spiky_loss,
-            save=args.save,
-        )
+        if training:
+            iteration, samples = args.curr_iteration, args.consumed_train_samples
+        else:  # what was loaded was saved after a step
+            iteration = max(args.iteration - 1, 0)
+            samples = max(args.consumed_train_samples - get_current_running_global_batch_size(), 0)
+        return Progress(iteration, samples, samples * args.seq_length)
 
+    def loss_checks(self) -> LossChecks:
+        """Return what Megatron's arguments ask for."""
+        args = get_args()
+        return LossChecks(nan=args.check_for_nan_in_loss_and_grad, spikes=args.check_for_spiky_loss, save=args.save)
 
-def loss_with_report(
-    attachment: Attachment,
-    first_step: FirstStep,
-    loss_func: Callable[..., Any],
-    output_tensor: torch.Tensor,
-    check_for_nan: bool,
-    *,
-    check_for_spikes: bool = False,
-    save: str | None = None,
-) -> tuple[Any, ...]:
-    """What a loss function returns of a micro-batch, with our numbers in its report.
-
-    Args:
-        attachment: of the model whose last forward gave `output_tensor`.
-        first_step: is told the losses.
-        loss_func: of Megatron's kind: returns the loss, perhaps the number of tokens, and what it logs.
-        output_tensor: [b, s], the loss a token.
-        check_for_nan: as `masked_loss` takes it.
-        check_for_spikes: likewise.
-        save: likewise.
-
-    Raises:
-        ConfigError: the model was not given its loss mask.
-    """
-    assert attachment.report is not None
-    if attachment.loss_mask is None:
-        raise ConfigError(
-            "expected a forward step that gives the model its loss mask, by which the teacher's numbers are "
-            "summed, got None; call model(..., labels=labels, loss_mask=loss_mask)"
-        )
-    # First, since its checks say which of the losses is not finite.
-    *_, ours = masked_loss(
-        attachment.loss_mask,
-        output_tensor,
-        report=attachment.report,
-        selected_only_metrics=attachment.selected_only_metrics,
-        hidden=attachment.hidden,
-        scheduled=attachment.scheduled,
-        teacher_seconds=attachment.pop_teacher_seconds,
-        check_for_nan=check_for_nan,
-        check_for_spikes=check_for_spikes,
-        tensors=attachment.pop_tensors(),
-        save=save,
-    )
-    first_step.note_losses(ours)
-    *loss, logged = loss_func(output_tensor)
-    return (*loss, {**logged, **ours})
-
-
-def kernel_of(config: Config) -> str:
-    """The kernel asked for; `auto` does not take one that every step would have to be compiled for."""
-    gliding = config.distillation.gliding("triton")
-    if config.distillation.kernel == "auto" and config.device == "cuda" and gliding:
-        logger.info("eager kernel: triton would be compiled at every step for another %s", ", ".join(gliding))
-        return "eager"
-    return config.distillation.kernel
-
-
-def _set_progress(attachment: Attachment, training: bool) -> None:
-    """Tell how far Megatron is before this step; validation keeps the numbers of the step it follows."""
-    args = get_args()
-    if training:
-        iteration, samples = args.curr_iteration, args.consumed_train_samples
-    elif attachment.progress is None:  # no step before it: what was loaded was saved after one
-        iteration = max(args.iteration - 1, 0)
-        samples = max(args.consumed_train_samples - get_current_running_global_batch_size(), 0)
-    else:
-        return
-    progress = Progress(iteration, samples, samples * args.seq_length)
-    attachment.set_progress(progress)
-    if training:
-        run_record.note_progress(args, progress, attachment.scheduled)
+    def log(self, progress: Progress, scheduled: Mapping[str, float]) -> None:
+        """Put the position of the schedules into the record that the next checkpoint saves."""
+        run_record.note_progress(get_args(), progress, scheduled)
 
 
 def absent_projectors(args: Namespace, losses: Sequence[HiddenLoss]) -> list[str]:

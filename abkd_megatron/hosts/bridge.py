@@ -3,39 +3,32 @@
 Importing this module takes Megatron Bridge; where that is missing or too old it raises a `HostError`.
 """
 
-import pkgutil
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_model_config, unwrap_model
 from megatron.training import print_rank_0
 from megatron.training.models.base import ModelConfig
 
 from abkd_megatron import cpu_backend
 from abkd_megatron.config.load import load_config
-from abkd_megatron.config.model_config import model_config
 from abkd_megatron.config.schema import DistillationConfig
 from abkd_megatron.config.unsupported import BRIDGE, check_features
 from abkd_megatron.config.yaml import flow
 from abkd_megatron.errors import CheckpointError, ConfigError, HostError, on_every_rank
-from abkd_megatron.hosts.add_teacher import kernel_of, loss_with_report
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.losses.schedule import Progress
-from abkd_megatron.preflight.live import FirstStep, check_files, check_models
-from abkd_megatron.student.attach import Attachment, attach, check_tokens
-from abkd_megatron.teacher.build import Teacher, build_teacher, random_states_kept, to_params_dtype
+from abkd_megatron.preflight.live import check_models
+from abkd_megatron.student.attach import attach
+from abkd_megatron.student.report import LossChecks
+from abkd_megatron.student.step import DistilledStep
+from abkd_megatron.student.supported import check_tokens
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
-from abkd_megatron.teacher.description import of_model_config
-from abkd_megatron.teacher.inherited import forget_run_of
 
 try:
     from megatron.bridge import AutoBridge
@@ -44,11 +37,12 @@ try:
     from megatron.bridge.recipes.qwen import qwen3
     from megatron.bridge.training import gpt_step
     from megatron.bridge.training.config import ConfigContainer, TokenizerConfig
-    from megatron.bridge.training.model_load_save import load_model_config
     from megatron.bridge.training.pretrain import pretrain
     from megatron.bridge.training.state import GlobalState
     from megatron.bridge.training.utils.train_utils import maybe_inject_state, needs_global_state_injection
     from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
+
+    from abkd_megatron.hosts.bridge_teacher import build_bridge_teacher, num_columns
 
     # The newest of what is called below: an older Bridge is told of here, and not when its model is built.
     _ = ModelProviderMixin.apply_overrides_and_finalize
@@ -60,16 +54,6 @@ except (ImportError, AttributeError) as error:
 
 # So that a container which Bridge wrote as YAML can be read again by it.
 register_allowed_target_prefix("abkd_megatron.")
-
-# The teacher lies as the student does; what of its layout is the student's.
-_SHARED = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-    "sequence_parallel",
-    "pipeline_dtype",
-    "use_cpu_initialization",
-)
 
 
 @dataclass(kw_only=True)
@@ -129,7 +113,7 @@ def distill(
 
 def add_teacher(
     config: DistillConfigContainer, forward_step: Callable[..., Any] = gpt_step.forward_step
-) -> "DistilledStep":
+) -> "BridgeStep":
     """Have Bridge give a teacher to the student that it is about to build from `config.model`.
 
     Args:
@@ -158,7 +142,7 @@ def add_teacher(
     scheduled = ours.distillation.make_objective()
     objective = scheduled.objective
     _check_host(config, objective)
-    step = DistilledStep(forward_step)
+    step = BridgeStep(forward_step)
 
     def attach_teacher(student: list[torch.nn.Module]) -> list[torch.nn.Module]:
         transformer, vocab_size = get_model_config(student[0]), config.model.vocab_size  # the tokenizer's by now
@@ -174,23 +158,23 @@ def add_teacher(
         print_rank_0(f"distilling with {objective.divergence or 'logit losses'} from the teacher in {source}")
         timeout = timedelta(minutes=config.dist.distributed_timeout_minutes)
         last = unwrap_model(student[-1])
-        teacher = _build_teacher(config, transformer, _columns(config.model), objective, groups, timeout)
+        teacher = build_bridge_teacher(config, transformer, num_columns(config.model), objective, groups, timeout)
         if last.post_process:
             last.register_forward_pre_hook(step.give_loss_mask, with_kwargs=True)
         tokens = config.train.micro_batch_size * config.model.seq_length // groups.cp.size()
-        step.attachment = attach(
+        attachment = step.distilled.attachment = attach(
             student,
             teacher,
             scheduled,
             vocab_size=vocab_size,
             pg_collection=groups,
             timeout=timeout,
+            execution=ours.make_execution(),
             tokens=tokens,
-            kernel=kernel_of(ours),
         )
-        step.first_step = check_models(
+        check_models(
             student,
-            step.attachment,
+            attachment,
             vocab_size=vocab_size,
             pg_collection=groups,
             tokens=tokens,
@@ -206,55 +190,51 @@ def add_teacher(
     return step
 
 
-class DistilledStep:
-    """A forward step of Bridge's kind, of a student that has a teacher: its numbers go into the report.
+class BridgeStep:
+    """A forward step of Bridge's kind, of a student that has a teacher; see `DistilledStep`.
 
-    The step within stays in charge of batches, and its loss function of the loss; `lm loss` is the student's cross
-    entropy here, not what is trained. Bridge's own step keeps the loss mask to itself: it is noted as the batch passes
-    and given to the model, where multi-token prediction, if there is any, then goes by it too.
+    Bridge's own step does not pass the loss mask on: it is noted as the batch passes and given to the model, where
+    multi-token prediction then uses it too.
 
     Attributes:
-        attachment: the teacher's, once the model is built.
-        first_step: what is looked at in the first training step, once the model is built.
+        distilled: the step of every training loop.
     """
 
     def __init__(self, forward_step: Callable[..., Any]) -> None:
-        self.attachment: Attachment | None = None
-        self.first_step: FirstStep | None = None
+        self.distilled = DistilledStep(self._run, self)
         self._forward_step = forward_step
         self._takes_state = needs_global_state_injection(forward_step)
+        self._state: GlobalState | None = None
         self._batch: Mapping[str, Any] = {}
 
     def __call__(
         self, state: GlobalState, data_iterator: Iterator | None, model: torch.nn.Module
     ) -> tuple[Any, Callable[..., Any] | None]:
-        """Run the step within, its model with the teacher.
+        """Run the wrapped step; see `DistilledStep.__call__`."""
+        self._state = state
+        return self.distilled(data_iterator, model)
 
-        Returns:
-            Its output, and its loss function with our numbers in the report.
+    def progress(self, training: bool) -> Progress:
+        """Return Bridge's progress before this training step, or before the last one."""
+        assert self._state is not None
+        done, config = self._state.train_state, self._state.cfg
+        iteration, samples = done.step, done.consumed_train_samples
+        if not training:  # what was loaded was saved after a step
+            iteration, samples = max(iteration - 1, 0), max(samples - config.train.global_batch_size, 0)
+        return Progress(iteration, samples, samples * config.model.seq_length)
 
-        Raises:
-            HostError: the model has no teacher.
-        """
-        if self.attachment is None:
-            raise HostError(
-                "expected a teacher beside the student, got none: the model was not built from the container that was "
-                "to add it; give pretrain() that one"
-            )
-        assert self.first_step is not None
-        if model.training:
-            self.first_step.begin(is_first=state.train_state.consumed_train_samples == 0)
-        self._set_progress(state, model.training)
-        step = maybe_inject_state(self._forward_step, state, needs_injection=self._takes_state)
-        self._batch = {}
-        output, loss_func = step(self._noted(data_iterator) if data_iterator is not None else None, model)
-        check_for_nan = state.cfg.rerun_state_machine.check_for_nan_in_loss
-        return output, partial(self._loss, loss_func, check_for_nan) if loss_func is not None else None
+    def loss_checks(self) -> LossChecks:
+        """Return what Bridge's container asks for."""
+        assert self._state is not None
+        return LossChecks(nan=self._state.cfg.rerun_state_machine.check_for_nan_in_loss)
+
+    def log(self, progress: Progress, scheduled: Mapping[str, float]) -> None:
+        """Do nothing: Bridge's checkpoints have no record of ours."""
 
     def give_loss_mask(
         self, student: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        """A forward pre-hook: the mask of the batch that the step took, on this rank, where the step gives none."""
+        """Pass this rank's part of the batch's loss mask to the model: a forward pre-hook."""
         mask = self._batch.get("loss_mask")
         if mask is None or kwargs.get("labels") is None or kwargs.get("loss_mask") is not None:
             return None
@@ -268,27 +248,16 @@ class DistilledStep:
             mask = get_batch_on_this_cp_rank({"loss_mask": mask}, is_hybrid_cp=False, cp_group=group)["loss_mask"]
         return args, {**kwargs, "loss_mask": mask.cuda(non_blocking=True)}
 
+    def _run(self, data_iterator: Iterator | None, model: torch.nn.Module) -> tuple[Any, Any]:
+        assert self._state is not None
+        step = maybe_inject_state(self._forward_step, self._state, needs_injection=self._takes_state)
+        self._batch = {}
+        result: tuple[Any, Any] = step(self._noted(data_iterator) if data_iterator is not None else None, model)
+        return result
+
     def _noted(self, batches: Iterator) -> Iterator:
         for self._batch in map(next, repeat(batches)):  # what Bridge gives has `next` and no more
             yield self._batch
-
-    def _set_progress(self, state: GlobalState, training: bool) -> None:
-        """Tell how far Bridge is before this step; validation keeps the numbers of the step it follows."""
-        assert self.attachment is not None
-        done = state.train_state
-        iteration, samples = done.step, done.consumed_train_samples
-        if not training:
-            if self.attachment.progress is not None:
-                return
-            # No step before it: what was loaded was saved after one.
-            iteration, samples = max(iteration - 1, 0), max(samples - state.cfg.train.global_batch_size, 0)
-        self.attachment.set_progress(Progress(iteration, samples, samples * state.cfg.model.seq_length))
-
-    def _loss(self, loss_func: Callable[..., Any], check_for_nan: bool, output_tensor: Any, **kwargs: Any) -> Any:
-        if kwargs:  # non_loss_data: what the caller collects is no loss
-            return loss_func(output_tensor, **kwargs)
-        assert self.attachment is not None and self.first_step is not None
-        return loss_with_report(self.attachment, self.first_step, loss_func, output_tensor, check_for_nan)
 
 
 def export_to_hf(checkpoint: str | Path, hf_reference: str | Path, out: str | Path) -> None:
@@ -369,126 +338,3 @@ def _check_host(config: DistillConfigContainer, objective: Objective) -> None:
         )
     if not isinstance(config.model, ModelConfig | ModelProviderMixin):
         raise HostError(f"expected a model provider or a ModelConfig of Bridge's, got {type(config.model).__name__}")
-
-
-def _columns(model: Any) -> int:
-    """Columns of the student's output layer, over all tensor-parallel ranks."""
-    size: int = model.vocab_size
-    if not model.should_pad_vocab:
-        return size
-    multiple = model.make_vocab_size_divisible_by * model.tensor_model_parallel_size
-    return -(-size // multiple) * multiple
-
-
-def _build_teacher(
-    config: DistillConfigContainer,
-    transformer: TransformerConfig,
-    columns: int,
-    objective: Objective,
-    groups: ProcessGroupCollection,
-    timeout: timedelta,
-) -> Teacher:
-    """This rank's share of the teacher, loaded and frozen."""
-    checkpoint = None
-    with on_every_rank():
-        if config.teacher.hf:
-            try:
-                model = AutoBridge.from_hf_pretrained(config.teacher.hf).to_megatron_provider()
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"the teacher {config.teacher.hf} cannot be had: {error}") from error
-            _check_vocabulary(model.vocab_size, config.model.vocab_size, objective.shared_vocab)
-        else:
-            checkpoint = TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step)
-            _check_described(checkpoint)
-            model, args = load_model_config(str(checkpoint.directory))
-            if args is not None:  # of Megatron-LM's loop, which saves its arguments
-                model = model_config(args)
-        forget_run_of(model)
-        settings = {name: getattr(transformer, name) for name in _SHARED}
-        if getattr(model, "num_moe_experts", None):
-            settings |= {name: getattr(transformer, name) for name in ("expert_model_parallel_size",)}
-        settings |= {
-            "seq_length": config.model.seq_length,
-            # A rank holds the same ids of both models, however the teacher was padded: loading pads or drops the rest.
-            "vocab_size": columns,
-            "should_pad_vocab": False,
-            **_resolved(config.teacher.overrides, model),
-        }
-        if checkpoint is not None:
-            # Built as it is described; what is left to compare are the overrides and the vocabulary.
-            overrides = {name: settings[name] for name in config.teacher.overrides}
-            built = _as_arguments(model, overrides, config.model.seq_length)
-            checkpoint.check_arguments(built, config.model.vocab_size, objective.shared_vocab)
-    if checkpoint is not None:
-        check_files(checkpoint, config.distillation.skip_preflight)
-    dtype = transformer.params_dtype
-    if isinstance(model, ModelConfig):
-        assert checkpoint is not None  # AutoBridge makes providers
-        precision = {"params_dtype": dtype, "bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
-        for name, value in (precision | settings).items():
-            setattr(model, name, value)
-        model.finalize()
-        return build_teacher(
-            model, checkpoint, groups, sequence_parallel=transformer.sequence_parallel, timeout=timeout
-        )
-    model.apply_overrides_and_finalize(dtype=dtype, overrides=settings)
-    with random_states_kept():
-        (built,) = model.provide_distributed_model(
-            wrap_with_ddp=False,
-            mixed_precision_wrapper=None,
-            pg_collection=groups,
-            use_cpu_initialization=transformer.use_cpu_initialization,
-        )
-    if checkpoint is not None:
-        wanted = built.sharded_state_dict(metadata=checkpoint.metadata(groups.dp_cp))
-        built.load_state_dict(checkpoint.load(wanted, groups.dp_cp))
-    return Teacher.of(to_params_dtype(built, dtype), groups)
-
-
-def _check_described(checkpoint: TeacherCheckpoint) -> None:
-    """Reject a checkpoint that Bridge cannot build a model of."""
-    if checkpoint.common.get("args") is None and not (checkpoint.directory / "run_config.yaml").is_file():
-        raise CheckpointError(
-            f"expected Megatron's arguments or Bridge's run_config.yaml in {checkpoint.directory}, from which the "
-            "teacher would be built, got neither; give teacher.load a checkpoint that Bridge or Megatron-LM saved, or "
-            "teacher.hf the model of Hugging Face"
-        )
-
-
-def _as_arguments(model: Any, overrides: Mapping[str, Any], seq_length: int) -> Namespace:
-    """The model config with overrides as Megatron's arguments, to be compared with a checkpoint's."""
-    transformer = getattr(model, "transformer", None)
-    names = [item.name for of in (transformer, model) if of is not None for item in fields(of)]
-    values = {name: getattr(model, name) for name in names if not name.startswith("_")}
-    values = {name: value for name, value in values.items() if value is not transformer}
-    # A builder's config reads a transformer's fields as its own.
-    return Namespace(**{**of_model_config({**values, **overrides}), "seq_length": seq_length})
-
-
-def _resolved(overrides: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """The overrides of a model config, with functions in place of their dotted paths."""
-    resolved = dict(overrides)
-    for name, value in overrides.items():
-        if not hasattr(model, name):
-            raise ConfigError(f"teacher.overrides: a {type(model).__name__} has no {name}; remove it")
-        if isinstance(value, str) and callable(getattr(model, name)):
-            try:
-                resolved[name] = pkgutil.resolve_name(value)
-            except (ImportError, AttributeError, ValueError) as error:
-                raise ConfigError(
-                    f"teacher.overrides.{name}: expected the dotted path of a function: {error}"
-                ) from error
-    return resolved
-
-
-def _check_vocabulary(theirs: int, ours: int, shared: int | None) -> None:
-    if shared is None and theirs != ours:
-        raise CheckpointError(
-            f"the teacher has a vocabulary of {theirs} tokens, the student one of {ours}; teacher and student must "
-            "share one tokenizer; if only the first N tokens are the same in both, give distillation.shared_vocab=N"
-        )
-    if shared is not None and shared > min(theirs, ours):
-        raise CheckpointError(
-            f"shared_vocab is {shared}; the teacher has a vocabulary of {theirs} tokens, the student one of {ours}; "
-            "give at most the smaller"
-        )

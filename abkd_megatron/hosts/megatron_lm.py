@@ -48,7 +48,7 @@ from abkd_megatron.config.unsupported import JOB
 from abkd_megatron.data.indexed import check_datasets, prefixes_of
 from abkd_megatron.data.prepare import data_arguments
 from abkd_megatron.errors import ConfigError, on_every_rank
-from abkd_megatron.hosts.add_teacher import DistilledStep, add_teacher
+from abkd_megatron.hosts.add_teacher import add_teacher
 from abkd_megatron.hosts.run_record import check_resumed_alone
 from abkd_megatron.hosts.student_checkpoint import (
     check_folders,
@@ -58,7 +58,8 @@ from abkd_megatron.hosts.student_checkpoint import (
     only_writer,
     other_schedule_named,
 )
-from abkd_megatron.student.step import masked_loss
+from abkd_megatron.student.report import LossChecks, masked_loss
+from abkd_megatron.student.step import DistilledStep
 
 logger = logging.getLogger(__name__)
 _stimer = StragglerDetector()
@@ -293,13 +294,9 @@ class _ForwardStep:
         assert loss_mask is not None  # Megatron asks for the loss on the last stage alone
         args = get_args()
         # With a teacher it is the step around this one that looks at the losses, and knows them by name.
-        return masked_loss(
-            loss_mask,
-            output_tensor,
-            check_for_nan=args.check_for_nan_in_loss_and_grad and self.distilled is None,
-            check_for_spikes=args.check_for_spiky_loss,
-            save=args.save,
-        )
+        nan = args.check_for_nan_in_loss_and_grad and self.distilled is None
+        checks = LossChecks(nan=nan, spikes=args.check_for_spiky_loss, save=args.save)
+        return masked_loss(loss_mask, output_tensor, checks=checks)
 
 
 def get_batch(

@@ -1,7 +1,7 @@
 """What the student is trained on."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from abkd_megatron.errors import ConfigError
@@ -11,8 +11,6 @@ from abkd_megatron.losses.hidden import HiddenLoss, refuse_twins
 from abkd_megatron.losses.schedule import Progress, Schedule, both_zero
 from abkd_megatron.losses.selection import TokenSelection
 from abkd_megatron.validation import flag, positive_number, weight_number, whole_number
-
-HEADS = ("auto", "fused", "materialized")
 
 # What "NAME loss" stands for already.
 _LOGGED = ("lm", "kd", "total", "teacher lm")
@@ -29,20 +27,16 @@ class Objective:
     """
 
     divergence: Divergence | None
-    """None if there are logit losses alone."""
+    """None if there are only logit losses."""
+    _: KW_ONLY
     temperature: float = 1.0
-    """Divides both models' logits inside the divergence and the logit losses, which are not multiplied by
-    temperature^2. The cross entropy and the metrics stay at 1."""
+    """T: divides both models' logits in the divergence and the logit losses. The cross entropy and the metrics stay at
+    temperature 1."""
+    temperature_squared: bool = False
+    """Multiply the divergence and the logit losses by T^2, as Hinton et al. (arXiv 1503.02531) do, so that their
+    gradient does not fall off as 1/T^2. `kd loss` is logged with the factor."""
     kd_weight: float = 1.0
     lm_weight: float = 1.0
-    head: str = "auto"
-    """How logits are made: ``materialized``, by Megatron's output layers; ``fused``, a chunk of tokens at a time and
-    never all of them; ``auto``, fused where the output layers allow it and memory is saved."""
-    chunk_tokens: int | None = None
-    """Tokens of a chunk of the fused head; None chooses by the device and its memory."""
-    gradient_in_place: bool = False
-    """Whether backward overwrites the student's logits with their gradient. Nothing of Megatron reads them again; a
-    hook of the user's on the output layer might. The fused head does so anyway."""
     shared_vocab: int | None = None
     """N, where the models' vocabularies differ but ids 0 .. N - 1 are the same tokens to both. The divergence and the
     metrics are then over these alone, each model's distribution renormalized; the cross entropy stays over the
@@ -52,10 +46,6 @@ class Objective:
     logit_losses: tuple[tuple[float, LogitLoss], ...] = ()
     """Pairs of a weight and a loss, each a pass of its own over logits that exist. Those of several tokens together
     take these from one sequence, and of it from what this rank holds with context parallelism."""
-
-    diagnostics: bool = False
-    """Whether validation measures what `vocab_parallel.diagnostics` does as well; it then makes logits, whatever `head`
-    says. Training is the same."""
     tokens: TokenSelection | None = None
     """The tokens whose divergence is trained; it is 0 at the others, and still divided by the number of all. None: all
     of them."""
@@ -63,18 +53,14 @@ class Objective:
     """Losses between layers, added with their own weights, whatever `kd_weight` is; each pair of layers once."""
 
     def __post_init__(self) -> None:
-        if self.head not in HEADS:
-            raise ConfigError(f"expected head to be one of {', '.join(HEADS)}, got {self.head!r}")
         if self.divergence is None and not self.logit_losses:
             raise ConfigError("expected a divergence or logit_losses, got neither: there is nothing to distill with")
         if self.divergence is not None and not isinstance(self.divergence, Divergence):
             raise ConfigError(f"expected a Divergence, got {self.divergence!r}: build one, AlphaBeta(0.2, 0.7)")
         self._set("logit_losses", self._checked_losses())
-        for name in ("gradient_in_place", "diagnostics"):
-            self._set(name, flag("Objective", name, getattr(self, name)))
-        for name in ("chunk_tokens", "shared_vocab"):
-            if (number := getattr(self, name)) is not None:
-                self._set(name, whole_number("Objective", name, number, least=1))
+        self._set("temperature_squared", flag("Objective", "temperature_squared", self.temperature_squared))
+        if self.shared_vocab is not None:
+            self._set("shared_vocab", whole_number("Objective", "shared_vocab", self.shared_vocab, least=1))
         self._set("temperature", positive_number("Objective", "temperature", self.temperature))
         for name in ("kd_weight", "lm_weight"):
             self._set(name, weight_number("Objective", name, getattr(self, name)))
@@ -87,17 +73,7 @@ class Objective:
                 f"a selection by position ({self.tokens}) spares the teacher logits that "
                 f"{', '.join(self.names_of_logit_losses)} take; select by what the models say, or leave these out"
             )
-        if self.head == "fused" and self.logit_losses:
-            raise ConfigError(
-                f"head: fused has no logits for {', '.join(self.names_of_logit_losses)}; give head: auto, or no losses "
-                "but divergences"
-            )
         refuse_twins(self.hidden_losses)
-        if self.head == "fused" and self.kd_weight == 0:
-            raise ConfigError(
-                "head: fused has no logits for Megatron's own cross entropy, which kd_weight 0 trains on; "
-                "give head: auto"
-            )
         if self.kd_weight == 0 and self.lm_weight == 0:
             raise ConfigError("kd_weight and lm_weight are both 0, so there is nothing to train on; raise one of them")
 
@@ -115,6 +91,11 @@ class Objective:
                 )
             checked.append((positive_number(f"logit_losses, {loss}", "weight", weight), loss))
         return tuple(checked)
+
+    @property
+    def distillation_scale(self) -> float:
+        """The factor of the divergence and the logit losses: T^2 or 1."""
+        return self.temperature**2 if self.temperature_squared else 1.0
 
     @property
     def effective_divergence(self) -> Divergence:
@@ -175,13 +156,11 @@ class ScheduledObjective:
         )
         if nothing := both_zero(kd_weight, lm_weight):
             raise ConfigError(f"kd_weight and lm_weight are both 0 {nothing}, so there is nothing to train on")
-        if "kd_weight" in self.schedules and kd_weight.lowest == 0:
-            if self.objective.head == "fused":
-                raise ConfigError(
-                    "head: fused has no logits for Megatron's own cross entropy, which kd_weight 0 trains on; give "
-                    "head: auto, or a kd_weight above 0 at every step"
-                )
-            object.__setattr__(self, "objective", replace(self.objective, head="materialized"))
+
+    @property
+    def reaches_no_kd(self) -> bool:
+        """Whether `kd_weight` is 0 at some step, which then trains on Megatron's own cross entropy."""
+        return Schedule.of(self.schedules.get("kd_weight", self.objective.kd_weight)).lowest == 0
 
     def values(self, progress: Progress) -> dict[str, float]:
         """What changes, at that progress."""

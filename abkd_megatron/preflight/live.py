@@ -85,7 +85,7 @@ def check_models(
     tokens: int,
     skip: Collection[str] = (),
     expected_loss: float | None = None,
-) -> "FirstStep":
+) -> None:
     """Check the teacher's weights, the room for logits, and the loss over the live process groups.
 
     Args:
@@ -97,8 +97,7 @@ def check_models(
         skip: those of `CHECKS` to leave out, in the first step, too.
         expected_loss: as `FirstStep` takes it.
 
-    Returns:
-        What checks the first step.
+    The attachment gets an observer that checks the first training step.
 
     Raises:
         CheckpointError: on every rank, if a weight of the teacher is NaN or infinite, or a matrix all zero, on any.
@@ -147,7 +146,7 @@ def check_models(
                     "vocabulary by `columns`; of one that is not finite raise the temperature; otherwise try "
                     "distillation.kernel=eager" + hint.format("gradient")
                 )
-    return FirstStep(student, attachment, pg_collection, known, skip, expected_loss)
+    attachment.observers.append(FirstStep(student, attachment, pg_collection, known, skip, expected_loss))
 
 
 def bytes_of_logits(last: GPTModel, attachment: Attachment, tokens: int) -> int:
@@ -161,7 +160,7 @@ def bytes_of_logits(last: GPTModel, attachment: Attachment, tokens: int) -> int:
     objective, plan, weight = attachment.objective, attachment.plan, next(last.parameters())
     assert plan is not None
     every = objective.tokens.n if objective.tokens is not None and objective.tokens.n is not None else 1
-    rows = (1 if objective.gradient_in_place else 2) * tokens + tokens // every
+    rows = (1 if attachment.execution.gradient_in_place else 2) * tokens + tokens // every
     if plan.chunk_tokens is not None:
         rows = 2 * min(plan.chunk_tokens, tokens)
     size: int = rows * last.output_layer.output_size_per_partition * weight.element_size()

@@ -1,24 +1,19 @@
 """Attaching a teacher to a student that Megatron trains: one hook before its forward, one head in place of its loss."""
 
 import inspect
-import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import TorchFullyShardedDataParallel
-from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel as MegatronFSDP
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import log_single_rank, unwrap_model
-from torch.distributed.fsdp import FSDPModule
 
 from abkd_megatron import kernels
 from abkd_megatron.config.stages import check_stages
@@ -30,12 +25,14 @@ from abkd_megatron.losses.selection import positions_here
 from abkd_megatron.student.head import compute_loss
 from abkd_megatron.student.hidden import HiddenLosses, Layers, check_pairs, layers_of_stages
 from abkd_megatron.student.plan import Plan, agree, propose_plan
-from abkd_megatron.student.step import SELECTED
+from abkd_megatron.student.report import SELECTED, LossChecks, Report, masked_loss
+from abkd_megatron.student.supported import check_sharded_output, check_shared_vocab, check_tokens, check_wrappers
 from abkd_megatron.student.timer import Stopwatch
 from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.output_layer import OutputLayer
 from abkd_megatron.teacher.runner import TeacherRunner
 from abkd_megatron.vocab_parallel import VocabShard
+from abkd_megatron.vocab_parallel.execution import Execution
 from abkd_megatron.vocab_parallel.logits import METRICS
 
 logger = logging.getLogger(__name__)
@@ -49,8 +46,8 @@ def attach(
     vocab_size: int,
     pg_collection: ProcessGroupCollection,
     timeout: timedelta = timedelta(minutes=10),
+    execution: Execution | None = None,
     tokens: int | None = None,
-    kernel: str | None = None,
 ) -> "Attachment":
     """Attach `teacher` to `student`; from now on the student's forward returns the distillation loss.
 
@@ -60,16 +57,15 @@ def attach(
     Args:
         student: this rank's model as Megatron built it: one chunk, or the list of its virtual pipeline stages.
         teacher: this rank's share, as `build_teacher` returns it.
-        objective: divergence, temperature and weights. Of a scheduled one, `Attachment.set_progress` has to be told
-            every step's progress.
+        objective: what is trained. A scheduled one needs `Attachment.on_step` before every step.
         vocab_size: the student's true vocabulary size; the padded columns beyond it take part in nothing.
         pg_collection: the student's process groups; `tp` is used, and `cp` where tokens are selected by position or the
             student has some beyond `objective.shared_vocab`. There the last pipeline stage has to be given the input
             ids too. With `objective.hidden_losses` also `pp`; every stage that holds one of them has to be given the
             loss mask.
         timeout: for the teacher's messages between ranks.
+        execution: how the loss is computed; None for `Execution()`.
         tokens: of a micro-batch on this rank, s * b, by which ``head: auto`` is decided; None: fused where it can be.
-        kernel: one of `kernels.CHOICES` for this attachment; None for what `kernels.use` has chosen for the process.
 
     Returns:
         The handle: `report` holds the last micro-batch's numbers, `detach()` restores the student exactly.
@@ -93,6 +89,7 @@ def attach(
     with on_every_rank():
         check_shared_vocab(objective, vocab_size, pg_collection.cp.size())
         check_tokens(objective, vocab_size)
+        execution = (execution or Execution()).resolve(scheduled)
         chunks = _checked_student(student, teacher, objective, vocab_size)
     stages = {}
     if objective.hidden_losses:
@@ -118,46 +115,10 @@ def attach(
                 weight = last.shared_embedding_or_output_weight()
             shard = VocabShard.megatron(weight.shape[0], pg_collection.tp, vocab_size)
             layers = last.output_layer, teacher.head
-            proposed = propose_plan(*layers, weight, objective, shard, tokens=tokens, kernel=kernel)
-    return Attachment(chunks, teacher, scheduled, vocab_size, pg_collection, timeout, stages, agree(proposed))
-
-
-def check_shared_vocab(objective: Objective, vocab_size: int, context_parallel: int) -> None:
-    """Refuse a part of the vocabulary that the student does not have, or where a sequence is spread over ranks.
-
-    It takes every input token of a sequence to see which of them the teacher can read.
-
-    Raises:
-        ConfigError: naming both numbers.
-    """
-    shared = objective.shared_vocab
-    if shared is not None and shared > vocab_size:
-        raise ConfigError(f"shared_vocab is {shared}, the student has {vocab_size} tokens; give at most these")
-    if not objective.shares_part_of(vocab_size):
-        return
-    if context_parallel > 1:
-        raise ConfigError(
-            f"shared_vocab {shared} of the student's {vocab_size} tokens is not supported with context parallelism, "
-            "which spreads a sequence over ranks; set context-parallel-size to 1"
-        )
-    logger.info(
-        "of a sequence with one of the student's tokens %d .. %d, the divergence is 0 from there on",
-        shared,
-        vocab_size - 1,
+            proposed = propose_plan(*layers, weight, objective, execution, shard, tokens=tokens)
+    return Attachment(
+        *(chunks, teacher, scheduled, execution, vocab_size, pg_collection, timeout, stages), plan=agree(proposed)
     )
-
-
-def check_tokens(objective: Objective, vocab_size: int) -> None:
-    """Refuse a selection of tokens where the student has some that the teacher does not know.
-
-    Raises:
-        ConfigError: naming both.
-    """
-    if objective.tokens is not None and objective.shares_part_of(vocab_size):
-        raise ConfigError(
-            f"a selection of tokens ({objective.tokens}) is not supported with shared_vocab {objective.shared_vocab} "
-            f"of the student's {vocab_size} tokens, which leaves out tokens by itself; leave the selection out"
-        )
 
 
 def _checked_student(
@@ -209,48 +170,14 @@ def _checked_student(
     return chunks
 
 
-def check_sharded_output(layer: torch.nn.Module, who: str) -> None:
-    """Reject an output layer that gathers its logits over the tensor-parallel ranks.
+class StepObserver(Protocol):
+    """Watches training steps."""
 
-    Args:
-        layer: an output layer.
-        who: "student" or "teacher".
+    def begin(self, is_first: bool) -> None:
+        """Begin a training step; `is_first` in a run's first. Called again at each of its micro-batches."""
 
-    Raises:
-        ConfigError: naming the setting. On one tensor-parallel rank there is nothing to gather.
-    """
-    whole, here = getattr(layer, "output_size", None), getattr(layer, "output_size_per_partition", None)
-    if getattr(layer, "gather_output", False) and whole != here:
-        raise ConfigError(
-            f"{who}: parallel_output=False is not supported with tensor parallelism: the output layer gathers {whole} "
-            f"columns on every rank, and the loss takes this rank's {here}; build the model with parallel_output=True"
-        )
-
-
-# How a model shows FSDP that was built elsewhere.
-_WRAPPERS = {
-    MegatronFSDP: "use_megatron_fsdp",
-    TorchFullyShardedDataParallel: "use_torch_fsdp2",
-    FSDPModule: "use_torch_fsdp2",
-}
-
-
-def check_wrappers(student: Sequence[torch.nn.Module]) -> None:
-    """Refuse a model whose weights are sharded over data-parallel ranks, or that is compiled as a whole.
-
-    Raises:
-        ConfigError: naming the feature, the reason and what to change.
-    """
-    for module in itertools.chain.from_iterable(chunk.modules() for chunk in student):
-        compiled = isinstance(module, GPTModel) and module._compiled_call_impl is not None
-        if compiled or isinstance(module, torch._dynamo.OptimizedModule):
-            raise ConfigError(
-                "student: torch.compile of the whole model is not supported: hooks on its forward run the teacher and "
-                "send its messages; compile its layers"
-            )
-        for wrapper, name in _WRAPPERS.items():
-            if isinstance(module, wrapper):
-                check_features(SimpleNamespace(**{name: True}), "student", MODEL)
+    def note_losses(self, logged: Mapping[str, torch.Tensor]) -> None:
+        """Take what a micro-batch logs, on the last pipeline stage."""
 
 
 class Attachment:
@@ -259,9 +186,11 @@ class Attachment:
     Attributes:
         teacher: the frozen teacher's share of this rank.
         plan: how the loss is computed, the same on every rank of the job.
-        objective: what the student is trained on; of a scheduled objective, at the progress that was set last.
-        scheduled: what of it changes, by name, as it is now.
-        progress: what was set last; None before that.
+        objective: what the student is trained on; of a scheduled objective, in the current step.
+        execution: how.
+        scheduled: the scheduled numbers of the current step, by name.
+        progress: of the current training step; None before the first.
+        observers: are called at every training step and micro-batch; preflight adds one.
         needs_input_ids: whether the last pipeline stage has to be given the input ids, too.
         report: per-token numbers [b, s] of the last micro-batch, by the name they are logged under; None before the
             first, and on every pipeline stage but the last.
@@ -278,6 +207,7 @@ class Attachment:
         chunks: Sequence[GPTModel],
         teacher: Teacher,
         objective: ScheduledObjective,
+        execution: Execution,
         vocab_size: int,
         pg_collection: ProcessGroupCollection,
         timeout: timedelta,
@@ -287,6 +217,8 @@ class Attachment:
         self.teacher = teacher
         self.plan = plan
         self.objective = objective.objective
+        self.execution = execution
+        self.observers: list[StepObserver] = []
         self.scheduled: dict[str, float] = {}
         self.progress: Progress | None = None
         self._scheduled_objective = objective
@@ -315,11 +247,18 @@ class Attachment:
                 chunks, teacher, losses, stages, pg_collection.tp, self._logits_are_wanted, timeout
             )
 
-    def set_progress(self, progress: Progress) -> None:
-        """Take the numbers of a step, before its first micro-batch: on every rank, with the same progress.
+    def on_step(self, progress: Progress, *, training: bool = True) -> None:
+        """Begin a step: call it on every rank before the step's first micro-batch; more calls within a step do nothing.
 
-        Validation has those of the step before if nothing else is set. Without schedules this changes nothing.
+        Args:
+            progress: what was trained on before this step, the same on every rank. Schedules take their values from it.
+            training: False for validation, which keeps the values of the training step before it, if there was one.
         """
+        if training:
+            for observer in self.observers:
+                observer.begin(is_first=progress.iteration == progress.samples == 0)
+        elif self.progress is not None:
+            return
         if progress != self.progress:
             self._runner.drain()
             if self._hidden is not None:
@@ -340,14 +279,40 @@ class Attachment:
         self._runner.close()
         self._waiting.clear()
 
+    def loss_func(
+        self, loss_mask: torch.Tensor, output_tensor: torch.Tensor, checks: LossChecks | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Return what Megatron's schedules expect of a loss function, for the last micro-batch; see `masked_loss`.
+
+        A forward step returns ``output, partial(attachment.loss_func, loss_mask)``.
+
+        Args:
+            loss_mask: [b, s], 1 where a token counts.
+            output_tensor: [b, s], the loss per token as the student returned it.
+            checks: of the losses; None for `LossChecks()`.
+        """
+        assert self.report is not None
+        report = Report(
+            self.report,
+            self._selected_only,
+            self.hidden or {},
+            self.scheduled,
+            self._pop_teacher_seconds,
+            self._pop_tensors(),
+        )
+        loss, num_tokens, logged = masked_loss(loss_mask, output_tensor, report, checks)
+        for observer in self.observers:
+            observer.note_losses(logged)
+        return loss, num_tokens, logged
+
     @property
-    def selected_only_metrics(self) -> tuple[str, ...]:
-        """The names in `report` that are known of the selected tokens alone: give them to `masked_loss`."""
+    def _selected_only(self) -> tuple[str, ...]:
+        """The names in `report` that are means over the selected tokens."""
         tokens = self.objective.tokens
-        of_all = self.objective.diagnostics and not torch.is_grad_enabled()  # a diagnosis is of all tokens
+        of_all = self.execution.diagnostics and not torch.is_grad_enabled()  # a diagnosis is of all tokens
         return METRICS if tokens is not None and tokens.by_position and not of_all else ()
 
-    def pop_tensors(self) -> dict[str, torch.Tensor]:
+    def _pop_tensors(self) -> dict[str, torch.Tensor]:
         """Both models' last hidden states of the last micro-batch, on the last pipeline stage, once.
 
         [s, b, h], with sequence parallelism this rank's [s/TP, b, h]. They are kept until they are taken, or until the
@@ -356,10 +321,10 @@ class Attachment:
         tensors, self._tensors = self._tensors, {}
         return tensors
 
-    def pop_teacher_seconds(self) -> tuple[float, float] | None:
+    def _pop_teacher_seconds(self) -> tuple[float, float] | None:
         """What the teacher's passes of training have taken on this rank since the last call: (seconds, passes).
 
-        `masked_loss` calls it, once a micro-batch. A pass is what this rank does of the teacher within one
+        A pass is what this rank does of the teacher within one
         micro-batch, and its waiting for the teacher's messages; without the teacher's output layer, which is part of
         the loss. On a GPU only what it is past is known, the rest comes later; see `Stopwatch.take`.
 
@@ -396,7 +361,9 @@ class Attachment:
         if self._logits_are_wanted(batch):
             return
         if self._scheduled_objective.schedules and self.progress is None:
-            raise ConfigError("a ScheduledObjective goes by the progress: call attachment.set_progress() at every step")
+            raise ConfigError(
+                "a ScheduledObjective needs the training progress: call attachment.on_step() before each step"
+            )
         measured = self._stopwatch.measure() if self._stopwatch and torch.is_grad_enabled() else nullcontext()
         with measured, torch.no_grad():
             hidden_states = self._runner.run(batch)
@@ -450,7 +417,9 @@ class Attachment:
                 lambda logits: compute_language_model_loss(labels, logits).transpose(0, 1),
                 input_ids.transpose(0, 1) if input_ids is not None else None,
                 self._positions(labels.shape[1], packed_seq_params),
-                self.plan.chunk_tokens,
+                chunk_tokens=self.plan.chunk_tokens,
+                gradient_in_place=self.execution.gradient_in_place,
+                diagnostics=self.execution.diagnostics,
             )
         several = (self.objective.divergence is not None) + len(loss.logit_losses) > 1
         self.report = {

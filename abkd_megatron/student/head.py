@@ -55,14 +55,17 @@ def compute_loss(
     megatron_cross_entropy: Callable[[Tensor], Tensor],
     input_ids: Tensor | None = None,
     positions: Tensor | None = None,
+    *,
     chunk_tokens: int | None = None,
+    gradient_in_place: bool = False,
+    diagnostics: bool = False,
 ) -> Loss:
-    """The objective's loss, through logits or without them.
+    """Compute the objective's loss, with or without materialized logits.
 
     Args:
         student: gets gradients.
         teacher: gets none.
-        objective: divergence, weights, and how.
+        objective: what is trained.
         labels: [s, b].
         loss_mask: [s, b], what the caller multiplies the loss by before it sums; None if it is not known. Of logit
             losses a token of mask 0 takes no part in those of several tokens.
@@ -72,7 +75,9 @@ def compute_loss(
         input_ids: [s, b]; looked at where the student has tokens beyond `objective.shared_vocab`.
         positions: [s], where the tokens stand in their sequences; looked at where `objective.tokens` goes by it. On the
             CPU, or the host waits for them.
-        chunk_tokens: `Plan.chunk_tokens`: of the fused head; None makes logits. Diagnosed validation makes them anyway.
+        chunk_tokens: `Plan.chunk_tokens`, of the fused head; None materializes logits, as diagnostics do.
+        gradient_in_place: as in `Execution`.
+        diagnostics: as in `Execution`.
 
     Raises:
         ConfigError: without input ids where they are needed.
@@ -90,7 +95,7 @@ def compute_loss(
         # sequences are on a GPU the host waits for it here, once.
         selected = tokens.at(positions.cpu()).unsqueeze(-1).expand(labels.shape)
     by_models = tokens.of if tokens is not None and not tokens.by_position else None
-    diagnosing = objective.diagnostics and not torch.is_grad_enabled()
+    diagnosing = diagnostics and not torch.is_grad_enabled()
     if chunk_tokens is not None and not diagnosing:
         run_pre_forward_hooks(student.layer)
         total, terms = vocab_parallel_distillation_head(
@@ -101,7 +106,7 @@ def compute_loss(
             objective.effective_divergence,
             labels,
             shard,
-            kd_weight=objective.kd_weight,
+            kd_weight=objective.kd_weight * objective.distillation_scale,
             lm_weight=objective.lm_weight,
             temperature=objective.temperature,
             token_weights=loss_mask,
@@ -112,7 +117,10 @@ def compute_loss(
             selected=selected,
             select=by_models,
         )
-        return Loss(total, terms.divergence, terms, {}, _trained(objective.tokens, terms, selected))
+        distillation = terms.divergence
+        if objective.distillation_scale != 1:
+            distillation = distillation * objective.distillation_scale
+        return Loss(total, distillation, terms, {}, _trained(objective.tokens, terms, selected))
 
     student_logits = student.logits()
     with torch.no_grad():
@@ -126,7 +134,10 @@ def compute_loss(
         compared = VocabShard.megatron(student.weight.shape[0], tp_group, objective.shared_vocab)
 
     def loss_of(student_logits: Tensor) -> Loss:
-        return _loss(student_logits, teacher_logits, objective, labels, loss_mask, shard, compared, input_ids, selected)
+        return _loss(
+            *(student_logits, teacher_logits, objective, labels, loss_mask, shard, compared, input_ids, selected),
+            gradient_in_place,
+        )
 
     watch_only = objective.kd_weight == 0
     with torch.set_grad_enabled(torch.is_grad_enabled() and not watch_only):
@@ -155,8 +166,9 @@ def _loss(
     compared: VocabShard,
     input_ids: Tensor | None,
     selected: Tensor | None,
+    gradient_in_place: bool,
 ) -> Loss:
-    """The objective's loss of logits that exist.
+    """Compute the objective's loss from materialized logits.
 
     `compared` are the columns that both models know. The teacher's logits are of all tokens, or [n, V/TP] of those
     `selected` by position.
@@ -164,11 +176,13 @@ def _loss(
     counted = loss_mask != 0 if loss_mask is not None else None
     if objective.shares_part_of(shard.size):
         read = _read(input_ids, shard, compared)
-        terms = _terms_of_part(student_logits, teacher_logits, objective, labels, read, shard, compared)
+        terms = _terms_of_part(
+            student_logits, teacher_logits, objective, labels, read, shard, compared, gradient_in_place
+        )
         counted = read if counted is None else read & counted
     else:
         spared = selected if teacher_logits.dim() == 2 else None
-        terms = _terms(student_logits, teacher_logits, objective, labels, shard, spared)
+        terms = _terms(student_logits, teacher_logits, objective, labels, shard, gradient_in_place, spared)
     trained = _trained(objective.tokens, terms, selected)
     if trained is not None:
         terms = terms._replace(divergence=torch.where(trained, terms.divergence, 0.0))
@@ -180,6 +194,8 @@ def _loss(
     if objective.divergence is not None:
         parts.insert(0, terms.divergence)
     distillation = functools.reduce(torch.add, parts)
+    if objective.distillation_scale != 1:
+        distillation = distillation * objective.distillation_scale
     addends = ((objective.kd_weight, distillation), (objective.lm_weight, terms.cross_entropy))
     total = functools.reduce(torch.add, [weight * addend for weight, addend in addends if weight != 0])
     return Loss(total, distillation, terms, logit_losses, trained)
@@ -215,6 +231,7 @@ def _terms(
     objective: Objective,
     labels: Tensor,
     shard: VocabShard,
+    gradient_in_place: bool,
     selected: Tensor | None = None,
 ) -> DistillationTerms:
     return vocab_parallel_distillation(
@@ -224,7 +241,7 @@ def _terms(
         labels,
         shard,
         temperature=objective.temperature,
-        gradient_in_place=objective.gradient_in_place,
+        gradient_in_place=gradient_in_place,
         selected=selected,
     )
 
@@ -248,9 +265,11 @@ def _terms_of_part(
     read: Tensor,
     shard: VocabShard,
     shared: VocabShard,
+    gradient_in_place: bool,
 ) -> DistillationTerms:
     """The cross entropy over the student's whole vocabulary, everything else over the part that is shared."""
-    terms = _terms(student_logits, teacher_logits, objective, labels.masked_fill(labels >= shared.size, -1), shared)
+    known = labels.masked_fill(labels >= shared.size, -1)
+    terms = _terms(student_logits, teacher_logits, objective, known, shared, gradient_in_place)
     # A pass for the cross entropy alone, so of the student with itself. It comes second, and its backward thus first:
     # the divergence's may overwrite the logits.
     whole = vocab_parallel_distillation(student_logits, student_logits, AlphaBeta(1.0, 0.0), labels, shard)

@@ -14,6 +14,7 @@ from abkd_megatron import kernels
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_divergence
+from abkd_megatron.vocab_parallel.execution import Execution
 from abkd_megatron.vocab_parallel.fused_head import automatic_chunk_tokens, bytes_of_a_token
 
 logger = logging.getLogger(__name__)
@@ -51,10 +52,10 @@ def propose_plan(
     teacher: torch.nn.Module,
     weight: Tensor,
     objective: Objective,
+    execution: Execution,
     shard: VocabShard,
     *,
     tokens: int | None,
-    kernel: str | None,
 ) -> Plan:
     """Decide for one rank how the loss is computed, and see that it can be: a small one is, with the chosen kernel.
 
@@ -65,21 +66,21 @@ def propose_plan(
         teacher: its output layer.
         weight: [V/TP, h], what the student's output layer multiplies by.
         objective: what is trained.
+        execution: how, as asked for.
         shard: of the student's vocabulary.
         tokens: of a micro-batch on this rank, s * b, by which ``head: auto`` estimates what a fused head saves; None if
             it is not known: auto is then fused wherever it can be.
-        kernel: one of `kernels.CHOICES`; None for what `kernels.use` has chosen.
 
     Raises:
         ConfigError: for head: fused where there is an obstacle, or a kernel that cannot be had here.
     """
-    reasons = ["as chosen"] if objective.head == "materialized" else []
+    reasons = ["as chosen"] if execution.head == "materialized" else []
     reasons += obstacles(student, teacher, objective, shard.size)
-    check_fused(objective, reasons)
-    with kernels.using(kernel) as choice:
+    check_fused(execution, reasons)
+    with kernels.using(execution.kernel) as choice:
         name = try_kernel(objective, weight)
     of_token = bytes_of_a_token(weight, shard)
-    chunk_tokens = objective.chunk_tokens or automatic_chunk_tokens(weight.device, of_token)
+    chunk_tokens = execution.chunk_tokens or automatic_chunk_tokens(weight.device, of_token)
     whole = f"{weight.shape[0]} logits of both models"
     if tokens is not None:
         # About; in a packed row it depends on the lengths, and a head that changed with these would be a surprise.
@@ -88,9 +89,9 @@ def propose_plan(
         both = "both models" if every == 1 else f"the student and about {compared} of the teacher"
         size = _mib((tokens + compared) * weight.shape[0] * weight.dtype.itemsize)
         whole = f"{tokens} x {weight.shape[0]} logits of {both}, {size}"
-        if objective.head == "auto" and not reasons:
+        if execution.head == "auto" and not reasons:
             chunks = chunk_tokens * of_token
-            reasons = nothing_to_gain(weight, tokens, chunk_tokens, chunks, objective.gradient_in_place, compared)
+            reasons = nothing_to_gain(weight, tokens, chunk_tokens, chunks, execution.gradient_in_place, compared)
     if reasons:
         return Plan(choice, name, None, f"{whole} ({reasons[0]})")
     chunk = f"{chunk_tokens} tokens, {_mib(chunk_tokens * of_token)}"
@@ -127,17 +128,17 @@ def agree(proposed: Plan | None) -> Plan | None:
     return plan
 
 
-def check_fused(objective: Objective, reasons: Sequence[str]) -> None:
+def check_fused(execution: Execution, reasons: Sequence[str]) -> None:
     """Reject a fused head that was asked for and cannot be had.
 
     Args:
-        objective: with the head that was asked for.
+        execution: with the head that was asked for.
         reasons: as `obstacles` returns them.
 
     Raises:
         ConfigError: naming the first reason.
     """
-    if objective.head == "fused" and reasons:
+    if execution.head == "fused" and reasons:
         raise ConfigError(f"head: fused is not possible ({reasons[0]}); give head: materialized, or auto")
 
 

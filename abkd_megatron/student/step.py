@@ -1,113 +1,82 @@
-"""The loss contract with Megatron's schedules: sums over tokens, and the numbers to log beside them."""
+"""The forward step of a student with a teacher, the same in every training loop."""
 
-from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 
-from abkd_megatron.student.loss_guard import check_losses
-
-# Of a report, per token: 1.0 where the divergence is trained, else 0.0; logged as a share.
-SELECTED = "selected tokens"
-
-# How long the teacher's pass on a micro-batch took, in seconds.
-TEACHER_SECONDS = "teacher seconds"
-
-# Losses that are no part of `kd loss`.
-_NO_PARTS = ("lm loss", "kd loss", "teacher lm loss", "total loss")
-
-# In place of a count of 0 that something is divided by: lost beside any other in fp32.
-NOTHING = 1e-12
+from abkd_megatron.errors import ConfigError, HostError
+from abkd_megatron.losses.schedule import Progress
+from abkd_megatron.student.attach import Attachment
+from abkd_megatron.student.report import LossChecks
 
 
-def masked_loss(
-    loss_mask: torch.Tensor,
-    output_tensor: torch.Tensor,
-    *,
-    report: Mapping[str, torch.Tensor] | None = None,
-    scheduled: Mapping[str, float] | None = None,
-    selected_only_metrics: Collection[str] = (),
-    hidden: Mapping[str, tuple[float, torch.Tensor]] | None = None,
-    teacher_seconds: Callable[[], tuple[float, float] | None] = lambda: None,
-    check_for_nan: bool = True,
-    check_for_spikes: bool = False,
-    tensors: Mapping[str, torch.Tensor] | None = None,
-    save: str | Path | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Return what Megatron's schedules expect of a loss function for one micro-batch.
+class Host(Protocol):
+    """A training loop, as far as a forward step depends on it."""
 
-    Megatron sums over micro-batches and data-parallel ranks and divides once by the global number of tokens, so
-    nothing is divided here.
+    def progress(self, training: bool) -> Progress:
+        """Return what was trained on before this training step, or before the one that this validation follows."""
 
-    Args:
-        loss_mask: [b, s], 1 where a token counts.
-        output_tensor: [b, s] the loss a token, as the model returned it.
-        report: per-token numbers [b, s] to log, `Attachment.report`; None for training without a teacher.
-        scheduled: numbers of the whole step to log, `Attachment.scheduled`.
-        selected_only_metrics: names in `report` that are means over the selected tokens,
-            `Attachment.selected_only_metrics`: they come with the number of these.
-        hidden: {name: (weight, sum over the same counted tokens)} of losses between layers, `Attachment.hidden`. Their
-            gradients are on their way already; here they are only logged.
-        teacher_seconds: `Attachment.pop_teacher_seconds`: (seconds, passes) of the teacher to log, or None.
-        check_for_nan: stop on NaN or Inf in a loss through Megatron's rerun state machine, see `check_losses`.
-        check_for_spikes: with that, also tell of a loss far above what it was.
-        tensors: what else there are to be statistics of when such a loss was found, `Attachment.pop_tensors`.
-        save: Megatron's: a file of these statistics, and of those of `report`, is written there.
+    def loss_checks(self) -> LossChecks:
+        """Return the loop's own settings."""
 
-    Returns:
-        (sum of the loss over counted tokens, their number as int, {name: [sum, number]}). Without a report the only
-        name is `lm loss`. With one, `lm loss` is still the student's cross entropy, `total loss` is what is trained.
-        A number is never 0: where no rank counts a token, a mean is logged as 0, not as NaN. `teacher seconds` is
-        [seconds, passes]. What is scheduled is [value] alone, of which Megatron takes the mean
-        over micro-batches. The same names on every rank and micro-batch.
+    def log(self, progress: Progress, scheduled: Mapping[str, float]) -> None:
+        """Keep the schedules' position of a training step with the run."""
 
-    Raises:
-        NumericalError: as `check_losses`.
 
-    Collectives: none; Megatron reduces each name once an iteration.
+class DistilledStep:
+    """A forward step of Megatron's kind, of a student that has a teacher: its numbers go into the report.
+
+    The wrapped step stays in charge of batches, and its loss function of the loss and of what it logs. `lm loss` is the
+    student's cross entropy here, not what is trained.
+
+    Attributes:
+        attachment: the teacher's, once the model is built.
+        needs_input_ids: whether the step has to give the model its input ids on the last pipeline stage, too.
     """
-    mask = loss_mask.reshape(-1).float()
-    loss = _masked_sum(output_tensor, mask)
-    number = mask.sum().detach()
-    num_tokens, counted = number.to(torch.int), number.clamp_min(NOTHING)
-    counts: dict[str, torch.Tensor] = {}
-    if report is None:
-        sums = {"lm loss": loss}
-    else:
-        selected = mask * report[SELECTED].reshape(-1) if SELECTED in report else mask
-        sums = {
-            name: _masked_sum(value, selected if name in selected_only_metrics else mask)
-            for name, value in report.items()
-        }
-        sums["total loss"] = loss
-        counts = dict.fromkeys(selected_only_metrics, selected.sum().clamp_min(NOTHING))
-    for name, (weight, of_layers) in (hidden or {}).items():
-        sums[name] = of_layers
-        sums["total loss"] = sums.get("total loss", loss).detach() + weight * of_layers
-    if check_for_nan:
-        between = list(hidden or ())
-        losses = {name: value.detach() for name, value in sums.items() if name.endswith(" loss") or name in between}
-        # Parts before what they are part of, since the first that is found is named.
-        parts = [name for name in losses if name not in (*_NO_PARTS, *between)]
-        checked = [name for name in ("lm loss", *parts, "kd loss", *between, "total loss") if name in losses]
 
-        def details() -> dict[str, torch.Tensor]:
-            counted = {name: torch.where(loss_mask == 0, 0.0, it) for name, it in (report or {}).items()}
-            return {**counted, **(tensors or {})}
+    def __init__(self, forward_step: Callable[..., tuple[Any, Any]], host: Host, needs_input_ids: bool = False) -> None:
+        self.attachment: Attachment | None = None
+        self.needs_input_ids = needs_input_ids
+        self._forward_step = forward_step
+        self._host = host
 
-        folder = Path(save) if save is not None else None
-        check_losses(losses, checked, details, folder=folder, spikes=check_for_spikes)
-    logged = {
-        name: torch.cat([value.detach().clone().view(1), counts.get(name, counted).view(1)])
-        for name, value in sums.items()
-    }
-    # Filled on the device: a copy from the host would wait for it.
-    logged |= {name: mask.new_full((1,), value) for name, value in (scheduled or {}).items()}
-    if (measured := teacher_seconds()) is not None:  # last: where the checks wait for a GPU, it is past this pass
-        logged[TEACHER_SECONDS] = torch.cat([mask.new_full((1,), value) for value in measured])
-    return loss, num_tokens, logged
+    def __call__(
+        self, data_iterator: Iterator | None, model: torch.nn.Module, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Callable[..., Any] | None]:
+        """Run the wrapped step.
 
+        Returns:
+            Its output, and its loss function with our numbers in the report.
 
-def _masked_sum(per_token: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The sum over counted tokens; one that does not count adds nothing, even if it is NaN or infinite."""
-    return torch.where(mask == 0, 0.0, per_token.reshape(-1).float() * mask).sum()
+        Raises:
+            HostError: the model has no teacher.
+        """
+        attachment = self.attachment
+        if attachment is None:
+            raise HostError(
+                "expected a student with a teacher, got one without: the model was not built from the model config "
+                "that was to add it; give pretrain() that one"
+            )
+        progress = self._host.progress(model.training)
+        attachment.on_step(progress, training=model.training)
+        if model.training:
+            self._host.log(progress, attachment.scheduled)
+        output, loss_func = self._forward_step(data_iterator, model, *args, **kwargs)
+        return output, partial(self._loss, attachment, loss_func) if loss_func is not None else None
+
+    def _loss(
+        self, attachment: Attachment, loss_func: Callable[..., Any], output_tensor: torch.Tensor, **kwargs: Any
+    ) -> Any:
+        if kwargs:  # non_loss_data: what the caller collects is not a loss
+            return loss_func(output_tensor, **kwargs)
+        if attachment.loss_mask is None:
+            raise ConfigError(
+                "expected a forward step that gives the model its loss mask, by which the teacher's numbers are "
+                "summed, got None; call model(..., labels=labels, loss_mask=loss_mask)"
+            )
+        # First, since its checks name the loss that is not finite.
+        *_, ours = attachment.loss_func(attachment.loss_mask, output_tensor, self._host.loss_checks())
+        *loss, logged = loss_func(output_tensor)
+        return (*loss, {**logged, **ours})

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from abkd_megatron.student.step import NOTHING
+from abkd_megatron.student.report import NOTHING
 
 
 class Stopwatch:

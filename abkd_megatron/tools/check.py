@@ -27,13 +27,13 @@ from abkd_megatron.config.unsupported import JOB
 from abkd_megatron.data.indexed import check_datasets, prefixes_of
 from abkd_megatron.data.prepare import PreparedData
 from abkd_megatron.errors import AbkdError, ConfigError, DataError
-from abkd_megatron.hosts.add_teacher import absent_projectors, kernel_of
+from abkd_megatron.hosts.add_teacher import absent_projectors
 from abkd_megatron.hosts.run_record import check_resumed, record
 from abkd_megatron.hosts.student_checkpoint import check_save, check_student, mixed_events, only_writer
 from abkd_megatron.losses.objective import Objective
-from abkd_megatron.student.attach import check_shared_vocab, check_tokens
 from abkd_megatron.student.hidden import Layers, check_layers
 from abkd_megatron.student.plan import check_fused, obstacles_of, try_kernel
+from abkd_megatron.student.supported import check_shared_vocab, check_tokens
 from abkd_megatron.teacher.args import check_teacher, open_teacher, teacher_arguments
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.inherited import teacher_settings
@@ -299,11 +299,11 @@ class _Look:
             if knows:
                 check_shared_vocab(objective, student.vocab_size, student.context_parallel_size)
                 check_tokens(objective, student.vocab_size)
-                check_fused(objective, obstacles_of(objective, student.vocab_size))
+                check_fused(self.config.make_execution(), obstacles_of(objective, student.vocab_size))
             self.add("loss", str(objective.divergence or ", ".join(objective.names_of_logit_losses)))
         if self.config.device == "cpu":
             with self.at("kernel"):
-                with kernels.using(kernel_of(self.config)):
+                with kernels.using(self.config.make_execution().kernel):
                     try_kernel(objective, torch.empty(0, dtype=student.params_dtype))
                 self.add("kernel", f"{self.config.distillation.kernel}: tried")
 

@@ -3,7 +3,7 @@
 Memory is counted, not calculated: one rank of each kind runs the job itself without data
 (`abkd_megatron.tools.meta_run`), so whatever Megatron, the teacher and the head allocate is in it, at the moment at
 which it is most. On `device: cpu` that is what the stand-in takes. On `device: cuda` attention and norms keep what
-fused kernels keep, where no [s, s] exists (`meta_run.Attention`, `meta_run.Norm`); the rest are Megatron's own layers,
+fused kernels keep, where no [s, s] exists (`meta_layers.Attention`, `Norm`); the rest are Megatron's own layers,
 as if TransformerEngine's kept the same.
 
 Not counted: what the allocator loses to fragmentation; NCCL's buffers; the CUDA context; workspaces of

@@ -6,7 +6,7 @@ from typing import Any
 
 from abkd_megatron.errors import HostError
 from abkd_megatron.tools.estimate import GIB, Alternative, Estimate
-from abkd_megatron.tools.meta_run import PARTS
+from abkd_megatron.tools.memory_tracker import PARTS
 
 NOT_COUNTED = (
     "Not counted: the allocator's fragmentation, NCCL's buffers, the CUDA context, workspaces of TransformerEngine, "

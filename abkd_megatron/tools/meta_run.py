@@ -15,9 +15,7 @@ import logging
 import os
 import sys
 import warnings
-import weakref
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,45 +24,37 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import transformer_block
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training import get_args, training
-from megatron.training.models import GPTModelConfig
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed import fake_pg
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from abkd_megatron import cpu_backend, kernels
 from abkd_megatron.config.schema import PREFLIGHT, Config, Value
 from abkd_megatron.hosts import add_teacher, megatron_lm
 from abkd_megatron.losses import AlphaBeta, Divergence, ToDi
-from abkd_megatron.student import head, plan
+from abkd_megatron.student import head, plan, step
 from abkd_megatron.student.attach import Attachment
 from abkd_megatron.teacher import runner
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.layout import RankCoords
+from abkd_megatron.tools.memory_tracker import (
+    ACTIVATIONS,
+    GRADIENTS,
+    HEADS,
+    OPTIMIZER,
+    PARAMETERS,
+    TEACHER,
+    TEACHER_PASS,
+    WAITING,
+    MemoryTracker,
+)
+from abkd_megatron.tools.meta_layers import Norm
 from abkd_megatron.vocab_parallel.fused_head import automatic_chunk_tokens
-
-META = torch.device("meta")
-
-# The parts that memory is told apart by. What else is kept from step to step, as the buffers that sequence parallelism
-# gathers into, counts with the optimizer's state.
-PARAMETERS = "student's parameters"
-GRADIENTS = "gradient buffers"
-OPTIMIZER = "optimizer's state and buffers"
-TEACHER = "teacher's parameters"
-ACTIVATIONS = "activations kept for backward"
-BACKWARD = "backward's own"
-TEACHER_PASS = "teacher's forward pass"
-WAITING = "teacher's hidden states waiting"
-HEADS = "LM heads and loss"
-STEP = "optimizer's step"
-PARTS = (PARAMETERS, GRADIENTS, OPTIMIZER, TEACHER, ACTIVATIONS, BACKWARD, TEACHER_PASS, WAITING, HEADS, STEP)
 
 
 @dataclass(frozen=True)
@@ -129,119 +119,6 @@ def measure(
             megatron_lm.run(_without_files(config, vocab_size, global_batch_size), "distill")
     assert watch.account is not None
     return watch.account
-
-
-class MemoryTracker(TorchDispatchMode):
-    """Puts every tensor on `meta` and keeps account of the storages that are alive, by part.
-
-    A new storage belongs to the part that `belongs_to` says, else to what Megatron is doing: backward, a forward pass
-    with gradients, or neither, which is the optimizer's step.
-
-    Args:
-        one_in: of how many tokens one is selected, where some are, by position.
-    """
-
-    def __init__(self, one_in: int = 1) -> None:
-        super().__init__()
-        self._one_in = one_in
-        self._part: str | None = None
-        self._alive: dict[int, tuple[str, int]] = {}
-        self._held: Counter[str] = Counter()
-        self._complements: set[int] = set()
-        self.total = 0
-        self.restart()
-
-    def restart(self) -> None:
-        """Look for the peak from here on."""
-        self._most = -1
-        self.peak: dict[str, int] = {}
-        self._look()
-
-    @property
-    def held(self) -> dict[str, int]:
-        """What is alive now, by part."""
-        return dict(self._held)
-
-    @contextlib.contextmanager
-    def belongs_to(self, part: str) -> Iterator[None]:
-        """New storages belong to this part."""
-        before, self._part = self._part, part
-        try:
-            yield
-        finally:
-            self._part = before
-
-    def assign(self, tensors: Iterable[Tensor], part: str) -> None:
-        """The storages of these belong to a part, whatever they were taken for."""
-        for tensor in tensors:
-            self._move(tensor.untyped_storage()._cdata, part)
-
-    def assign_rest(self, part: str, kept: Collection[str]) -> None:
-        """Whatever is alive and not of the parts `kept` belongs to a part."""
-        for key in [key for key, (old, _) in self._alive.items() if old not in kept]:
-            self._move(key, part)
-
-    def _move(self, key: int, part: str) -> None:
-        old, size = self._alive[key]
-        self._alive[key] = part, size
-        self._held[old] -= size
-        self._held[part] += size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            dtype = args[0].dtype
-            return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
-        if func.namespace == "c10d":  # it has happened
-            results = [FakeWork().boxed() if "Work" in str(it.type) else args[0] for it in func._schema.returns]
-            return tuple(results) if len(results) > 1 else results[0] if results else None
-        kwargs = dict(kwargs or {})
-        if kwargs.get("device") is not None:
-            kwargs["device"] = META
-        args, kwargs = tree_map_only(Tensor, _without_data, (args, kwargs))
-        if func is torch.ops.aten.nonzero.default:  # how many is data; what asks is a selection, and its complement
-            rows = args[0].numel() // self._one_in
-            if args[0].untyped_storage()._cdata in self._complements:
-                rows = args[0].numel() - rows
-            result = torch.empty(rows, args[0].dim(), dtype=torch.int64, device=META)
-        else:
-            result = func(*args, **kwargs)
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._enter(tensor.untyped_storage())
-        if func is torch.ops.aten.bitwise_not.default:
-            self._complements.add(result.untyped_storage()._cdata)
-        return result
-
-    def _enter(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
-            return
-        part = self._part
-        if torch._C._current_graph_task_id() != -1:
-            part = BACKWARD
-        elif part is None:
-            part = ACTIVATIONS if torch.is_grad_enabled() else STEP
-        self._alive[key] = part, size
-        weakref.finalize(storage, self._leave, key)
-        self._held[part] += size
-        self.total += size
-        self._look()
-
-    def _leave(self, key: int) -> None:
-        part, size = self._alive.pop(key)
-        self._complements.discard(key)
-        self._held[part] -= size
-        self.total -= size
-
-    def _look(self) -> None:
-        if self.total > self._most:
-            self._most, self.peak = self.total, dict(self._held)
-
-
-def _without_data(tensor: Tensor) -> Tensor:
-    if tensor.device == META:
-        return tensor
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
 
 
 class _Numbers(TorchFunctionMode):
@@ -323,7 +200,7 @@ def _replacements(
     yield runner.TeacherRunner, "run", teacher_pass
     attaching = sys.modules[Attachment.__module__]  # the package has a function of this name
     yield attaching, "compute_loss", within(HEADS, head.compute_loss)
-    yield add_teacher.DistilledStep, "__call__", within(ACTIVATIONS, add_teacher.DistilledStep.__call__)
+    yield step.DistilledStep, "__call__", within(ACTIVATIONS, step.DistilledStep.__call__)
     yield dist, "all_gather_object", _all_gather_object
     yield add_teacher, "from_rank_0", lambda function: function()
     yield TeacherCheckpoint, "open", classmethod(lambda cls, *_: _NoCheckpoint(Path(), {}, Metadata({})))
@@ -469,76 +346,3 @@ _SIZES = kernels.Kernel("sizes", _record, _second_record, lambda *_: None, 2**62
 
 
 # ---- what layers on a GPU keep, where there is neither TransformerEngine nor apex
-
-
-class _NormFunction(torch.autograd.Function):
-    """Keeps its input and one or two fp32 numbers a row."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        of_rows = inputs.new_empty(1 + (bias is not None), *inputs.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(inputs, weight, of_rows)
-        ctx.has_bias = bias is not None
-        return torch.empty_like(inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight, _rows = ctx.saved_tensors
-        of_weight = torch.empty_like(weight)
-        return torch.empty_like(inputs), of_weight, torch.empty_like(weight) if ctx.has_bias else None
-
-
-class Norm(torch.nn.Module):
-    """The memory of a fused LayerNorm or RMSNorm."""
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.bias = None
-        if config.normalization == "LayerNorm":
-            self.bias = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[..., h] to the same."""
-        output: Tensor = _NormFunction.apply(inputs, self.weight, self.bias)
-        return output
-
-
-class _AttentionFunction(torch.autograd.Function):
-    """Keeps query, key, value, output and one fp32 number a query and head: no [s, s] ever exists."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        length, size, heads, _ = query.shape
-        output = query.new_empty(length, size, heads, value.shape[-1])
-        ctx.save_for_backward(query, key, value, output, query.new_empty(size, heads, length, dtype=torch.float32))
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty(it.shape, dtype=it.dtype, device=it.device) for it in ctx.saved_tensors[:3])
-
-
-class Attention(torch.nn.Module):
-    """The memory of a flash attention [s, b, heads, d], over one rank's part of a sequence."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        super().__init__()
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        """[s, b, heads, d] of each to [s, b, heads * d]."""
-        output: Tensor = _AttentionFunction.apply(query, key, value)
-        return output.flatten(2)
-
-
-def layers_of_a_gpu(config: GPTModelConfig) -> ModuleSpec:
-    """Megatron's own layers, but for attention and norms: for its argument `spec`."""
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.transformer.qk_layernorm, normalization=config.normalization)
-    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = Norm
-    attention.core_attention = Attention
-    if config.transformer.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = Norm
-    return spec

@@ -92,7 +92,7 @@ def diagnose(
 
     def total(divergence: Divergence) -> Tensor:
         return vocab_parallel_divergence(
-            student_logits.detach(), teacher_logits, divergence, shard.group, vocab_size=shard.size
+            student_logits.detach(), teacher_logits, divergence, tp_group=shard.group, vocab_size=shard.size
         )
 
     measured = {

@@ -13,7 +13,6 @@ Legend: N tokens, h and H the students' and the teacher's hidden size, W the wid
 """
 
 import functools
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -25,6 +24,7 @@ from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.base import Divergence
 from abkd_megatron.tensors import Function, check_context, check_tensor, constant
 from abkd_megatron.validation import finite_number, flag, positive_number, whole_number
+from abkd_megatron.vocab_parallel.head_gradients import Gradients, Operands, misweighted
 from abkd_megatron.vocab_parallel.logits import (
     ALONE,
     METRICS,
@@ -277,7 +277,7 @@ class _Head:
         assert self.alone is not None
         return self.alone
 
-    def batch(self, operands: "_Operands", chunk: slice) -> Batch:
+    def batch(self, operands: "Operands", chunk: slice) -> Batch:
         """A chunk's logits."""
         student = operands.student_hidden[chunk] @ operands.student_weight.t()
         if self.student_scale != 1.0:
@@ -319,57 +319,6 @@ class _Head:
         return self.select(dict(zip(METRICS, metrics.unbind(0), strict=True)))
 
 
-@dataclass(frozen=True)
-class _Operands:
-    student_hidden: Tensor
-    student_weight: Tensor
-    teacher_hidden: Tensor
-    teacher_weight: Tensor
-    labels: Tensor
-
-
-class _Gradients:
-    """Of hidden states [N, h] and weight [W, h], as the chunks bring them; the weight's in fp32 at least."""
-
-    def __init__(self, operands: _Operands, of_hidden: bool, of_weight: bool) -> None:
-        self.operands = operands
-        hidden, weight = operands.student_hidden, operands.student_weight
-        self.of_hidden = torch.empty_like(hidden) if of_hidden else None
-        accumulated = torch.promote_types(weight.dtype, torch.float32)
-        self.of_weight = torch.zeros_like(weight, dtype=accumulated) if of_weight else None
-
-    def add(self, chunk: slice, of_logits: Tensor) -> None:
-        """Take in those of a chunk's logits."""
-        if self.of_hidden is not None:
-            torch.mm(of_logits, self.operands.student_weight, out=self.of_hidden[chunk])
-        if self.of_weight is not None:
-            _add_product(self.of_weight, of_logits.t(), self.operands.student_hidden[chunk])
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to `total`, whose dtype the product is summed in, whatever the factors' is."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    elif total.device.type == "cpu":
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))  # products of bf16 are exact in fp32
-    elif _accumulates_in_place(total.device, total.dtype, left.dtype):
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        total += torch.mm(left, right, out_dtype=total.dtype)
-
-
-@functools.cache
-def _accumulates_in_place(device: torch.device, of_sum: torch.dtype, of_factors: torch.dtype) -> bool:
-    """Whether this torch adds a product of one dtype to a sum of another; some want the sum in the factors' dtype."""
-    total = torch.zeros(16, 16, device=device, dtype=of_sum)
-    factor = torch.zeros(16, 16, device=device, dtype=of_factors)
-    try:
-        torch.addmm(total, factor, factor, out_dtype=of_sum, out=total)
-    except (RuntimeError, TypeError):
-        return False
-    return True
-
-
 def _without_autocast[F: Callable[..., Any]](function: F) -> F:
     """Decorate a forward or backward, (ctx, tensor, ...), whose products are in their operands' dtype."""
 
@@ -403,9 +352,9 @@ class _DistillationHead(Function):
         needs_gradient: bool,
         anchor: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        operands = _Operands(student_hidden, student_weight, teacher_hidden, teacher_weight, labels)
+        operands = Operands(student_hidden, student_weight, teacher_hidden, teacher_weight, labels)
         in_forward = needs_gradient and token_weights is not None
-        gradients = _Gradients(operands, *ctx.needs_input_grad[:2]) if in_forward else None
+        gradients = Gradients(operands, *ctx.needs_input_grad[:2]) if in_forward else None
         result = student_hidden.new_empty(3 + len(METRICS), labels.numel(), dtype=head.passes.dtype)
         known_of_chunks: list[Known] = []
 
@@ -449,8 +398,8 @@ class _DistillationHead(Function):
         nothing = (None,) * 7
         head: _Head = ctx.head
         if ctx.gradients is None:
-            operands = _Operands(*ctx.saved_tensors)
-            gradients = _Gradients(operands, *ctx.needs_input_grad[:2])
+            operands = Operands(*ctx.saved_tensors)
+            gradients = Gradients(operands, *ctx.needs_input_grad[:2])
             for chunk, known in zip(head.chunks(of_loss.numel()), ctx.known_of_chunks, strict=True):
                 gradients.add(chunk, head.gradient(chunk, head.batch(operands, chunk), known, of_loss[chunk]))
             of_hidden, of_weight = gradients.of_hidden, gradients.of_weight
@@ -489,51 +438,3 @@ def _factor(of_loss: Tensor, token_weights: Tensor) -> Tensor:
     is_off = off > 1e-5 * of_loss.abs().amax()
     misweighted.watch(is_off)
     return torch.where(is_off, torch.nan, factor)
-
-
-class Misweighted:
-    """Raises where gradients were formed for other weights of the tokens than the loss has.
-
-    On a CPU at once. For a GPU the host waits only the first time, which finds a training script that does so always;
-    after that what the GPU finds is copied to the host and looked at when it has arrived.
-    """
-
-    def __init__(self) -> None:
-        self._has_waited = False
-        self._awaited: deque[tuple[Tensor, Any]] = deque()
-
-    def watch(self, is_off: Tensor) -> None:
-        """Raise if `is_off`, a bool on any device, is known to hold."""
-        if is_off.device.type == "cpu":
-            self._raise_if(is_off)
-        elif is_off.is_cuda:
-            found = torch.empty((), dtype=torch.bool, pin_memory=True, device="cpu")
-            found.copy_(is_off, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record(torch.cuda.current_stream(is_off.device))
-            self.expect(found, arrived)
-
-    def expect(self, found: Tensor, arrived: Any) -> None:
-        """Look at `found` when the event `arrived` has happened; the first time wait for it."""
-        self._awaited.append((found, arrived))
-        if not self._has_waited:
-            self._has_waited = True
-            arrived.synchronize()
-        self.raise_if_known()
-
-    def raise_if_known(self) -> None:
-        """Raise if what has arrived says so; without waiting for what has not."""
-        while self._awaited and self._awaited[0][1].query():
-            self._raise_if(self._awaited.popleft()[0])
-
-    def _raise_if(self, is_off: Tensor) -> None:
-        if bool(is_off):
-            self._awaited.clear()
-            raise RuntimeError(
-                "vocab_parallel_distillation_head: the loss of each token was not multiplied by its token weight times "
-                "one factor for all, so the gradients formed in forward are not its: pass the weights that are used (a "
-                "loss mask), or None"
-            )
-
-
-misweighted = Misweighted()

@@ -60,12 +60,13 @@ def vocab_parallel_divergence(
     student_logits: Tensor,
     teacher_logits: Tensor,
     divergence: Divergence,
-    group: dist.ProcessGroup | None = None,
-    temperature: float = 1.0,
+    *,
+    tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
+    temperature: float = 1.0,
     gradient_in_place: bool = False,
 ) -> Tensor:
-    """D(teacher || student) of every token, over a vocabulary sharded across `group`.
+    """Compute D(teacher || student) per token, over a vocabulary sharded across `tp_group`.
 
         D = sum_k F(log p_k, log q_k),  p = softmax(teacher / T),  q = softmax(student / T)
         dD/ds_j = (h_j - q_j H) / T,    h_k = dF/dlog q_k,  H = sum_k h_k
@@ -77,10 +78,10 @@ def vocab_parallel_divergence(
         student_logits: [..., V/TP], any floating dtype, this rank's columns.
         teacher_logits: [..., V/TP], the same columns; never receives a gradient.
         divergence: for example AlphaBeta(0.2, 0.7).
-        group: the tensor-parallel group; None for one rank that holds the whole vocabulary.
-        temperature: T > 0; divides the logits of both.
+        tp_group: the tensor-parallel group; None for one rank that holds the whole vocabulary.
         vocab_size: number of real tokens; columns from there on, in Megatron's layout of equal shards, are
             padding. None if there is none; then the shards may differ in width.
+        temperature: T > 0; divides the logits of both.
         gradient_in_place: backward overwrites the student's logits with their gradient, and so takes no memory. What
             else needs them in a backward pass of its own has to have been there before, or raises autograd's
             error about a tensor modified in place; what reads them outside of autograd must do so before.
@@ -108,9 +109,9 @@ def vocab_parallel_divergence(
     width = student_logits.shape[-1]
     if vocab_size is None:
         # Global ids are of no consequence without labels, so shards of unequal width need not know theirs.
-        shard = VocabShard(0, width, max(width, 1), group)
+        shard = VocabShard(0, width, max(width, 1), tp_group)
     else:
-        shard = VocabShard.megatron(width, group, vocab_size)
+        shard = VocabShard.megatron(width, tp_group, vocab_size)
     return _apply(student_logits, teacher_logits, divergence, None, shard, temperature, gradient_in_place)[0]
 
 

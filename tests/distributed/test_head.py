@@ -15,7 +15,8 @@ from abkd_megatron import AlphaBeta, ToDi
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses import Divergence
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation, vocab_parallel_distillation_head
-from abkd_megatron.vocab_parallel.fused_head import Misweighted, _add_product, automatic_chunk_tokens, bytes_of_a_token
+from abkd_megatron.vocab_parallel.fused_head import automatic_chunk_tokens, bytes_of_a_token
+from abkd_megatron.vocab_parallel.head_gradients import Misweighted, add_product
 
 WORLDS = [1, 2, 4]
 TOKENS = (5, 3)
@@ -221,7 +222,7 @@ def test_a_product_of_halves_is_exact_to_fp32(dtype):
     left, right = (torch.randn(shape, generator=generator).to(dtype) for shape in ((24, 4096), (4096, 16)))
     total = torch.zeros(24, 16)
     for chunk in range(0, 4096, 64):
-        _add_product(total, left[:, chunk : chunk + 64], right[chunk : chunk + 64])
+        add_product(total, left[:, chunk : chunk + 64], right[chunk : chunk + 64])
     exact, magnitude = left.double() @ right.double(), left.double().abs() @ right.double().abs()
     assert ((total - exact).abs() <= 2**-22 * magnitude).all()
 

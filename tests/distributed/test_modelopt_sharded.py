@@ -32,7 +32,7 @@ def compare(rank: int, world_size: int) -> dict[str, tuple[float, float]]:
         return student.grad
 
     def kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        return vocab_parallel_divergence(student, teacher, forward_kl(), group=dist.group.WORLD)
+        return vocab_parallel_divergence(student, teacher, forward_kl(), tp_group=dist.group.WORLD)
 
     def top_k(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         return vocab_parallel_logit_loss(student, teacher, ClippedKL(top_k=7), shard)

@@ -107,7 +107,6 @@ def compute(case: Case, rank: int, world_size: int, group: dist.ProcessGroup | N
         "kd_weight": KD_WEIGHT,
         "lm_weight": LM_WEIGHT,
         "temperature": case.temperature,
-        "gradient_in_place": case.in_place,
         "shared_vocab": case.shared,
         "logit_losses": case.logit_losses,
     }
@@ -121,6 +120,7 @@ def compute(case: Case, rank: int, world_size: int, group: dist.ProcessGroup | N
         "tp_group": group,
         "megatron_cross_entropy": lambda logits: logits.sum(-1),
         "input_ids": inputs,
+        "gradient_in_place": case.in_place,
         **changes,
     }
     return compute_loss(**arguments), leaf

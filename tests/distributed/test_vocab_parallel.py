@@ -164,7 +164,10 @@ def run_case(case: Case, rank: int, world_size: int, group: dist.ProcessGroup | 
     with CollectiveCounter() as alone_forward:
         vocab_size = shard.size if case.layout in ("padded", "last shard all padding") else None
         alone = vocab_parallel_divergence(
-            student_shard, teacher_shard, case.divergence, group, case.temperature, vocab_size
+            *(student_shard, teacher_shard, case.divergence),
+            tp_group=group,
+            vocab_size=vocab_size,
+            temperature=case.temperature,
         )
     (alone_gradient,) = torch.autograd.grad(alone.sum(), student_shard)
     assert torch.equal(alone, terms.divergence)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from abkd_megatron.student.step import TEACHER_SECONDS, masked_loss
+from abkd_megatron.student.report import TEACHER_SECONDS, LossChecks, Report, masked_loss
 from abkd_megatron.student.timer import Stopwatch
 
 pytestmark = [
@@ -32,7 +32,10 @@ def test_passes_are_timed_without_waiting() -> None:
         for _ in range(4):
             run()
             *_, logged = masked_loss(
-                mask, mask, scheduled={"alpha": 0.5}, teacher_seconds=stopwatch.take, check_for_nan=False
+                mask,
+                mask,
+                Report({}, scheduled={"alpha": 0.5}, teacher_seconds=stopwatch.take),
+                LossChecks(nan=False),
             )
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -330,7 +330,7 @@ def export(folder: Path, overrides: list[str]) -> dict[str, Any]:
 def settings(folder: Path, overrides: list[str]) -> dict[str, Any]:
     """A container as Bridge writes it, read again by Bridge; then what is refused, by what was set beside the rest."""
     from abkd_megatron.errors import AbkdError
-    from abkd_megatron.hosts import bridge
+    from abkd_megatron.hosts import bridge, bridge_teacher
 
     given = ["distillation.alpha={schedule: linear, from: 0.5, to: 0.2, end: 3}", "distillation.divergence=alpha_beta"]
     config = recipe(folder, given)
@@ -343,12 +343,12 @@ def settings(folder: Path, overrides: list[str]) -> dict[str, Any]:
         "refused": {},
     }
     attempts: dict[str, Callable[[], Any]] = {
-        "vocabulary": lambda: bridge._check_vocabulary(VOCABULARY, 400, None),
-        "shared vocabulary": lambda: bridge._check_vocabulary(VOCABULARY, 400, 300),
+        "vocabulary": lambda: bridge_teacher._check_vocabulary(VOCABULARY, 400, None),
+        "shared vocabulary": lambda: bridge_teacher._check_vocabulary(VOCABULARY, 400, 300),
         "export": lambda: bridge.export_to_hf(folder, folder, folder),
-        "no hook": lambda: bridge.DistilledStep(Recording())(None, None, None),  # type: ignore[arg-type]
-        "no such override": lambda: bridge._resolved({"depth": 2}, config.model),
-        "no such function": lambda: bridge._resolved({"transformer_layer_spec": "nowhere.spec"}, config.model),
+        "no hook": lambda: bridge.BridgeStep(Recording())(None, None, None),  # type: ignore[arg-type]
+        "no such override": lambda: bridge_teacher._resolved({"depth": 2}, config.model),
+        "no such function": lambda: bridge_teacher._resolved({"transformer_layer_spec": "nowhere.spec"}, config.model),
         **{setting: lambda it=setting: bridge.add_teacher(recipe(folder, [it])) for setting in overrides},
     }
     for name, attempt in attempts.items():

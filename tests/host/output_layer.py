@@ -69,6 +69,12 @@ def main() -> None:
         in_place = case.run("materialized", every=3, in_place=True)
         in_place.pop("rows of the teacher")
         pairs += [("some, in place", in_place, of_some)]
+        # At temperature 2 the factor is 4; the divergence itself has none.
+        scaled = case.run("materialized", kd_weight=4 * 0.7)
+        scaled.pop("rows of the teacher")
+        for key in [key for key in scaled if key.startswith("distillation")]:
+            scaled[key] = 4 * scaled[key]
+        pairs += [(f"squared, {head}", case.run(head, squared=True), scaled) for head in ("materialized", "fused")]
         for name, got, wanted in pairs:
             worst = max(error(got[key], wanted[key]) for key in wanted) / allowed[dtype]
             found[f"{name}: sp {sequence_parallel}, tied {tied}, mup {mup}, {dtype}"] = worst
@@ -121,7 +127,7 @@ class Case:
                 made.weight.mul_(0.5)
         return made, weight
 
-    def run(self, head, main_grad=False, mask_known=True, every=None, in_place=False):
+    def run(self, head, main_grad=False, mask_known=True, every=None, in_place=False, kd_weight=0.7, squared=False):
         import torch
         from megatron.core import parallel_state
 
@@ -143,11 +149,10 @@ class Case:
         tokens = TokenSelection("every", n=every) if every else None
         objective = Objective(
             AlphaBeta(0.2, 0.7),
-            2.0,
-            0.7,
-            0.4,
-            head=head,
-            gradient_in_place=in_place,
+            temperature=2.0,
+            temperature_squared=squared,
+            kd_weight=kd_weight,
+            lm_weight=0.4,
             tokens=tokens,
         )
         rows = []
@@ -180,11 +185,13 @@ class Case:
                 lambda logits: self.fail(),
                 positions=torch.arange(SEQUENCE),
                 chunk_tokens=7 if head == "fused" else None,
+                gradient_in_place=in_place,
             )
             ((loss.total * mask).sum() / 3).backward()
             found[f"hidden {micro_batch}"] = hidden.grad
             found[f"loss {micro_batch}"] = loss.total.detach()
             found[f"divergence {micro_batch}"] = loss.terms.divergence.detach()
+            found[f"distillation {micro_batch}"] = loss.distillation.detach()
             found[f"cross entropy {micro_batch}"] = loss.terms.cross_entropy.detach()
             if main_grad:
                 assert weight.grad_added_to_main_grad

@@ -300,6 +300,7 @@ def train(case: Case, plain: bool = False) -> dict[str, Any]:
     from abkd_megatron.losses.selection import TokenSelection
     from abkd_megatron.student.attach import attach
     from abkd_megatron.teacher.build import Teacher
+    from abkd_megatron.vocab_parallel.execution import Execution
 
     groups = process_groups(case.tp, case.pp, case.cp)
     model_parallel_cuda_manual_seed(1)
@@ -309,13 +310,16 @@ def train(case: Case, plain: bool = False) -> dict[str, Any]:
     teacher = build(case, "teacher", TEACHER_LAYERS, TEACHER_HIDDEN, kinds[1], groups, own_attention)
     model = DistributedDataParallel(student.config, DistributedDataParallelConfig(), student)
     divergence = ToDi() if case.todi else AlphaBeta(0.2, 0.7)
-    objective = Objective(
-        divergence,
-        head=case.head,
-        chunk_tokens=7 if case.head == "fused" else None,
-        tokens=TokenSelection("every", n=case.every) if case.every else None,
+    objective = Objective(divergence, tokens=TokenSelection("every", n=case.every) if case.every else None)
+    execution = Execution(head=case.head, chunk_tokens=7 if case.head == "fused" else None)
+    attachment = attach(
+        model,
+        Teacher.of(teacher, groups),
+        objective,
+        execution=execution,
+        vocab_size=VOCAB,
+        pg_collection=groups,
     )
-    attachment = attach(model, Teacher.of(teacher, groups), objective, vocab_size=VOCAB, pg_collection=groups)
 
     batches = micro_batches(case.data, case.per_token)[plain]
     batches = batches[groups.dp.rank() :: groups.dp.size()]
@@ -330,7 +334,7 @@ def train(case: Case, plain: bool = False) -> dict[str, Any]:
     )
     attachment.detach()
     losses = {}
-    for name in reports[0] if reports else ():
+    for name in reports[0].keys() - {"teacher seconds"} if reports else ():
         losses[name] = torch.stack([report[name] for report in reports]).double().sum(0)
         dist.all_reduce(losses[name], group=groups.dp_cp)
     if plain:  # the models by themselves, so that no case can agree with a teacher that was run wrongly everywhere
@@ -415,8 +419,6 @@ def forward_step(
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    from abkd_megatron.student.step import masked_loss
-
     batch = next(batches)
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     here = {
@@ -443,9 +445,7 @@ def forward_step(
         packed_seq_params=packed_seq_params,
         loss_mask=here["loss_mask"] if case.mask_known else None,
     )
-    return output, lambda output: masked_loss(
-        here["loss_mask"], output, report=attachment.report, selected_only_metrics=attachment.selected_only_metrics
-    )
+    return output, partial(attachment.loss_func, here["loss_mask"])
 
 
 if __name__ == "__main__":

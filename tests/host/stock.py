@@ -181,7 +181,7 @@ class Probe:
         except AbkdError as error:
             found.append(str(error))
         for iteration in (0, 5, 10):
-            attachment.set_progress(Progress(iteration))
+            attachment.on_step(Progress(iteration))
             found.append(self.loss())
         attachment.detach()
         return found

@@ -9,7 +9,7 @@ import torch
 from launch import Rank, launch, run_job, scalars
 
 from abkd_megatron.student.loss_guard import statistics
-from abkd_megatron.student.step import masked_loss
+from abkd_megatron.student.report import LossChecks, Report, masked_loss
 
 
 def run_faulty(config: Path, teacher: Path, out: Path, fault: str, **settings: object) -> list[Rank]:
@@ -111,12 +111,14 @@ def test_of_several_terms_the_one_at_fault_is_named(monkeypatch: pytest.MonkeyPa
     fine, bad = torch.ones(1, 3), torch.tensor([[1.0, torch.nan, 1.0]])
     report = {"lm loss": fine, "teacher lm loss": fine, "kd loss": bad, "akl loss": fine, "pearson loss": bad}
     with pytest.raises(RuntimeError, match="found NaN in the pearson loss of a micro-batch"):
-        masked_loss(fine, bad, report=report, tensors={"student hidden states": bad}, save=tmp_path / "new")
+        masked_loss(
+            fine, bad, Report(report, tensors={"student hidden states": bad}), LossChecks(save=tmp_path / "new")
+        )
     (file,) = (tmp_path / "new").iterdir()
     tensors = json.loads(file.read_text())["tensors"]
     assert tensors.keys() == {*report, "student hidden states"}
     assert tensors["pearson loss"]["first not finite"] == [0, 1]
-    masked_loss(torch.tensor([[1.0, 0.0, 1.0]]), bad, report=report)  # that token does not count
+    masked_loss(torch.tensor([[1.0, 0.0, 1.0]]), bad, Report(report))  # that token does not count
 
 
 def test_statistics() -> None:

@@ -6,12 +6,13 @@ import torch
 from abkd_megatron import AlphaBeta
 from abkd_megatron.config import schema
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.losses import objective
+from abkd_megatron.losses.objective import Objective
 from abkd_megatron.student.plan import check_fused, nothing_to_gain, obstacles_of
+from abkd_megatron.vocab_parallel.execution import HEADS, Execution
 
 
 def test_the_configuration_knows_every_head():
-    assert schema.HEADS == objective.HEADS
+    assert schema.HEADS == HEADS
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_a_teacher_of_some_tokens_takes_less_with_logits():
 
 
 def test_a_fused_head_that_cannot_be_is_refused():
-    fused = objective.Objective(AlphaBeta(0.2, 0.7), head="fused", shared_vocab=100)
+    fused, objective = Execution(head="fused"), Objective(AlphaBeta(0.2, 0.7), shared_vocab=100)
     with pytest.raises(ConfigError, match="head: fused is not possible"):
-        check_fused(fused, obstacles_of(fused, 123))
-    check_fused(fused, obstacles_of(fused, 100))
+        check_fused(fused, obstacles_of(objective, 123))
+    check_fused(fused, obstacles_of(objective, 100))

@@ -108,7 +108,7 @@ def test_attaching_leaves_nothing_behind(config: Path, teacher: Path, pipeline: 
         assert found["loss changes with the teacher"]
         unset, *losses = found["losses by progress"]
         if pipeline == 1:
-            assert "call attachment.set_progress() at every step" in unset
+            assert "call attachment.on_step() before each step" in unset
             assert losses[0] < losses[2] and losses[1] == pytest.approx((losses[0] + losses[2]) / 2)
         padding, schedule_plan, twice, sizes = found["refusals"]
         assert "pad the vocabulary alike: 512 columns a rank against 1024" in padding

@@ -19,5 +19,5 @@ def test_equals_megatrons_output_layer(num_ranks: int) -> None:
         assert rank.code == 0, rank.output[-6000:]
         (line,) = [line for line in rank.output.splitlines() if line.startswith("FOUND ")]
         found = json.loads(line.removeprefix("FOUND "))
-        assert len(found) == (3 + 4 / 2) * (16 if num_ranks > 1 else 8)
+        assert len(found) == (3 + 6 / 2) * (16 if num_ranks > 1 else 8)
         assert all(worst <= 1.0 for worst in found.values()), found

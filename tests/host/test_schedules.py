@@ -9,9 +9,9 @@ from launch import run_job, scalars
 from abkd_megatron import AlphaBeta, ToDi
 from abkd_megatron.config.schema import Config, DistillationConfig
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.hosts.add_teacher import kernel_of
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress, Schedule
+from abkd_megatron.vocab_parallel.execution import Execution
 
 TRAINED = ("lm loss", "kd loss", "total loss", "grad-norm")
 # Four micro-batches of 2 sequences of 32 tokens a step: the same for all three at each step but in other counts.
@@ -125,13 +125,12 @@ def test_a_step_has_one_objective() -> None:
 def test_a_weight_of_0_at_some_step_takes_logits_at_all() -> None:
     down, up = Schedule.linear(1.0, 0.0, end=10), Schedule.linear(0.1, 1.0, end=10)
     for head, schedule in product(("auto", "fused"), (down, up)):
-        objective = Objective(AlphaBeta(0.2, 0.7), head=head)
+        scheduled = ScheduledObjective(Objective(AlphaBeta(0.2, 0.7)), {"kd_weight": schedule})
         if head == "fused" and schedule is down:
             with pytest.raises(ConfigError, match=r"head: fused.*kd_weight above 0 at every step"):
-                ScheduledObjective(objective, {"kd_weight": schedule})
+                Execution(head=head).resolve(scheduled)
             continue
-        heads = {ScheduledObjective(objective, {"kd_weight": schedule}).at(Progress(at)).head for at in (0, 5, 10)}
-        assert heads == {"materialized" if schedule is down else head}
+        assert Execution(head=head).resolve(scheduled).head == ("materialized" if schedule is down else head)
 
 
 def test_auto_takes_no_kernel_that_each_step_would_compile() -> None:
@@ -142,7 +141,7 @@ def test_auto_takes_no_kernel_that_each_step_would_compile() -> None:
         ("cuda", {"alpha": gliding, "kernel": "eager"}, "eager"),
         ("cpu", {"alpha": gliding}, "auto"),
     ):
-        assert kernel_of(Config(device=device, distillation=DistillationConfig(**settings))) == wanted
+        assert Config(device=device, distillation=DistillationConfig(**settings)).make_execution().kernel == wanted
 
 
 @pytest.mark.parametrize(

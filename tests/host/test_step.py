@@ -2,14 +2,16 @@
 
 import torch
 
-from abkd_megatron.student.step import masked_loss
+from abkd_megatron.student.report import LossChecks, Report, masked_loss
+
+UNCHECKED = LossChecks(nan=False)
 
 
 def test_sums_and_counts() -> None:
     mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
     total = torch.arange(6.0).view(2, 3).requires_grad_()
     report = {"lm loss": total.detach() / 2, "kd loss": total.detach() * 3}
-    loss, num_tokens, sums = masked_loss(mask, total, report=report, scheduled={"alpha": 0.5}, check_for_nan=False)
+    loss, num_tokens, sums = masked_loss(mask, total, Report(report, scheduled={"alpha": 0.5}), UNCHECKED)
     assert loss.item() == 0 + 2 + 4
     assert num_tokens.dtype == torch.int and num_tokens.item() == 3
     assert {name: pair.tolist() for name, pair in sums.items()} == {
@@ -26,7 +28,7 @@ def test_sums_and_counts() -> None:
 def test_losses_between_layers_are_logged_and_their_gradient_is_left_alone() -> None:
     mask, total = torch.tensor([[1.0, 0.0, 1.0]]), torch.ones(1, 3).requires_grad_()
     hidden = {"hidden loss 1-2": (0.5, torch.tensor(8.0)), "hidden loss 2-2": (2.0, torch.tensor(3.0))}
-    loss, _, sums = masked_loss(mask, total, report={"lm loss": total.detach()}, hidden=hidden, check_for_nan=False)
+    loss, _, sums = masked_loss(mask, total, Report({"lm loss": total.detach()}, hidden=hidden), UNCHECKED)
     assert {name: pair.tolist() for name, pair in sums.items()} == {
         "lm loss": [2.0, 2.0],
         "hidden loss 1-2": [8.0, 2.0],
@@ -40,14 +42,14 @@ def test_losses_between_layers_are_logged_and_their_gradient_is_left_alone() -> 
 
 def test_without_a_teacher_it_is_the_stock_loss() -> None:
     mask, output = torch.rand(2, 5).round(), torch.randn(2, 5)
-    loss, _, sums = masked_loss(mask, output, check_for_nan=False)
+    loss, _, sums = masked_loss(mask, output, checks=UNCHECKED)
     assert torch.equal(loss, torch.sum(output.view(-1).float() * mask.view(-1)))
     assert list(sums) == ["lm loss"]
 
 
 def test_a_token_that_does_not_count_poisons_nothing() -> None:
     output = torch.tensor([[1.0, torch.nan, torch.inf]], requires_grad=True)
-    loss, num_tokens, _ = masked_loss(torch.tensor([[1.0, 0.0, 0.0]]), output, check_for_nan=False)
+    loss, num_tokens, _ = masked_loss(torch.tensor([[1.0, 0.0, 0.0]]), output, checks=UNCHECKED)
     loss.backward()
     assert loss.item() == 1 and num_tokens.item() == 1
     assert output.grad.tolist() == [[1.0, 0.0, 0.0]]
@@ -55,7 +57,7 @@ def test_a_token_that_does_not_count_poisons_nothing() -> None:
 
 def test_no_token_counts() -> None:
     loss, num_tokens, sums = masked_loss(
-        torch.zeros(1, 3), torch.ones(1, 3), report={"lm loss": torch.ones(1, 3)}, check_for_nan=False
+        torch.zeros(1, 3), torch.ones(1, 3), Report({"lm loss": torch.ones(1, 3)}), UNCHECKED
     )
     assert loss.item() == 0 and num_tokens.item() == 0
     total, number = sums["lm loss"]
@@ -67,7 +69,7 @@ def selected_sums(mask: list[float], selected: list[float]) -> dict[str, list[fl
     report = {"lm loss": numbers, "kd loss": numbers, "teacher entropy": numbers}
     report["selected tokens"] = torch.tensor([selected])
     _, _, sums = masked_loss(
-        torch.tensor([mask]), numbers, report=report, selected_only_metrics=("teacher entropy",), check_for_nan=False
+        torch.tensor([mask]), numbers, Report(report, selected_only=("teacher entropy",)), UNCHECKED
     )
     return {name: pair.tolist() for name, pair in sums.items()}
 

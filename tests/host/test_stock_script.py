@@ -242,9 +242,10 @@ def test_a_step_that_keeps_its_loss_mask_to_itself_is_told(tmp_path: Path, confi
 
 
 def test_a_model_without_the_hook_is_told() -> None:
-    from abkd_megatron.hosts.add_teacher import DistilledStep
+    from abkd_megatron.hosts.add_teacher import MegatronHost
+    from abkd_megatron.student.step import DistilledStep
 
-    step = DistilledStep(lambda *_: pytest.fail("was run"), needs_input_ids=False)
+    step = DistilledStep(lambda *_: pytest.fail("was run"), MegatronHost())
     with pytest.raises(HostError, match="give pretrain\\(\\) that one"):
         step(None, torch.nn.Linear(1, 1))
 

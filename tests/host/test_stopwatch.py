@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from abkd_megatron.student.step import TEACHER_SECONDS, masked_loss
+from abkd_megatron.student.report import TEACHER_SECONDS, LossChecks, Report, masked_loss
 from abkd_megatron.student.timer import Stopwatch
 
 
@@ -99,7 +99,7 @@ def test_on_a_cpu_it_is_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_is_logged_as_a_mean_over_passes() -> None:
     mask = torch.ones(1, 4)
     (*_, sums), (*_, without) = (
-        masked_loss(mask, mask, teacher_seconds=taken, check_for_nan=False)
+        masked_loss(mask, mask, Report({}, teacher_seconds=taken), LossChecks(nan=False))
         for taken in (lambda: (1.5, 3.0), lambda: None)
     )
     assert sums[TEACHER_SECONDS].tolist() == [1.5, 3.0]

@@ -20,7 +20,7 @@ from abkd_megatron.losses import AdaptiveKL, Sinkhorn
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.losses.selection import TokenSelection, positions_here
 from abkd_megatron.student.head import compute_loss
-from abkd_megatron.student.step import masked_loss
+from abkd_megatron.student.report import LossChecks, Report, masked_loss
 from abkd_megatron.teacher.output_layer import OutputLayer
 from abkd_megatron.vocab_parallel import VocabShard
 
@@ -77,7 +77,7 @@ CASES = [(name, head) for name, head in CASES if head != "fused" or name in ("pl
 @pytest.mark.parametrize("packed", ["one sequence", "packed on the CPU", "packed on the GPU"])
 @pytest.mark.parametrize(("name", "head"), CASES)
 def test_the_loss_of_a_micro_batch(group, name, head, packed):
-    objective = Objective(AlphaBeta(0.2, 0.7), head=head, chunk_tokens=8, **OBJECTIVES[name])
+    objective = Objective(AlphaBeta(0.2, 0.7), **OBJECTIVES[name])
     student, teacher = output_layer(group, True), output_layer(group, False)
     ends = None if packed == "one sequence" else torch.tensor([0, 10, SEQUENCE])
 
@@ -95,7 +95,7 @@ def test_the_loss_of_a_micro_batch(group, name, head, packed):
             lambda logits: logits.float().logsumexp(-1),
             ids,
             positions.to(GPU) if packed == "packed on the GPU" else positions,
-            8 if head == "fused" else None,
+            chunk_tokens=8 if head == "fused" else None,
         )
         loss.total.sum().backward()
 
@@ -134,7 +134,7 @@ def test_all_losses_are_looked_at_in_one_copy(machine, step, spikes):
     def run() -> None:
         output = torch.ones(BATCH, SEQUENCE, device=GPU, requires_grad=True)
         loss, _, _ = masked_loss(
-            mask, output, report=report, hidden=hidden, scheduled={"alpha": 0.5}, check_for_spikes=spikes
+            mask, output, Report(report, hidden=hidden, scheduled={"alpha": 0.5}), LossChecks(spikes=spikes)
         )
         loss.backward()
 
@@ -146,7 +146,7 @@ def test_all_losses_are_looked_at_in_one_copy(machine, step, spikes):
 def test_of_all_losses_in_one_copy_the_first_that_is_at_fault_is_named(machine, caplog, bad, what):
     fine, faulty = torch.ones(1, 3), torch.tensor([[1.0, bad, 1.0]])
     report = {"lm loss": fine, "teacher lm loss": fine, "kd loss": faulty, "akl loss": fine, "pearson loss": faulty}
-    masked_loss(fine, faulty, report=report)
+    masked_loss(fine, faulty, Report(report))
     assert machine.rerun_requested and machine.failed_validation_call.caller.message == (
         f"found {what} in the pearson loss of a micro-batch"
     )
@@ -158,8 +158,8 @@ def test_a_spike_among_losses_in_one_copy(machine, caplog):
     ones = torch.ones(1, 3)
     report = {"lm loss": ones, "kd loss": ones}
     for _ in range(100):
-        masked_loss(ones, ones, report=report, check_for_spikes=True)
+        masked_loss(ones, ones, Report(report), LossChecks(spikes=True))
     assert not machine.rerun_requested
-    masked_loss(ones, ones, report={**report, "kd loss": 11.0 * ones}, check_for_spikes=True)
+    masked_loss(ones, ones, Report({**report, "kd loss": 11.0 * ones}), LossChecks(spikes=True))
     assert machine.failed_validation_call.caller.message == "found a spike in the kd loss of a micro-batch"
     assert "kd loss is more than 10 times what it was in a micro-batch" in caplog.text

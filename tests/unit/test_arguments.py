@@ -31,6 +31,7 @@ from abkd_megatron.vocab_parallel import (
     vocab_parallel_distillation_head,
     vocab_parallel_logit_loss,
 )
+from abkd_megatron.vocab_parallel.execution import Execution
 
 V = 8
 STUDENT, TEACHER = torch.randn(2, 3, V, generator=torch.Generator().manual_seed(0))
@@ -111,7 +112,7 @@ WHOLE = {
     "count": lambda it: Schedule.piecewise([(it, 1.0)]),
     "student layer": lambda it: HiddenLoss(it, 1, "mse"),
     "teacher layer": lambda it: HiddenLoss(1, it, "mse"),
-    "objective chunk_tokens": lambda it: objective(chunk_tokens=it),
+    "execution chunk_tokens": lambda it: Execution(chunk_tokens=it),
     "objective shared_vocab": lambda it: objective(shared_vocab=it),
 }
 
@@ -122,8 +123,9 @@ FLAGS = {
     "detach": lambda it: ToDi(detach=it),
     "centered": LogitMSE,
     "projector": lambda it: HiddenLoss(1, 2, "mse", projector=it),
-    "objective in place": lambda it: objective(gradient_in_place=it),
-    "objective diagnostics": lambda it: objective(diagnostics=it),
+    "execution in place": lambda it: Execution(gradient_in_place=it),
+    "execution diagnostics": lambda it: Execution(diagnostics=it),
+    "objective temperature_squared": lambda it: objective(temperature_squared=it),
 }
 
 NO_NUMBERS = [True, np.bool_(True), None, "1", [1.0], 1j, math.nan, math.inf, -math.inf, torch.ones(()), np.ones(1)]
@@ -157,7 +159,7 @@ def test_a_whole_number_is_of_any_kind(make):
     for bad in (*NO_NUMBERS, 4.5, -1, np.int64(-1)):
         if bad is None and make in (WHOLE["vocab_size"], WHOLE["shard vocab_size"], WHOLE["chunk_tokens"]):
             continue
-        if bad is None and make in (WHOLE["objective chunk_tokens"], WHOLE["objective shared_vocab"], WHOLE["top_k"]):
+        if bad is None and make in (WHOLE["execution chunk_tokens"], WHOLE["objective shared_vocab"], WHOLE["top_k"]):
             continue
         with pytest.raises(ConfigError, match="got"):
             make(bad)

@@ -12,7 +12,7 @@ pytest.importorskip("megatron.training")
 
 import torch
 
-from abkd_megatron.tools import estimate_view, meta_run
+from abkd_megatron.tools import estimate_view, memory_tracker
 from abkd_megatron.tools.estimate import Alternative, Estimate, RankEstimate, flops, kinds_of_ranks, layouts, parameters
 from abkd_megatron.tools.meta_run import Account, MemoryTracker
 
@@ -142,24 +142,24 @@ def test_layouts_are_those_that_the_sizes_allow() -> None:
 
 def test_a_ledger_follows_storages_by_part() -> None:
     with MemoryTracker() as ledger:
-        with ledger.belongs_to(meta_run.HEADS):
+        with ledger.belongs_to(memory_tracker.HEADS):
             kept = torch.zeros(1024)
         view = kept[:10]
-        assert kept.device.type == "meta" and ledger.held == {meta_run.HEADS: 4096}
+        assert kept.device.type == "meta" and ledger.held == {memory_tracker.HEADS: 4096}
         temporary = torch.ones(4096, requires_grad=True) * 2
         assert ledger.total == 4096 + 2 * 16384
         grown = ledger.total
         del temporary
         assert ledger.total == 4096  # the graph went with it
         assert sum(ledger.peak.values()) == grown
-        ledger.assign([view], meta_run.TEACHER)
-        assert {part: size for part, size in ledger.held.items() if size} == {meta_run.TEACHER: 4096}
+        ledger.assign([view], memory_tracker.TEACHER)
+        assert {part: size for part, size in ledger.held.items() if size} == {memory_tracker.TEACHER: 4096}
         ledger.restart()
         assert sum(ledger.peak.values()) == 4096
         assert torch.ones(()).item() == 1.0
         weight = torch.ones(256, requires_grad=True)
         (weight * 3).sum().backward()
-        assert ledger.peak[meta_run.BACKWARD] >= 1024
+        assert ledger.peak[memory_tracker.BACKWARD] >= 1024
 
 
 def test_a_selection_by_position_and_its_complement_are_of_the_size_they_have() -> None:
@@ -172,9 +172,19 @@ def test_a_selection_by_position_and_its_complement_are_of_the_size_they_have() 
 def an_estimate() -> Estimate:
     gib = 2**30
     first = Account(
-        {meta_run.PARAMETERS: 2 * gib, meta_run.ACTIVATIONS: 30 * gib}, {meta_run.PARAMETERS: 2 * gib}, 1, 2, 0
+        {memory_tracker.PARAMETERS: 2 * gib, memory_tracker.ACTIVATIONS: 30 * gib},
+        {memory_tracker.PARAMETERS: 2 * gib},
+        1,
+        2,
+        0,
     )
-    last = Account({meta_run.PARAMETERS: 2 * gib, meta_run.HEADS: 5 * gib}, {meta_run.PARAMETERS: 2 * gib}, 1, 2, 0)
+    last = Account(
+        {memory_tracker.PARAMETERS: 2 * gib, memory_tracker.HEADS: 5 * gib},
+        {memory_tracker.PARAMETERS: 2 * gib},
+        1,
+        2,
+        0,
+    )
     return Estimate(
         device="cuda",
         world_size=64,

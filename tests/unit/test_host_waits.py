@@ -119,7 +119,12 @@ def test_divergence(shard, divergence, temperature):
     def run():
         student = logits().requires_grad_()
         vocab_parallel_divergence(
-            student, logits(), divergence, shard.group, temperature, None if shard.group is None else VOCAB
+            student,
+            logits(),
+            divergence,
+            tp_group=shard.group,
+            vocab_size=None if shard.group is None else VOCAB,
+            temperature=temperature,
         ).sum().backward()
 
     assert_none(run)

@@ -52,6 +52,7 @@ from abkd_megatron.losses.registry import LOGIT_LOSSES
 from abkd_megatron.vocab_parallel import (
     VocabShard,
     fused_head,
+    head_gradients,
     logit_loss,
     logits,
     passes,
@@ -352,7 +353,7 @@ def test_engine_in_place(bodies):
 @pytest.mark.parametrize("divergence", DIVERGENCES[::3], ids=str)
 def test_engine_without_labels(bodies, divergence):
     student, teacher = (typed(bodies.group, V, *TOKENS, WIDTH, gradient=gradient) for gradient in (True, False))
-    differentiate(bodies, vocab_parallel_divergence(student, teacher, divergence, bodies.group), (student,))
+    differentiate(bodies, vocab_parallel_divergence(student, teacher, divergence, tp_group=bodies.group), (student,))
 
 
 def check_head(
@@ -435,7 +436,8 @@ def test_hidden_gradient_is_partial(group, dtype):
             return spmd.assert_type(tensor, {group: kind})
 
         hidden, weight, labels = sharded(R, 6, HIDDEN), sharded(S(0), WIDTH, HIDDEN), typed(group, I, 6, labels=True)
-        gradients = fused_head._Gradients(fused_head._Operands(hidden, weight, hidden, weight, labels), True, True)
+        operands = head_gradients.Operands(hidden, weight, hidden, weight, labels)
+        gradients = head_gradients.Gradients(operands, True, True)
         gradients.add(slice(0, 6), sharded(S(1), 6, WIDTH))  # one chunk: to the checker no slice of a P is a P
         assert bodies.type_of(gradients.of_hidden) is P
         assert bodies.type_of(gradients.of_weight) is V
@@ -519,14 +521,14 @@ def test_hidden_states_whose_gradient_nobody_sums(bodies, in_forward):
 
 def test_hidden_states_whose_gradient_is_summed_twice(bodies, monkeypatch):
     """By the head, and by its caller."""
-    add = fused_head._Gradients.add
+    add = head_gradients.Gradients.add
 
-    def mistaken(self: fused_head._Gradients, chunk: slice, of_logits: Tensor) -> None:
+    def mistaken(self: head_gradients.Gradients, chunk: slice, of_logits: Tensor) -> None:
         add(self, chunk, of_logits)
         if chunk.stop == len(self.of_hidden):
             dist.all_reduce(self.of_hidden, group=bodies.group)
 
-    monkeypatch.setattr(fused_head._Gradients, "add", mistaken)
+    monkeypatch.setattr(head_gradients.Gradients, "add", mistaken)
     with refused("_DistillationHead: the gradient of argument 0: expected P, got R"):
         check_head(bodies, AlphaBeta(0.2, 0.7))
 

@@ -1,0 +1,133 @@
+"""The loss contract with Megatron's schedules: sums over tokens, and the numbers to log with them."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from abkd_megatron.student.loss_guard import check_losses
+
+# Per token in a report: 1.0 where the divergence is trained, else 0.0; logged as a share.
+SELECTED = "selected tokens"
+
+# Seconds of the teacher's pass on a micro-batch.
+TEACHER_SECONDS = "teacher seconds"
+
+# Losses that are not part of `kd loss`.
+_NO_PARTS = ("lm loss", "kd loss", "teacher lm loss", "total loss")
+
+# Avoids 0/0; vanishes in fp32 when added to a real count.
+NOTHING = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossChecks:
+    """Checks of a micro-batch's losses, as the training loop is configured."""
+
+    nan: bool = True
+    """Stop on NaN or Inf in a loss, through Megatron's rerun state machine; see `check_losses`."""
+    spikes: bool = False
+    """With `nan`, also report a loss far above what it was."""
+    save: str | Path | None = None
+    """Where statistics of such a micro-batch are written; Megatron's `save`."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Numbers of a distilled micro-batch to log."""
+
+    per_token: Mapping[str, torch.Tensor]
+    """[b, s] each, by the name they are logged under."""
+    selected_only: Collection[str] = ()
+    """Names in `per_token` that are means over the selected tokens."""
+    hidden: Mapping[str, tuple[float, torch.Tensor]] = field(default_factory=dict)
+    """{name: (weight, sum over counted tokens)} of losses between layers. They are only logged here: their gradients
+    are added elsewhere."""
+    scheduled: Mapping[str, float] = field(default_factory=dict)
+    """Numbers of the whole step."""
+    teacher_seconds: Callable[[], tuple[float, float] | None] = lambda: None
+    """Returns (seconds, passes) of the teacher, or None."""
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What else statistics are written of when a loss is not finite."""
+
+
+def masked_loss(
+    loss_mask: torch.Tensor,
+    output_tensor: torch.Tensor,
+    report: Report | None = None,
+    checks: LossChecks | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Return what Megatron's schedules expect of a loss function for one micro-batch.
+
+    Megatron sums over micro-batches and data-parallel ranks and divides once by the global number of tokens, so
+    nothing is divided here.
+
+    Args:
+        loss_mask: [b, s], 1 where a token counts.
+        output_tensor: [b, s], the loss per token as the model returned it.
+        report: numbers to log; None for training without a teacher.
+        checks: None for `LossChecks()`.
+
+    Returns:
+        (sum of the loss over counted tokens, their number as int, {name: [sum, number]}). Without a report the only
+        name is `lm loss`. With one, `lm loss` is still the student's cross entropy, and `total loss` is what is
+        trained. A number is never 0: where no rank counts a token, a mean is logged as 0, not as NaN. `teacher
+        seconds` is [seconds, passes]. A scheduled number is [value], of which Megatron takes the mean over
+        micro-batches. The names are the same on every rank and micro-batch.
+
+    Raises:
+        NumericalError: as `check_losses`.
+
+    Collectives: none; Megatron reduces each name once per iteration.
+    """
+    checks = checks or LossChecks()
+    mask = loss_mask.reshape(-1).float()
+    loss = _masked_sum(output_tensor, mask)
+    number = mask.sum().detach()
+    num_tokens, counted = number.to(torch.int), number.clamp_min(NOTHING)
+    counts: dict[str, torch.Tensor] = {}
+    hidden = report.hidden if report is not None else {}
+    if report is None:
+        sums = {"lm loss": loss}
+    else:
+        per_token = report.per_token
+        selected = mask * per_token[SELECTED].reshape(-1) if SELECTED in per_token else mask
+        sums = {
+            name: _masked_sum(value, selected if name in report.selected_only else mask)
+            for name, value in per_token.items()
+        }
+        sums["total loss"] = loss
+        counts = dict.fromkeys(report.selected_only, selected.sum().clamp_min(NOTHING))
+        for name, (weight, of_layers) in hidden.items():
+            sums[name] = of_layers
+            sums["total loss"] = sums["total loss"].detach() + weight * of_layers
+    if checks.nan:
+        losses = {name: value.detach() for name, value in sums.items() if name.endswith(" loss") or name in hidden}
+        # Parts before their sum, since the first one found is named.
+        parts = [name for name in losses if name not in (*_NO_PARTS, *hidden)]
+        checked = [name for name in ("lm loss", *parts, "kd loss", *hidden, "total loss") if name in losses]
+
+        def details() -> dict[str, torch.Tensor]:
+            if report is None:
+                return {}
+            counted = {name: torch.where(loss_mask == 0, 0.0, it) for name, it in report.per_token.items()}
+            return {**counted, **report.tensors}
+
+        folder = Path(checks.save) if checks.save is not None else None
+        check_losses(losses, checked, details, folder=folder, spikes=checks.spikes)
+    logged = {
+        name: torch.cat([value.detach().clone().view(1), counts.get(name, counted).view(1)])
+        for name, value in sums.items()
+    }
+    if report is not None:
+        # Filled on the device: a copy from the host would wait for it.
+        logged |= {name: mask.new_full((1,), value) for name, value in report.scheduled.items()}
+        if (measured := report.teacher_seconds()) is not None:  # last: where the checks wait for a GPU, it is past this
+            logged[TEACHER_SECONDS] = torch.cat([mask.new_full((1,), value) for value in measured])
+    return loss, num_tokens, logged
+
+
+def _masked_sum(per_token: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The sum over counted tokens; one that does not count adds nothing, even if it is NaN or infinite."""
+    return torch.where(mask == 0, 0.0, per_token.reshape(-1).float() * mask).sum()

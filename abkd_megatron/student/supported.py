@@ -1,0 +1,100 @@
+"""Checks of a student and its teacher that hooks and heads depend on."""
+
+import itertools
+import logging
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import torch
+from megatron.core.distributed import TorchFullyShardedDataParallel
+from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel as MegatronFSDP
+from megatron.core.models.gpt import GPTModel
+from torch.distributed.fsdp import FSDPModule
+
+from abkd_megatron.config.unsupported import MODEL, check_features
+from abkd_megatron.errors import ConfigError
+from abkd_megatron.losses.objective import Objective
+
+logger = logging.getLogger(__name__)
+
+
+def check_shared_vocab(objective: Objective, vocab_size: int, context_parallel: int) -> None:
+    """Refuse a part of the vocabulary that the student does not have, or where a sequence is spread over ranks.
+
+    It takes every input token of a sequence to see which of them the teacher can read.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
+    shared = objective.shared_vocab
+    if shared is not None and shared > vocab_size:
+        raise ConfigError(f"shared_vocab is {shared}, the student has {vocab_size} tokens; give at most these")
+    if not objective.shares_part_of(vocab_size):
+        return
+    if context_parallel > 1:
+        raise ConfigError(
+            f"shared_vocab {shared} of the student's {vocab_size} tokens is not supported with context parallelism, "
+            "which spreads a sequence over ranks; set context-parallel-size to 1"
+        )
+    logger.info(
+        "of a sequence with one of the student's tokens %d .. %d, the divergence is 0 from there on",
+        shared,
+        vocab_size - 1,
+    )
+
+
+def check_tokens(objective: Objective, vocab_size: int) -> None:
+    """Refuse a selection of tokens where the student has some that the teacher does not know.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if objective.tokens is not None and objective.shares_part_of(vocab_size):
+        raise ConfigError(
+            f"a selection of tokens ({objective.tokens}) is not supported with shared_vocab {objective.shared_vocab} "
+            f"of the student's {vocab_size} tokens, which leaves out tokens by itself; leave the selection out"
+        )
+
+
+def check_sharded_output(layer: torch.nn.Module, who: str) -> None:
+    """Reject an output layer that gathers its logits over the tensor-parallel ranks.
+
+    Args:
+        layer: an output layer.
+        who: "student" or "teacher".
+
+    Raises:
+        ConfigError: naming the setting. On one tensor-parallel rank there is nothing to gather.
+    """
+    whole, here = getattr(layer, "output_size", None), getattr(layer, "output_size_per_partition", None)
+    if getattr(layer, "gather_output", False) and whole != here:
+        raise ConfigError(
+            f"{who}: parallel_output=False is not supported with tensor parallelism: the output layer gathers {whole} "
+            f"columns on every rank, and the loss takes this rank's {here}; build the model with parallel_output=True"
+        )
+
+
+# How a model shows FSDP that was built elsewhere.
+_WRAPPERS = {
+    MegatronFSDP: "use_megatron_fsdp",
+    TorchFullyShardedDataParallel: "use_torch_fsdp2",
+    FSDPModule: "use_torch_fsdp2",
+}
+
+
+def check_wrappers(student: Sequence[torch.nn.Module]) -> None:
+    """Refuse a model whose weights are sharded over data-parallel ranks, or that is compiled as a whole.
+
+    Raises:
+        ConfigError: naming the feature, the reason and what to change.
+    """
+    for module in itertools.chain.from_iterable(chunk.modules() for chunk in student):
+        compiled = isinstance(module, GPTModel) and module._compiled_call_impl is not None
+        if compiled or isinstance(module, torch._dynamo.OptimizedModule):
+            raise ConfigError(
+                "student: torch.compile of the whole model is not supported: hooks on its forward run the teacher and "
+                "send its messages; compile its layers"
+            )
+        for wrapper, name in _WRAPPERS.items():
+            if isinstance(module, wrapper):
+                check_features(SimpleNamespace(**{name: True}), "student", MODEL)

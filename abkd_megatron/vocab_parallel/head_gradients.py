@@ -1,0 +1,110 @@
+"""Gradients of hidden states and LM head, a chunk of tokens at a time."""
+
+import functools
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Hidden states and LM heads of both models, and labels, over all tokens."""
+
+    student_hidden: Tensor
+    student_weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    labels: Tensor
+
+
+class Gradients:
+    """Of hidden states [N, h] and weight [W, h], as the chunks bring them; the weight's in fp32 at least."""
+
+    def __init__(self, operands: Operands, of_hidden: bool, of_weight: bool) -> None:
+        self.operands = operands
+        hidden, weight = operands.student_hidden, operands.student_weight
+        self.of_hidden = torch.empty_like(hidden) if of_hidden else None
+        accumulated = torch.promote_types(weight.dtype, torch.float32)
+        self.of_weight = torch.zeros_like(weight, dtype=accumulated) if of_weight else None
+
+    def add(self, chunk: slice, of_logits: Tensor) -> None:
+        """Take in those of a chunk's logits."""
+        if self.of_hidden is not None:
+            torch.mm(of_logits, self.operands.student_weight, out=self.of_hidden[chunk])
+        if self.of_weight is not None:
+            add_product(self.of_weight, of_logits.t(), self.operands.student_hidden[chunk])
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to `total`, whose dtype the product is summed in, whatever the factors' is."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.device.type == "cpu":
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))  # products of bf16 are exact in fp32
+    elif _accumulates_in_place(total.device, total.dtype, left.dtype):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += torch.mm(left, right, out_dtype=total.dtype)
+
+
+@functools.cache
+def _accumulates_in_place(device: torch.device, of_sum: torch.dtype, of_factors: torch.dtype) -> bool:
+    """Whether this torch adds a product of one dtype to a sum of another; some want the sum in the factors' dtype."""
+    total = torch.zeros(16, 16, device=device, dtype=of_sum)
+    factor = torch.zeros(16, 16, device=device, dtype=of_factors)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=of_sum, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+class Misweighted:
+    """Raises where gradients were formed for other weights of the tokens than the loss has.
+
+    On a CPU at once. For a GPU the host waits only the first time, which finds a training script that does so always;
+    after that what the GPU finds is copied to the host and looked at when it has arrived.
+    """
+
+    def __init__(self) -> None:
+        self._has_waited = False
+        self._awaited: deque[tuple[Tensor, Any]] = deque()
+
+    def watch(self, is_off: Tensor) -> None:
+        """Raise if `is_off`, a bool on any device, is known to hold."""
+        if is_off.device.type == "cpu":
+            self._raise_if(is_off)
+        elif is_off.is_cuda:
+            found = torch.empty((), dtype=torch.bool, pin_memory=True, device="cpu")
+            found.copy_(is_off, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(is_off.device))
+            self.expect(found, arrived)
+
+    def expect(self, found: Tensor, arrived: Any) -> None:
+        """Look at `found` when the event `arrived` has happened; the first time wait for it."""
+        self._awaited.append((found, arrived))
+        if not self._has_waited:
+            self._has_waited = True
+            arrived.synchronize()
+        self.raise_if_known()
+
+    def raise_if_known(self) -> None:
+        """Raise if what has arrived says so; without waiting for what has not."""
+        while self._awaited and self._awaited[0][1].query():
+            self._raise_if(self._awaited.popleft()[0])
+
+    def _raise_if(self, is_off: Tensor) -> None:
+        if bool(is_off):
+            self._awaited.clear()
+            raise RuntimeError(
+                "vocab_parallel_distillation_head: the loss of each token was not multiplied by its token weight times "
+                "one factor for all, so the gradients formed in forward are not its: pass the weights that are used (a "
+                "loss mask), or None"
+            )
+
+
+misweighted = Misweighted()
