@@ -141,7 +141,7 @@ def test_auto_takes_no_kernel_that_each_step_would_compile() -> None:
         ("cuda", {"alpha": gliding, "kernel": "eager"}, "eager"),
         ("cpu", {"alpha": gliding}, "auto"),
     ):
-        assert DistillationConfig(**settings).make_execution(device).kernel == wanted
+        assert Config(device=device, distillation=DistillationConfig(**settings)).make_execution().kernel == wanted
 
 
 @pytest.mark.parametrize(
