@@ -7,7 +7,7 @@ import pytest
 from launch import run_job, scalars
 
 from abkd_megatron import AlphaBeta, ToDi
-from abkd_megatron.config.schema import DistillationConfig
+from abkd_megatron.config.schema import Config, DistillationConfig
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress, Schedule
