@@ -11,21 +11,13 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from abkd_megatron.config.schema import (
-    DEVICES,
-    SECTIONS,
-    TEACHER_KEYS,
-    CompareConfig,
-    Config,
-    DataConfig,
-    DistillationConfig,
-    Scalar,
-    Value,
-)
+from abkd_megatron.config.schema import DEVICES, SECTIONS, TEACHER_KEYS, Config, Scalar, Value
 from abkd_megatron.config.values import Given, MegatronOptions, Options, field_value, option_value, wrong
-from abkd_megatron.config.yaml import flow, load_yaml, plain
+from abkd_megatron.config.yaml import LineMapping, flow, load_yaml
 from abkd_megatron.errors import ConfigError, brief, check_name, shown
 
+# The sections whose keys are fields.
+_FIELDS = ("distillation", "data", "compare")
 # What a job's own configuration is called in TensorBoard.
 CONFIG_TEXT = "abkd_megatron/config"
 
@@ -33,32 +25,28 @@ CONFIG_TEXT = "abkd_megatron/config"
 def _read_file(path: Path) -> list[Given]:
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: not in UTF-8, or no path at all
         raise ConfigError(
-            f"{path}: expected a readable YAML file, got: {error.strerror}; check the path (a setting is "
-            "section.key=value, in one word)"
+            f"{path}: expected a readable YAML file in UTF-8, got: {getattr(error, 'strerror', None) or error}; check "
+            "the path, or save it as UTF-8 (a setting is section.key=value, in one word)"
         ) from error
-    except UnicodeError as error:
-        raise ConfigError(f"{path}: expected a YAML file in UTF-8, got: {error}; save it as UTF-8") from error
-    except ValueError as error:  # no path at all
-        raise ConfigError(f"{path}: expected a readable YAML file, got: {error}; check the path") from error
     top = load_yaml(text, path.name)
-    if not isinstance(top, dict):
+    if not isinstance(top, LineMapping):
         got = "an empty file" if top is None else f"a {'list' if isinstance(top, list) else 'single value'}"
         raise ConfigError(
             f"{path}: expected the sections {', '.join(SECTIONS)}, got {got}; write `section:` and below it, indented, "
             "`key: value`"
         )
     given = []
-    for section, entry in top.items():
-        origin = f"{path.name}:{entry.line}"
+    for section, value in top.items():
+        origin = f"{path.name}:{top.lines[section]}"
         check_name(section, SECTIONS, origin, "section")
         if section == "device":
-            given.append(Given(section, "", entry.value, origin))
-        elif isinstance(entry.value, dict):
-            given += [Given.spelled(section, k, e.value, f"{path.name}:{e.line}") for k, e in entry.value.items()]
-        elif entry.value is not None:
-            raise ConfigError(f"{origin}: {section}: expected `key: value` lines, got {shown(plain(entry.value))}")
+            given.append(Given(section, "", value, origin))
+        elif isinstance(value, LineMapping):
+            given += [Given.spelled(section, key, of, f"{path.name}:{value.lines[key]}") for key, of in value.items()]
+        elif value is not None:
+            raise ConfigError(f"{origin}: {section}: expected `key: value` lines, got {shown(value)}")
     return given
 
 
@@ -97,63 +85,58 @@ def load_config(
     """
     from_file = _read_file(path) if path is not None else []
     from_command_line = [_read_override(text) for text in overrides]
-
     config = Config()
-    origins = config.origins
-    origins["device"] = "default"
+    names = [f"{section}.{key}" for section, items in _sections(config).items() for key in items]
+    config.origins |= dict.fromkeys(("device", *names), "default")
     for item in (*from_file, *from_command_line):
         if item.section == "device":
-            config.device, origins["device"] = item.value, item.origin
-            check_name(config.device, DEVICES, item.origin, "device")
+            check_name(item.value, DEVICES, item.origin, "device")
+            config.device, config.origins["device"] = item.value, item.origin
     implied = [
         Given.spelled("megatron", key, value, f"device: {config.device}")
         for key, value in device_defaults(config.device).items()
     ]
-    kinds = {"distillation": DistillationConfig, "data": DataConfig, "compare": CompareConfig}
-    for section, kind in kinds.items():
-        origins.update({f"{section}.{item.name}": "default" for item in fields(kind)})
-    origins.update({f"teacher.{key}": "default" for key in TEACHER_KEYS})
-
     options = MegatronOptions(megatron_options)
     for layer in (implied, from_file, from_command_line):
-        spelled: dict[tuple[str, str], Given] = {}
         # Another divergence than a file's comes with its own parameters; the file's cannot be taken out of it.
         kd, given = config.distillation, {item.key: item.value for item in layer if item.section == "distillation"}
         if given.get("losses") or ("divergence" in given and (kd.losses or given["divergence"] != kd.divergence)):
             config.forget_divergence()
+        twins: dict[tuple[str, str], Given] = {}
         for item in layer:
-            if item.section == "device":
-                continue
-            if item.section == "distillation":
-                _set_field(config, config.distillation, item)
-            elif item.section == "data":
-                _set_field(config, config.data, item)
-            elif item.section == "compare":
-                _set_field(config, config.compare, item)
-            elif item.section == "teacher" and item.key in TEACHER_KEYS:
-                _set_field(config, config.teacher, item)
-            else:
-                arguments = config.megatron if item.section == "megatron" else config.teacher.megatron
-                _, action = options.find(item.key, item.origin)
-                twin = spelled.setdefault((item.section, action.dest), item)
-                if twin.key != item.key:
-                    raise ConfigError(
-                        f"{item.origin}: '{item.key}' and '{twin.key}' ({twin.origin}) are two spellings "
-                        "of one Megatron argument; remove one"
-                    )
-                # A later layer may spell the argument otherwise; it replaces it all the same.
-                for key in [key for key in arguments if key != item.key and options.dest(key) == action.dest]:
-                    del arguments[key], origins[f"{item.section}.{key}"]
-                arguments[item.key] = option_value(item, action)
-                origins[item.name] = item.origin
+            if item.section in _FIELDS or (item.section == "teacher" and item.key in TEACHER_KEYS):
+                target, name = getattr(config, item.section), item.key.replace("-", "_")
+                types = get_type_hints(type(target))
+                check_name(name, types, item.origin, f"key of {item.section}")
+                setattr(target, name, field_value(item, types[name]))
+                config.origins[item.name] = item.origin
+            elif item.section != "device":
+                _set_option(config, item, options, twins)
     return config
 
 
-def _set_field(config: Config, target: Any, item: Given) -> None:
-    types, name = get_type_hints(type(target)), item.key.replace("-", "_")
-    check_name(name, types, item.origin, f"key of {item.section}")
-    setattr(target, name, field_value(item, types[name]))
+def _set_option(config: Config, item: Given, options: MegatronOptions, twins: dict[tuple[str, str], Given]) -> None:
+    arguments = config.megatron if item.section == "megatron" else config.teacher.megatron
+    _, action = options.find(item.key, item.origin)
+    twin = twins.setdefault((item.section, action.dest), item)
+    if twin.key != item.key:
+        raise ConfigError(
+            f"{item.origin}: '{item.key}' and '{twin.key}' ({twin.origin}) are two spellings of one Megatron argument; "
+            "remove one"
+        )
+    # A later layer may spell the argument otherwise; it replaces it all the same.
+    for key in [key for key in arguments if key != item.key and options.dest(key) == action.dest]:
+        del arguments[key], config.origins[f"{item.section}.{key}"]
+    arguments[item.key] = option_value(item, action)
     config.origins[item.name] = item.origin
+
+
+def _sections(config: Config) -> dict[str, dict[str, Any]]:
+    """Return the values of each section by key, but for the device."""
+    teacher = {key: getattr(config.teacher, key.replace("-", "_")) for key in TEACHER_KEYS} | config.teacher.megatron
+    ours = {name: getattr(config, name) for name in _FIELDS}
+    ours = {name: {item.name: getattr(values, item.name) for item in fields(values)} for name, values in ours.items()}
+    return {"megatron": config.megatron, "teacher": teacher, **ours}
 
 
 def to_argv(values: Mapping[str, Value], megatron_options: Options) -> list[str]:
@@ -247,13 +230,9 @@ def render(config: Config, shown: Sequence[str] = SECTIONS, origins: bool = True
     Returns:
         The text, ending in a newline.
     """
-    teacher = {key: getattr(config.teacher, key.replace("-", "_")) for key in TEACHER_KEYS} | config.teacher.megatron
-    sections: dict[str, dict[str, Any]] = {"megatron": config.megatron, "teacher": teacher}
-    for section in ("distillation", "data", "compare"):
-        values = getattr(config, section)
-        sections[section] = {item.name: getattr(values, item.name) for item in fields(values)}
+    sections = _sections(config)
     sections["compare"]["losses"] = {
-        name: {key: plain(load_yaml(value, name)) for key, value in (setting.split("=", 1) for setting in settings)}
+        name: {key: load_yaml(value, name) for key, value in (setting.split("=", 1) for setting in settings)}
         for name, settings in config.compare.losses.items()
     }
     for name in config.without_effect():

@@ -1,4 +1,4 @@
-"""Megatron's command line: its options, and what it says when it rejects them."""
+"""The way from a job to Megatron's arguments: its parser, what it rejects of them, and the model that they describe."""
 
 import argparse
 import functools
@@ -6,34 +6,105 @@ import linecache
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from megatron.training.arguments import add_megatron_arguments
+from megatron.training.arguments import add_megatron_arguments, parse_args
+from megatron.training.models.gpt import GPTModelConfig
 
+from abkd_megatron.config.load import to_argv
+from abkd_megatron.config.model_config import model_config
+from abkd_megatron.config.schema import Config, Value
+from abkd_megatron.config.stages import check_stages
+from abkd_megatron.config.unsupported import check_layout
 from abkd_megatron.errors import AbkdError, ConfigError
 
 
 @functools.cache
 def megatron_options() -> Mapping[str, argparse.Action]:
-    """Every argument of the installed Megatron, by its spelling without the leading dashes."""
+    """Return every option of the installed Megatron, by its spelling without the leading dashes."""
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     return {name.removeprefix("--"): action for name, action in parser._option_string_actions.items()}
 
 
+def job_arguments(config: Config, data: Mapping[str, Value]) -> dict[str, Value]:
+    """Return the student's Megatron arguments of a job, keyed as in `Config.megatron`.
+
+    Args:
+        config: `megatron` is used.
+        data: arguments of the prepared data, as `data_arguments` returns them.
+    """
+    # The time of a step, for the report: Megatron measures it for its log in any case.
+    return {"log-timers-to-tensorboard": True, **data, **config.megatron}
+
+
 @contextmanager
-def command_line(argv: Sequence[str]) -> Iterator[None]:
-    """Megatron's parser reads sys.argv and nothing else."""
-    saved, sys.argv = sys.argv, [sys.argv[0], *argv]
+def command_line(arguments: Mapping[str, Value]) -> Iterator[None]:
+    """Put a job's arguments where Megatron's parser reads them, in sys.argv, and name what Megatron rejects.
+
+    Raises:
+        ConfigError: what `to_argv` or Megatron rejects.
+    """
+    saved, sys.argv = sys.argv, [sys.argv[0], *to_argv(arguments, megatron_options())]
     try:
-        yield
+        with megatron_refusals_named():
+            yield
     finally:
         sys.argv = saved
 
 
+def parse(arguments: Mapping[str, Value]) -> Namespace:
+    """Return arguments as Megatron's parser has them, not validated.
+
+    Raises:
+        ConfigError: as `command_line`.
+        SystemExit: from argparse, which has printed why.
+    """
+    with command_line(arguments):
+        return parse_args()
+
+
+def parse_model(arguments: Mapping[str, Value], who: str, host: str) -> Namespace:
+    """Return arguments as Megatron's parser has them, after `check_layout`; not validated.
+
+    Args:
+        arguments: of the model.
+        who: "student" or "teacher".
+        host: as `check_layout` takes it.
+
+    Raises:
+        ConfigError: as `command_line` and `check_layout`.
+        SystemExit: as `parse`.
+    """
+    args = parse(arguments)
+    check_layout(args, who, host, megatron_options())
+    return args
+
+
+def checked_model_config(args: Namespace, who: str, host: str) -> GPTModelConfig:
+    """Return the model configuration of validated arguments.
+
+    The arguments are checked once more: Megatron's validation, and `use-checkpoint-args`, rewrite some of them.
+
+    Args:
+        args: Megatron's, validated.
+        who: "student" or "teacher".
+        host: as `check_layout` takes it.
+
+    Raises:
+        ConfigError: as `check_layout` and `check_stages`, and what Megatron rejects of them.
+    """
+    check_layout(args, who, host, megatron_options())
+    with megatron_refusals_named():
+        config = model_config(args)
+        check_stages(config.transformer, who)
+    return config
+
+
 @contextmanager
 def megatron_refusals_named() -> Iterator[None]:
-    """Pass on why Megatron rejects arguments, without the traceback, whichever of Python's exceptions it does it with.
+    """Raise what Megatron rejects as a ConfigError, whichever of Python's exceptions it does it with.
 
     An exception that is no rejection, such as the TypeError of a setting that Megatron's validation does not expect,
     is named together with the line that raised it.
@@ -53,7 +124,7 @@ def megatron_refusals_named() -> Iterator[None]:
 
 
 def assertion(error: BaseException) -> str:
-    """The line of an assertion that says no word, and the numbers and names that it compares."""
+    """Return the line of an assertion without a message, and the values that it compares."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     last = traceback.extract_tb(error.__traceback__)[-1]
     numbers = range(last.lineno or 0, (last.end_lineno or last.lineno or 0) + 1)

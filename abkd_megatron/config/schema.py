@@ -1,43 +1,43 @@
-"""What a configuration holds, and what no single value of it shows to be wrong.
+"""The keys of a configuration, and the rules between them; importing it does not import megatron."""
 
-Reading and writing it is `config_file`'s. Importing this module does not import megatron.
-"""
-
+import logging
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from abkd_megatron.errors import ConfigError, brief, check_name
+from abkd_megatron.kernels import CHOICES
 from abkd_megatron.losses import Divergence, LogitLoss, LossTerm, WeightedSum, registry
-from abkd_megatron.losses.hidden import HiddenLoss, refuse_twins
-from abkd_megatron.losses.registry import build
-from abkd_megatron.losses.schedule import Progress, Schedule, both_zero
+from abkd_megatron.losses.hidden import HiddenLoss
+from abkd_megatron.losses.objective import Objective, ScheduledObjective
+from abkd_megatron.losses.schedule import Progress, Schedule
 from abkd_megatron.losses.selection import TokenSelection
-from abkd_megatron.validation import finite_number
+from abkd_megatron.vocab_parallel.execution import HEADS, Execution
+
+logger = logging.getLogger(__name__)
 
 type Scalar = str | int | float | bool | None
 type Value = Scalar | list[Any]
 Number = float | Schedule
 
 DEVICES = ("cuda", "cpu")
-HEADS = ("auto", "fused", "materialized")
-KERNELS = ("auto", "eager", "compiled", "cpp", "triton")
 # The keys of `teacher` that are not Megatron's.
 TEACHER_KEYS = ("load", "ckpt-step", "declared", "expected-loss")
 PREFLIGHT = ("teacher_checksums", "teacher_weights", "memory", "gradient", "batch", "teacher_loss")
 ON_CHANGE = ("refuse", "warn")
 SECTIONS = ("device", "megatron", "teacher", "distillation", "data", "compare")
+LEAST_VOCAB_SIZE = 300
 
 # Of a message about losses, which quotes names that are anyone's.
 _MOST_CHARACTERS = 2000
 
 # The keys of `distillation` that say which divergence and not how it is used.
 _OF_DIVERGENCE = ("divergence", "alpha", "beta", "scale", "detach", "skew", "mixture", "detach_mixture", "losses")
-
+# And how it is used: each may be wrong together with those before it.
+_OF_OBJECTIVE = ("temperature", "temperature_squared", "lm_weight", "kd_weight", "shared_vocab", "tokens")
+_OF_EXECUTION = ("chunk_tokens", "gradient_in_place", "diagnostics", "kernel", "head")
 # What of `distillation` may be a schedule, and what a kernel has compiled in.
-LEAST_VOCAB_SIZE = 300
-
 SCHEDULED = ("alpha", "beta", "scale", "skew", "mixture", "temperature", "kd_weight", "lm_weight")
 _COMPILED_IN = {"triton": ("alpha", "beta", "scale"), "compiled": SCHEDULED[:6]}
 
@@ -97,7 +97,7 @@ class DistillationConfig:
     """The tokens whose divergence is trained; None: all of them."""
     diagnostics: bool = False
     """Whether validation also reports reverse KL, calibration, ToDi's weight and where the loss pushes."""
-    hidden_losses: list[dict[str, Scalar]] = field(default_factory=list)
+    hidden_losses: list[HiddenLoss] = field(default_factory=list)
     """Losses between layers: each a `student_layer`, a `teacher_layer`, a `loss` (``cosine`` or ``mse``), a `weight` (1
     if left out) and `projector` (true if left out)."""
     skip_preflight: list[str] = field(default_factory=list)
@@ -106,8 +106,28 @@ class DistillationConfig:
     on_change: str = "refuse"
     """What to do where a run would go on from a checkpoint of another teacher or loss: ``refuse``, or ``warn``."""
 
+    def make_objective(self) -> ScheduledObjective:
+        """Return the objective that these settings describe.
+
+        Raises:
+            ConfigError: as `make_divergence` and `ScheduledObjective`.
+        """
+        given: dict[str, Any] = {name: _first(getattr(self, name)) for name in _OF_OBJECTIVE}
+        given |= {"logit_losses": self.make_logit_losses(), "hidden_losses": tuple(self.hidden_losses)}
+        schedules = {name: it for name in SCHEDULED if isinstance(it := getattr(self, name), Schedule)}
+        return ScheduledObjective(Objective(self.make_divergence(), **given), schedules)
+
+    def make_execution(self) -> Execution:
+        """Return how the objective is computed.
+
+        Raises:
+            ConfigError: as `Execution`.
+        """
+        given: dict[str, Any] = {name: getattr(self, name) for name in _OF_EXECUTION}
+        return Execution(**given)
+
     def make_divergence(self) -> Divergence | None:
-        """The divergence that these settings describe, of several terms their sum; with schedules, at their beginning.
+        """Return the divergence that these settings describe, of several terms their sum; schedules at their beginning.
 
         None if there are logit losses alone.
 
@@ -120,59 +140,29 @@ class DistillationConfig:
         return WeightedSum(terms) if terms else None
 
     def make_logit_losses(self) -> tuple[tuple[float, LogitLoss], ...]:
-        """The logit losses that these settings describe, and their weights.
+        """Return the logit losses that these settings describe, and their weights.
 
         Raises:
-            ConfigError: as `build`, and for a weight that is not a finite number above 0.
+            ConfigError: as `build`.
         """
-        found = []
-        for given, term in self._terms():
-            if isinstance(term, LogitLoss):
-                weight = finite_number(term.name, "weight", given)
-                if weight <= 0.0:
-                    raise ConfigError(f"{term.name}: expected a weight above 0, got {weight}: leave a term of 0 out")
-                found.append((weight, term))
-        return tuple(found)
+        return tuple((weight, term) for weight, term in self._terms() if isinstance(term, LogitLoss))
 
     def _terms(self) -> list[tuple[Any, LossTerm]]:
         if not self.losses:
-            given = {name: getattr(self, name) for name in registry.parameters(self.divergence)}
-            first = {name: it(Progress()) if isinstance(it, Schedule) else it for name, it in given.items()}
-            return [(1.0, build(self.divergence, first))]
-        terms: list[tuple[Any, LossTerm]] = []
-        for term in self.losses:
-            settings = {"weight": 1.0, **term}
-            name, weight = settings.pop("name", ""), settings.pop("weight")
-            terms.append((weight, build(str(name), settings)))
-        return terms
-
-    def make_hidden_losses(self) -> tuple[HiddenLoss, ...]:
-        """The losses between layers.
-
-        Raises:
-            ConfigError: for an unknown or missing key, a value that `HiddenLoss` refuses, or a pair given twice.
-        """
-        known = {item.name: item.default is MISSING for item in fields(HiddenLoss)}
-        losses = []
-        for number, term in enumerate(self.hidden_losses, 1):
-            for key in term:
-                check_name(key, known, f"entry {number}", "key")
-            if missing := [key for key, needed in known.items() if needed and key not in term]:
-                raise ConfigError(f"entry {number}: expected {', '.join(missing)} as well")
-            # A whole number reads as a float here, where nothing says what it is for.
-            whole = {key: int(of) for key, of in term.items() if isinstance(of, float) and of.is_integer()}
-            given: dict[str, Any] = {**term, **{key: of for key, of in whole.items() if key.endswith("layer")}}
-            try:
-                losses.append(HiddenLoss(**given))
-            except ConfigError as error:
-                raise ConfigError(f"entry {number}: {error}") from error
-        refuse_twins(losses)
-        return tuple(losses)
+            given = {name: _first(getattr(self, name)) for name in registry.parameters(self.divergence)}
+            return [(1.0, registry.build(self.divergence, given))]
+        terms = [{"name": "", "weight": 1.0, **term} for term in self.losses]
+        return [(term.pop("weight"), registry.build(str(term.pop("name")), term)) for term in terms]
 
     def gliding(self, kernel: str) -> list[str]:
-        """What `kernel` would have to be compiled anew for at every step."""
-        names = _COMPILED_IN.get(kernel, ())
-        return [name for name in names if Schedule.of(getattr(self, name)).glides]
+        """Return what `kernel` would have to be compiled anew for at every step."""
+        given = {name: getattr(self, name) for name in _COMPILED_IN.get(kernel, ())}
+        return [name for name, number in given.items() if isinstance(number, Schedule) and number.glides]
+
+
+def _first(number: Any) -> Any:
+    """Return a schedule's number at the first step, and anything else as it is."""
+    return number(Progress()) if isinstance(number, Schedule) else number
 
 
 @dataclass(kw_only=True, slots=True)
@@ -254,116 +244,76 @@ class Config:
     origins: dict[str, str] = field(default_factory=dict)
     """Where each ``section.key`` came from: default, device: NAME, FILE:LINE or command line."""
 
+    def make_execution(self) -> Execution:
+        """Return how the objective is computed on this device.
+
+        Kernel `auto` becomes `eager` on a GPU where triton would be compiled for other numbers at every step.
+
+        Raises:
+            ConfigError: as `Execution`.
+        """
+        execution, gliding = self.distillation.make_execution(), self.distillation.gliding("triton")
+        if execution.kernel == "auto" and self.device == "cuda" and gliding:
+            logger.info("eager kernel: triton would be compiled at every step for another %s", ", ".join(gliding))
+            return replace(execution, kernel="eager")
+        return execution
+
     def check(self, job: str) -> None:
-        """Check what no single value shows.
+        """Reject the first of `problems`.
 
         Args:
             job: what the configuration is for: prepare, pretrain, distill or compare.
 
         Raises:
-            ConfigError: the first of `problems`.
+            ConfigError: naming the origin and the key.
         """
         for error in self.problems(job):
             raise error
 
     def problems(self, job: str) -> Iterator[ConfigError]:
-        """What no single value shows: values out of range, missing ones, and those that exclude each other.
+        """Yield what is wrong: values out of range, missing ones, and those that exclude each other.
+
+        Rules of the loss are where the loss is: what a constructor rejects is named by the key that led there.
 
         Args:
             job: as for `check`.
         """
-        kd, data = self.distillation, self.data
-
-        def origin(key: str) -> str:
-            return self.origins.get(key, "default")
-
-        def require(holds: bool, key: str, expected: str, got: object) -> Iterator[ConfigError]:
-            if not holds:
-                yield ConfigError(f"{origin(key)}: {key}: expected {expected}, got {brief(str(got))}")
-
-        def require_name(name: object, known: Iterable[str], key: str) -> Iterator[ConfigError]:
-            try:
-                check_name(name, known, origin(key), key)
-            except ConfigError as error:
-                yield error
-
-        yield from require_name(self.device, DEVICES, "device")
-        is_finite = True
-        expected = self.teacher.expected_loss
-        yield from require(
-            expected is None or (math.isfinite(expected) and expected > 0),
-            "teacher.expected-loss",
-            "a finite number above 0",
-            expected,
-        )
-        for section, values in (("distillation", kd), ("data", data)):
-            for item in fields(values):
-                value = getattr(values, item.name)
-                finite = not isinstance(value, float) or math.isfinite(value)
-                is_finite = is_finite and finite
-                yield from require(finite, f"{section}.{item.name}", "a finite number", value)
-        yield from require_name(kd.kernel, KERNELS, "distillation.kernel")
-        yield from require_name(kd.head, HEADS, "distillation.head")
-        for name in kd.skip_preflight:
-            yield from require_name(name, PREFLIGHT, "distillation.skip_preflight")
-        yield from require_name(kd.on_change, ON_CHANGE, "distillation.on_change")
-        yield from require(
-            kd.chunk_tokens is None or kd.chunk_tokens >= 1, "distillation.chunk_tokens", "1 or more", kd.chunk_tokens
-        )
-        yield from require(
-            kd.shared_vocab is None or kd.shared_vocab >= 1, "distillation.shared_vocab", "1 or more", kd.shared_vocab
-        )
-        number = {name: Schedule.of(getattr(kd, name)) for name in SCHEDULED}
-        yield from require(
-            kd.head != "fused" or number["kd_weight"].lowest != 0,
-            "distillation.head",
-            "auto or materialized with kd_weight 0, which trains on Megatron's own cross entropy",
-            kd.head,
-        )
-        yield from require(
-            self.device != "cpu" or kd.kernel in ("auto", "eager", "cpp") or kd.kernel not in KERNELS,
-            "distillation.kernel",
-            "auto, eager or cpp on device: cpu (compilers of Python cannot look through the stand-in)",
-            kd.kernel,
-        )
+        kd, data, compare, loss = self.distillation, self.data, self.compare, self.teacher.expected_loss
+        names = {
+            "device": ([self.device], DEVICES),
+            "distillation.kernel": ([kd.kernel], CHOICES),
+            "distillation.head": ([kd.head], HEADS),
+            "distillation.skip_preflight": (kd.skip_preflight, PREFLIGHT),
+            "distillation.on_change": ([kd.on_change], ON_CHANGE),
+        }
+        for key, (given, known) in names.items():
+            for name in given:
+                try:
+                    check_name(name, known, self._origin(key), key)
+                except ConfigError as error:
+                    yield error
         gliding = ", ".join(kd.gliding(kd.kernel))
-        yield from require(
-            not gliding,
-            "distillation.kernel",
-            f"auto, eager or cpp while {gliding} glides: it would be compiled at every step (a piecewise one may jump)",
-            kd.kernel,
+        on_cpu = "auto, eager or cpp on device: cpu (compilers of Python cannot look through the stand-in)"
+        no_compiler = f"auto, eager or cpp while {gliding} glides: it would be compiled at every step"
+        compiles = kd.kernel in _COMPILED_IN
+        least = f"{LEAST_VOCAB_SIZE} or more (256 of them bytes)"
+        once = len(set(compare.seeds)) == len(compare.seeds)
+        rules = (
+            ("teacher.expected-loss", loss is None or 0 < loss < math.inf, "a finite number above 0", loss),
+            ("distillation.kernel", not (self.device == "cpu" and compiles), on_cpu, kd.kernel),
+            ("distillation.kernel", not gliding, f"{no_compiler} (a piecewise one may jump)", kd.kernel),
+            ("data.vocab_size", data.vocab_size >= LEAST_VOCAB_SIZE, least, data.vocab_size),
+            ("data.held_out", 0 < data.held_out < 0.5, "a share between 0 and 0.5", data.held_out),
+            ("data.source", bool(data.source), "at least one source", data.source),
+            ("compare.seeds", bool(compare.seeds), "at least one", "none"),
+            ("compare.losses", bool(compare.losses), "at least one", "none"),
+            ("compare.seeds", once, "each seed once", compare.seeds),
+            ("compare.at_once", compare.at_once >= 1, "1 or more", compare.at_once),
         )
-        positive = number["temperature"].lowest > 0
-        yield from require(positive, "distillation.temperature", "a number above 0", kd.temperature)
-        for name in ("scale", "kd_weight", "lm_weight"):
-            yield from require(
-                number[name].lowest >= 0, f"distillation.{name}", "a number not below 0", getattr(kd, name)
-            )
-        for name in ("skew", "mixture"):
-            within = all(0 < value < 1 for _, value in number[name].points)
-            yield from require(
-                within, f"distillation.{name}", "a share between 0 and 1, both excluded", getattr(kd, name)
-            )
-        yield from self._problems_of_losses(job, is_finite)
-        nothing = both_zero(number["kd_weight"], number["lm_weight"])
-        yield from require(
-            nothing is None, "distillation.kd_weight", "kd_weight or lm_weight above 0", f"0 for both {nothing}"
-        )
-        yield from require(
-            data.vocab_size >= LEAST_VOCAB_SIZE,
-            "data.vocab_size",
-            f"{LEAST_VOCAB_SIZE} or more (256 of them bytes)",
-            data.vocab_size,
-        )
-        yield from require(0 < data.held_out < 0.5, "data.held_out", "a share between 0 and 0.5", data.held_out)
-        yield from require(bool(data.source), "data.source", "at least one source", data.source)
-
-        for name in ("seeds", "losses"):
-            yield from require(bool(getattr(self.compare, name)), f"compare.{name}", "at least one", "none")
-        once = len(set(self.compare.seeds)) == len(self.compare.seeds)
-        yield from require(once, "compare.seeds", "each seed once", self.compare.seeds)
-        yield from require(self.compare.at_once >= 1, "compare.at_once", "1 or more", self.compare.at_once)
-
+        for key, holds, expected, got in rules:
+            if not holds:
+                yield self._error(key, f"expected {expected}, got {brief(str(got))}")
+        yield from self._problems_of_losses(job)
         if job == "prepare" and not data.dir:
             yield ConfigError("data.dir: expected the directory to write, got nothing; set data.dir")
         if job == "distill" and not self.teacher.load:
@@ -371,63 +321,56 @@ class Config:
                 "teacher.load: expected the path of the teacher's Megatron checkpoint, got nothing; "
                 "set teacher.load, or use `pretrain` to train without a teacher"
             )
-        if data.dir:
-            twice = [name for name in _DATA_ARGUMENTS if self.megatron.get(name) not in (None, False)]
-            if twice:
-                named = ", ".join(f"megatron.{n} ({self.origins.get(f'megatron.{n}', '?')})" for n in twice)
-                yield ConfigError(
-                    f"data.dir ({self.origins.get('data.dir', '?')}) supplies the data and the tokenizer, "
-                    f"and so does {named}; remove data.dir or remove {', '.join(twice)}"
-                )
+        twice = [name for name in _DATA_ARGUMENTS if data.dir and self.megatron.get(name) not in (None, False)]
+        if twice:
+            named = ", ".join(f"megatron.{name} ({self._origin(f'megatron.{name}')})" for name in twice)
+            yield ConfigError(
+                f"data.dir ({self._origin('data.dir')}) supplies the data and the tokenizer, and so does {named}; "
+                f"remove data.dir or remove {', '.join(twice)}"
+            )
 
-    def _problems_of_losses(self, job: str, is_finite: bool) -> Iterator[ConfigError]:
-        """Of the divergence, of the losses in its place or beside it, and of parameters that none of them takes."""
-        kd = self.distillation
-        chosen = "losses" if kd.losses else "divergence"
-        names = [term.get("name") for term in kd.losses] or [kd.divergence]
-        is_known = True
-        # No other job imports someone's own; of a number that is not finite it has been said.
-        if is_finite and (job == "distill" or not any("." in str(name) for name in names)):
-            logit_losses: tuple[tuple[float, LogitLoss], ...] = ()
+    def _problems_of_losses(self, job: str) -> Iterator[ConfigError]:
+        """Yield what the loss rejects, set key by key, and parameters that no divergence takes."""
+        kd, good = self.distillation, DistillationConfig()
+        chosen, losses = ("losses", kd.losses) if kd.losses else ("divergence", [{"name": kd.divergence}])
+        taken = () if kd.losses else registry.parameters(kd.divergence)
+        keys = [chosen, *taken, *_OF_OBJECTIVE, "hidden_losses", *_OF_EXECUTION]
+        keys = [key for key in keys if key == chosen or getattr(kd, key) != getattr(good, key)]
+        if job != "distill" and any("." in str(term.get("name")) for term in losses):
+            keys.remove(chosen)  # no other job imports someone's own
+        named = {"head": kd.head in HEADS, "kernel": kd.kernel in CHOICES}  # of others it has been said
+        keys = [key for key in keys if named.get(key, True)]
+        wrong = []
+        for key in keys:
+            tried = replace(good, **{key: getattr(kd, key)})
             try:
-                kd.make_divergence()
-                logit_losses = kd.make_logit_losses()
+                tried.make_execution().resolve(tried.make_objective())
+                good = tried
             except ConfigError as error:
-                is_known = False
-                origin = self.origins.get(f"distillation.{chosen}", "default")
-                yield ConfigError(f"{origin}: distillation.{chosen}: {brief(str(error), _MOST_CHARACTERS)}")
-            if kd.head == "fused" and logit_losses:
-                origin = self.origins.get("distillation.head", "default")
-                yield ConfigError(
-                    f"{origin}: distillation.head: expected auto or materialized with "
-                    f"{', '.join(loss.name for _, loss in logit_losses)}, a loss of logits that exist, got {kd.head}"
-                )
-        try:
-            kd.make_hidden_losses()
-        except ConfigError as error:
-            origin = self.origins.get("distillation.hidden_losses", "default")
-            yield ConfigError(f"{origin}: distillation.hidden_losses: {brief(str(error), _MOST_CHARACTERS)}")
-        for name in self.without_effect() if is_known and is_finite else ():
+                wrong.append(key)
+                yield self._error(f"distillation.{key}", brief(str(error), _MOST_CHARACTERS))
+        beside = f"divergence: {kd.divergence}, which takes {', '.join(taken) or 'no parameters'} here"
+        for name in self.without_effect() if chosen not in wrong else ():
             if self.is_given(name):
-                taken = ", ".join(registry.parameters(kd.divergence)) or "no parameters"
-                beside = (
-                    "distillation.losses" if kd.losses else f"divergence: {kd.divergence}, which takes {taken} here"
-                )
-                origin = self.origins.get(f"distillation.{name}", "default")
-                yield ConfigError(
-                    f"{origin}: distillation.{name}: expected no value beside {beside}, got {getattr(kd, name)}"
-                )
+                expected = f"expected no value beside {'distillation.losses' if kd.losses else beside}"
+                yield self._error(f"distillation.{name}", f"{expected}, got {getattr(kd, name)}")
+
+    def _origin(self, key: str) -> str:
+        return self.origins.get(key, "default")
+
+    def _error(self, key: str, text: str) -> ConfigError:
+        return ConfigError(f"{self._origin(key)}: {key}: {text}")
 
     def without_effect(self) -> list[str]:
-        """The keys of `distillation` that the chosen divergence does not take."""
+        """Return the keys of `distillation` that the chosen divergence does not take."""
         kd = self.distillation
         taken = {"losses"} if kd.losses else {"divergence", "losses", *registry.parameters(kd.divergence)}
         return [name for name in _OF_DIVERGENCE if name not in taken]
 
     def is_given(self, name: str) -> bool:
-        """Whether that key of `distillation` is more than its default."""
+        """Return whether that key of `distillation` is more than its default."""
         value, default = getattr(self.distillation, name), getattr(DistillationConfig(), name)
-        return value != default or self.origins.get(f"distillation.{name}", "default") != "default"
+        return value != default or self._origin(f"distillation.{name}") != "default"
 
     def forget_divergence(self) -> None:
         """Take the divergence and its parameters back to their defaults."""

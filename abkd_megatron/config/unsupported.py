@@ -1,47 +1,185 @@
-"""What is rejected of Megatron's arguments, by name, before anything is built."""
+"""Megatron's features that are not supported, and arguments that cannot be together. Does not import Megatron."""
 
+import argparse
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
-from megatron.training.models.gpt import GPTModelConfig
-
-from abkd_megatron.config.megatron_args import megatron_options, megatron_refusals_named
-from abkd_megatron.config.model_config import model_config
-from abkd_megatron.config.stages import check_stages
-from abkd_megatron.config.unsupported_features import check_config
 from abkd_megatron.errors import ConfigError
 
+# Where a feature is rejected: in this package's jobs, in a pretraining script, in both on a CPU, in Megatron Bridge, in
+# a model that is given to `attach`, and in `estimate`. All read Megatron's arguments but for the model, which has a
+# TransformerConfig, and Bridge, which has a container of configurations.
+JOB, SCRIPT, ON_CPU, BRIDGE, MODEL, ESTIMATE = HOSTS = ("job", "script", "on a CPU", "bridge", "model", "estimate")
+_ARGUMENTS = (JOB, SCRIPT)
+_ANYWHERE = (JOB, SCRIPT, MODEL)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A feature that is off by default, and not supported."""
+
+    argument: str
+    """Destination in Megatron's parser, and the name in a TransformerConfig that has it."""
+    name: str
+    """What a message calls it."""
+    reason: str
+    hosts: tuple[str, ...] = _ARGUMENTS
+    """Where it is rejected, of `HOSTS`."""
+    models: tuple[str, ...] = ("student", "teacher")
+    """Of which model it is rejected."""
+    value: str | None = None
+    """The one value that is rejected; None: any that turns the feature on."""
+    setting: str | None = None
+    """Dotted, in Bridge's container."""
+    remedy: str | None = None
+    """What to change; None: remove the argument."""
+
+    def error(self, who: str, host: str = JOB) -> ConfigError:
+        """Return the error that rejects it of a model, "student" or "teacher"."""
+        name = self.setting if host == BRIDGE else self.argument.replace("_", "-")
+        return ConfigError(f"{who}: {self.name} is not supported: {self.reason}; {self.remedy or f'remove {name}'}")
+
+    def is_on(self, config: Any, host: str) -> bool:
+        """Return whether a configuration asks for it.
+
+        Args:
+            config: what the host has: arguments, a TransformerConfig or Bridge's container.
+            host: one of `HOSTS`.
+        """
+        given = attrgetter(self.setting or "")(config) if host == BRIDGE else getattr(config, self.argument, None)
+        return str(given) == self.value if self.value else bool(given) and given != "none"
+
+
 _GET_MODEL = "Megatron reads it in get_model() alone, which builds no model from a model config: it would be ignored"
-# What no forward step here does, or Megatron does not do with a model config: (feature, reason), by the argument, or by
-# ARGUMENT=VALUE where one of its values is meant. Each is off by default.
-UNSUPPORTED = {
-    "freeze_all_layers": ("freezing all layers", _GET_MODEL),
-    "create_all_gather_group": ("a group of its own for all-gathers", _GET_MODEL),
-    "logits_save_dir": (
+_OWN_STEP = "this job's forward step does not make packed_seq_params (attach() takes a forward step that does)"
+_SCHEDULE_PLAN = "it runs a schedule plan in place of the model's forward, past the teacher"
+_HYBRID = "HybridModel", "its forward takes no output_processor", _ANYWHERE
+_SHARDED = "it shards the student's weights over data-parallel ranks; the loss reads the output layer's as one"
+_KEEPS_NONE = "a teacher keeps no activations for a backward pass"
+_NO_VIRTUAL = (
+    "virtual pipeline stages",
+    "they shorten the wait for a backward pass, and a teacher has none",
+    _ARGUMENTS,
+    ("teacher",),
+)
+_NO_DATA = "a job with it cannot be estimated without data"
+
+UNSUPPORTED = (
+    # What no forward step here does, or Megatron does not do with a model config.
+    Feature("freeze_all_layers", "freezing all layers", _GET_MODEL),
+    Feature("create_all_gather_group", "a group of its own for all-gathers", _GET_MODEL),
+    Feature(
+        "logits_save_dir",
         "saving logits to disk",
         "Megatron then trains on no loss and only writes logits, and the loss beside a teacher would go on training",
     ),
-    "full_validation": ("validation on whole datasets", "megatron-core 0.19 fails in it, or in the test after it"),
-    "multiple_validation_sets": ("several validation sets", "Megatron takes them with full-validation alone"),
-    "perform_rl_step": ("reinforcement learning", "it is another loss, on data of its own"),
-    "hybrid_context_parallel": ("hybrid context parallelism", "a teacher was never run on batches that are split so"),
-    "yaml_cfg": ("Megatron's own --yaml-cfg", "the teacher's arguments are derived from those of the command line"),
-    "logits_load_dir": ("Megatron's distillation from logits on disk", "it is another loss beside this one"),
-}
-# And what this integration's own forward step and data do not do.
-_OWN_STEP = "this job's forward step does not make packed_seq_params (attach() takes a forward step that does)"
-UNSUPPORTED_IN_JOBS = UNSUPPORTED | {
-    "sft": ("packed fine-tuning data", _OWN_STEP),
-    "dataloader_inter_document_masking": ("packed pretraining data", _OWN_STEP),
-    "fim_data": ("fill-in-the-middle data", "this job builds Megatron's plain GPT datasets"),
-    "dataloader_type=external": ("an external data loader", "this job builds Megatron's own"),
-}
-# And on a CPU.
-_UNSUPPORTED_ON_CPU = {
-    "async_save": ("saving in the background on a CPU", "the process that writes lacks the stand-in for a GPU"),
-    "record_memory_history": ("a trace of GPU memory", "there is no GPU"),
-}
+    Feature(
+        "full_validation", "validation on whole datasets", "megatron-core 0.19 fails in it, or in the test after it"
+    ),
+    Feature("multiple_validation_sets", "several validation sets", "Megatron takes them with full-validation alone"),
+    Feature("perform_rl_step", "reinforcement learning", "it is another loss, on data of its own"),
+    Feature(
+        "hybrid_context_parallel", "hybrid context parallelism", "a teacher was never run on batches that are split so"
+    ),
+    Feature(
+        "yaml_cfg", "Megatron's own --yaml-cfg", "the teacher's arguments are derived from those of the command line"
+    ),
+    Feature("logits_load_dir", "Megatron's distillation from logits on disk", "it is another loss beside this one"),
+    # What this package's own forward step and data do not do.
+    Feature("sft", "packed fine-tuning data", _OWN_STEP, (JOB,)),
+    Feature("dataloader_inter_document_masking", "packed pretraining data", _OWN_STEP, (JOB,)),
+    Feature("fim_data", "fill-in-the-middle data", "this job builds Megatron's plain GPT datasets", (JOB,)),
+    Feature("dataloader_type", "an external data loader", "this job builds Megatron's own", (JOB,), value="external"),
+    # What goes around the hooks, whoever builds the models.
+    Feature(
+        "overlap_moe_expert_parallel_comm",
+        "combined 1F1B, which overlaps expert communication,",
+        _SCHEDULE_PLAN,
+        _ANYWHERE,
+    ),
+    Feature("delay_wgrad_compute", "delaying weight gradients, a part of combined 1F1B,", _SCHEDULE_PLAN, _ANYWHERE),
+    Feature(
+        "cuda_graph_impl",
+        "a CUDA graph",
+        "it would not replay the teacher's messages and its queue, and it was never run",
+        _ANYWHERE,
+    ),
+    Feature(
+        "mtp_standalone",
+        "a pipeline stage of its own for multi-token prediction",
+        "stages then exchange shapes first, and synchronize the device while the teacher's messages are open",
+        _ANYWHERE,
+    ),
+    Feature("hybrid_override_pattern", *_HYBRID),
+    Feature("hybrid_layer_pattern", *_HYBRID),
+    Feature("use_megatron_fsdp", "Megatron FSDP", _SHARDED, (*_ANYWHERE, BRIDGE), setting="dist.use_megatron_fsdp"),
+    Feature("use_torch_fsdp2", "torch FSDP2", _SHARDED, (*_ANYWHERE, BRIDGE), setting="dist.use_torch_fsdp2"),
+    # What a process has one of, made for the student's sizes or its backward pass.
+    Feature(
+        "tp_comm_overlap",
+        "overlapped tensor-parallel communication",
+        "its buffers have the student's sizes",
+        _ANYWHERE,
+        ("teacher",),
+    ),
+    Feature("cpu_offloading_num_layers", "offloading activations", _KEEPS_NONE, _ANYWHERE, ("teacher",)),
+    Feature("fine_grained_activation_offloading", "offloading activations", _KEEPS_NONE, _ANYWHERE, ("teacher",)),
+    Feature(
+        "mtp_num_layers",
+        "multi-token prediction",
+        "no loss here compares what its layers predict",
+        _ANYWHERE,
+        ("teacher",),
+        remedy="remove mtp-num-layers from `teacher:` (the checkpoint may have them)",
+    ),
+    Feature("num_layers_per_virtual_pipeline_stage", *_NO_VIRTUAL),
+    Feature("num_virtual_stages_per_pipeline_rank", *_NO_VIRTUAL),
+    # What the stand-in for a GPU does not have.
+    Feature(
+        "async_save",
+        "saving in the background on a CPU",
+        "the process that writes lacks the stand-in for a GPU",
+        (ON_CPU,),
+    ),
+    Feature("record_memory_history", "a trace of GPU memory", "there is no GPU", (ON_CPU,)),
+    # What of Bridge was never run with a teacher.
+    Feature("peft", "an adapter", "it changes the layers that the loss reads", (BRIDGE,), setting="peft"),
+    Feature(
+        "eval_context_parallel_size",
+        "context parallelism of its own for validation",
+        "it would move the student to other process groups than the teacher's",
+        (BRIDGE,),
+        setting="dist.eval_context_parallel_size",
+    ),
+    # What does not run without data.
+    Feature("num_experts", "a mixture of experts", _NO_DATA, (ESTIMATE,), remedy="leave it out here"),
+    Feature("multi_latent_attention", "multi-latent attention", _NO_DATA, (ESTIMATE,), remedy="leave it out here"),
+    Feature("fp8", "fp8", _NO_DATA, (ESTIMATE,), remedy="leave it out here"),
+    Feature("fp4", "fp4", _NO_DATA, (ESTIMATE,), remedy="leave it out here"),
+    Feature("mtp_num_layers", "multi-token prediction", _NO_DATA, (ESTIMATE,), remedy="leave it out here"),
+)
+
+
+def check_features(config: Any, who: str, host: str) -> None:
+    """Reject what is on of the features that are not supported.
+
+    Args:
+        config: what the host has: arguments, a TransformerConfig or Bridge's container.
+        who: "student" or "teacher".
+        host: one of `HOSTS`.
+
+    Raises:
+        ConfigError: naming the feature, the reason and what to change.
+    """
+    for feature in UNSUPPORTED:
+        if host in feature.hosts and who in feature.models and feature.is_on(config, host):
+            raise feature.error(who, host)
+
+
 # Settings of a model that Megatron takes and does not build, where the one that they belong to is not set: None for
 # those that nothing in its training of GPT models reads. With each, when it has an effect all the same.
 _MLA, _YARN = "multi-latent-attention", "position-embedding-type yarn"
@@ -78,19 +216,21 @@ _BELONGS_TO: dict[str, tuple[str | None, Callable[[Namespace], bool]]] = {
 _INSTEAD = {"rampup_batch_size": "step-batch-size-schedule", "decoder_num_layers": "num-layers"}
 
 
-def check_layout(args: Namespace, who: str, unsupported: Mapping[str, tuple[str, str]]) -> None:
-    """Refuse what cannot be run, by name, before Megatron builds anything.
+def check_layout(args: Namespace, who: str, host: str, options: Mapping[str, argparse.Action]) -> None:
+    """Reject what cannot be run, by name, before Megatron builds anything.
 
     Args:
         args: Megatron's arguments.
         who: "student" or "teacher".
-        unsupported: {argument: (feature, reason)} that the forward step does not do.
+        host: `JOB` or `SCRIPT`.
+        options: as `megatron_options` returns them.
 
     Raises:
         ConfigError: naming the feature, the reason and what to change.
     """
-    check_config(args, who, unsupported)
-    check_config(args, who)
+    on_gpus = args.distributed_backend != "gloo"
+    for where in (host,) if on_gpus else (host, ON_CPU):
+        check_features(args, who, where)
     if args.mtp_num_layers and args.pipeline_model_parallel_layout:
         raise ConfigError(
             f"{who}: multi-token prediction is only fed on the last pipeline stage; remove "
@@ -101,22 +241,13 @@ def check_layout(args: Namespace, who: str, unsupported: Mapping[str, tuple[str,
             f"{who}: expected a padded vocabulary, got no-pad-vocab-size, with which Megatron leaves the number of "
             "columns unset and fails when it counts FLOPs; give make-vocab-size-divisible-by=1 instead"
         )
-    virtual = (args.num_layers_per_virtual_pipeline_stage, args.num_virtual_stages_per_pipeline_rank)
-    if who == "teacher" and virtual != (None, None):
-        raise ConfigError(
-            "teacher: virtual pipeline stages shorten the wait for a backward pass, and a teacher has none; remove "
-            "num-layers-per-virtual-pipeline-stage and num-virtual-stages-per-pipeline-rank from `teacher:`"
-        )
     if who == "student":
-        check_effect(args, who)
+        check_effect(args, who, options)
     if who == "student" and args.eval_interval is None and not args.skip_train:
         raise ConfigError(
             "student: expected eval-interval, by which Megatron sizes the validation data, got nothing; set "
             "megatron.eval-interval, beyond train-iters to validate at the end alone"
         )
-    on_gpus = args.distributed_backend != "gloo"
-    if not on_gpus:
-        check_config(args, who, _UNSUPPORTED_ON_CPU)
     if who == "student" and on_gpus and args.use_cpu_initialization and not args.use_distributed_optimizer:
         raise ConfigError(
             "student: use-cpu-initialization is not supported on a GPU: Megatron leaves a model on the CPU that it "
@@ -139,18 +270,21 @@ def check_layout(args: Namespace, who: str, unsupported: Mapping[str, tuple[str,
         )
 
 
-def check_effect(args: Namespace, who: str, settings: Iterable[str] = _BELONGS_TO) -> None:
+def check_effect(
+    args: Namespace, who: str, options: Mapping[str, argparse.Action], settings: Iterable[str] = _BELONGS_TO
+) -> None:
     """Reject a setting that would be taken, and change nothing of what is built.
 
     Args:
         args: Megatron's arguments.
         who: "student" or "teacher".
+        options: as `megatron_options` returns them.
         settings: by destination, the ones to look at.
 
     Raises:
         ConfigError: naming the setting, and the one that it belongs to.
     """
-    defaults = {action.dest: action.default for action in megatron_options().values()}
+    defaults = {action.dest: action.default for action in options.values()}
     for name in settings:
         belongs_to, has_effect = _BELONGS_TO.get(name, ("", lambda args: True))
         value = getattr(args, name, None)
@@ -164,7 +298,7 @@ def check_effect(args: Namespace, who: str, settings: Iterable[str] = _BELONGS_T
 
 
 def _check_sizes(args: Namespace, who: str) -> None:
-    """Of sizes that do not divide Megatron says the names of its variables, or nothing.
+    """Reject sizes that do not divide, of which Megatron says the names of its variables, or nothing.
 
     Raises:
         ConfigError: naming them, and what to change.
@@ -201,18 +335,3 @@ def _check_sizes(args: Namespace, who: str) -> None:
             f"{who}: global-batch-size {batch} does not divide into micro-batches of {micro} on {data} data-parallel "
             f"ranks; give a multiple of {micro * data}, or another micro-batch-size"
         )
-
-
-def checked_model_config(args: Namespace, who: str, unsupported: Mapping[str, tuple[str, str]]) -> GPTModelConfig:
-    """The model configuration of validated arguments.
-
-    They are looked at once more: Megatron's validation, and `use-checkpoint-args`, rewrite some of them.
-
-    Raises:
-        ConfigError: as `check_layout` and `check_stages`, and what Megatron rejects of them.
-    """
-    check_layout(args, who, unsupported)
-    with megatron_refusals_named():
-        config = model_config(args)
-        check_stages(config.transformer, who)
-    return config

@@ -1,25 +1,35 @@
 """Values as they were written, in the type of their field or of Megatron's action."""
 
 import argparse
+import contextlib
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from types import NoneType
 from typing import Any
 
 from abkd_megatron.config.schema import Number, Scalar, Value
-from abkd_megatron.config.yaml import dashed, flow, load_yaml, plain
+from abkd_megatron.config.yaml import dashed, flow, load_yaml
 from abkd_megatron.errors import ConfigError, brief, check_name, shown
-from abkd_megatron.losses.schedule import COUNTS, KINDS, Schedule
-from abkd_megatron.losses.selection import KEYS, TokenSelection
+from abkd_megatron.losses.schedule import COUNTS, Schedule
 
 _MOST_DIGITS = 100  # of a whole number; Python itself reads no more than some thousand
 
+# By type, what is expected of a value, and the remedy for one that was read as another type.
+_EXPECTED: dict[type, tuple[str, type, str]] = {
+    bool: ("true or false", str, "write true or false, unquoted"),
+    int: ("a whole number", str, "write it in digits"),
+    float: ("a finite number", NoneType, ""),
+    str: ("text", bool, "quote it"),
+}
+
 type Options = Mapping[str, argparse.Action]
 
-# The keys of each kind of schedule, and those that may be left out.
-_RAMP = ("from", "to", "start", "end", "by")
-_SCHEDULE_KEYS = {"constant": ("value",), "linear": _RAMP, "cosine": _RAMP, "piecewise": ("points", "by")}
+# The keys of each kind of schedule with their types, and those that may be left out.
+_RAMP: dict[str, Any] = {"from": float, "to": float, "start": int, "end": int, "by": str}
+_SCHEDULES = {"constant": {"value": float}, "linear": _RAMP, "cosine": _RAMP, "piecewise": {"points": None, "by": str}}
 _OPTIONAL = ("start", "by")
 
 
@@ -39,177 +49,147 @@ class Given:
 
     @classmethod
     def spelled(cls, section: str, key: str, value: Any, origin: str) -> "Given":
-        """With the key as its section spells it: our fields have underscores, Megatron's options dashes."""
+        """Return it with the key as its section spells it: fields have underscores, Megatron's options dashes."""
         key = key.replace("-", "_") if section in ("distillation", "data", "compare") else dashed(key)
         return cls(section, key, value, origin)
 
+    def within(self) -> dict[str, "Given"]:
+        """Return the settings of a mapping, those of a file with their own lines."""
+        file = self.origin.rpartition(":")[0]
+        lines = {key: f"{file}:{line}" if file else self.origin for key, line in self.value.lines.items()}
+        given = ((key.replace("-", "_"), value, lines[key]) for key, value in self.value.items())
+        return {key: replace(self, key=f"{self.key}.{key}", value=value, origin=of) for key, value, of in given}
+
 
 def wrong(item: Given, expected: str, value: object, remedy: str = "") -> ConfigError:
-    """The error of a value that is of no use."""
+    """Return the error of a value that is of no use."""
     end = f"; {remedy}" if remedy else ""
-    return ConfigError(f"{item.origin}: {item.name}: expected {expected}, got {shown(plain(value))}{end}")
+    return ConfigError(f"{item.origin}: {item.name}: expected {expected}, got {shown(value)}{end}")
 
 
-def _boolean(item: Given, value: object) -> bool:
-    if isinstance(value, bool):
+def _scalar(item: Given, value: object, kind: type, finite: bool = True) -> Any:
+    """Return a value as a bool, int, float or str."""
+    text = str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+    if kind is bool and isinstance(value, bool):
         return value
-    remedy = "write true or false, unquoted" if isinstance(value, str) else ""
-    raise wrong(item, "true or false", value, remedy)
+    if kind is str and text is not None:
+        return text
+    if kind is int and text is not None and len(text) <= _MOST_DIGITS and re.fullmatch(r"[-+]?\d+(_\d+)*", text):
+        return int(text)
+    if kind is float and text is not None:
+        with contextlib.suppress(ValueError):
+            number = float(re.sub(r"^([-+]?)\.(inf|nan)$", r"\1\2", text.lower()))
+            if math.isfinite(number) or not finite:
+                return number
+    expected, misread, remedy = _EXPECTED[kind]
+    expected = expected if finite else expected.replace("finite ", "")
+    raise wrong(item, expected, value, remedy if isinstance(value, misread) else "")
 
 
-def _integer(item: Given, value: object) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, str) and len(value) <= _MOST_DIGITS and re.fullmatch(r"[-+]?\d+(_\d+)*", value):
-        return int(value)
-    raise wrong(item, "a whole number", value, "write it in digits" if isinstance(value, str) else "")
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
-def _number(item: Given, value: object, finite: bool) -> float:
-    number = None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        number = float(value)
-    elif isinstance(value, str):
-        try:
-            number = float(re.sub(r"^([-+]?)\.(inf|nan)$", r"\1\2", value.lower()))
-        except ValueError:
-            number = None
-    if number is None or (finite and not math.isfinite(number)):
-        raise wrong(item, "a finite number" if finite else "a number", value)
-    return number
+@contextlib.contextmanager
+def _named(item: Given) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{item.origin}: {item.name}: {error}") from error
 
 
-def _text(item: Given, value: object) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    raise wrong(item, "text", value, "quote it" if isinstance(value, bool) else "")
+def _typed(
+    item: Given, given: Mapping[str, Given], types: Mapping[str, Any], required: Sequence[str]
+) -> dict[str, Any]:
+    """Return the values of a mapping in their types, no key unknown and none missing."""
+    for key, of in given.items():
+        check_name(key, types, of.origin, f"key of {item.name}")
+    if missing := [key for key in required if key not in given]:
+        raise ConfigError(f"{item.origin}: {item.name}: expected {', '.join(missing)} as well")
+    return {key: field_value(of, types[key]) if types[key] else of.value for key, of in given.items()}
+
+
+def _record(item: Given, kind: Any) -> Any:
+    """Return the dataclass that a mapping describes."""
+    types = typing.get_type_hints(kind)
+    if not isinstance(item.value, dict):
+        raise wrong(item, f"a mapping of {', '.join(types)}", item.value)
+    values = _typed(item, item.within(), types, [of.name for of in fields(kind) if of.default is MISSING])
+    with _named(item):
+        return kind(**values)
 
 
 def _schedule(item: Given) -> Schedule:
-    """The schedule that a mapping describes."""
-    file = item.origin.rpartition(":")[0]
-    given = {
-        key: Given(item.section, f"{item.key}.{key}", e.value, f"{file}:{e.line}" if file else item.origin)
-        for key, e in item.value.items()
-    }
+    """Return the schedule that a mapping describes."""
+    given = item.within()
     if "schedule" not in given:
-        raise wrong(item, "a number, or a mapping with a `schedule`", item.value, f"known: {', '.join(KINDS)}")
+        raise wrong(item, "a number, or a mapping with a `schedule`", item.value, f"known: {', '.join(_SCHEDULES)}")
     kind = given.pop("schedule")
-    check_name(kind.value, KINDS, kind.origin, f"{item.name}.schedule")
-    known = _SCHEDULE_KEYS[kind.value]
-    for key, of in given.items():
-        check_name(key, known, of.origin, f"key of {item.name}, a {kind.value} schedule,")
-    if missing := [key for key in known if key not in given and key not in _OPTIONAL]:
-        raise ConfigError(f"{item.origin}: {item.name}: a {kind.value} schedule needs {', '.join(missing)} as well")
-    by = COUNTS[0]
-    if "by" in given:
-        by = given["by"].value
-        check_name(by, COUNTS, given["by"].origin, f"{item.name}.by")
-    number = {key: _number(of, of.value, finite=True) for key, of in given.items() if key in ("value", "from", "to")}
-    count = {key: _integer(of, of.value) for key, of in given.items() if key in ("start", "end")}
-    points = []
-    if kind.value == "constant":
-        points = [(0, number["value"])]
-    elif kind.value == "piecewise":
+    check_name(kind.value, _SCHEDULES, kind.origin, f"{item.name}.schedule")
+    types = _SCHEDULES[kind.value]
+    values = _typed(item, given, types, [key for key in types if key not in _OPTIONAL])
+    by = values.get("by", COUNTS[0])
+    check_name(by, COUNTS, given.get("by", item).origin, f"{item.name}.by")
+    points = [(0, values.get("value", 0.0))]
+    if kind.value == "piecewise":
         of = given["points"]
-        pairs = of.value if isinstance(of.value, list) else [of.value]
-        if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        if not all(isinstance(pair, list) and len(pair) == 2 for pair in _list(of.value)):
             raise wrong(of, f"pairs [{by}, value]", of.value)
-        points = [(_integer(of, at), _number(of, value, finite=True)) for at, value in pairs]
-    else:
-        points = [(count.get("start", 0), number["from"]), (count["end"], number["to"])]
-    try:
+        points = [(_scalar(of, at, int), _scalar(of, value, float)) for at, value in of.value]
+    elif kind.value != "constant":
+        points = [(values.get("start", 0), values["from"]), (values["end"], values["to"])]
+    with _named(item):
         return Schedule(kind.value, tuple(points), by)
-    except ConfigError as error:
-        raise ConfigError(f"{item.origin}: {item.name}: {error}") from error
 
 
-def _selection(item: Given) -> TokenSelection:
-    """The selection of tokens that a mapping describes."""
-    remedy = "for example {select: every, n: 4}; leave it out to distill on every token"
-    if not isinstance(item.value, dict) or "select" not in item.value:
-        raise wrong(item, "a mapping with a `select`", item.value, remedy)
-    file = item.origin.rpartition(":")[0]
-    given = {
-        name: Given(item.section, f"{item.key}.{name}", e.value, f"{file}:{e.line}" if file else item.origin)
-        for name, e in ((key.replace("-", "_"), e) for key, e in item.value.items())
-    }
-    kind = given.pop("select")
-    check_name(kind.value, KEYS, kind.origin, f"{item.name}.select")
-    for name, of in given.items():
-        check_name(name, KEYS[kind.value], of.origin, f"key of {item.name}, which selects {kind.value},")
-    numbers: dict[str, Any] = {
-        name: _integer(of, of.value) if name == "n" else _number(of, of.value, finite=True)
-        for name, of in given.items()
-    }
-    try:
-        return TokenSelection(kind.value, **numbers)
-    except ConfigError as error:
-        raise ConfigError(f"{item.origin}: {item.name}: {error}") from error
-
-
-def field_value(item: Given, kind: Any) -> Value | Schedule | TokenSelection | dict[str, list[str]]:
-    """The value in its dataclass field's type."""
-    value = item.value
-    if kind == TokenSelection | None:
-        return None if value is None else _selection(item)
-    if kind in (str | None, int | None, float | None):
-        if value is None:
-            return None
-        kind = {str | None: str, int | None: int, float | None: float}[kind]
-    if kind is bool:
-        return _boolean(item, value)
-    if kind is int:
-        return _integer(item, value)
-    if kind is float:
-        return _number(item, value, finite=True)
-    if kind == list[dict[str, Scalar]]:
-        return [_term(item, entry) for entry in (value if isinstance(value, list) else [value])]
-    if kind == Number:
-        return _schedule(item) if isinstance(value, dict) else _number(item, value, finite=True)
-    if kind == list[int]:
-        return [_integer(item, entry) for entry in (value if isinstance(value, list) else [value])]
-    if kind == dict[str, list[str]]:
-        return _settings(item)
-    if kind == list[str]:
-        return [_text(item, entry) for entry in (value if isinstance(value, list) else [value])]
-    return _text(item, value)
-
-
-def _term(item: Given, entry: object) -> dict[str, Scalar]:
-    """One of a list of losses: what reads as a number is one, for only the loss knows what its parameters are."""
-    if not isinstance(entry, dict):
-        hidden = item.key == "hidden_losses"
-        keys = "student_layer: ..., teacher_layer: ..., loss: ..." if hidden else "name: ..., weight: ..., parameters"
-        raise wrong(item, f"a list of {{{keys}}}", entry)
+def _term(item: Given) -> dict[str, Scalar]:
+    """Return one of a list of losses: what reads as a number is one, for the loss alone knows its parameters' types."""
+    if not isinstance(item.value, dict):
+        raise wrong(item, "a list of {name: ..., weight: ..., parameters}", item.value)
     term: dict[str, Scalar] = {}
-    for key, value in ((key.replace("-", "_"), one.value) for key, one in entry.items()):
+    for key, value in ((key.replace("-", "_"), value) for key, value in item.value.items()):
         if isinstance(value, dict | list):
             raise wrong(item, f"a plain value of {brief(key)}", value)
-        try:
-            term[key] = value if isinstance(value, bool | None) or key == "name" else _number(item, value, finite=True)
-        except ConfigError:
-            term[key] = value
+        term[key] = value
+        if isinstance(value, str) and key != "name":
+            with contextlib.suppress(ConfigError):
+                term[key] = _scalar(item, value, float)
     return term
 
 
 def _settings(item: Given) -> dict[str, list[str]]:
-    """Of `compare.losses`, what each differs in, as overrides; that their values are right shows when they are used."""
+    """Return of `compare.losses` what each differs in, as overrides, whose values are checked when they are used."""
     if not isinstance(item.value, dict):
         raise wrong(item, "a mapping of names to what they differ in, such as {ToDi: {divergence: todi}}", item.value)
     settings: dict[str, list[str]] = {}
     for name, entry in item.value.items():
-        if not isinstance(entry.value, dict):
-            raise wrong(item, f"{brief(name)} to be a mapping such as {{divergence: todi}}", entry.value)
+        if not isinstance(entry, dict):
+            raise wrong(item, f"{brief(name)} to be a mapping such as {{divergence: todi}}", entry)
         settings[name] = []
-        for key, one in entry.value.items():
+        for key, value in entry.items():
             section, _, rest = key.rpartition(".")
-            spelled = Given.spelled(section or "distillation", rest, plain(one), item.origin)
-            as_it_is = isinstance(spelled.value, str) and load_yaml(spelled.value, name) == spelled.value
-            settings[name].append(f"{spelled.name}={spelled.value if as_it_is else flow(spelled.value)}")
+            as_it_is = isinstance(value, str) and load_yaml(value, name) == value
+            spelled = Given.spelled(section or "distillation", rest, value, item.origin)
+            settings[name].append(f"{spelled.name}={value if as_it_is else flow(value)}")
     return settings
+
+
+def field_value(item: Given, kind: Any) -> Any:
+    """Return the value in its dataclass field's type."""
+    value, kinds = item.value, typing.get_args(kind)
+    if NoneType in kinds:
+        return None if value is None else field_value(item, next(one for one in kinds if one is not NoneType))
+    if typing.get_origin(kind) is list:
+        return [field_value(replace(item, value=of), kinds[0]) for of in _list(value)]
+    if kind == dict[str, list[str]]:
+        return _settings(item)
+    if kind == dict[str, Scalar]:
+        return _term(item)
+    if is_dataclass(kind):
+        return _record(item, kind)
+    if kind == Number:
+        return _schedule(item) if isinstance(value, dict) else _scalar(item, value, float)
+    return _scalar(item, value, kind)
 
 
 class MegatronOptions:
@@ -221,43 +201,37 @@ class MegatronOptions:
         self._spellings = {dashed(name): name for name in sorted(options, reverse=True)}
 
     def find(self, key: str, origin: str) -> tuple[str, argparse.Action]:
-        """Megatron's spelling and the action."""
+        """Return Megatron's spelling and the action."""
         check_name(dashed(key), self._spellings, origin, "Megatron argument")
         spelling = self._spellings[dashed(key)]
         return spelling, self._options[spelling]
 
     def dest(self, key: str) -> str:
-        """Where Megatron's parser puts it, whatever its spelling."""
+        """Return where Megatron's parser puts it, whatever its spelling."""
         return self.find(key, "")[1].dest
 
 
 def option_value(item: Given, action: argparse.Action) -> Value:
-    """The value in the type that the action's command line would give it; text for the action's own types."""
+    """Return the value in the type that the action's command line would give it; text for the action's own types."""
     value, nargs = item.value, action.nargs
     if value is None:
         return None
     if nargs == 0 or action.type is bool:
-        return _boolean(item, value)
+        return bool(_scalar(item, value, bool))
     if nargs is None or nargs == "?":
         if isinstance(value, list):
             raise wrong(item, "one value", value, "write it as quoted text, as on Megatron's command line")
         return _option_item(item, value, action)
-    values = [_option_item(item, entry, action) for entry in (value if isinstance(value, list) else [value])]
+    values = [_option_item(item, entry, action) for entry in _list(value)]
     if (nargs == "+" and not values) or (isinstance(nargs, int) and len(values) != nargs):
         raise wrong(item, "at least one value" if nargs == "+" else f"{nargs} values", value)
     return values
 
 
 def _option_item(item: Given, value: object, action: argparse.Action) -> Scalar:
-    result: Scalar
     if isinstance(value, bool | None | dict | list):
         raise wrong(item, "a value", value, "quote it" if isinstance(value, bool) else "")
-    if action.type is int:
-        result = _integer(item, value)
-    elif action.type is float:
-        result = _number(item, value, finite=False)
-    else:
-        result = _text(item, value)
+    result: Scalar = _scalar(item, value, action.type if action.type in (int, float) else str, finite=False)
     if action.choices is not None and result not in action.choices:
         names = [str(getattr(choice, "name", choice)) for choice in action.choices]
         check_name(str(result), names, item.origin, f"choice for {item.name}")

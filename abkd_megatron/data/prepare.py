@@ -106,6 +106,15 @@ class PreparedData:
         }
 
 
+def data_arguments(config: DataConfig) -> dict[str, Any]:
+    """Return the Megatron arguments of the prepared data of a configuration; none where it names no data.
+
+    Raises:
+        DataError: as `PreparedData.open`.
+    """
+    return PreparedData.open(config.dir).megatron_arguments() if config.dir is not None else {}
+
+
 def prepare(config: DataConfig, log: Callable[[str], None] = print) -> PreparedData:
     """Write the prepared data set of a configuration, or find it already there.
 

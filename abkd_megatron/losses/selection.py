@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abkd_megatron.errors import ConfigError
+from abkd_megatron.errors import ConfigError, check_name
 from abkd_megatron.validation import positive_number, whole_number
 
 KEYS = {"every": ("n",), "teacher_entropy": ("at_least", "at_most"), "disagreement": ("kl_at_least",)}
@@ -43,8 +43,7 @@ class TokenSelection:
     """Nats."""
 
     def __post_init__(self) -> None:
-        if self.select not in KEYS:
-            raise ConfigError(f"expected select to be one of {', '.join(KEYS)}, got {self.select!r}")
+        check_name(self.select, KEYS, "a selection of tokens", "select")
         known = KEYS[self.select]
         for name in ("n", "at_least", "at_most", "kl_at_least"):
             value = getattr(self, name)

@@ -1,18 +1,21 @@
 """The teacher's Megatron arguments, and its checkpoint held to them."""
 
-import argparse
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import validate_args
+from megatron.training.models.gpt import GPTModelConfig
 
-from abkd_megatron.config.load import to_argv
-from abkd_megatron.config.megatron_args import command_line, megatron_refusals_named
-from abkd_megatron.config.model_config import model_config
+from abkd_megatron.config.megatron_args import (
+    checked_model_config,
+    megatron_options,
+    megatron_refusals_named,
+    parse_model,
+)
 from abkd_megatron.config.schema import Config
-from abkd_megatron.config.unsupported import UNSUPPORTED, check_effect, check_layout
+from abkd_megatron.config.unsupported import check_effect
 from abkd_megatron.config.values import MegatronOptions
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
@@ -24,31 +27,26 @@ _SHARED = ("context_parallel_size", "seq_length", "micro_batch_size", "tokenizer
 
 
 def teacher_arguments(
-    megatron: Mapping[str, Any],
-    own: Mapping[str, Any],
-    options: Mapping[str, argparse.Action],
-    student: Namespace,
-    unsupported: Mapping[str, tuple[str, str]] = UNSUPPORTED,
-) -> Namespace:
-    """Megatron's validated arguments of the teacher.
+    megatron: Mapping[str, Any], own: Mapping[str, Any], student: Namespace, host: str
+) -> tuple[Namespace, GPTModelConfig]:
+    """Return Megatron's validated arguments of the teacher, and the configuration of its model.
 
     Args:
         megatron: of the student, as `to_argv` takes them; what a teacher has no use for is not inherited.
         own: of the `teacher:` section.
-        options: as `megatron_options` returns them.
         student: validated, with the `padded_vocab_size`.
-        unsupported: as `check_layout` takes it.
+        host: as `check_layout` takes it.
 
     Raises:
-        ConfigError: what Megatron refuses of them, or a teacher that cannot lie beside this student.
+        ConfigError: what Megatron rejects of them, or a teacher that this student cannot have.
     """
+    options = megatron_options()
     if student.use_checkpoint_args:
         megatron = of_checkpoint(megatron, student, options)
     inherited = inherited_architecture(megatron, own, options)
-    with _inheritance_named(inherited), command_line(to_argv(teacher_settings(megatron, own, options), options)):
-        args = parse_args()
-        check_layout(args, "teacher", unsupported)
-        check_effect(args, "teacher", map(MegatronOptions(options).dest, own))
+    with _inheritance_named(inherited):
+        args = parse_model(teacher_settings(megatron, own, options), "teacher", host)
+        check_effect(args, "teacher", options, map(MegatronOptions(options).dest, own))
         validate_args(args)
     for name in _SHARED:
         theirs, ours = getattr(args, name), getattr(student, name)
@@ -78,13 +76,12 @@ def teacher_arguments(
             "change seq-length, or give teacher.sequence-parallel=false"
         )
     with _inheritance_named(inherited):
-        model_config(args)
-    return args
+        return args, checked_model_config(args, "teacher", host)
 
 
 @contextmanager
 def _inheritance_named(inherited: Mapping[str, str]) -> Iterator[None]:
-    """The same of a teacher's arguments, with those that it has from the student."""
+    """Raise what Megatron rejects of a teacher's arguments, naming those that it has from the student."""
     try:
         with megatron_refusals_named():
             yield
@@ -97,17 +94,14 @@ def _inheritance_named(inherited: Mapping[str, str]) -> Iterator[None]:
         ) from error
 
 
-def open_teacher(
-    config: Config, megatron: Mapping[str, Any], options: Mapping[str, argparse.Action]
-) -> TeacherCheckpoint:
+def open_teacher(config: Config, megatron: Mapping[str, Any]) -> TeacherCheckpoint:
     """Find the teacher's checkpoint, see `TeacherCheckpoint.open`.
 
     Args:
         config: `teacher` is used.
         megatron: the student's Megatron arguments, as `to_argv` takes them.
-        options: as `megatron_options` returns them.
     """
-    inherited = inherited_architecture(megatron, config.teacher.megatron, options)
+    inherited = inherited_architecture(megatron, config.teacher.megatron, megatron_options())
     return TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step, inherited)
 
 

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import warnings
-from argparse import Action, Namespace
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,17 +30,23 @@ from megatron.core.tokenizers.text.libraries.megatron_hf_tokenizer import Megatr
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.utils import get_te_version
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 from packaging.version import Version
 
 from abkd_megatron import cpu_backend
-from abkd_megatron.config.load import to_argv
-from abkd_megatron.config.megatron_args import command_line, megatron_options, megatron_refusals_named
+from abkd_megatron.config.megatron_args import (
+    checked_model_config,
+    job_arguments,
+    megatron_options,
+    megatron_refusals_named,
+    parse,
+    parse_model,
+)
 from abkd_megatron.config.schema import Config
-from abkd_megatron.config.unsupported import UNSUPPORTED_IN_JOBS, check_layout, checked_model_config
-from abkd_megatron.data.prepare import PreparedData
+from abkd_megatron.config.unsupported import JOB
+from abkd_megatron.data.prepare import data_arguments
 from abkd_megatron.errors import ConfigError, DataError
 from abkd_megatron.hosts.megatron_lm import job_config_from_args
 from abkd_megatron.teacher.args import teacher_arguments
@@ -75,14 +81,13 @@ def megatron_arguments(config: Config, world_size: int | None = None) -> tuple[N
 
     Collectives: none.
     """
-    options = megatron_options()
     megatron = arguments_with_data(config)
-    with as_in_a_job(config, ranks_of(config, megatron, options, world_size)):
-        student = student_arguments(megatron, options)
+    with as_in_a_job(config, ranks_of(config, megatron, world_size)):
+        student = student_arguments(megatron)
         set_vocabulary(student)
         teacher = None
         if describes_teacher(config):
-            teacher = teacher_arguments(megatron, config.teacher.megatron, options, student, UNSUPPORTED_IN_JOBS)
+            teacher, _ = teacher_arguments(megatron, config.teacher.megatron, student, JOB)
         check_models(student, teacher)
     return student, teacher
 
@@ -93,20 +98,23 @@ def describes_teacher(config: Config) -> bool:
 
 
 def arguments_with_data(config: Config) -> dict[str, Any]:
-    """The student's Megatron arguments, with those of the prepared data; `data.vocab_size` alone where there are none.
+    """Return the job's Megatron arguments; of data that are not prepared yet, `data.vocab_size`.
 
     Raises:
         DataError: `data.dir` is there and is no prepared data.
     """
-    if config.data.dir is None:
-        return dict(config.megatron)
-    if not Path(config.data.dir).expanduser().exists():
-        return {"tokenizer-type": "NullTokenizer", "vocab-size": config.data.vocab_size, **config.megatron}
-    return {**PreparedData.open(config.data.dir).megatron_arguments(), **config.megatron}
+    if config.data.dir is not None and not Path(config.data.dir).expanduser().exists():
+        return arguments_without_data(config)
+    return job_arguments(config, data_arguments(config.data))
 
 
-def ranks_of(config: Config, megatron: Mapping[str, Any], options: Mapping[str, Action], world_size: int | None) -> int:
-    """How many ranks the job has: as given, as in $WORLD_SIZE, or the fewest that the layouts of both models allow.
+def arguments_without_data(config: Config) -> dict[str, Any]:
+    """Return the job's Megatron arguments before its data are prepared, with a tokenizer of `data.vocab_size`."""
+    return job_arguments(config, {"tokenizer-type": "NullTokenizer", "vocab-size": config.data.vocab_size})
+
+
+def ranks_of(config: Config, megatron: Mapping[str, Any], world_size: int | None) -> int:
+    """Return how many ranks the job has: as given, as in $WORLD_SIZE, or the fewest that both layouts allow.
 
     Raises:
         ConfigError: arguments that Megatron's parser does not take, or $WORLD_SIZE is no number of ranks.
@@ -119,12 +127,9 @@ def ranks_of(config: Config, megatron: Mapping[str, Any], options: Mapping[str, 
         return int(given)
     models = [megatron]
     if describes_teacher(config):
-        models.append(teacher_settings(megatron, config.teacher.megatron, options))
-    found = []
-    for settings in models:
-        with as_in_a_job(config, 1), parsed(settings, options) as args:
-            found.append(args)
-    return smallest_world_size(*found)
+        models.append(teacher_settings(megatron, config.teacher.megatron, megatron_options()))
+    with as_in_a_job(config, 1):
+        return smallest_world_size(*map(parse, models))
 
 
 def smallest_world_size(student: Namespace, teacher: Namespace | None = None) -> int:
@@ -184,13 +189,6 @@ def as_in_a_job(config: Config, world_size: int) -> Iterator[None]:
             raise ConfigError(f"Megatron refuses these arguments: {last}") from end
 
 
-@contextmanager
-def parsed(settings: Mapping[str, Any], options: Mapping[str, Action]) -> Iterator[Namespace]:
-    """These arguments as Megatron parses them, not validated; within `as_in_a_job`, refusals in the block are named."""
-    with megatron_refusals_named(), command_line(to_argv(settings, options)):
-        yield parse_args()
-
-
 def _downloaded(_: MegatronHFTokenizer, path: str, url: str | None) -> str | None:
     """In place of what fetches the vocabulary that a tokenizer's name stands for: the file of an earlier job."""
     if url is not None and not Path(path).exists():
@@ -220,19 +218,19 @@ def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: object) 
     setattr(owner, name, value)
 
 
-def student_arguments(megatron: Mapping[str, Any], options: Mapping[str, Action]) -> Namespace:
-    """Megatron's validated arguments of the student, without the vocabulary; within `as_in_a_job`.
+def student_arguments(megatron: Mapping[str, Any]) -> Namespace:
+    """Return Megatron's validated arguments of the student, without the vocabulary; within `as_in_a_job`.
 
     Raises:
-        ConfigError: what a job refuses of them.
+        ConfigError: what a job rejects of them.
     """
-    with parsed(megatron, options) as args:
-        check_layout(args, "student", UNSUPPORTED_IN_JOBS)
+    args = parse_model(megatron, "student", JOB)
+    with megatron_refusals_named():
         if args.use_checkpoint_args:  # as parse_and_validate_args does
             load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
             load_args_from_checkpoint(args)
         validate_args(args)
-        # Refuses a global batch that micro-batches and data parallelism do not divide.
+        # Rejects a global batch that micro-batches and data parallelism do not divide.
         try:
             init_num_microbatches_calculator(
                 rank=1,  # rank 0 would log
@@ -288,7 +286,11 @@ def set_padded_vocabulary(args: Namespace, vocab_size: int) -> None:
 
 
 def check_models(student: Namespace, teacher: Namespace | None) -> None:
-    """Refuse what shows when Megatron lays out its ranks and makes its configurations of the arguments.
+    """Reject what shows when Megatron lays out its ranks and makes its configurations of the arguments.
+
+    Args:
+        student: validated.
+        teacher: as `teacher_arguments` returns them; None for none.
 
     Raises:
         ConfigError: in Megatron's words.
@@ -300,12 +302,10 @@ def check_models(student: Namespace, teacher: Namespace | None) -> None:
             f"Megatron refuses these arguments: world_size ({student.world_size}) is not divisible by "
             f"expert_tensor_model_pipeline_parallel size ({experts})"
         )
-    job_config_from_args(student, checked_model_config(student, "student", UNSUPPORTED_IN_JOBS))
-    if teacher is not None:
-        if teacher.num_experts:
-            check_experts(
-                teacher.world_size // teacher.pipeline_model_parallel_size,
-                teacher.expert_model_parallel_size,
-                teacher.expert_tensor_parallel_size,
-            )
-        checked_model_config(teacher, "teacher", UNSUPPORTED_IN_JOBS)
+    job_config_from_args(student, checked_model_config(student, "student", JOB))
+    if teacher is not None and teacher.num_experts:
+        check_experts(
+            teacher.world_size // teacher.pipeline_model_parallel_size,
+            teacher.expert_model_parallel_size,
+            teacher.expert_tensor_parallel_size,
+        )

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from unittest import mock
 
 from abkd_megatron.config.schema import Config
+from abkd_megatron.config.unsupported import ESTIMATE, check_features
 from abkd_megatron.errors import AbkdError, ConfigError, HostError
 from abkd_megatron.teacher.layout import TeacherLayout
 from abkd_megatron.tools.dry_run import megatron_arguments
@@ -166,16 +167,7 @@ def _check(config: Config, student: Namespace, teacher: Namespace) -> None:
     if config.distillation.hidden_losses:
         raise ConfigError("a job with hidden losses cannot be estimated: their ranks have to talk; leave them out here")
     for who, args in (("student", student), ("teacher", teacher)):
-        features = {
-            "experts": args.num_experts,
-            "multi-latent attention": args.multi_latent_attention,
-            "fp8": args.fp8,
-            "fp4": args.fp4,
-            "multi-token prediction": args.mtp_num_layers,
-        }
-        for feature, is_on in features.items():
-            if is_on:
-                raise ConfigError(f"{who}: a job with {feature} cannot be estimated; leave it out here")
+        check_features(args, who, ESTIMATE)
 
 
 # ---- memory

@@ -159,13 +159,12 @@ def make(config: Path, settings: Mapping[str, object]) -> tuple[Namespace, Any]:
     """The student's arguments, and the configurations that our job gives to Megatron's `pretrain`."""
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from abkd_megatron.config.megatron_args import megatron_options
     from abkd_megatron.config.model_config import model_config
     from abkd_megatron.tools import dry_run
 
     loaded = _load(config, [f"megatron.{name}={value}" for name, value in settings.items()], "cpu")
     with dry_run.as_in_a_job(loaded, 1):
-        args = dry_run.student_arguments(dry_run.arguments_with_data(loaded), megatron_options())
+        args = dry_run.student_arguments(dry_run.arguments_with_data(loaded))
         dry_run.set_vocabulary(args)
         return args, pretrain_cfg_container_from_args(args, model_config(args))
 

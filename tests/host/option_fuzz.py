@@ -449,7 +449,7 @@ def _alone() -> Iterator[None]:
 def look(fuzz: Fuzz, settings: Mapping[str, object], num_ranks: int, *, device: str = "cpu") -> Looked:
     """Run `check` in this process."""
     from abkd_megatron.errors import AbkdError
-    from abkd_megatron.tools.check import REFUSED as refused
+    from abkd_megatron.preflight.rules import Verdict
     from abkd_megatron.tools.check import check
 
     words = [f"{key}={str(value).format(folder=fuzz.folder / 'none')}" for key, value in settings.items()]
@@ -465,7 +465,7 @@ def look(fuzz: Fuzz, settings: Mapping[str, object], num_ranks: int, *, device: 
         return Looked(
             "crashed", _short(f"{type(error).__name__}: {error} @ {Path(where.filename).name}:{where.lineno}")
         )
-    wrong = [finding for finding in findings if finding.verdict == refused]
+    wrong = [finding for finding in findings if finding.verdict is Verdict.REJECTED]
     if wrong:
         return Looked("rejected", _short(wrong[0].found), wrong[0].what)
     return Looked("ok")
@@ -485,14 +485,13 @@ def built(fuzz: Fuzz, settings: Mapping[str, object]) -> str:
     """The configurations that Megatron makes of the student's arguments, as text."""
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
-    from abkd_megatron.config.megatron_args import megatron_options
     from abkd_megatron.tools import dry_run
 
     words = [f"{key}={str(value).format(folder=fuzz.folder / 'none')}" for key, value in settings.items()]
     with _alone():
         config = _load(fuzz.config, words, "cpu")
         with dry_run.as_in_a_job(config, 2):
-            args = dry_run.student_arguments(dry_run.arguments_with_data(config), megatron_options())
+            args = dry_run.student_arguments(dry_run.arguments_with_data(config))
             dry_run.set_vocabulary(args)
             model = gpt_config_from_args(args)
             made = pretrain_cfg_container_from_args(args, model)

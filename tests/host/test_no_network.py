@@ -114,7 +114,6 @@ def test_jobs_ask_for_no_other_host(config: Path, teacher: Path, tmp_path: Path)
     of_one = {
         "env": ["env"],
         "pretrain": ["pretrain", *steps],
-        "completion": ["completion", "bash"],
         "prepare": ["prepare", "--config", str(config), f"data.dir={tmp_path / 'data'}"],
         "check": ["check", *distill, f"megatron.load={out}", "--world-size", "2"],
         "estimate": ["estimate", *distill, "--world-size", "1"],

@@ -1,4 +1,4 @@
-"""The command line: its words, its help, its completion, what it refuses before it looks at a configuration."""
+"""The command line: its words, its help, what it refuses before it looks at a configuration."""
 
 import os
 import pty
@@ -6,17 +6,14 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
 from abkd_megatron import cpu_backend
-from abkd_megatron.__main__ import JOBS, main, make_parser, parse
-from abkd_megatron.config.schema import DistillationConfig
+from abkd_megatron.__main__ import JOBS, main, parse
 from abkd_megatron.errors import HostError
-from abkd_megatron.tools.completion import script
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = [(name, line) for name, job in JOBS.items() for line in job.examples]
@@ -48,7 +45,7 @@ def test_the_stand_in_refuses_to_start_beside_a_gpu(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("job", "message"), [("distil", "did you mean 'distill'?"), ("finetune", "known: env, prepare")]
+    ("job", "message"), [("distl", "did you mean 'distill'?"), ("finetune", "known: env, prepare")]
 )
 def test_an_unknown_job_is_told(job: str, message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -75,12 +72,12 @@ def test_a_reader_may_leave(words: list[str]) -> None:
     ("environment", "message"),
     [
         ({"RANK": "first", "WORLD_SIZE": "2"}, r"whole numbers in RANK and WORLD_SIZE, got RANK=first, WORLD_SIZE=2"),
-        ({"WORLD_SIZE": "2"}, r"expected RANK beside WORLD_SIZE=2, got none; start ranks by torchrun"),
+        ({"WORLD_SIZE": "2"}, r"expected RANK together with WORLD_SIZE=2, got none; start ranks by torchrun"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, r"expected RANK below WORLD_SIZE, got RANK=2, WORLD_SIZE=2"),
         ({"RANK": "1"}, r"expected RANK below WORLD_SIZE, got RANK=1; "),
         (
             {"RANK": "0", "WORLD_SIZE": "2"},
-            r"expected MASTER_ADDR and MASTER_PORT beside RANK=0, WORLD_SIZE=2, got none",
+            r"expected MASTER_ADDR and MASTER_PORT together with RANK=0, WORLD_SIZE=2, got none",
         ),
     ],
 )
@@ -141,7 +138,6 @@ def test_settings_alone_are_enough() -> None:
         (["distill", "a.yaml", "--wrold-size", "2"], "unrecognized arguments: --wrold-size; see"),
         (["env", "a.yaml"], "unrecognized arguments: a.yaml; see abkd-megatron env --help"),
         (["check", "a.yaml", "--world-size", "0"], "expected a whole number above 0, got '0'"),
-        (["completion", "fish"], "invalid choice: 'fish'"),
         ([], "the following arguments are required: JOB"),
     ],
     ids=str,
@@ -256,63 +252,5 @@ show(("what", "found", "verdict"), [("data", "[0.3, a]", "ok"), ("ranks", "64", 
     assert "\x1b[32mok" in shown
     piped = run("-c", code)
     assert piped.stdout == "ok       data: [0.3, a]\nrefused  ranks: 64\n"
-
-
-# Completion -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("completion") / "script"
-    ended = run("-c", IMPORTS, "completion", "bash")
-    assert ended.returncode == 0 and ended.stderr.endswith("imported torch\n"), ended.stderr
-    path.write_text(ended.stdout)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("line", "there", "absent"),
-    [
-        ("", {*JOBS, "--help"}, {"device="}),
-        ("di", {"distill"}, {"env"}),
-        ("distill con", {"configs/"}, {"setup.py"}),
-        ("distill configs/tiny_cpu_", {"configs/tiny_cpu_teacher.yaml", "configs/tiny_cpu_compare.yaml"}, set()),
-        ("distill --config configs/tiny_cpu_t", {"configs/tiny_cpu_teacher.yaml"}, set()),
-        ("distill a.yaml distillation.te", {"distillation.temperature="}, {"distillation.alpha="}),
-        ("distill a.yaml ", {"device=", "megatron.", "teacher.load=", "data.dir="}, {"configs/"}),
-        ("distill device=", {"cuda", "cpu"}, {"auto"}),
-        ("distill a.yaml distillation.divergence=skew_", {"skew_forward_kl", "skew_reverse_kl"}, {"todi"}),
-        ("distill a.yaml distillation.kernel=", {"auto", "eager", "cpp", "triton"}, {"fused"}),
-        ("distill a.yaml distillation.diagnostics=", {"true", "false"}, set()),
-        ("distill a.yaml teacher.load=con", {"configs"}, {"cuda"}),
-        ("check --", {"--world-size", "--config", "--help"}, {"distill"}),
-        ("check --world-size ", set(), {"device=", "configs/"}),
-        ("check --world-size 8 configs/tiny_cpu.yaml data.v", {"data.vocab_size="}, set()),
-        ("completion ", {"bash", "zsh"}, {"device="}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_bash_completes(bash_script: Path, line: str, there: set[str], absent: set[str]) -> None:
-    line = f"abkd-megatron {line}"
-    asked = (
-        'source "$1"; complete -p abkd-megatron >&2 || exit 1\n'
-        'COMP_LINE=$2 COMP_POINT=${#2}; _abkd_megatron; printf "%s\\n" "${COMPREPLY[@]}"'
-    )
-    ended = subprocess.run(
-        ["bash", "--norc", "-c", asked, "bash", bash_script, line], cwd=ROOT, capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stderr
-    found = set(ended.stdout.split())
-    assert there <= found and not absent & found, found
-    assert there or not found, found
-
-
-def test_bash_completes_every_key(bash_script: Path) -> None:
-    text = bash_script.read_text()
-    assert all(f" distillation.{item.name}= " in text for item in fields(DistillationConfig))
-
-
-def test_the_script_for_zsh_is_whole() -> None:
-    text = script(make_parser(), "zsh")
-    assert text.startswith("#compdef abkd-megatron\n") and text.endswith("compdef _abkd_megatron abkd-megatron\n")
-    assert "@" not in text and "distillation.alpha=" in text and "--world-size" in text
+    long = run("-c", code.replace("[0.3, a]", "x" * 500))
+    assert long.stdout.splitlines() == [f"ok       data: {'x' * 500}", "refused  ranks: 64"]

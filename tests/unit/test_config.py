@@ -257,11 +257,11 @@ def test_schedules(load):
         ("{schedule: [linear]}", "unknown distillation.*schedule"),
         (
             "\n    schedule: linear\n    form: 1",
-            "run.yaml:4: unknown key.*a linear schedule, 'form'; did you mean 'from'",
+            "run.yaml:4: unknown key of distillation.kd_weight 'form'; did you mean 'from'",
         ),
         ("{schedule: linear, from: 1, to: 2, points: []}", "unknown key.*'points'; known: from, to, start, end, by"),
-        ("{schedule: linear, from: 1}", "a linear schedule needs to, end as well"),
-        ("{schedule: piecewise}", "a piecewise schedule needs points as well"),
+        ("{schedule: linear, from: 1}", "distillation.kd_weight: expected to, end as well"),
+        ("{schedule: piecewise}", "distillation.kd_weight: expected points as well"),
         ("{schedule: constant, value: 1, by: tokens}", "unknown key.*'by'; known: value"),
         ("{schedule: linear, from: x, to: 2, end: 3}", "kd_weight.from: expected a finite number, got 'x'"),
         ("{schedule: linear, from: true, to: 2, end: 3}", "from: expected a finite number, got the boolean true"),
@@ -307,13 +307,16 @@ def test_selections(load, text, wanted):
 @pytest.mark.parametrize(
     ("selection", "message"),
     [
-        ("4", r"run.yaml:2: distillation.tokens: expected a mapping with a `select`, got '4'; for example {select:"),
-        ("{n: 4}", "distillation.tokens: expected a mapping with a `select`, got a nested mapping"),
-        ("{select: evry, n: 4}", "run.yaml:2: unknown distillation.tokens.select 'evry'; did you mean 'every'"),
-        ("{select: [every]}", "unknown distillation.tokens.select"),
-        ("\n    select: every\n    m: 4", "run.yaml:4: unknown key of .*, which selects every, 'm'; known: n"),
-        ("{select: every, n: 4, at_least: 1}", "unknown key of .* selects every, 'at_least'; known: n"),
-        ("{select: disagreement, kl: 1}", "unknown key .*'kl'; known: kl_at_least"),
+        ("4", "run.yaml:2: distillation.tokens: expected a mapping of select, n, .* got '4'"),
+        ("{n: 4}", "distillation.tokens: expected select as well"),
+        ("{select: evry, n: 4}", "run.yaml:2: distillation.tokens: .*unknown select 'evry'; did you mean 'every'"),
+        ("{select: [every]}", "distillation.tokens.select: expected text"),
+        ("\n    select: every\n    m: 4", "run.yaml:4: unknown key of distillation.tokens 'm'; known: select, n"),
+        (
+            "{select: every, n: 4, at_least: 1}",
+            "run.yaml:2: distillation.tokens: expected no at_least with select: every, which takes n",
+        ),
+        ("{select: disagreement, kl: 1}", "unknown key .*'kl'; known: .*kl_at_least"),
         (
             "{select: every}",
             "run.yaml:2: distillation.tokens: select: every: expected n to be a whole number .* got None: leave",
@@ -340,10 +343,10 @@ def ramp(first, last, end=10, by="iteration"):
     [
         (
             {"temperature": ramp(1, 0)},
-            r"command line: distillation.temperature: expected a number above 0, got {schedule",
+            "command line: distillation.temperature: .* got 0.0",
         ),
-        ({"kd_weight": ramp(1, -0.1)}, "distillation.kd_weight: expected a number not below 0"),
-        ({"scale": ramp(1, -1), "divergence": "todi"}, "distillation.scale: expected a number not below 0"),
+        ({"kd_weight": ramp(1, -0.1)}, "distillation.kd_weight: .* got -0.1"),
+        ({"scale": ramp(1, -1), "divergence": "todi"}, "distillation.scale: .* got -1.0"),
         (
             {"scale": ramp(1, 2)},
             "distillation.scale: expected no value beside divergence: alpha_beta, .* got {schedule",
@@ -352,9 +355,9 @@ def ramp(first, last, end=10, by="iteration"):
             {"beta": ramp(1, 2), "divergence": "todi"},
             "distillation.beta: expected no value beside divergence: todi, .* got {schedule",
         ),
-        ({"kd_weight": ramp(1, 0), "head": "fused"}, "expected auto or materialized with kd_weight 0"),
-        ({"kd_weight": ramp(1, 0), "lm_weight": 0}, "got 0 for both at iteration 10"),
-        ({"kd_weight": ramp(1, 0), "lm_weight": ramp(1, 0, 20)}, "got 0 for both at iteration 20"),
+        ({"kd_weight": ramp(1, 0), "head": "fused"}, "distillation.head: .* kd_weight 0"),
+        ({"kd_weight": ramp(1, 0), "lm_weight": 0}, "distillation.kd_weight: .* both 0 at iteration 10"),
+        ({"kd_weight": ramp(1, 0), "lm_weight": ramp(1, 0, 20)}, "distillation.kd_weight: .* both 0 at iteration 20"),
         (
             {"kd_weight": ramp(1, 0), "lm_weight": ramp(0, 1, by="tokens")},
             "at some step: one goes by iteration, the other",
@@ -388,7 +391,7 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(ConfigError, match="expected a readable YAML file"):
         load_config(tmp_path, [], OPTIONS)
     (tmp_path / "latin.yaml").write_bytes(b"data: {dir: \xe9}")
-    with pytest.raises(ConfigError, match=r"expected a YAML file in UTF-8.*save it as UTF-8"):
+    with pytest.raises(ConfigError, match=r"expected a readable YAML file in UTF-8.*save it as UTF-8"):
         load_config(tmp_path / "latin.yaml", [], OPTIONS)
 
 
@@ -398,17 +401,17 @@ def test_unreadable_files(tmp_path):
         (
             "distillation",
             {"temperature": 0.0},
-            "distillation.temperature: expected a number above 0, got 0.0",
+            "^default: distillation.temperature: .* above 0, got 0.0",
         ),
-        ("distillation", {"kd_weight": -1.0}, "distillation.kd_weight: expected a number not below 0"),
+        ("distillation", {"kd_weight": -1.0}, "distillation.kd_weight: .* got -1.0"),
         ("distillation", {"lm_weight": -1.0}, "distillation.lm_weight"),
         ("distillation", {"kernel": "compield"}, r"unknown distillation.kernel 'compield'.*'compiled'"),
         ("distillation", {"scale": -1.0}, "distillation.scale"),
-        ("distillation", {"kd_weight": 0.0, "lm_weight": 0.0}, "expected kd_weight or lm_weight above 0"),
+        ("distillation", {"kd_weight": 0.0, "lm_weight": 0.0}, "distillation.kd_weight: .* both 0"),
         ("distillation", {"divergence": "alpha-beta"}, "did you mean 'alpha_beta'?"),
-        ("distillation", {"beta": math.nan}, "distillation.beta: expected a finite number, got nan"),
-        ("distillation", {"temperature": math.inf}, "expected a finite number"),
-        ("distillation", {"shared_vocab": 0}, "distillation.shared_vocab: expected 1 or more, got 0"),
+        ("distillation", {"beta": math.nan}, "distillation.beta: .* finite number, got nan"),
+        ("distillation", {"temperature": math.inf}, "distillation.temperature: .* finite number"),
+        ("distillation", {"shared_vocab": 0}, "distillation.shared_vocab: .* at least 1, got 0"),
         ("data", {"vocab_size": 299}, "data.vocab_size: expected 300 or more"),
         ("data", {"held_out": 0.0}, "data.held_out: expected a share between 0 and 0.5"),
         ("data", {"held_out": 0.5}, "data.held_out"),
@@ -437,8 +440,11 @@ def test_check_of_one_section(section, values, message):
             "{divergence: jeffreys, mixture: 0.3}",
             "beside divergence: jeffreys, which takes no parameters here, got 0.3",
         ),
-        ("{divergence: jensen_shannon, mixture: 1}", "distillation.mixture: expected a share between 0 and 1"),
-        ("{divergence: skew_reverse_kl, skew: 0}", "distillation.skew: expected a share between 0 and 1"),
+        (
+            "{divergence: jensen_shannon, mixture: 1}",
+            "distillation.mixture: .* between 0 and 1, both excluded, got 1.0",
+        ),
+        ("{divergence: skew_reverse_kl, skew: 0}", "distillation.skew: .* between 0 and 1, both excluded, got 0.0"),
         ("{divergence: nowhere.to_be.Found}", "distillation.divergence: nowhere.to_be.Found: .*check PYTHONPATH"),
         ("{divergence: todi, losses: [{name: todi}]}", "distillation.divergence: expected no value beside .*losses"),
         ("{alpha: 0.3, losses: [{name: todi}]}", "distillation.alpha: expected no value beside distillation.losses"),
@@ -450,11 +456,11 @@ def test_check_of_one_section(section, values, message):
         ("{losses: [{name: todi, scale: [1]}]}", "distillation.losses: expected a plain value of scale, got"),
         ("{divergence: preference, beta: 0.1}", "beside divergence: preference, which takes no parameters here"),
         ("{divergence: clipped_kl}", "distillation.divergence: clipped_kl: expected either top_k or mass"),
-        ("{losses: [{name: akl, weight: 0}]}", "distillation.losses: akl: expected a weight above 0, got 0.0"),
+        ("{losses: [{name: akl, weight: 0}]}", "distillation.losses: .*AdaptiveKL.* above 0, got 0.0"),
         ("{losses: [{name: akl, mu: 1}]}", "distillation.losses: akl: expected mu between 0 and 1"),
         (
             "{losses: [{name: todi}, {name: akl}], head: fused}",
-            "distillation.head: expected auto .* with akl, a loss of",
+            "distillation.head: .* no logits for akl",
         ),
         ("{losses: [todi]}", r"distillation.losses: expected a list of \{name: .*got 'todi'"),
     ],
@@ -512,8 +518,8 @@ def test_check_names_the_origin(load):
     ("settings", "message"),
     [
         ("{head: fast}", r"unknown distillation.head 'fast'; known: auto, fused, materialized"),
-        ("{chunk_tokens: 0}", r"distillation.chunk_tokens: expected 1 or more, got 0"),
-        ("{head: fused, kd_weight: 0}", r"distillation.head: expected auto or materialized with kd_weight 0"),
+        ("{chunk_tokens: 0}", r"distillation.chunk_tokens: .* at least 1, got 0"),
+        ("{head: fused, kd_weight: 0}", r"distillation.head: .* kd_weight 0"),
     ],
 )
 def test_check_refuses_heads_that_cannot_be(load, settings, message):
@@ -687,24 +693,24 @@ def test_hidden_losses(load):
     )
     config = load(text)
     config.check("pretrain")
-    assert config.distillation.make_hidden_losses() == (HiddenLoss(1, 2, "mse", 0.5, False), HiddenLoss(2, 4, "cosine"))
-    assert all(type(loss.student_layer) is int for loss in config.distillation.make_hidden_losses())
+    assert config.distillation.hidden_losses == [HiddenLoss(1, 2, "mse", 0.5, False), HiddenLoss(2, 4, "cosine")]
+    assert all(type(loss.student_layer) is int for loss in config.distillation.hidden_losses)
     again = load(render(config))
     assert again.distillation == config.distillation
-    assert DistillationConfig().make_hidden_losses() == ()
+    assert DistillationConfig().hidden_losses == []
 
 
 @pytest.mark.parametrize(
     ("losses", "message"),
     [
-        ("{student_layer: 1, teacher_layer: 2}", "entry 1: expected loss as well"),
-        ("{student_layer: 1, teacher_layer: 2, loss: mse, layer: 3}", "unknown key 'layer'; .*student_layer"),
+        ("{student_layer: 1, teacher_layer: 2}", "expected loss as well"),
+        ("{student_layer: 1, teacher_layer: 2, loss: mse, layer: 3}", " 'layer'; .*student_layer"),
         ("{student_layer: 0, teacher_layer: 2, loss: mse}", "student_layer to be a whole number of at least 1, got 0"),
         (
             "{student_layer: 1, teacher_layer: 1.5, loss: mse}",
-            "teacher_layer to be a whole number of at least 1, got 1.5",
+            "teacher_layer: expected a whole number, got '1.5'",
         ),
-        ("{student_layer: last, teacher_layer: 1, loss: mse}", "student_layer to be a whole number .*'last'"),
+        ("{student_layer: last, teacher_layer: 1, loss: mse}", "student_layer: expected a whole number, got 'last'"),
         ("{student_layer: 1, teacher_layer: 2, loss: l1}", "expected loss to be one of cosine, mse, got 'l1'"),
         (
             "{student_layer: 1, teacher_layer: 2, loss: mse, weight: 0}",
@@ -712,10 +718,10 @@ def test_hidden_losses(load):
         ),
         (
             "{student_layer: 1, teacher_layer: 2, loss: mse, weight: inf}",
-            "weight to be a finite number above 0, got 'inf'",
+            "weight: expected a finite number, got 'inf'",
         ),
-        ("{student_layer: 1, teacher_layer: 2, loss: mse, projector: 1}", "projector to be true or false, got 1"),
-        ("[{student_layer: 1, teacher_layer: 2, loss: mse}, 3]", r"a list of \{student_layer: .*got '3'"),
+        ("{student_layer: 1, teacher_layer: 2, loss: mse, projector: 1}", "projector: expected true or false, got '1'"),
+        ("[{student_layer: 1, teacher_layer: 2, loss: mse}, 3]", "expected a mapping of student_layer, .*got '3'"),
         (
             "[{student_layer: 1, teacher_layer: 2, loss: mse}, {student_layer: 1, teacher_layer: 2, loss: cosine}]",
             "expected each pair of layers once, got 1-2 2 times; remove all but one",
@@ -723,5 +729,5 @@ def test_hidden_losses(load):
     ],
 )
 def test_hidden_losses_that_cannot_be(load, losses, message):
-    with pytest.raises(ConfigError, match=r"distillation.hidden_losses: .*" + message):
+    with pytest.raises(ConfigError, match=r"distillation.hidden_losses.*" + message):
         load(f"distillation: {{hidden_losses: {losses}}}").check("pretrain")

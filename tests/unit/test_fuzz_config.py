@@ -205,8 +205,8 @@ def test_one_setting(file, setting):
 LAUGHS = "\n".join(["a0: &a0 [lol]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30))])
 REFUSED = {
     "aliases that multiply": (f"compare:\n  losses: {{{LAUGHS.replace(chr(10), ', ')}}}\n", "more than 20000 values"),
-    "a list within itself": ("data:\n  source: &a [*a]\n", "an anchor stands for a value within itself"),
-    "a mapping within itself": ("compare:\n  losses: &a {x: *a}\n", "an anchor stands for a value within itself"),
+    "a list within itself": ("data:\n  source: &a [*a]\n", "more than 20000 values"),
+    "a mapping within itself": ("compare:\n  losses: &a {x: *a}\n", "more than 20000 values"),
     "lists within lists": (f"data:\n  source: {'[' * 60}{']' * 60}\n", "or 32 within each other"),
     "very many lists within lists": (
         f"data:\n  source: {'[' * 10_000}",
@@ -214,7 +214,7 @@ REFUSED = {
     ),
     "a tag of Python's": ("device: !!python/object/apply:os.mkdir [{trap}]\n", "the tag 'tag:yaml.org,2002:python/obj"),
     "a name of Python's": ("device: !!python/name:os.system\n", "the tag 'tag:yaml.org,2002:python/name:os.system'"),
-    "a tag of no one's": ("device: !mine cpu\n", "the tag '!mine'; leave it out"),
+    "a tag of no one's": ("device: !mine cpu\n", "the tag '!mine'"),
     "a date that is none": ("data: {dir: !!timestamp soon}\n", "the tag 'tag:yaml.org,2002:timestamp'"),
     "a number that is none": ("data: {dir: !!int ''}\n", "the tag 'tag:yaml.org,2002:int'"),
     "a truth that is none": ("data: {dir: !!bool maybe}\n", "the tag 'tag:yaml.org,2002:bool'"),
@@ -226,7 +226,7 @@ REFUSED = {
     ),
     "a long key twice": (f"data: {{{'k' * 900}: a, {'k' * 900}: b}}\n", "kkk ... kkk"),
     "no character": ("device: \x00\n", "special characters are not allowed"),
-    "half a character": ("device: \ud800\n", "expected a YAML file in UTF-8, got: 'utf-8' codec"),
+    "half a character": ("device: \ud800\n", "expected a readable YAML file in UTF-8, got: 'utf-8' codec"),
     "half a character, escaped": ('device: "\\ud800"\n', r"unknown device '\ud800'"),
     "a number of too many digits": (f"data: {{vocab_size: {'9' * 5000}}}\n", "expected a whole number, got '999"),
     "a very long value": (f"data: {{vocab_size: {'x' * 100_000}}}\n", "expected a whole number, got 'xxx"),

@@ -37,7 +37,7 @@ def test_what_the_models_say(rule, wanted):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"select": "evry", "n": 2}, "select to be one of every, teacher_entropy, disagreement, got 'evry'"),
+        ({"select": "evry", "n": 2}, "unknown select 'evry'; did you mean 'every'"),
         ({"select": "every"}, "n to be a whole number of at least 2, got None: leave the selection out"),
         ({"select": "every", "n": 1}, "n to be a whole number of at least 2, got 1: leave the selection out"),
         ({"select": "every", "n": 0}, "n to be a whole number of at least 2, got 0"),
