@@ -123,10 +123,10 @@ def test_a_round_gives_every_replica_as_much_to_do() -> None:
 @pytest.mark.parametrize(
     ("student", "teacher", "message"),
     [
-        ((1, 2, 1, 2), (1, 1), "is 1, which is no multiple of the student's 2"),
-        ((1, 2, 1, 2), (3, 1), "no multiple"),
-        ((1, 1, 1, 2), (4, 1), "spans 2 data-parallel ranks of the student, whose 1"),
-        ((2, 3, 1, 1), (1, 4), "spans 2 data-parallel ranks of the student, whose 3"),
+        ((1, 2, 1, 2), (1, 1), "multiple of the student's 2, got 1"),
+        ((1, 2, 1, 2), (3, 1), "multiple of the student's 2, got 3"),
+        ((1, 1, 1, 2), (4, 1), "divisible by 2, got 1"),
+        ((2, 3, 1, 1), (1, 4), "divisible by 2, got 3"),
     ],
 )
 def test_what_cannot_be_laid_out(student: tuple, teacher: tuple, message: str) -> None:
