@@ -50,8 +50,8 @@ class Teacher:
 
         Collectives: one all_gather_object.
         """
-        layout = _layout(model.config, _places(pg_collection))
-        if not layout.is_students:
+        layout = _layout(model.config, _gather_coords(pg_collection))
+        if not layout.matches_student:
             raise ConfigError(
                 "expected a teacher with the student's tensor and pipeline parallelism, got another; use build_teacher"
             )
@@ -105,12 +105,12 @@ def build_teacher(
 
     Collectives: those of building a Megatron model and of a distributed load; a few all_gather_object.
     """
-    transformer, places = config.transformer, _places(pg_collection)
-    layout = _layout(transformer, places)
-    students_scatter = transformer.sequence_parallel if sequence_parallel is None else sequence_parallel
-    apart = not layout.is_students or students_scatter != transformer.sequence_parallel
-    groups = _process_groups(config, layout, places, pg_collection, timeout)
-    if apart:
+    transformer, all_coords = config.transformer, _gather_coords(pg_collection)
+    layout = _layout(transformer, all_coords)
+    student_sequence_parallel = transformer.sequence_parallel if sequence_parallel is None else sequence_parallel
+    separate_head = not layout.matches_student or student_sequence_parallel != transformer.sequence_parallel
+    groups = _process_groups(config, layout, all_coords, pg_collection, timeout)
+    if separate_head:
         config = copy.copy(config)
         config.share_embeddings_and_output_weights = False  # avoids a second copy of the embedding
     with random_states_kept():
@@ -118,14 +118,14 @@ def build_teacher(
             groups, wrap_with_ddp=False, mixed_precision_wrapper=None
         )
         head = getattr(model, "output_layer", None)
-        if apart:
-            head = _head_apart(config, students_scatter, pg_collection)
-    if apart and model.post_process:
+        if separate_head:
+            head = _build_separate_head(config, student_sequence_parallel, pg_collection)
+    if separate_head and model.post_process:
         model.post_process = False  # of the model only: its decoder keeps the final norm
         del model.output_layer
     wanted = model.sharded_state_dict(metadata=checkpoint.metadata(groups.dp_cp))
     model.load_state_dict(checkpoint.load(wanted, groups.dp_cp))
-    if apart:
+    if separate_head:
         _load_head(head, checkpoint, pg_collection)
     for module in (model, head):
         if module is not None:
@@ -160,15 +160,15 @@ def to_params_dtype(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Mod
 def _process_groups(
     config: GPTModelConfig,
     layout: TeacherLayout,
-    places: Sequence[RankCoords],
-    students: ProcessGroupCollection,
+    all_coords: Sequence[RankCoords],
+    student_groups: ProcessGroupCollection,
     timeout: timedelta,
 ) -> ProcessGroupCollection:
     """Return the teacher's process groups, reusing the student's where they match."""
     transformer = config.transformer
-    groups = copy.copy(students)
-    if not layout.is_students:
-        shares: list[tuple[int, int]] = [(0, 0)] * len(places)
+    groups = copy.copy(student_groups)
+    if not layout.matches_student:
+        shares: list[tuple[int, int]] = [(0, 0)] * len(all_coords)
         dist.all_gather_object(shares, (layout.stage, layout.index))
         # In a large job these are few groups of many ranks, so their members are not exchanged as lists.
         same: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -176,9 +176,9 @@ def _process_groups(
             same[share].append(rank)
         copies = new_group_of(map(tuple, same.values()), same[layout.stage, layout.index], timeout)
         groups = ProcessGroupCollection(
-            tp=new_group(layout.host, timeout),
+            tp=new_group(layout.stage_group, timeout),
             pp=new_group(layout.pipeline, timeout),
-            cp=students.cp,
+            cp=student_groups.cp,
             dp=copies,
             dp_cp=copies,
             embd=None,
@@ -186,9 +186,9 @@ def _process_groups(
         )
     experts = transformer.expert_model_parallel_size
     tensor = transformer.expert_tensor_parallel_size or transformer.tensor_model_parallel_size
-    if transformer.num_moe_experts and (experts, tensor) != (students.ep.size(), students.expt_tp.size()):
+    if transformer.num_moe_experts and (experts, tensor) != (student_groups.ep.size(), student_groups.expt_tp.size()):
         # Megatron's order within a pipeline stage: expert-tensor ranks, then experts.
-        stage = sorted((p.dp, p.cp, p.tp, rank) for rank, p in enumerate(places) if p.pp == layout.place.pp)
+        stage = sorted((p.dp, p.cp, p.tp, rank) for rank, p in enumerate(all_coords) if p.pp == layout.coords.pp)
         ranks = [rank for *_, rank in stage]
         check_experts(len(ranks), experts, tensor)
         me = ranks.index(dist.get_rank())
@@ -222,14 +222,14 @@ def check_experts(num_ranks: int, experts: int, tensor: int) -> None:
         )
 
 
-def _head_apart(
-    config: GPTModelConfig, sequence_parallel: bool, students: ProcessGroupCollection
+def _build_separate_head(
+    config: GPTModelConfig, sequence_parallel: bool, student_groups: ProcessGroupCollection
 ) -> ColumnParallelLinear | None:
     """Build the teacher's output layer in the student's layout, on the student's last stage."""
-    if students.pp.rank() + 1 < students.pp.size():
+    if student_groups.pp.rank() + 1 < student_groups.pp.size():
         return None
     transformer = copy.copy(config.transformer)
-    transformer.tensor_model_parallel_size = students.tp.size()
+    transformer.tensor_model_parallel_size = student_groups.tp.size()
     transformer.sequence_parallel = sequence_parallel
     return ColumnParallelLinear(
         transformer.hidden_size,
@@ -238,39 +238,39 @@ def _head_apart(
         init_method=transformer.init_method,
         bias=False,
         gather_output=False,
-        tp_group=students.tp,
+        tp_group=student_groups.tp,
     )
 
 
 def _load_head(
-    head: ColumnParallelLinear | None, checkpoint: TeacherCheckpoint, students: ProcessGroupCollection
+    head: ColumnParallelLinear | None, checkpoint: TeacherCheckpoint, student_groups: ProcessGroupCollection
 ) -> None:
     """Load the output layer's weight; for a tied teacher from its embedding."""
     wanted = {}
     if head is not None:
-        metadata = checkpoint.metadata(students.dp_cp)
+        metadata = checkpoint.metadata(student_groups.dp_cp)
         weight = head.sharded_state_dict("output_layer.", metadata=metadata)["output_layer.weight"]
         weight.allow_shape_mismatch = True  # as in GPTModel: the padding depends on the layout
         if not checkpoint.has("output_layer.weight"):
             weight.key = "embedding.word_embeddings.weight"
         wanted["weight"] = weight
-    loaded = checkpoint.load(wanted, students.dp_cp)
+    loaded = checkpoint.load(wanted, student_groups.dp_cp)
     if head is not None:
         with torch.no_grad():
             head.weight.copy_(loaded["weight"])
 
 
-def _places(pg_collection: ProcessGroupCollection) -> list[RankCoords]:
+def _gather_coords(pg_collection: ProcessGroupCollection) -> list[RankCoords]:
     """Gather the coordinates of every rank in the student's layout."""
     groups = (getattr(pg_collection, name) for name in ("pp", "dp", "cp", "tp"))
-    places: list[RankCoords] = [RankCoords(0, 0, 0, 0)] * dist.get_world_size()
-    dist.all_gather_object(places, RankCoords(*(0 if group is None else group.rank() for group in groups)))
-    return places
+    all_coords: list[RankCoords] = [RankCoords(0, 0, 0, 0)] * dist.get_world_size()
+    dist.all_gather_object(all_coords, RankCoords(*(0 if group is None else group.rank() for group in groups)))
+    return all_coords
 
 
-def _layout(config: TransformerConfig, places: Sequence[RankCoords]) -> TeacherLayout:
+def _layout(config: TransformerConfig, all_coords: Sequence[RankCoords]) -> TeacherLayout:
     sizes = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    return TeacherLayout(places, dist.get_rank(), *sizes, has_experts=bool(config.num_moe_experts))
+    return TeacherLayout(all_coords, dist.get_rank(), *sizes, has_experts=bool(config.num_moe_experts))
 
 
 def _freeze(module: torch.nn.Module) -> None:

@@ -18,7 +18,7 @@ class RankCoords:
     tp: int
 
 
-def neighbors_of(
+def sharing_group_shape(
     student: tuple[int, int], data_parallel: int, teacher: tuple[int, int], *, has_experts: bool = False
 ) -> tuple[int, int]:
     """Return the shape of a sharing group: (DP replicas per stage group, stage groups per student stage).
@@ -43,15 +43,16 @@ def neighbors_of(
             f"teacher.tensor-model-parallel-size: expected a multiple of the student's {tensor}, got "
             f"{tensor_parallel}; set a multiple, or remove it to use the student's"
         )
-    joined, blocks = tensor_parallel // tensor, pipeline_parallel // math.gcd(pipeline_parallel, stages)
-    if data_parallel % (joined * blocks):
+    per_stage_group = tensor_parallel // tensor
+    groups_per_stage = pipeline_parallel // math.gcd(pipeline_parallel, stages)
+    if data_parallel % (per_stage_group * groups_per_stage):
         raise ConfigError(
             f"a teacher of tensor parallelism {tensor_parallel} and pipeline parallelism {pipeline_parallel} needs a "
-            f"student data-parallel size divisible by {joined * blocks}, got {data_parallel}; lower "
+            f"student data-parallel size divisible by {per_stage_group * groups_per_stage}, got {data_parallel}; lower "
             "teacher.tensor-model-parallel-size or teacher.pipeline-model-parallel-size, or raise the student's data "
             "parallelism"
         )
-    return joined, blocks
+    return per_stage_group, groups_per_stage
 
 
 class TeacherLayout:
@@ -91,73 +92,77 @@ class TeacherLayout:
 
     def __init__(
         self,
-        places: Sequence[RankCoords],
+        all_coords: Sequence[RankCoords],
         rank: int,
         tensor_parallel: int,
         pipeline_parallel: int,
         *,
         has_experts: bool = False,
     ) -> None:
-        self._places = list(places)
-        self._rank_at = {place: number for number, place in enumerate(places)}
-        self.place = places[rank]
+        self._all_coords = list(all_coords)
+        self._rank_at = {coords: number for number, coords in enumerate(all_coords)}
+        self.coords = all_coords[rank]
         self.student_stages, data_parallel, _, self.student_tensor_parallel = (
-            1 + max(values) for values in zip(*((p.pp, p.dp, p.cp, p.tp) for p in places), strict=True)
+            1 + max(values) for values in zip(*((p.pp, p.dp, p.cp, p.tp) for p in all_coords), strict=True)
         )
-        self._joined, blocks = neighbors_of(
+        self._dp_replicas_per_stage_group, groups_per_stage = sharing_group_shape(
             (self.student_tensor_parallel, self.student_stages),
             data_parallel,
             (tensor_parallel, pipeline_parallel),
             has_experts=has_experts,
         )
         self.tensor_parallel, self.pipeline_parallel = tensor_parallel, pipeline_parallel
-        self.neighbors = self._joined * blocks
-        self._first_neighbor = self.place.dp - self.place.dp % self.neighbors
-        hosts = [self._host(stage, block) for stage in range(self.student_stages) for block in range(blocks)]
-        self.replicas = len(hosts) // pipeline_parallel
-        (number,) = (n for n, host in enumerate(hosts) if rank in host)
-        self.host = hosts[number]
-        self.index = self.host.index(rank)
+        self.num_dp_replicas = self._dp_replicas_per_stage_group * groups_per_stage
+        self._first_dp_replica = self.coords.dp - self.coords.dp % self.num_dp_replicas
+        stage_groups = [
+            self._stage_group(stage, block) for stage in range(self.student_stages) for block in range(groups_per_stage)
+        ]
+        self.num_replicas = len(stage_groups) // pipeline_parallel
+        (number,) = (n for n, group in enumerate(stage_groups) if rank in group)
+        self.stage_group = stage_groups[number]
+        self.index = self.stage_group.index(rank)
         self.replica, self.stage = divmod(number, pipeline_parallel)
-        self._stages = [hosts[r * pipeline_parallel : (r + 1) * pipeline_parallel] for r in range(self.replicas)]
-        self.pipeline = [host[self.index] for host in self._stages[self.replica]]
+        self._stages = [
+            stage_groups[r * pipeline_parallel : (r + 1) * pipeline_parallel] for r in range(self.num_replicas)
+        ]
+        self.pipeline = [group[self.index] for group in self._stages[self.replica]]
 
     @property
-    def is_students(self) -> bool:
+    def matches_student(self) -> bool:
         """True if the teacher has the student's layout, stage by stage."""
-        return self.neighbors == self.replicas == 1
+        return self.num_dp_replicas == self.num_replicas == 1
 
     @property
-    def neighbor(self) -> int:
+    def dp_replica(self) -> int:
         """This rank's DP replica, counted within the sharing group."""
-        return self.place.dp - self._first_neighbor
+        return self.coords.dp - self._first_dp_replica
 
-    def replica_for(self, micro_batch: int, neighbor: int) -> int:
+    def replica_for(self, micro_batch: int, dp_replica: int) -> int:
         """Return the replica that processes this micro-batch; micro-batches are counted over all steps."""
-        return (micro_batch * self.neighbors + neighbor) % self.replicas
+        return (micro_batch * self.num_dp_replicas + dp_replica) % self.num_replicas
 
-    def first_host(self, replica: int) -> list[int]:
+    def first_stage_group(self, replica: int) -> list[int]:
         """Return the ranks of the replica's first stage, which receive tokens."""
         return self._stages[replica][0]
 
     def student_stage_of(self, rank: int) -> int:
         """Return the student's stage on a rank."""
-        return self._places[rank].pp
+        return self._all_coords[rank].pp
 
-    def source_of_tokens(self, neighbor: int, index: int) -> int:
+    def source_of_tokens(self, dp_replica: int, index: int) -> int:
         """Return the rank that sends this DP replica's tokens to rank `index` of a replica's first stage group."""
-        return self._rank(0, neighbor, index % self.student_tensor_parallel)
+        return self._rank(0, dp_replica, index % self.student_tensor_parallel)
 
-    def source_of_result(self, replica: int, neighbor: int, tp: int) -> int:
+    def source_of_result(self, replica: int, dp_replica: int, tp: int) -> int:
         """Return the rank that sends the replica's last hidden states to rank `tp` of this DP replica's last stage."""
-        host, wanted = self._stages[replica][-1], self.destination(neighbor, tp)
-        if wanted in host:
+        group, wanted = self._stages[replica][-1], self.destination(dp_replica, tp)
+        if wanted in group:
             return wanted
-        return host[(neighbor % self._joined) * self.student_tensor_parallel + tp]
+        return group[(dp_replica % self._dp_replicas_per_stage_group) * self.student_tensor_parallel + tp]
 
-    def destination(self, neighbor: int, tp: int) -> int:
+    def destination(self, dp_replica: int, tp: int) -> int:
         """Return rank `tp` of this DP replica's last stage, which computes the loss."""
-        return self._rank(self.student_stages - 1, neighbor, tp)
+        return self._rank(self.student_stages - 1, dp_replica, tp)
 
     def route(self, source: int, to: int) -> list[int]:
         """Return the ranks on a message's way, both ends included, in hops of at most one student stage.
@@ -165,7 +170,7 @@ class TeacherLayout:
         A message that skipped stages would be pending until its receiver has reached the micro-batch. A device
         synchronization on the sender would wait for it and serialize the pipeline.
         """
-        here, there = self._places[source], self._places[to]
+        here, there = self._all_coords[source], self._all_coords[to]
         return [source, *(self._rank_at[replace(there, pp=pp)] for pp in range(here.pp + 1, there.pp)), to]
 
     def links(self, kind: str) -> set[tuple[int, int]]:
@@ -175,43 +180,43 @@ class TeacherLayout:
             kind: "tokens", "hidden" (between stages of the teacher) or "results".
         """
         found: set[tuple[int, int]] = set()
-        for replica, hosts in enumerate(self._stages):
+        for replica, stage_groups in enumerate(self._stages):
             if kind == "hidden":
-                found |= {link for of in zip(*hosts, strict=True) for link in itertools.pairwise(of)}
+                found |= {link for of in zip(*stage_groups, strict=True) for link in itertools.pairwise(of)}
                 continue
-            for neighbor in range(self.neighbors):
-                ends = self.results_of(replica, neighbor)
+            for dp_replica in range(self.num_dp_replicas):
+                ends = self.results_of(replica, dp_replica)
                 if kind == "tokens":
-                    ends = [(a, b) for a, b in self.tokens_of(replica, neighbor) if self.student_stage_of(b) > 0]
+                    ends = [(a, b) for a, b in self.tokens_of(replica, dp_replica) if self.student_stage_of(b) > 0]
                 found |= {link for source, to in ends for link in itertools.pairwise(self.route(source, to))}
         return {(source, to) for source, to in found if source != to}
 
-    def tokens_of(self, replica: int, neighbor: int) -> list[tuple[int, int]]:
+    def tokens_of(self, replica: int, dp_replica: int) -> list[tuple[int, int]]:
         """Return (source, destination) of a DP replica's tokens, per rank of the replica's first stage group.
 
         The two are equal where the rank has the tokens. Ranks of the student's first stage exchange tokens in one
         batch, see `TeacherRunner`.
         """
-        return [(self.source_of_tokens(neighbor, at), to) for at, to in enumerate(self.first_host(replica))]
+        return [(self.source_of_tokens(dp_replica, at), to) for at, to in enumerate(self.first_stage_group(replica))]
 
-    def results_of(self, replica: int, neighbor: int) -> list[tuple[int, int]]:
+    def results_of(self, replica: int, dp_replica: int) -> list[tuple[int, int]]:
         """Return (source, destination) of a micro-batch's last hidden states, per tensor rank of its DP replica."""
         return [
-            (self.source_of_result(replica, neighbor, tp), self.destination(neighbor, tp))
+            (self.source_of_result(replica, dp_replica, tp), self.destination(dp_replica, tp))
             for tp in range(self.student_tensor_parallel)
         ]
 
     @property
-    def cell(self) -> list[int]:
+    def sharing_group(self) -> list[int]:
         """All ranks that share this rank's replicas."""
-        return sorted(rank for replica in self._stages for host in replica for rank in host)
+        return sorted(rank for replica in self._stages for group in replica for rank in group)
 
-    def _host(self, stage: int, block: int) -> list[int]:
+    def _stage_group(self, stage: int, block: int) -> list[int]:
         return [
-            self._rank(stage, block * self._joined + n, tp)
-            for n in range(self._joined)
+            self._rank(stage, block * self._dp_replicas_per_stage_group + n, tp)
+            for n in range(self._dp_replicas_per_stage_group)
             for tp in range(self.student_tensor_parallel)
         ]
 
-    def _rank(self, stage: int, neighbor: int, tp: int) -> int:
-        return self._rank_at[replace(self.place, pp=stage, dp=self._first_neighbor + neighbor, tp=tp)]
+    def _rank(self, stage: int, dp_replica: int, tp: int) -> int:
+        return self._rank_at[replace(self.coords, pp=stage, dp=self._first_dp_replica + dp_replica, tp=tp)]

@@ -65,9 +65,9 @@ class TeacherRunner:
         self._extent: tuple[int, int] | None = None
         self._device = next(parameter.device for parameter in (*student.parameters(), *teacher.parameters()))
         self._num_chunks = len(chunks)
-        self._in_a_row = config.microbatch_group_size_per_vp_stage or layout.student_stages
-        max_lead = 2 * len(chunks) * max(layout.student_stages, self._in_a_row) + 2
-        per_micro_batch = layout.neighbors * max(layout.tensor_parallel, layout.student_tensor_parallel)
+        self._microbatch_group_size = config.microbatch_group_size_per_vp_stage or layout.student_stages
+        max_lead = 2 * len(chunks) * max(layout.student_stages, self._microbatch_group_size) + 2
+        per_micro_batch = layout.num_dp_replicas * max(layout.tensor_parallel, layout.student_tensor_parallel)
 
         def channel(kind: str, ranks: Sequence[int]) -> Channel | None:
             group = new_group(ranks, timeout)
@@ -77,14 +77,16 @@ class TeacherRunner:
 
         # One group per kind: some links have hidden states in one direction and results in the other, which could be
         # confused or wait for each other.
-        cell = () if layout.is_students else layout.cell
+        sharing_group = () if layout.matches_student else layout.sharing_group
         self._stages = channel("hidden", layout.pipeline if layout.pipeline_parallel > 1 else ())
-        self._tokens, self._results = channel("tokens", cell), channel("results", cell)
+        self._tokens, self._results = channel("tokens", sharing_group), channel("results", sharing_group)
         # Ranks of the first stage exchange tokens in one batch.
-        first = [rank for rank in cell if layout.student_stage_of(rank) == 0]
-        self._now = new_group(first if layout.place.pp == 0 else (), timeout)
-        if self._now is not None:
-            dist.barrier(group=self._now)  # NCCL needs all ranks in a group's first call; exchanges involve only some
+        first = [rank for rank in sharing_group if layout.student_stage_of(rank) == 0]
+        self._first_stage = new_group(first if layout.coords.pp == 0 else (), timeout)
+        if self._first_stage is not None:
+            dist.barrier(
+                group=self._first_stage
+            )  # NCCL needs all ranks in a group's first call; exchanges involve only some
         self._outbox = Outbox(config, self._post_ahead)
         self._posted: dict[tuple[Channel, int], deque[tuple[dist.Work, torch.Tensor]]] = defaultdict(deque)
         self._passes = self._posted_for = 0
@@ -115,7 +117,7 @@ class TeacherRunner:
         length, size = self._extent_of(batch)
         if self._student.training:  # validation may use other sizes
             self._extent = length, size
-        work = [n for n in range(layout.neighbors) if layout.replica_for(number, n) == layout.replica]
+        work = [n for n in range(layout.num_dp_replicas) if layout.replica_for(number, n) == layout.replica]
         tokens = self._distribute_tokens(batch, number, work, (size, length))
 
         model, mine = self._teacher.model, None
@@ -141,7 +143,7 @@ class TeacherRunner:
                     self._send(self._stages, header, to)
                 self._send(self._stages, output, to, between)
             else:
-                kept = self._hand_over(output, n, result)
+                kept = self._send_results(output, n, result)
                 mine = kept if kept is not None else mine
         return self._distribute_results(number, mine, result)
 
@@ -166,7 +168,7 @@ class TeacherRunner:
     def _send(self, channel: Channel, tensor: torch.Tensor, to: int, expected: _Expected | None = None) -> None:
         """Send immediately within the stage; otherwise with the student's activation."""
         send = partial(channel.send, tensor, to, expected)
-        if self._layout.student_stage_of(to) > self._layout.place.pp:
+        if self._layout.student_stage_of(to) > self._layout.coords.pp:
             self._outbox.add(send)
         else:
             send()
@@ -198,7 +200,7 @@ class TeacherRunner:
         variable_seq_lengths (between shapes and activations), and with virtual stages at timing-log-level 2 (the next
         stage runs a backward pass in between, whose gradient the waiting stage would have to receive).
         """
-        if self._layout.place.pp == 0:
+        if self._layout.coords.pp == 0:
             return
         if self._student.config.variable_seq_lengths:
             assert self._stages is not None
@@ -212,7 +214,7 @@ class TeacherRunner:
         if name == "forward-recv":  # once per step, at the start of the interleaved schedule
             self._passes, self._posted_for = 0, -1
         # A stage's forward passes in the order of get_schedule_table: groups of micro-batches, chunk by chunk.
-        batches, group = get_num_microbatches(), self._in_a_row
+        batches, group = get_num_microbatches(), self._microbatch_group_size
         done, within = divmod(self._passes, group * self._num_chunks)
         is_first_chunk = within < min(group, batches - done * group)
         if self._passes < batches * self._num_chunks and is_first_chunk and self._posted_for != self._passes:
@@ -225,23 +227,23 @@ class TeacherRunner:
 
     def _incoming(self, micro_batch: int, length: int, size: int) -> list[tuple[Channel, _Expected, int]]:
         """Return the messages from the previous stage within one micro-batch, in the order of each link."""
-        layout, rank = self._layout, self._layout.host[self._layout.index]
+        layout, rank = self._layout, self._layout.stage_group[self._layout.index]
         found = []
-        if layout.stage > 0 and layout.student_stage_of(layout.pipeline[layout.stage - 1]) < layout.place.pp:
+        if layout.stage > 0 and layout.student_stage_of(layout.pipeline[layout.stage - 1]) < layout.coords.pp:
             assert self._stages is not None
-            for n in range(layout.neighbors):
+            for n in range(layout.num_dp_replicas):
                 if layout.replica_for(micro_batch, n) == layout.replica:
                     found.append((self._stages, self._expected_hidden(length, size), layout.pipeline[layout.stage - 1]))
         for channel, ends_of, expected in (
             (self._tokens, layout.tokens_of, ((2, size, length), torch.int64)),
             (self._results, layout.results_of, self._expected_result(length, size)),
         ):
-            for n in range(layout.neighbors) if channel is not None else ():
+            for n in range(layout.num_dp_replicas) if channel is not None else ():
                 assert channel is not None
                 for source, to in ends_of(layout.replica_for(micro_batch, n), n):
                     route = layout.route(source, to)
                     if rank in route[1:] and layout.student_stage_of(before := route[route.index(rank) - 1]) < (
-                        layout.place.pp
+                        layout.coords.pp
                     ):
                         found.append((channel, expected, before))
         return found
@@ -251,16 +253,16 @@ class TeacherRunner:
     ) -> dict[int, Mapping[str, Any]]:
         """Send tokens to the replicas that process them; return the tokens for this rank, by DP replica."""
         layout = self._layout
-        if layout.is_students:
+        if layout.matches_student:
             return {}
         assert self._tokens is not None
-        here, rank = layout.place.pp, layout.host[layout.index]
+        here, rank = layout.coords.pp, layout.stage_group[layout.index]
         found: dict[int, torch.Tensor] = {}
         outgoing: list[tuple[torch.Tensor, int]] = []
         awaited: list[tuple[torch.Tensor, int]] = []
         mine: torch.Tensor | None = None
         if here == 0:
-            for name in ("attention_mask", "packed_seq_params")[: 1 + (layout.neighbors > 1)]:
+            for name in ("attention_mask", "packed_seq_params")[: 1 + (layout.num_dp_replicas > 1)]:
                 if batch.get(name) is not None:
                     raise ConfigError(
                         f"a teacher with independent parallelism supports no {name}, only tokens and positions; use "
@@ -268,13 +270,13 @@ class TeacherRunner:
                     )
             mine = torch.stack([batch["input_ids"], batch["position_ids"]])
         expected = (2, *shape), torch.int64
-        for n in range(layout.neighbors):
+        for n in range(layout.num_dp_replicas):
             for source, to in layout.tokens_of(layout.replica_for(micro_batch, n), n):
                 if source == to == rank:
                     assert mine is not None
                     found[n] = mine
                 elif layout.student_stage_of(to) > 0:
-                    arrived = self._pass_on(self._tokens, source, to, mine, expected)
+                    arrived = self._relay(self._tokens, source, to, mine, expected)
                     if arrived is not None:
                         found[n] = arrived
                 elif rank == source:
@@ -283,12 +285,12 @@ class TeacherRunner:
                 elif rank == to:
                     found[n] = torch.empty(expected[0], dtype=torch.int64, device=self._device)
                     awaited.append((found[n], source))
-        if self._now is not None:
-            batched_p2p(outgoing, awaited, self._now)
+        if self._first_stage is not None:
+            batched_p2p(outgoing, awaited, self._first_stage)
         # A stage without tokens must not fall back to this rank's batch.
         return {n: dict(zip(("input_ids", "position_ids"), found[n], strict=True)) if n in found else {} for n in work}
 
-    def _pass_on(
+    def _relay(
         self,
         channel: Channel,
         source: int,
@@ -297,7 +299,7 @@ class TeacherRunner:
         expected: _Expected,
     ) -> torch.Tensor | None:
         """Relay a message along its route; return it on its destination."""
-        route, rank = self._layout.route(source, to), self._layout.host[self._layout.index]
+        route, rank = self._layout.route(source, to), self._layout.stage_group[self._layout.index]
         if rank not in route:
             return None
         at = route.index(rank)
@@ -308,7 +310,7 @@ class TeacherRunner:
         self._send(channel, tensor, route[at + 1], expected)
         return None
 
-    def _hand_over(self, hidden: torch.Tensor, neighbor: int, expected: _Expected) -> torch.Tensor | None:
+    def _send_results(self, hidden: torch.Tensor, dp_replica: int, expected: _Expected) -> torch.Tensor | None:
         """Send the teacher's last hidden states to the rank that computes the loss; return them if it is this rank."""
         layout = self._layout
         parallel = layout.student_tensor_parallel
@@ -320,8 +322,8 @@ class TeacherRunner:
                 whole = gather_from_sequence_parallel_region(hidden, group=self._teacher.pg_collection.tp)
             # Cloned, because a pending view would keep the whole tensor alive.
             parts = [part.clone() for part in whole.chunk(parallel)] if wanted else [whole] * parallel
-        kept, rank = None, layout.host[layout.index]
-        for tp, (source, to) in enumerate(layout.results_of(layout.replica, neighbor)):
+        kept, rank = None, layout.stage_group[layout.index]
+        for tp, (source, to) in enumerate(layout.results_of(layout.replica, dp_replica)):
             if source != rank:
                 continue
             if to == rank:
@@ -335,14 +337,14 @@ class TeacherRunner:
         self, micro_batch: int, mine: torch.Tensor | None, expected: _Expected
     ) -> torch.Tensor | None:
         """Relay results to later stages; on the last stage, return this rank's."""
-        layout, rank = self._layout, self._layout.host[self._layout.index]
+        layout, rank = self._layout, self._layout.stage_group[self._layout.index]
         if self._results is not None:
-            for n in range(layout.neighbors):
+            for n in range(layout.num_dp_replicas):
                 for source, to in layout.results_of(layout.replica_for(micro_batch, n), n):
                     if rank != source and source != to:
-                        arrived = self._pass_on(self._results, source, to, None, expected)
+                        arrived = self._relay(self._results, source, to, None, expected)
                         mine = arrived if arrived is not None else mine
-        if layout.place.pp + 1 < layout.student_stages:
+        if layout.coords.pp + 1 < layout.student_stages:
             return None
         assert mine is not None
         return mine
