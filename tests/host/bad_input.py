@@ -76,7 +76,7 @@ CASES: dict[str, Case] = {
         "config",
         "distill",
         ["distillation.tokens={{select: evry, n: 2}}"],
-        r"command line: unknown distillation.tokens.select 'evry'; did you mean 'every'",
+        r"distillation.tokens.*'evry'; did you mean 'every'",
     ),
     "selection that takes every token": Case(
         "config",
@@ -488,7 +488,7 @@ ALONE: dict[str, Case] = {
         r"in order, got \[5, 3\]",
     ),
     "schedule without an end": Case(
-        "config", "show-config", ["distillation.alpha={{schedule: linear, from: 1}}"], r"needs to, end as well"
+        "config", "show-config", ["distillation.alpha={{schedule: linear, from: 1}}"], r"distillation.alpha.*\bend\b"
     ),
     "unknown schedule": Case(
         "config",

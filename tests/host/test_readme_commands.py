@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 from launch import ROOT, launch
@@ -42,6 +43,7 @@ def test_the_commands_run(tmp_path: Path) -> None:
             places += ["--world-size", "4"]  # launch() says 1
         if "compare" in command:
             places += [f"compare.out={tmp_path / 'compare'}", "compare.seeds=[1]", f"compare.losses={TWO}"]
+            places.append(f"compare.launch={sys.executable} {Path(__file__).with_name('quick.py')}")
         for number, rank in enumerate(launch(["-m", "abkd_megatron", *command[1:], *places], num_ranks)):
             assert rank.code == 0, f"rank {number} of {command}:\n{rank.output[-4000:]}"
         if "show-config" in command:

@@ -7,7 +7,7 @@ import pytest
 from launch import run_job, scalars
 
 from abkd_megatron import AlphaBeta, ToDi
-from abkd_megatron.config.schema import DistillationConfig
+from abkd_megatron.config.schema import Config, DistillationConfig
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress, Schedule
@@ -141,7 +141,7 @@ def test_auto_takes_no_kernel_that_each_step_would_compile() -> None:
         ("cuda", {"alpha": gliding, "kernel": "eager"}, "eager"),
         ("cpu", {"alpha": gliding}, "auto"),
     ):
-        assert DistillationConfig(**settings).make_execution(device).kernel == wanted
+        assert Config(device=device, distillation=DistillationConfig(**settings)).make_execution().kernel == wanted
 
 
 @pytest.mark.parametrize(
