@@ -62,7 +62,7 @@ def _accumulates_in_place(device: torch.device, of_sum: torch.dtype, of_factors:
     return True
 
 
-class Misweighted:
+class TokenWeightCheck:
     """Check that the loss of each token was weighted as forward was told.
 
     On CPU the check is immediate. On GPU only the first check synchronizes, which finds a script that is always wrong.
@@ -107,4 +107,4 @@ class Misweighted:
             )
 
 
-misweighted = Misweighted()
+token_weight_check = TokenWeightCheck()
