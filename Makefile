@@ -1,5 +1,5 @@
 # make demo   train a teacher, distill a student, compare: on any machine with Python >= 3.12
-# make test   the tests; make test-full: with those that show a thing again, in another layout or at more ranks
+# make test   the tests; make test-fast: those of a few minutes; make test-full: all of them
 # make check  ruff and mypy
 # make gpu    the acceptance run on a machine with GPUs; installs nothing: PYTHON, else .venv, else python3
 # PYTHON=/path/to/python chooses the interpreter that the environment in .venv is made from.
@@ -13,13 +13,17 @@ FIND_PYTHON := for python in $(PYTHON) python3.12 python3.13 python3 $$HOME/.pye
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo "$$python"; exit; }; done; \
 	echo "Python >= 3.12 not found: install it, or say make PYTHON=/path/to/python" >&2; exit 1
 
-.PHONY: demo test test-full check gpu clean-demo
+.PHONY: demo test test-fast test-full check gpu clean-demo
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
 
+# Two files of tests at a time: most jobs have one or two ranks.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+
+test-fast: $(VENV)/.ready
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m fast
 
 test-full: $(VENV)/.ready
 	$(BIN)/python -m pytest

@@ -9,9 +9,12 @@ root = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (root / "abkd_megatron/__init__.py").read_text(), re.MULTILINE)
 assert version is not None
 
-plots = ["matplotlib>=3.8", "tensorboard>=2.16"]
+plots = ["matplotlib>=3.8", "tensorboard>=2.16", "plotly>=6", "jinja2>=3.1"]
 bench = [*plots, "nvidia-modelopt>=0.40"]
-test = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "spmd_types>=0.3.1,<0.4", *plots]
+test = [
+    *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "hypothesis>=6.100", "spmd_types>=0.3.1,<0.4"),
+    *plots,
+]
 
 setup(
     name="abkd-megatron",
@@ -33,7 +36,7 @@ setup(
     packages=find_packages(include=["abkd_megatron", "abkd_megatron.*"]),
     # So that an editable install is a path: the folder of a clone, seen from beside it, would hide a finder's package.
     package_dir={"": "."},
-    package_data={"abkd_megatron": ["py.typed", "kernels/*.cpp", "tools/report.html", "tools/report.js"]},
+    package_data={"abkd_megatron": ["py.typed", "kernels/*.cpp", "tools/report.html"]},
     python_requires=">=3.12",
     install_requires=[
         # megatron-core 0.19 has no upper bound, and cannot read its own checkpoints with torch 2.15.

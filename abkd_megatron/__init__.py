@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from abkd_megatron.losses.selection import TokenSelection
     from abkd_megatron.losses.todi import ToDi
     from abkd_megatron.student.attach import Attachment, attach
-    from abkd_megatron.student.hidden import add_projectors
+    from abkd_megatron.student.projectors import add_projectors
     from abkd_megatron.teacher.build import Teacher, build_teacher
     from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
+    from abkd_megatron.vocab_parallel.execution import Execution
     from abkd_megatron.vocab_parallel.logits import vocab_parallel_divergence
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AlphaBeta": "losses.alpha_beta",
     "Attachment": "student.attach",
+    "Execution": "vocab_parallel.execution",
     "HiddenLoss": "losses.hidden",
     "Objective": "losses.objective",
     "Progress": "losses.schedule",
@@ -35,7 +37,7 @@ _HOMES = {
     "ToDi": "losses.todi",
     "TokenSelection": "losses.selection",
     "add_kd_arguments": "hosts.script",
-    "add_projectors": "student.hidden",
+    "add_projectors": "student.projectors",
     "attach": "student.attach",
     "build_teacher": "teacher.build",
     "distill": "hosts.script",
@@ -45,6 +47,7 @@ _HOMES = {
 __all__ = [
     "AlphaBeta",
     "Attachment",
+    "Execution",
     "HiddenLoss",
     "Objective",
     "Progress",

@@ -1,14 +1,12 @@
-"""The command line: prepare data, pretrain a teacher, distill a student, compare losses, and look before one runs."""
+"""The command line: one function per job."""
 
 import argparse
-import logging
 import math
 import os
 import signal
 import sys
 import textwrap
 import traceback
-import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,47 +15,46 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from abkd_megatron.errors import AbkdError, ConfigError, HostError, check_name
+from abkd_megatron.errors import AbkdError, ConfigError, check_name
 
 if TYPE_CHECKING:
     from abkd_megatron.config.schema import Config
 
 PROG = "abkd-megatron"
-_DESCRIPTION = "Distill a large teacher into a smaller student inside Megatron-Core's own training loop."
+_DESCRIPTION = "Knowledge distillation inside Megatron-Core's training loop."
 _SETTINGS = """\
-A job that takes CONFIG takes settings behind it that beat the file's: section.key=value, the value as in YAML. Sections
-are device, megatron (any argument of Megatron's, without its dashes), teacher, distillation, data, compare.
-`abkd-megatron JOB --help` has more examples."""
-_CODES = "0; 2 and one message on stderr if something cannot be run, before the first step"
-_CODES_OF_TRAINING = f"{_CODES}, on every rank; 1 and a message below the traceback if it ends by an error after that"
+Settings after CONFIG override the file: section.key=value, with the value in YAML. Sections are device, megatron (any
+Megatron argument, without its dashes), teacher, distillation, data, compare. `abkd-megatron JOB --help` lists inputs,
+outputs, exit codes and examples."""
+_CODES = "0; 2 and one message on stderr for a job that cannot run, before the first step"
+_CODES_OF_TRAINING = f"{_CODES}, on every rank; 1 and a message below the traceback for an error after that"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One thing that the command line does."""
+    """A job of the command line."""
 
     run: Callable[[Namespace], int | None]
-    """Does it; returns the exit code, None for 0."""
+    """Run the job; return the exit code, None for 0."""
     summary: str
-    """What for, in a few words."""
+    """Purpose in a few words."""
     examples: tuple[str, ...]
-    """Command lines that are true; the first stands in the overview."""
+    """Tested command lines; the overview shows the first."""
     reads: str = ""
     writes: str = ""
     codes: str = _CODES
     """Exit codes."""
     takes_config: bool = True
-    """Whether CONFIG and settings may follow."""
+    """Whether the job takes CONFIG and settings."""
     options: Callable[[argparse.ArgumentParser], object] = lambda parser: None
-    """Adds what it takes beside that."""
+    """Adds the job's own options."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one job; returns the exit code.
+    """Run one job and return the exit code.
 
-    That is 0; 2, with one message on stderr, when something cannot be run; 1, with a message below the traceback, when
-    training ends by an error that was not foreseen; 130 for an interrupted comparison. Some jobs have more, see their
-    help.
+    The code is 0 on success; 2, with one message on stderr, for a job that cannot run; 1, with a message below the
+    traceback, for an unexpected error in training; 130 for an interrupted comparison.
     """
     job = None
     try:
@@ -69,11 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say(arguments.job, f"error: {error}")
             return 2
         finally:
-            sys.stdout.flush()  # here, where it can be told that nobody reads any more
+            sys.stdout.flush()  # here, where a closed pipe is handled
     except BrokenPipeError:
-        if job is not None and job.run is _train:  # cut short, and it may have been another pipe
+        if job is not None and job.run is _train:  # cut short, perhaps by another pipe
             raise
-        # Who read our output has seen enough, as `head` has; what is left of it has to go somewhere.
+        # The reader closed the pipe, as `head` does; the interpreter still flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -85,7 +82,7 @@ def _say(job: str, message: str) -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
-    """The arguments of a command line; ends the process as argparse does.
+    """Parse a command line; exit as argparse does on an error.
 
     Returns:
         `job`; for jobs that take a configuration `config` (a path or None) and `overrides`; and what the job adds.
@@ -98,7 +95,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         except ConfigError as error:
             parser.error(str(error))
     arguments, behind = parser.parse_known_args(given)
-    # Settings may stand on both sides of an option, which argparse has no word for.
+    # Settings may come before and after an option, which argparse cannot express.
     unknown = [word for word in behind if word.startswith("-") or not JOBS[arguments.job].takes_config]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}; see {PROG} {arguments.job} --help")
@@ -117,7 +114,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all jobs, without what `parse` does behind it."""
+    """Build the parser of all jobs."""
     width = max(map(len, JOBS)) + 2
     listed = "\n".join(
         f"  {name:<{width}}{job.summary}\n  {'':<{width}}  {job.examples[0]}" for name, job in JOBS.items()
@@ -155,13 +152,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def load(arguments: Namespace, more: Sequence[str] = ()) -> "Config":
-    """The configuration of a command line, with more settings behind it; not checked.
+    """Load the configuration of a command line, unchecked, with `more` settings after its own.
 
     Raises:
-        AbkdError: as `load_config`, and beside an unrelated `apex`.
+        AbkdError: as `load_config`, or an unrelated `apex` is installed.
     """
-    _refuse_unrelated_apex()
-    _quieten_fallback_warnings()
+    from abkd_megatron.hosts import launch
+
+    launch.reject_unrelated_apex()
+    launch.silence_fallback_warnings()
     # Only here: importing Megatron takes seconds, and --help should not.
     from abkd_megatron import cpu_backend
     from abkd_megatron.config.load import load_config
@@ -189,7 +188,7 @@ def _show_config(arguments: Namespace) -> None:
 
 
 def _check(arguments: Namespace) -> int:
-    os.environ["HF_HUB_OFFLINE"] = "1"  # a tokenizer of Hugging Face is looked for on this machine alone
+    os.environ["HF_HUB_OFFLINE"] = "1"  # only local tokenizers
     config = load(arguments)
     from abkd_megatron.tools import check
 
@@ -200,7 +199,7 @@ def _estimate(arguments: Namespace) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # as `check`
     picture = arguments.out / "estimate.png" if arguments.out else None
     if picture is not None and picture.exists():
-        raise ConfigError(f"--out: expected a folder without {picture.name}, and {picture} is there; remove it first")
+        raise ConfigError(f"--out: expected a folder without {picture.name}, found {picture}; remove it first")
     config = load(arguments)
     from abkd_megatron.tools.estimate import estimate
     from abkd_megatron.tools.estimate_view import show
@@ -224,33 +223,35 @@ def _prepare(arguments: Namespace) -> None:
 
 
 def _train(arguments: Namespace) -> int:
-    _check_launch()
+    from abkd_megatron.hosts import launch
+
+    launch.check_launcher()
     config = load(arguments)
     config.check(arguments.job)
     from abkd_megatron import cpu_backend
     from abkd_megatron.hosts import megatron_lm
-    from abkd_megatron.hosts.crash_report import UNFORESEEN, has_begun, last_words
-    from abkd_megatron.hosts.startup_errors import OneVoice
+    from abkd_megatron.hosts.crash_report import UNEXPECTED, describe_crash, training_started
+    from abkd_megatron.hosts.startup_errors import StartupErrors
 
     if config.device == "cuda":
-        _require_gpu()
-    _show_log()
-    voice = OneVoice(partial(_say, arguments.job), debug=arguments.debug)
+        launch.require_gpu()
+    launch.log_to_stdout()
+    startup_errors = StartupErrors(partial(_say, arguments.job), debug=arguments.debug)
     try:
-        with voice:
+        with startup_errors:
             if config.device == "cpu":
                 cpu_backend.install()
                 minutes = config.megatron.get("distributed-timeout-minutes", 10)
                 cpu_backend.init_process_group(timedelta(minutes=float(str(minutes))))
             megatron_lm.run(config, arguments.job)
-    except UNFORESEEN as error:
-        if not has_begun(error):
-            voice.speak(error)
+    except UNEXPECTED as error:
+        if not training_started(error):
+            startup_errors.report(error)
             return 2
         if isinstance(error, AbkdError):
             raise
         traceback.print_exception(error)
-        _say(arguments.job, last_words(error))
+        _say(arguments.job, describe_crash(error))
         return 1
     return 0
 
@@ -261,10 +262,10 @@ def _compare(arguments: Namespace) -> int:
         config.check("compare")
         from abkd_megatron.tools.compare import compare
 
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the runs end with us
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs too
         compare(config, lambda settings: load(arguments, settings))
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        print("\ninterrupted; run the same command to continue", file=sys.stderr)
         return 130
     return 0
 
@@ -325,7 +326,7 @@ _TORCHRUN = "torchrun --nproc-per-node {} -m abkd_megatron"
 JOBS = {
     "env": Job(
         _env,
-        "say what is installed here, what each part is for and how to get it",
+        "show installed dependencies",
         (f"{PROG} env",),
         codes="0; 2 if something that every job needs is missing or wrong",
         takes_config=False,
@@ -338,43 +339,43 @@ JOBS = {
             f"{PROG} prepare configs/tiny_cpu_teacher.yaml data.source=[README.md,docs] data.dir=runs/docs",
         ),
         reads="data.source: text files, folders, globs, or `python` for the text that ships with Python",
-        writes="data.dir, whole or not at all; one that is there is never written to",
+        writes="data.dir, complete or not at all; never an existing one",
     ),
     "check": Job(
         _check,
-        "look at a configuration without a GPU, without its ranks, without training",
+        "validate a config; needs no GPU and starts no ranks",
         (
             f"{PROG} check configs/tiny_cpu.yaml",
             f"{PROG} check configs/tiny_cpu.yaml --world-size 8 megatron.global-batch-size=32",
             f"{PROG} check configs/tiny_cpu.yaml device=cuda megatron.bf16=true megatron.tensor-model-parallel-size=4",
         ),
-        reads="CONFIG, and of data.dir, tokenizer and checkpoints what is on this machine; no network",
-        writes="nothing; what it looked at to stdout: ok, not here (so not looked at), or refused, with a job's words",
-        codes="0; 2 if anything is refused",
+        reads="CONFIG, and data.dir, tokenizer and checkpoints that are on this machine; no network",
+        writes="a table to stdout: ok, warning, not here (so not checked), or rejected with the job's message",
+        codes="0; 2 if anything is rejected",
         options=_world_size,
     ),
     "estimate": Job(
         _estimate,
-        "count what a rank will hold in memory and what a token takes, without a GPU",
+        "estimate memory per rank and FLOPs per token, without a GPU",
         (
             f"{PROG} estimate configs/tiny_cpu.yaml",
             f"{PROG} estimate configs/tiny_cpu.yaml --world-size 4 megatron.micro-batch-size=4",
         ),
         reads="CONFIG, and data.dir or a tokenizer if they are on this machine; no checkpoint, no network",
         writes="a table to stdout; --out DIR: estimate.png",
-        codes="0; 2 and one message on stderr for what a job would refuse, and for what cannot be counted",
+        codes="0; 2 and one message on stderr for a configuration that a job rejects or that cannot be estimated",
         options=_of_estimate,
     ),
     "show-config": Job(
         _show_config,
-        "print the merged configuration and where each value came from",
+        "print the merged configuration and the origin of each value",
         (
             f"{PROG} show-config configs/tiny_cpu.yaml",
             f"{PROG} show-config configs/tiny_cpu.yaml distillation.divergence=todi",
         ),
         reads="CONFIG",
         writes="YAML to stdout that loads again as the same configuration",
-        codes="0; 2 and one message on stderr for what is unknown, given twice or of the wrong type",
+        codes="0; 2 and one message on stderr for an unknown key, one given twice, or a wrong type",
     ),
     "pretrain": Job(
         _train,
@@ -403,92 +404,29 @@ JOBS = {
     ),
     "compare": Job(
         _compare,
-        "train students with several losses and seeds beside one teacher, and tell them apart",
+        "train one student per loss and seed, and compare them",
         (
             f"{PROG} compare configs/tiny_cpu_compare.yaml",
             f"{PROG} compare configs/tiny_cpu_compare.yaml compare.seeds=[1,2] compare.out=runs/two-seeds",
         ),
-        reads="what `distill` reads; compare.out, where an interrupted comparison goes on",
+        reads="as `distill`; compare.out, from which an interrupted comparison continues",
         writes="compare.out: each run's configuration, log and result; table.md, results.json, comparison.png",
         codes=f"{_CODES}; 130 if it was interrupted",
     ),
     "report": Job(
         _report,
-        "make one HTML page with the curves of a run, or of several over each other",
+        "make an HTML page of the curves of one or several runs",
         (
             f"{PROG} report runs/demo/student",
             f"{PROG} report runs/demo/student runs/demo/student-alone --out runs/both.html",
         ),
         reads="the TensorBoard event files that Megatron wrote in RUN",
-        writes="the page; a file that is there is only replaced if it is such a page",
-        codes="0; 2 and one message on stderr if there is nothing to show or no place to write to",
+        writes="the page; replaces an existing file only if it is such a page",
+        codes="0; 2 and one message on stderr if there is nothing to show or the page cannot be written",
         takes_config=False,
         options=_runs,
     ),
 }
-
-
-def _show_log() -> None:
-    """What this package logs once goes to stdout, from the rank that prints Megatron's own log: the last.
-
-    Megatron gives the root logger a handler on every rank, through which the others still warn.
-    """
-    logger = logging.getLogger("abkd_megatron")
-    last = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
-    if last:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("abkd_megatron: %(message)s"))
-        logger.handlers = [handler]
-    logger.setLevel(logging.INFO if last else logging.WARNING)
-    logger.propagate = not last
-
-
-def _check_launch() -> None:
-    """The variables by which torchrun and its like tell a rank which one it is.
-
-    Raises:
-        HostError: one of them is no number, is missing, or is not of the job.
-    """
-    given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ}
-    shown = ", ".join(f"{name}={value}" for name, value in given.items())
-    remedy = "start ranks by torchrun, or unset both for a job of one process"
-    if not all(value.isdecimal() for value in given.values()):
-        raise HostError(f"expected whole numbers in RANK and WORLD_SIZE, got {shown}; {remedy}")
-    world_size = int(given.get("WORLD_SIZE", 1))
-    if world_size > 1 and "RANK" not in given:
-        raise HostError(f"expected RANK beside WORLD_SIZE={world_size}, got none; {remedy}")
-    if not int(given.get("RANK", 0)) < world_size:
-        raise HostError(f"expected RANK below WORLD_SIZE, got {shown or 'neither'}; {remedy}")
-    if world_size > 1 and "MASTER_PORT" not in os.environ:
-        raise HostError(f"expected MASTER_ADDR and MASTER_PORT beside {shown}, got none; {remedy}")
-
-
-def _require_gpu() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise HostError(
-            "expected an NVIDIA GPU, found none; set `device: cpu` to train a small model on the CPU, or install a "
-            "CUDA build of torch"
-        )
-
-
-def _quieten_fallback_warnings() -> None:
-    """Without a GPU, what Megatron says at import about TransformerEngine and apex is no news."""
-    import torch
-
-    if not torch.cuda.is_available():
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-
-
-def _refuse_unrelated_apex() -> None:
-    from abkd_megatron.tools.env import unrelated_apex
-
-    if unrelated_apex():
-        raise HostError(
-            "the installed `apex` is not NVIDIA's but an unrelated package from PyPI, which Megatron would import by "
-            "mistake; remove it with `pip uninstall apex`"
-        )
 
 
 if __name__ == "__main__":

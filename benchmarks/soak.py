@@ -247,8 +247,15 @@ def thinned(samples: Sequence[Mapping[str, float]], most: int = 100) -> list[Map
 
 def table(summaries: Mapping[str, Any]) -> str:
     """All processes as Markdown: after the warm-up -> at the end, and the slopes in KiB."""
-    head = ["", "steps", "ms a step", *(COUNTS[key] for key in _PLAIN), "heap in use, MiB", "KiB in 1000 steps"]
-    rows = [[*head, "resident, MiB", "KiB in 1000 steps"], ["---"] * (len(head) + 2)]
+    head = [
+        "process",
+        "steps",
+        "ms per step",
+        *(COUNTS[key] for key in _PLAIN),
+        "heap in use, MiB",
+        "KiB per 1000 steps",
+    ]
+    rows = [[*head, "resident, MiB", "KiB per 1000 steps"], ["---"] * (len(head) + 2)]
     for name, parts in summaries.items():
         for number, part in enumerate(parts, start=1):
             for which, of in part.items():

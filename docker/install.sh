@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Into an environment that has its own torch, which stays what it is: `bash docker/install.sh` in the repository.
+# Install into an environment without changing its torch: `bash docker/install.sh` in the repository.
 #
-# The package and megatron-core go in without their dependencies; then what the two need beside torch, with torch held at
-# the version that is there: pip ends with an error where it would have to be another one.
+# The package and megatron-core are installed without dependencies, then their other dependencies with torch pinned to the
+# installed version. pip fails if a dependency needs another torch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
-# As pip knows it: torch.__version__ may say more (+cu130), which no candidate of pip's would equal.
+# pip's version: torch.__version__ may have a local part (+cu130), which matches no candidate.
 torch() { python -c 'from importlib.metadata import version; print("torch==" + version("torch"))'; }
 torch > "$scratch/constraints.txt"
 

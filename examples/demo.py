@@ -28,7 +28,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import yaml
-from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
+from tensorboard.backend.event_processing import event_accumulator
 
 from abkd_megatron.errors import HostError
 from abkd_megatron.tools.runs import SHORT_NAMES, Line, Pace, Progress, clock, end, evaluated, last_lines, progress

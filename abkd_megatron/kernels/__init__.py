@@ -1,12 +1,12 @@
-"""How the passes over a chunk of logits are carried out: one signature, several ways.
+"""Kernels: interchangeable implementations of the passes over a chunk of logits.
 
-`eager` is plain PyTorch: any device, any divergence, any floating dtype. `compiled` is the same code through
-torch.compile; it needs a C++ compiler, for most of a minute in a new process. `cpp` is C++ for CPUs, built in seconds
-by the same compiler, several times as fast again. `triton` is for GPUs; it has been compiled for them and run in
-Triton's interpreter, not yet on one. The last two know AlphaBeta and ToDi.
+- `eager`: plain PyTorch; any device, divergence and floating dtype.
+- `compiled`: `eager` under torch.compile. Needs a C++ compiler and up to a minute per process.
+- `cpp`: C++ for CPUs, built in seconds, several times faster than `compiled`. AlphaBeta and ToDi only.
+- `triton`: for GPUs. AlphaBeta and ToDi only. Compiled for GPUs and run in Triton's interpreter, not yet on a GPU.
 
-`auto` takes triton for logits on a GPU and cpp for logits on a CPU where they can serve, else eager, and says which in
-the log. Tensors without memory of their own (fake and meta ones, wrapper subclasses) are eager's.
+`auto` selects triton for logits on a GPU and cpp for logits on a CPU where they apply, else eager, and logs its choice.
+Tensors without data (fake and meta tensors, wrapper subclasses) use eager.
 """
 
 import functools
@@ -31,43 +31,43 @@ logger = logging.getLogger(__name__)
 
 
 def chunk_elements(device: torch.device) -> int:
-    """Return how many logits of one model PyTorch's own operations, copies of rows among them, take at a time.
+    """Return the number of logits per model and chunk for PyTorch's own operations, row copies included.
 
-    On a CPU so few that the temporaries stay in a core's cache. On a GPU so many that an operation takes ten times as
-    long as its launch, 64 MiB of each fp32 temporary; there are about ten.
+    On CPU the temporaries then fit in a core's cache. On GPU an operation then takes ten times its launch overhead,
+    with about ten fp32 temporaries of 64 MiB.
     """
     return 2**18 if device.type == "cpu" else 2**24
 
 
 @dataclass
 class Kernel:
-    """One way to carry out the passes, and the chunks it likes."""
+    """Implementation of the passes, with its preferred chunks."""
 
     name: str
     local_record: Callable
-    """`eager.local_record` or its equal."""
+    """Same signature as `eager.local_record`."""
     local_second_record: Callable
-    """`eager.local_second_record` or its equal."""
+    """Same signature as `eager.local_second_record`."""
     local_gradient: Callable
-    """`eager.local_gradient` or its equal."""
+    """Same signature as `eager.local_gradient`."""
     chunk_elements: int | None
     """Logits of one model per chunk; None for `chunk_elements` of the device."""
     fixed_shape: bool = False
-    """Every chunk has the same number of rows; the last one may overlap the one before."""
+    """All chunks have the same number of rows; the last one may overlap the previous one."""
     strided: bool = False
-    """Rows may lie further apart than they are long, so that padding need not be copied away."""
+    """Accepts a row stride above the row length, so that padding need not be copied away."""
 
     def chunks(
         self, num_tokens: int, num_columns: int, device: torch.device, copied: bool = False, overlap: bool = True
     ) -> list[slice]:
-        """The rows of each chunk, every row in one.
+        """Return the rows of each chunk.
 
         Args:
-            num_tokens: rows in all.
-            num_columns: columns of a row.
-            device: where they are.
-            copied: whether rows have to be copied together, so that a chunk may not be all of them.
-            overlap: let the last chunk overlap the one before, to keep the shape fixed.
+            num_tokens: number of rows.
+            num_columns: columns per row.
+            device: of the logits.
+            copied: rows have to be copied into the chunk, which limits its size.
+            overlap: let the last chunk overlap the previous one, to keep the shape fixed.
         """
         of_device = chunk_elements(device)
         elements = of_device if self.chunk_elements is None else self.chunk_elements
@@ -88,7 +88,7 @@ _choice = "auto"
 
 @functools.cache
 def get(name: str) -> Kernel:
-    """The kernel of that name, one of `NAMES`."""
+    """Return the kernel of that name, one of `NAMES`."""
 
     def kernel(module: ModuleType, elements: int | None, fixed_shape: bool = False, strided: bool = False) -> Kernel:
         passes = module.local_record, module.local_second_record, module.local_gradient
@@ -96,7 +96,7 @@ def get(name: str) -> Kernel:
 
     everything = 2**62
     if name == "triton":
-        from abkd_megatron.kernels import triton  # only here: it takes its settings from the environment then
+        from abkd_megatron.kernels import triton  # deferred: reads the environment on import
 
         return kernel(triton, everything, strided=True)
     if name == "cpp":
@@ -107,10 +107,10 @@ def get(name: str) -> Kernel:
 
 
 def use(choice: str) -> str:
-    """Choose the kernel for this process, or leave the choice to `auto`; return the choice before.
+    """Set the kernel of this process; return the previous choice.
 
     Raises:
-        ConfigError: for a name that is none of `CHOICES`.
+        ConfigError: for a name not in `CHOICES`.
     """
     global _choice
     if choice not in CHOICES:
@@ -121,7 +121,7 @@ def use(choice: str) -> str:
 
 @contextmanager
 def using(choice: str | None) -> Iterator[str]:
-    """`use` within the block: two attachments in one process each have their own. None leaves the choice as it is.
+    """Set the kernel within the block, for several attachments in one process. None keeps the current choice.
 
     Yields:
         The choice within the block.
@@ -134,7 +134,7 @@ def using(choice: str | None) -> Iterator[str]:
 
 
 def select(divergence: Divergence, student: Tensor, teacher: Tensor) -> Kernel:
-    """The kernel in use for this divergence of these logits."""
+    """Return the kernel for this divergence and these logits."""
     name = _choice
     if name == "auto":
         name = _automatic(divergence, student, teacher)

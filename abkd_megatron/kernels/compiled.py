@@ -1,4 +1,4 @@
-"""The eager passes through torch.compile: one loop over a chunk in place of an operation at a time."""
+"""The eager passes under torch.compile, which fuses a chunk's operations into one loop."""
 
 import functools
 from collections.abc import Callable
@@ -8,8 +8,8 @@ import torch
 
 from abkd_megatron.kernels import eager
 
-# Divergence, labels, dtypes and shape are constants of the compiled code; torch's own limit of 8 sets of them would
-# send the ninth back to eager.
+# Divergence, labels, dtypes and shape are compile-time constants. Torch's limit of 8 variants would send the ninth back
+# to eager.
 _MAX_VARIANTS = 256
 
 

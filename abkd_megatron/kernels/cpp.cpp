@@ -1,11 +1,11 @@
-// The passes over logits for a CPU, in vectors as wide as the machine's; no instruction of one machine is named, but
-// the compiler has to know the vectors of the GNU dialect.
+// CPU kernel for the passes over logits, in vectors of the machine's width. It uses no intrinsics, but needs the GNU
+// vector extensions.
 //
-// Sums run in fp32 a lane over a tile of columns and in fp64 from tile to tile. A tile in which no logit is far below
-// its row's maximum takes the short form of each divided difference; any other tile the form of alpha_beta.py, in
-// which nothing overflows and 0 * inf is 0.
+// Sums are fp32 per lane within a tile of columns and fp64 across tiles. A tile with no logit far below its row's
+// maximum uses the short form of each divided difference. Any other tile uses the form of alpha_beta.py, in which
+// nothing overflows and 0 * inf is 0.
 //
-// Legend: n rows; s, t logits of student and teacher; y, x the two relative to their row's constants; r = x - y.
+// Legend: n rows; s, t logits of student and teacher; y, x the same relative to their row's constants; r = x - y.
 
 #include <algorithm>
 #include <cstdint>
@@ -13,18 +13,18 @@
 #include <limits>
 #include <type_traits>
 
-// ---------------------------------------------------------------- arguments, as the classes of these names in cpp.py
+// ---------------------------------------------------------------- arguments; the layout must match cpp.py
 
 struct Part {
     float alpha, beta, lam, spread;
-    int32_t widest;  // which of |beta|, |lam|, |alpha| the spread is
+    int32_t widest;  // which of |beta|, |lam|, |alpha| is the spread
 };
 
 struct Settings {
     float inverse_temperature;
     int32_t num_parts;
     Part parts[2];
-    int32_t todi;  // the gradient's slope is ToDi's, not that of parts[0]
+    int32_t todi;  // the gradient uses ToDi's slope instead of parts[0]'s
     float scale;
     int32_t detach, threads;
 };
@@ -53,7 +53,7 @@ typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 typedef uint16_t H __attribute__((vector_size(2 * LANES)));
 
 constexpr float INF = std::numeric_limits<float>::infinity();
-// exp is finite and normal up to here, and so is its inverse.
+// Up to here exp and its inverse are finite and normal.
 constexpr float SAFE = 80.0f;
 
 INLINE F splat(float x) { return x - F{}; }
@@ -84,7 +84,7 @@ INLINE F load(const float* from) {
 INLINE F load(const bf16* from) {
     H x;
     std::memcpy(&x, from, sizeof x);
-#ifdef __AVX512BW__  // one permutation there; a conversion is several instructions
+#ifdef __AVX512BW__  // one permutation; a conversion takes several instructions
     typedef uint16_t Halves __attribute__((vector_size(4 * LANES)));
     const Halves above_zeros = __builtin_shufflevector(
         H{}, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29,
@@ -96,7 +96,7 @@ INLINE F load(const bf16* from) {
 #endif
 }
 
-// `count` columns; `other` in the lanes after them.
+// Loads `count` columns, and `other` into the remaining lanes.
 template <class T>
 INLINE F load(const T* from, int64_t count, float other) {
     if (count >= LANES) return load(from);
@@ -121,10 +121,10 @@ struct Reduced {
     F shifted;   // n + SHIFTER
 };
 
-constexpr float SHIFTER = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer, its lowest bits
+constexpr float SHIFTER = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
 
-// (exp(r) - 1 - r) / r^2 on |r| <= log(2) / 2 by the polynomial of degree 4 through its values at the Chebyshev nodes:
-// `above` is right to 1.4e-7 of itself, about a unit in the last place.
+// (exp(r) - 1 - r) / r^2 on |r| <= log(2) / 2, interpolated by a polynomial of degree 4 at the Chebyshev nodes. The
+// relative error of `above` is 1.4e-7, about a unit in the last place.
 INLINE Reduced reduce(F x) {
     F shifted = x * 1.44269504f + SHIFTER;
     F n = shifted - SHIFTER;
@@ -155,10 +155,10 @@ INLINE F exp_any(F x) {
 }
 
 struct Rise {
-    F e, over, above;  // exp(g r) - 1; that over g; (exp(g r) - 1 - g r) / g. Each to its own last places.
+    F e, over, above;  // exp(g r) - 1; that / g; (exp(g r) - 1 - g r) / g. All to full precision.
 };
 
-// Of gap g, by continuity at 0. |g r| <= SAFE.
+// For gap g, the limit at 0. |g r| <= SAFE.
 INLINE Rise rise(float gap, F r) {
     if (gap == 0.0f) return {splat(0.0f), r, splat(0.0f)};
     F x = r * gap;
@@ -178,8 +178,8 @@ struct Terms {
     F mass, slope, value;
 };
 
-// F = u phi(r), as in AlphaBeta: the divided differences of exp(x r) at {0, alpha, lam} without their linear parts,
-// which cancel.
+// F = u phi(r), as in AlphaBeta: divided differences of exp(x r) at {0, alpha, lam}, without the linear parts, which
+// cancel.
 INLINE F value_safe(const Part& k, F u, F r, const Rise& a) {
     if (k.spread == 0.0f) return r * r * 0.5f;
     if (k.widest == 0) return (rise(k.lam, r).above - a.above) * (u * (1.0f / k.beta));
@@ -202,13 +202,13 @@ INLINE Terms sums_safe(const Part& k, F y, F r, F q) {
 
 INLINE F slope_safe(const Part& k, F y, F r, F q) { return -mass_safe(k, y, q) * rise(k.alpha, r).over; }
 
-// a x + b y without the terms of coefficient 0, which would make 0 * -inf.
+// a x + b y without terms of coefficient 0, which would give 0 * -inf.
 INLINE F exponent(float a, F x, float b, F y) {
     if (a == 0.0f) return b == 0.0f ? splat(0.0f) : y * b;
     return b == 0.0f ? x * a : x * a + y * b;
 }
 
-// As _difference in alpha_beta.py.
+// See _difference in alpha_beta.py.
 INLINE F difference(F start, F high, float gap, F r) {
     if (gap == 0.0f) return weigh(start, r);
     F x = r * gap;
@@ -243,7 +243,7 @@ struct Todi {
     F value, slope;
 };
 
-// ToDi.value and ToDi.slope.
+// ToDi.value and ToDi.grad_log_q.
 template <bool SAFELY>
 INLINE Todi todi(const Settings& k, F x, F y, F r) {
     F q = SAFELY ? exp_safe(y) : exp_any(y), p, w, one_minus_w, excess;  // excess = w p - (1 - w) q
@@ -276,11 +276,11 @@ INLINE Todi todi(const Settings& k, F x, F y, F r) {
 
 // ---------------------------------------------------------------- rows
 
-// Four at a time: a comparison and a choice take as long as they take one after the other.
+// Four accumulators, because a dependent chain of compare and select is bound by latency.
 constexpr int ABREAST = 4;
 
 struct Range {
-    float minimum, maximum;  // NaN is passed over
+    float minimum, maximum;  // NaN is ignored
 };
 
 template <class T>
@@ -307,7 +307,7 @@ INLINE Range range(const T* logits, int64_t columns) {
     return of;
 }
 
-// The first column that holds `wanted`; 0 if none does.
+// Returns the first column equal to `wanted`, or 0.
 template <class T>
 int64_t find(const T* logits, int64_t columns, float wanted) {
     int64_t c = 0;
@@ -323,7 +323,7 @@ int64_t find(const T* logits, int64_t columns, float wanted) {
     return 0;
 }
 
-// Whether the short forms hold for a tile of logits: nothing further below the bases than `limit`.
+// Returns true if the short forms are valid for a tile: no logit further than `limit` below its base.
 template <class S, class T>
 INLINE bool is_safe(const S* s, const T* t, int64_t count, float s_base, float t_base, float limit) {
     return range(s, count).minimum - s_base >= -limit && range(t, count).minimum - t_base >= -limit;
@@ -391,7 +391,7 @@ INLINE void add_tile(
         for (int lane = 0; lane < LANES; ++lane) total[i][lane] += sums[i][lane];
 }
 
-// `s_next` and `t_next` are the row that will be asked for next; nothing is read of them but into the cache.
+// `s_next` and `t_next`, the next row, are only prefetched.
 template <bool LABELS, class S, class T>
 void record_row(
     double* out, int64_t n, const S* s, const T* t, const S* s_next, const T* t_next, int64_t columns,
@@ -399,7 +399,7 @@ void record_row(
 ) {
     const Range s_range = range(s, columns), t_range = range(t, columns);
     const float s_max = s_range.maximum, t_max = t_range.maximum;
-    // Where every logit is -inf any base will do, except -inf itself.
+    // Where every logit is -inf, any finite base will do.
     const float s_base = s_max == -INF ? 0.0f : s_max, t_base = t_max == -INF ? 0.0f : t_max;
     const float limit = limit_of(k);
     const bool all_safe = s_range.minimum - s_base >= -limit && t_range.minimum - t_base >= -limit;
@@ -422,7 +422,7 @@ void record_row(
         out += n;
     };
     auto put_model = [&](auto* logits, float max, double sum_exp, double sum_exp_at_1) {
-        // A comparison drops NaN; eager's maximum is NaN then, and only then, or at inf, is the sum NaN.
+        // Comparisons ignore NaN, unlike eager. The sum is NaN only if a logit is NaN or the maximum is inf.
         put(sum_exp != sum_exp && max != INF ? std::numeric_limits<double>::quiet_NaN() : max);
         put(sum_exp);
         if (!LABELS) return;
@@ -438,11 +438,11 @@ void record_row(
         for (int i : {KL, NEGATIVE_P, NEGATIVE_Q}) put(sum[i]);
 }
 
-struct Scalars {  // of a row, as in eager.local_gradient
+struct Scalars {  // per row, as in eager.local_gradient
     float s_base, t_base, q_log, q_log_at_1, p_log, log_shift, slope_sum, of_divergence, of_cross_entropy;
 };
 
-// y, x and r of the row's raw differences to its bases.
+// y, x and r from the row's raw differences to its bases.
 INLINE void shift(F& y, F& x, F& r, const Scalars& row, const Settings& k) {
     r = x - y;
     if (k.inverse_temperature != 1.0f)
@@ -452,12 +452,12 @@ INLINE void shift(F& y, F& x, F& r, const Scalars& row, const Settings& k) {
     r -= row.log_shift;
 }
 
-// Log-probabilities lie lower than logits below their maximum.
+// Log-probabilities are lower than logits relative to their maximum.
 INLINE float limit_below(const Scalars& row, const Settings& k) {
     return limit_of(k) - std::max({row.q_log, row.p_log, row.q_log_at_1, 0.0f});
 }
 
-// The sums of ToDi's value and slope.
+// Sums of ToDi's value and slope.
 template <class S, class T>
 void second_row(double (&sum)[2], const S* s, const T* t, int64_t columns, const Scalars& row, const Settings& k) {
     const float limit = limit_below(row, k);
@@ -575,7 +575,7 @@ extern "C" void abkd_record(
     });
 }
 
-// `values` and `slopes` are [n] or null; `scalars` [4, n] and contiguous, as in eager.local_second_record.
+// `values` and `slopes` are [n] or null; `scalars` is [4, n], contiguous, as in eager.local_second_record.
 extern "C" void abkd_second_record(
     double* values, double* slopes, Logits student, Logits teacher, int64_t n, int64_t columns, const double* scalars,
     const Settings* settings
@@ -596,7 +596,7 @@ extern "C" void abkd_second_record(
     });
 }
 
-// `out` is [n, columns] of the student's dtype and may be the student's logits; `scalars` [6, n] and contiguous, as
+// `out` is [n, columns] in the student's dtype and may be the student's logits; `scalars` is [6, n], contiguous, as
 // in eager.local_gradient; `labels`, `of_divergence` and `of_cross_entropy` [n] or null.
 extern "C" void abkd_gradient(
     void* out, int64_t out_stride, Logits student, Logits teacher, const int64_t* labels, int64_t n, int64_t columns,

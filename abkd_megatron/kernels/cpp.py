@@ -1,8 +1,8 @@
-"""The passes over logits as C++ for a CPU.
+"""CPU kernel in C++.
 
-`cpp.cpp` is built by the machine's own C++ compiler at the first use, in seconds, and kept in the user's cache.
-Arithmetic is in fp32 within a tile of columns and in fp64 across tiles; rows are shared among torch's threads and
-none depends on their number.
+`cpp.cpp` is built by the local C++ compiler on first use, in seconds, and cached in the user's cache directory.
+Arithmetic is fp32 within a tile of columns and fp64 across tiles. Rows are distributed over torch's threads; results do
+not depend on their number.
 
 Legend: n rows, C this rank's real columns.
 """
@@ -33,8 +33,8 @@ from abkd_megatron.tensors import has_memory, is_traced
 DTYPES = (torch.float32, torch.bfloat16)
 
 _SOURCE = Path(__file__).with_name("cpp.cpp")
-# No option for finite mathematics: infinities and NaN are kept. Contraction is safe here: of two equal logits the
-# difference is taken before any product.
+# No -ffinite-math-only: infinities and NaN are needed. Contraction is safe, because the difference of equal logits is
+# taken before any product.
 _OPTIONS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 _OPTIONS += ["-fopenmp", "-Wno-psabi", "-shared", "-fPIC"]
 
@@ -65,7 +65,7 @@ class _Logits(ctypes.Structure):
 
 @functools.cache
 def compiler() -> list[str]:
-    """The command of the C++ compiler: the environment's CXX, else c++, g++ or clang++; empty if there is none."""
+    """Return the C++ compiler command: CXX of the environment, else c++, g++ or clang++; empty if there is none."""
     if chosen := shlex.split(os.environ.get("CXX", "")):
         return chosen
     return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), [])
@@ -73,19 +73,19 @@ def compiler() -> list[str]:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """Built for this machine's processor, unless that has been done before.
+    """Build the library for this processor, or load it from the cache.
 
     Raises:
-        HostError: without a C++ compiler, or if it fails.
+        HostError: if there is no C++ compiler, or it fails.
     """
     command = [*compiler(), *_OPTIONS]
     if command == _OPTIONS:
         raise HostError(
-            "the cpp kernel needs a C++ compiler, and none of c++, g++ and clang++ is on PATH: install one, name one "
-            "in CXX, or choose the eager kernel"
+            "the cpp kernel needs a C++ compiler, but none of c++, g++ and clang++ is on PATH: install one, set CXX, "
+            "or choose the eager kernel"
         )
     processor = [platform.machine()]
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():  # a home directory may be shared by machines that differ
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():  # different machines may share a home directory
         lines = cpuinfo.read_text().splitlines()
         processor += sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
     key = hashlib.sha256("\n".join([*command, *processor]).encode() + _SOURCE.read_bytes()).hexdigest()[:16]
@@ -96,17 +96,17 @@ def _library() -> ctypes.CDLL:
         if library.exists():
             return ctypes.CDLL(str(library))
         folder = tempfile.TemporaryDirectory(dir=cache)
-    except OSError:  # a home that cannot be written to
+    except OSError:  # home is not writable
         folder = tempfile.TemporaryDirectory()
         library = Path(folder.name) / "loaded.so"
     with folder:
-        # Each process builds its own and puts it in place at one stroke: ranks that start together need no lock.
+        # Each process builds its own file and renames it atomically, so ranks that start together need no lock.
         built = Path(folder.name) / "kernel.so"
         done = subprocess.run([*command, "-o", built, _SOURCE], capture_output=True, text=True)
         if done.returncode != 0:
             raise HostError(
                 f"the C++ compiler could not build the cpp kernel ({shlex.join(command)}):\n{done.stderr.strip()}\n"
-                "Name another compiler in CXX, or choose the eager kernel"
+                "Set CXX to another compiler, or choose the eager kernel"
             )
         built.replace(library)
         return ctypes.CDLL(str(library))
@@ -115,7 +115,7 @@ def _library() -> ctypes.CDLL:
 def _check(student: Tensor, teacher: Tensor, divergence: Divergence) -> None:
     if type(divergence) not in (AlphaBeta, ToDi) or not {student.dtype, teacher.dtype} <= set(DTYPES):
         raise ConfigError(
-            "the cpp kernel knows AlphaBeta and ToDi alone, on logits of torch.float32 or torch.bfloat16, got "
+            "the cpp kernel supports AlphaBeta and ToDi on torch.float32 or torch.bfloat16 logits, got "
             f"{divergence!r} on {student.dtype} and {teacher.dtype}: choose the eager kernel"
         )
     if student.device.type != "cpu" or teacher.device.type != "cpu":
@@ -126,7 +126,7 @@ def _check(student: Tensor, teacher: Tensor, divergence: Divergence) -> None:
         if logits.dim() != 2 or logits.shape != student.shape or (logits.stride(1) != 1 and logits.shape[1] > 1):
             raise ConfigError(
                 f"the cpp kernel needs {name} logits [n, C] whose last dimension is contiguous, got "
-                f"{list(logits.shape)} with strides {logits.stride()} beside {list(student.shape)}: choose the "
+                f"{list(logits.shape)} with strides {logits.stride()}, student {list(student.shape)}: choose the "
                 "eager kernel"
             )
 
@@ -157,20 +157,20 @@ def _pointer(numbers: Tensor | None) -> ctypes.c_void_p:
 
 
 def _checked(numbers: Tensor) -> Tensor:
-    """A tensor that C++ may read and write: every pointer that is handed to it is of one."""
+    """Return the tensor after checking that C++ may access its memory."""
     if numbers.device.type != "cpu" or not has_memory(numbers) or is_traced():
         raise HostError(
-            f"the cpp kernel needs tensors in the CPU's memory, got a {type(numbers).__name__} on {numbers.device} "
-            "that has none, or whose operations are being traced (FakeTensorMode, make_fx): choose the eager kernel"
+            f"the cpp kernel needs tensors with CPU memory, got a {type(numbers).__name__} on {numbers.device} "
+            "without memory, or under tracing (FakeTensorMode, make_fx): choose the eager kernel"
         )
     return numbers
 
 
 def _sized(numbers: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-    """`numbers`, contiguous and of that dtype.
+    """Return `numbers`, contiguous, in that dtype.
 
     Raises:
-        ConfigError: for another shape, of which C++ would read beyond the end.
+        ConfigError: for another shape, which C++ would read out of bounds.
     """
     if numbers is None:
         return None
@@ -188,11 +188,11 @@ def local_record(
     layout: Layout,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As `eager.local_record`, of all rows at once; they may lie any stride apart.
+    """Compute `eager.local_record` for all rows at once; any row stride.
 
     Raises:
         ConfigError: for a divergence other than AlphaBeta and ToDi, or logits other than fp32 and bf16.
-        HostError: for tensors that are not in a CPU's memory, or where the kernel cannot be built.
+        HostError: for tensors without CPU memory, or if the kernel cannot be built.
     """
     _check(student, teacher, divergence)
     num_rows, num_columns = student.shape
@@ -227,11 +227,11 @@ def local_second_record(
     value: bool,
     slope: bool,
 ) -> Tensor:
-    """As `eager.local_second_record`, of all rows at once; they may lie any stride apart.
+    """Compute `eager.local_second_record` for all rows at once; any row stride.
 
     Raises:
         ConfigError: for a divergence other than ToDi, or logits other than fp32 and bf16.
-        HostError: for tensors that are not in a CPU's memory, or where the kernel cannot be built.
+        HostError: for tensors without CPU memory, or if the kernel cannot be built.
     """
     _check(student, teacher, divergence)
     assert isinstance(divergence, ToDi)  # alpha-beta separates
@@ -265,11 +265,11 @@ def local_gradient(
     of_divergence: Tensor | None,
     of_cross_entropy: Tensor | None,
 ) -> None:
-    """As `eager.local_gradient`, of all rows at once; they may lie any stride apart, and `out` may be the student.
+    """Compute `eager.local_gradient` for all rows at once; any row stride, and `out` may be the student.
 
     Raises:
         ConfigError: for a divergence other than AlphaBeta and ToDi, or logits other than fp32 and bf16.
-        HostError: for tensors that are not in a CPU's memory, or where the kernel cannot be built.
+        HostError: for tensors without CPU memory, or if the kernel cannot be built.
     """
     _check(student, teacher, divergence)
     num_rows, num_columns = student.shape
@@ -282,9 +282,8 @@ def local_gradient(
         settings = _settings([divergence], temperature)
     if out.shape != student.shape or out.dtype != student.dtype or (out.stride(1) != 1 and num_columns > 1):
         raise ConfigError(
-            f"the cpp kernel writes a gradient like the student's logits, {list(student.shape)} {student.dtype} with a "
-            f"contiguous last dimension, got {list(out.shape)} {out.dtype} with strides {out.stride()}: choose the "
-            "eager kernel"
+            f"the cpp kernel needs an output of {list(student.shape)} {student.dtype} with a contiguous last "
+            f"dimension, got {list(out.shape)} {out.dtype} with strides {out.stride()}: choose the eager kernel"
         )
     of_rows = (num_rows,)
     held = [

@@ -1,4 +1,4 @@
-"""The passes over a chunk of logits in plain PyTorch; also what `compiled` compiles.
+"""The passes over a chunk of logits in plain PyTorch; `compiled` compiles them.
 
 Legend: n tokens of a chunk, C this rank's real columns.
 """
@@ -21,14 +21,14 @@ def local_record(
     layout: Layout,
     dtype: torch.dtype,
 ) -> Tensor:
-    """One rank's record of a chunk.
+    """Compute this rank's record of a chunk.
 
     Args:
         student: [n, C], any floating dtype.
         teacher: [n, C].
         labels: [n] global ids, or None.
         first_column: global id of column 0.
-        divergence: gives the sums.
+        divergence: supplies the partial sums.
         layout: of the record.
         dtype: of the arithmetic.
 
@@ -69,7 +69,7 @@ def local_record(
 
 
 def _maximum(logits: Tensor, position: bool) -> tuple[Tensor, Tensor]:
-    # The position costs more than the maximum, and only the metrics ask for it.
+    # argmax costs more than the maximum, and only the metrics need it.
     if not position:
         maximum = logits.amax(dim=-1)
         return maximum, maximum
@@ -87,20 +87,21 @@ def local_second_record(
     value: bool,
     grad_log_q: bool,
 ) -> Tensor:
-    """One rank's share of what does not separate, of a chunk.
+    """Compute this rank's sums of a chunk for a divergence that does not separate.
 
     Args:
         student: [n, C], any floating dtype.
         teacher: [n, C].
-        divergence: gives F and h.
+        divergence: supplies F and h.
         temperature: T.
         dtype: of the arithmetic.
-        scalars: [4, n] fp64 of the whole vocabulary: the student's maximum and log_z, and the teacher's.
-        value: whether sum F is asked for.
-        grad_log_q: whether sum h is.
+        scalars: [4, n] fp64 over the whole vocabulary: the student's maximum and log_z, the teacher's maximum and
+            log_z.
+        value: return sum F.
+        grad_log_q: return sum h.
 
     Returns:
-        [1 or 2, n] fp64: those of (sum F, sum h) that are asked for.
+        [1 or 2, n] fp64: the requested ones of (sum F, sum h).
     """
     if student.shape[-1] == 0:
         return scalars.new_zeros(value + grad_log_q, student.shape[0])
@@ -123,7 +124,7 @@ def local_gradient(
     of_divergence: Tensor | None,
     of_cross_entropy: Tensor | None,
 ) -> None:
-    """Write the gradient of a chunk's student logits into `out`.
+    """Write the gradient with respect to a chunk's student logits into `out`.
 
         of_divergence (h_j - q_j H) / T + of_cross_entropy (q_j at T = 1 - [j = label])
 
@@ -131,14 +132,14 @@ def local_gradient(
         out: [n, C], the student's dtype.
         student: [n, C], any floating dtype.
         teacher: [n, C].
-        labels: [n] global ids, or None without a cross entropy; negative ones are ignored.
+        labels: [n] global ids, or None without cross entropy; negative labels are ignored.
         first_column: global id of column 0.
-        divergence: gives h.
+        divergence: supplies h.
         temperature: T.
         dtype: of the arithmetic.
         scalars: [6, n] fp64: the student's maximum, log_z and log_z at T = 1, the teacher's maximum and log_z, and H.
-        of_divergence: [n], the gradient of the loss in the divergence; None for 0.
-        of_cross_entropy: [n], likewise.
+        of_divergence: [n], gradient of the loss with respect to the divergence; None for 0.
+        of_cross_entropy: [n], gradient of the loss with respect to the cross entropy; None for 0.
     """
     q_max, q_log_z, q_log_z_at_1, p_max, p_log_z, slope_sum = scalars
     student = student.to(dtype)

@@ -1,8 +1,8 @@
-"""The numbers a rank sends of its shard, and what they are relative to.
+"""Per-token numbers that a rank sends for its shard of the vocabulary, and their normalization.
 
-A shard's sums are taken relative to its own maxima; what the whole vocabulary adds enters once the records of all
-ranks are gathered. A maximum and the logarithm of the sum of exponentials below it stay apart: their sum would round
-to a logit's precision, and so would the log-ratio of the two models.
+A shard's sums are relative to its own maxima and are shifted to the global ones after the gather. A maximum and the log
+of the sum of exponentials relative to it are kept separate. Adding them would round to a logit's precision, and so
+would the log-ratio of the two models.
 
 Legend: n tokens of a chunk, C this rank's real columns.
 """
@@ -20,10 +20,9 @@ _TILE = 128
 
 
 def total(terms: Tensor) -> Tensor:
-    """Sum over the last dimension, in fp64 from tile to tile.
+    """Sum over the last dimension, in fp64 across tiles.
 
-    Within a tile fp32 loses nothing that its terms had; a sum of a whole vocabulary in fp32 would, and one in fp64
-    throughout takes many times as long.
+    Within a tile fp32 is accurate enough. Over a whole vocabulary it is not, and fp64 throughout is many times slower.
     """
     if torch.compiler.is_compiling():
         return terms.sum(dim=-1, dtype=torch.float64)
@@ -33,15 +32,15 @@ def total(terms: Tensor) -> Tensor:
 
 
 class View(NamedTuple):
-    """The arguments of a divergence for a chunk, [n, C] each."""
+    """Arguments of a divergence for a chunk, [n, C] each."""
 
     log_p: Tensor
     log_q: Tensor
     log_ratio: Tensor
-    outside: Tensor  # where both models exclude the token
+    outside: Tensor  # -inf in both models
 
     def sum(self, terms: Tensor) -> Tensor:
-        """Over the local columns, in fp64; the terms are overwritten where the token is outside."""
+        """Sum over the local columns in fp64; overwrites terms outside the vocabulary."""
         return total(terms.masked_fill_(self.outside, 0.0))
 
 
@@ -52,10 +51,10 @@ def view(
     p: tuple[Tensor, Tensor | None],
     temperature: float,
 ) -> View:
-    """Log-probabilities of [n, C] logits relative to each model's (maximum, log of the sum below it), [n].
+    """Return log-probabilities of logits [n, C], given each model's (maximum, log of the sum relative to it), [n].
 
-    Relative to the maxima alone if the logs are None. The difference of the two logs is taken before it is rounded
-    to the logits' dtype: give the whole vocabulary's in fp64.
+    With None for the logs, only the maxima are subtracted. The difference of the two logs is taken before rounding to
+    the logits' dtype, so pass global ones in fp64.
     """
 
     def column(numbers: Tensor) -> Tensor:
@@ -74,18 +73,18 @@ def view(
 
 
 def base(maximum: Tensor) -> Tensor:
-    """What to subtract from logits of that maximum: any finite number where the model excludes all of them."""
+    """Return the offset to subtract from logits: their maximum, or 0 where the model excludes all of them."""
     return maximum.masked_fill(maximum == -math.inf, 0.0)
 
 
 class Layout:
-    """Which numbers a record holds for each token, in this order.
+    """Order of the fields of a record, per token.
 
-    Of the student, then of the teacher: the maximum; the sum of exponentials below it, at T; with labels, the
-    label's logit (-inf if another rank holds it), the id of the maximum and, if T is not 1, the sum at T = 1.
-    Then the divergence's own sums. Then, with labels, sum p log(p/q), sum p log p and sum q log q at T = 1.
+    First the student's, then the teacher's: the maximum; the sum of exponentials relative to it, at T; with labels, the
+    label's logit (-inf if on another rank), the id of the maximum and, if T is not 1, the sum at T = 1. Then the
+    divergence's partial sums. Then, with labels, sum p log(p/q), sum p log p and sum q log q at T = 1.
 
-    All but the maxima, the labels' logits and the ids add up over shards that are relative to the same maxima.
+    All fields but the maxima, label logits and ids are additive over shards with the same maxima.
     """
 
     def __init__(self, divergence: Divergence, has_labels: bool, temperature: float) -> None:
@@ -96,11 +95,11 @@ class Layout:
         self.sums = slice(2 * self.of_model, 2 * self.of_model + divergence.num_partial_sums)
         self.metrics = slice(self.sums.stop, self.sums.stop + 3 * has_labels)
         self.size = self.metrics.stop
-        # Slices throughout: to index by a list copies it to the GPU, which the host waits for.
+        # Slices, because indexing by a list copies it to the GPU and synchronizes.
         self.maxima, _, self.targets, self.tops = (
             slice(first, self.of_model + first + 1, self.of_model) for first in range(4)
         )
-        # In the order of the record, so that both models' sums are reduced alike.
+        # In the order of the record, so that both models are summed in the same order.
         self._additive = [
             slice(first + at, first + at + 1)
             for first in (0, self.of_model)
@@ -109,7 +108,7 @@ class Layout:
         self._additive.append(slice(self.sums.start, self.size))
 
     def additive(self, record: Tensor) -> Tensor:
-        """The fields of a record that add up over shards, in their order."""
+        """Return the fields of a record that are additive over shards, in their order."""
         return torch.cat([record[fields] for fields in self._additive])
 
     def set_additive(self, record: Tensor, sums: Tensor) -> None:
@@ -120,7 +119,7 @@ class Layout:
 
 
 class Model(NamedTuple):
-    """One model on a shard, of a record's fields; fp64."""
+    """One model's fields of a record; fp64."""
 
     maximum: Tensor
     sum_exp: Tensor  # of (logit - maximum) / T
@@ -130,7 +129,7 @@ class Model(NamedTuple):
 
     @classmethod
     def of(cls, fields: Sequence[Tensor], layout: Layout) -> "Model":
-        """From the model's fields of a record."""
+        """Read a model's fields of a record."""
         if not layout.has_labels:
             return cls(fields[0], fields[1], fields[1], None, None)
         return cls(fields[0], fields[1], fields[4 if layout.temperature != 1.0 else 1], fields[2], fields[3])

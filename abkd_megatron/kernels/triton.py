@@ -1,12 +1,11 @@
-"""The passes over logits as Triton kernels, for a GPU: each row is read twice for the record, once for the gradient.
+"""GPU kernel in Triton. Each row is read twice for the record and once for the gradient.
 
-They take all rows at once and copy no logits: what they hold beside their results are registers. Arithmetic is in
-fp32 within a tile of columns and in fp64 across tiles. The order of summation depends on the tile, and so do the last
-bits of a record; `merge` gives all ranks the same whatever theirs were. A tile is tuned at the first launch, by time,
-and may differ from one process to another. It is always the same where torch is set to deterministic algorithms, and
-where `use_tiles` has set it.
+All rows are processed at once, and no logits are copied: temporaries are registers. Arithmetic is fp32 within a tile of
+columns and fp64 across tiles. The summation order, and hence the last bits of a record, depend on the tile; `merge`
+still gives all ranks the same result. Tiles are autotuned at the first launch and may differ between processes. They
+are fixed under torch's deterministic algorithms, or by `use_tiles`.
 
-Under TRITON_INTERPRET=1, set before the first import of this module, the same kernels run on a CPU, very slowly.
+With TRITON_INTERPRET=1, set before the first import of this module, the kernels run on CPU, very slowly.
 
 Legend: n rows, C this rank's real columns.
 """
@@ -31,10 +30,10 @@ from abkd_megatron.tensors import has_memory, is_traced
 try:
     import triton  # type: ignore[import-untyped]
     import triton.language as tl  # type: ignore[import-untyped]
-except ImportError:  # only an error once a kernel is asked for
+except ImportError:  # reported when a kernel is called
 
     class tl:  # type: ignore[no-redef]
-        """What the kernels' annotations name."""
+        """Stand-in for the kernels' annotations."""
 
         constexpr = None
 
@@ -46,55 +45,55 @@ def _jit(function: Callable) -> Any:
 
 
 Tiles = dict[str, int]
-"""A kernel's tile sizes by their names in it, and num_warps."""
+"""Tile sizes of a kernel by parameter name, and num_warps."""
 
-# By kernel, what it may be launched with; the first is launched where nothing may be left to timing.
+# Launch options by kernel; the first is used where autotuning is disabled.
 _choices: dict[str, list[Tiles]] = {}
 _kernels: dict[str, Any] = {}
 _set: dict[str, Tiles] = {}
 
 
 def tiles(num_columns: int, dtype: torch.dtype) -> dict[str, Tiles | None]:
-    """What kernels will be launched with for student logits [n, num_columns] of this dtype, by the kernel's name.
+    """Return the tiles of each kernel for student logits [n, num_columns] of this dtype, by the kernel's name.
 
-    Set by `use_tiles`, else fixed where torch is set to deterministic algorithms, else tuned; None for a kernel that
-    has not been tuned yet, which happens at its first launch.
+    They are those of `use_tiles`, fixed under torch's deterministic algorithms, or autotuned; None for a kernel that is
+    yet to be tuned, at its first launch.
     """
     return {name: _tiles_of(name, num_columns, dtype) or _found(name, num_columns, dtype) for name in _choices}
 
 
 def use_tiles(chosen: Mapping[str, Tiles | None]) -> dict[str, Tiles]:
-    """Launch kernels with these tiles from now on, in this process; return what was set before.
+    """Set the tiles of later launches in this process; return the previous setting.
 
     Args:
-        chosen: as `tiles` returns it, possibly another process's; a kernel that is missing or None is not set.
+        chosen: result of `tiles`, possibly from another process; kernels that are missing or None are not set.
 
     Raises:
-        ConfigError: for a kernel or tiles that there are not.
+        ConfigError: for an unknown kernel or tiles that it does not have.
     """
     global _set
     given = {name: dict(of) for name, of in chosen.items() if of is not None}
     for name, of in given.items():
         if of not in _choices.get(name, []):
-            raise ConfigError(f"expected tiles of {_choices}, got {name}: {of}; give what tiles() returns")
+            raise ConfigError(f"expected tiles of {_choices}, got {name}: {of}; pass the result of tiles()")
     before, _set = _set, given
     return before
 
 
 def _tiles_of(name: str, num_columns: int, dtype: torch.dtype) -> Tiles | None:
-    """What a kernel is launched with if it is not for tuning to say."""
+    """Return the tiles of a kernel, or None if autotuning decides."""
     if name in _set:
         return _set[name]
     return _fixed(name, num_columns, dtype) if torch.are_deterministic_algorithms_enabled() else None
 
 
 def _fixed(name: str, num_columns: int, dtype: torch.dtype) -> Tiles:
-    """One for all widths and dtypes so far: nothing has been measured on a GPU."""
+    """Return the tiles for deterministic runs; one choice for all widths and dtypes until measured on a GPU."""
     return _choices[name][0]
 
 
 def _found(name: str, num_columns: int, dtype: torch.dtype) -> Tiles | None:
-    """What tuning has chosen, or has no choice of."""
+    """Return the autotuned tiles, or None before tuning."""
     if triton is None:
         return None
     tuner = _kernels[name]
@@ -112,7 +111,7 @@ def _launch(name: str, grid: Any, num_columns: int, dtype: torch.dtype, *args: A
 
 
 def _tuned(name: str, *choices: tuple[dict[str, int], int]) -> Callable:
-    """A kernel whose tiles and warps are the fastest of those given; under the interpreter the first."""
+    """Autotune a kernel's tiles and warps over `choices`; the interpreter uses the first."""
 
     def tune(kernel: Any) -> Any:
         _choices[name] = [{**of, "num_warps": warps} for of, warps in choices]
@@ -129,17 +128,16 @@ def _tuned(name: str, *choices: tuple[dict[str, int], int]) -> Callable:
     return tune
 
 
-# Contraction is off: of two equal models (x - m) * t - (y - m) * t has to be 0, and fused it is the rounding of a
-# product. Where a fused operation only helps, the kernels ask for it by name. Said at each launch, since Triton's
-# own default has been announced to change.
+# No contraction: for two equal models (x - m) * t - (y - m) * t must be 0; fused it is a rounding error. Kernels use
+# tl.fma where fusing is safe. Passed at each launch, because Triton announced a change of its default.
 _FUSION = False
 
 
-# What the gradient's kernel has been tuned for.
+# Signatures for which the gradient kernel has been tuned.
 _tuned_gradients: set[tuple] = set()
 
-# A divergence's coefficients are constants of the kernel, so that the branches vanish. Of alpha-beta: (alpha, beta,
-# lam, spread, which of |beta|, |lam|, |alpha| is the spread, bound of the series, its 8 terms).
+# A divergence's coefficients are compile-time constants, which removes branches. For alpha-beta: alpha, beta, lam,
+# spread, which of |beta|, |lam|, |alpha| is the spread, the bound of the series, its 8 terms.
 _Part = tuple[float, ...]
 
 
@@ -161,9 +159,7 @@ def _check(student: Tensor, teacher: Tensor, divergence: Divergence, dtype: torc
             "eager kernel"
         )
     if type(divergence) not in (AlphaBeta, ToDi):
-        raise ConfigError(
-            f"the triton kernel knows AlphaBeta and ToDi alone, got {divergence!r}: choose the eager kernel"
-        )
+        raise ConfigError(f"the triton kernel supports AlphaBeta and ToDi, got {divergence!r}: choose the eager kernel")
     if dtype != torch.float32:
         raise ConfigError(
             f"the triton kernel computes in torch.float32, got logits that need {dtype}: choose the eager kernel"
@@ -173,8 +169,8 @@ def _check(student: Tensor, teacher: Tensor, divergence: Divergence, dtype: torc
     for name, logits in (("student", student), ("teacher", teacher)):
         if not has_memory(logits) or is_traced():
             raise HostError(
-                f"the triton kernel needs {name} logits with memory of their own, got a {type(logits).__name__} on "
-                f"{logits.device}, or one whose operations are being traced: choose the eager kernel"
+                f"the triton kernel needs {name} logits with memory, got a {type(logits).__name__} on "
+                f"{logits.device} without memory, or under tracing: choose the eager kernel"
             )
         if logits.stride(-1) != 1 and logits.shape[-1] > 1:
             raise ConfigError(
@@ -184,7 +180,7 @@ def _check(student: Tensor, teacher: Tensor, divergence: Divergence, dtype: torc
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, whichever holds the tensors."""
+    """Make `device` current, because Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -197,9 +193,7 @@ def local_record(
     layout: Layout,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As `eager.local_record`, of all rows at once.
-
-    Rows may lie any stride apart. As everywhere, a NaN logit makes its row's sums NaN.
+    """Compute `eager.local_record` for all rows at once; any row stride. A NaN logit makes its row's sums NaN.
 
     Raises:
         ConfigError: for a divergence other than AlphaBeta and ToDi, arithmetic other than fp32, or columns that are
@@ -254,9 +248,7 @@ def local_second_record(
     value: bool,
     slope: bool,
 ) -> Tensor:
-    """As `eager.local_second_record`, of all rows at once.
-
-    Rows may lie any stride apart.
+    """Compute `eager.local_second_record` for all rows at once; any row stride.
 
     Raises:
         ConfigError: for a divergence other than ToDi, arithmetic other than fp32, or columns that are not contiguous.
@@ -308,10 +300,9 @@ def local_gradient(
     of_divergence: Tensor | None,
     of_cross_entropy: Tensor | None,
 ) -> None:
-    """As `eager.local_gradient`, of all rows at once.
+    """Compute `eager.local_gradient` for all rows at once; any row stride, also of `out`.
 
-    Rows may lie any stride apart, those of `out` too, and `out` may be the student: it is tuned on a copy then, since
-    tuning writes it several times.
+    `out` may be the student. It is then tuned on a copy, because tuning writes it several times.
 
     Raises:
         ConfigError: for a divergence other than AlphaBeta and ToDi, arithmetic other than fp32, or columns that are
@@ -393,9 +384,9 @@ def _weigh(mass, amount):
 
 @_jit
 def _expm1(x):
-    """exp(x) - 1 for |x| < 1; Triton has none of its own.
+    """Return exp(x) - 1 for |x| < 1, which Triton lacks.
 
-    The Taylor polynomial of degree 10 leaves out less than half a unit in the last place.
+    The remainder of the Taylor polynomial of degree 10 is below half a unit in the last place.
     """
     total = tl.fma(x, 1.0 / 3628800.0, 1.0 / 362880.0)
     total = tl.fma(total, x, 1.0 / 40320.0)
@@ -410,7 +401,7 @@ def _expm1(x):
 
 @_jit
 def _exponent(A: tl.constexpr, log_p, B: tl.constexpr, log_q):
-    """A log p + B log q without the terms of coefficient 0, which would make 0 * -inf."""
+    """Return A log p + B log q without terms of coefficient 0, which would give 0 * -inf."""
     if A == 0.0:
         return log_q * B if B != 0.0 else tl.zeros_like(log_q)
     else:
@@ -419,7 +410,7 @@ def _exponent(A: tl.constexpr, log_p, B: tl.constexpr, log_q):
 
 @_jit
 def _difference(start, high, GAP: tl.constexpr, log_ratio):
-    """(exp(high) - start) / GAP, where exp(high) = start * exp(GAP * log_ratio); start * log_ratio at GAP 0."""
+    """Return (exp(high) - start) / GAP, where exp(high) = start * exp(GAP * log_ratio); start * log_ratio at GAP 0."""
     if GAP == 0.0:
         return _weigh(start, log_ratio)
     else:
@@ -431,7 +422,7 @@ def _difference(start, high, GAP: tl.constexpr, log_ratio):
 
 @_jit
 def _alpha_beta_slope(log_p, log_q, log_ratio, PART: tl.constexpr):
-    """As `AlphaBeta.grad_log_q`."""
+    """Compute `AlphaBeta.grad_log_q`."""
     at_zero = tl.exp(_exponent(0.0, log_p, PART[2], log_q))
     at_alpha = _exponent(PART[0], log_p, PART[1], log_q)
     return -_difference(at_zero, at_alpha, PART[0], log_ratio)
@@ -439,7 +430,7 @@ def _alpha_beta_slope(log_p, log_q, log_ratio, PART: tl.constexpr):
 
 @_jit
 def _alpha_beta_sums(log_p, log_q, log_ratio, PART: tl.constexpr):
-    """As `AlphaBeta.sums`: q^lam, h, F."""
+    """Compute `AlphaBeta.partial_sums`: q^lam, h, F."""
     A: tl.constexpr = PART[0]
     B: tl.constexpr = PART[1]
     LAM: tl.constexpr = PART[2]
@@ -469,7 +460,7 @@ def _alpha_beta_sums(log_p, log_q, log_ratio, PART: tl.constexpr):
 
 @_jit
 def _todi(log_p, log_q, log_ratio, SCALE: tl.constexpr, DETACH: tl.constexpr):
-    """As `ToDi.value` and `ToDi.grad_log_q`."""
+    """Compute `ToDi.value` and `ToDi.grad_log_q`."""
     w = tl.full(log_ratio.shape, 0.5, tl.float32)
     if SCALE != 0.0:
         w = tl.sigmoid(log_ratio * SCALE)
@@ -485,7 +476,7 @@ def _todi(log_p, log_q, log_ratio, SCALE: tl.constexpr, DETACH: tl.constexpr):
 
 @_jit
 def _view(student, teacher, q_max, q_log, p_max, p_log, log_shift, inverse_temperature, AT_T: tl.constexpr):
-    """As `record.view`: log p, log q, log p/q and where both models exclude the token."""
+    """Compute `record.view`: log p, log q, log p/q and where both models are -inf."""
     y = student - q_max
     x = teacher - p_max
     if AT_T:
@@ -500,15 +491,15 @@ def _view(student, teacher, q_max, q_log, p_max, p_log, log_shift, inverse_tempe
 
 @_jit
 def _add(total, terms, outside):
-    """`total` in fp64 and the tile's terms, which are summed in fp32."""
+    """Add a tile's terms, summed in fp32, to `total` in fp64."""
     return total + tl.sum(tl.where(outside, 0.0, terms), axis=0).to(tl.float64)
 
 
 @_jit
 def _extend(logits, first, maximum, top, HAS_LABELS: tl.constexpr):
-    """The maximum and its column, extended by a tile."""
+    """Update the maximum and its column with a tile."""
     tile_maximum = tl.max(logits, axis=0)
-    # Rarely so after the first tiles, and the column takes a reduction more.
+    # A branch, because after the first tiles the maximum rarely changes, and argmax is another reduction.
     if tile_maximum > maximum:
         if HAS_LABELS:
             top = first + tl.argmax(logits, axis=0, tie_break_left=True)
@@ -532,7 +523,7 @@ def _store_model(
     AT_T: tl.constexpr,
 ):
     """Write a model's fields, in the order of `Layout`."""
-    # tl.max drops NaN; eager's maximum is NaN then, and only then, or inf, is the sum NaN.
+    # tl.max ignores NaN, eager's maximum does not. The sum is NaN only if a logit is NaN or the maximum is inf.
     maximum = tl.where((sum_exp != sum_exp) & (maximum != float("inf")), float("nan"), maximum)
     tl.store(field, maximum.to(tl.float64))
     tl.store(field + num_rows, sum_exp)
@@ -545,7 +536,7 @@ def _store_model(
             tl.store(field + 4 * num_rows, sum_exp_at_1)
 
 
-# 2 or 4 columns a thread in the second pass; 8 take up to 170 registers. The first pass keeps less, and wide tiles
+# 2 or 4 columns per thread in the second pass; 8 need up to 170 registers. The first pass needs fewer, and wide tiles
 # save it reductions.
 @_tuned(
     "record",
@@ -576,11 +567,11 @@ def _record_kernel(
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: its two models' maxima, then the sums relative to them, by tiles of WIDE and BLOCK columns.
+    """Process one row: both maxima in tiles of WIDE columns, then the sums relative to them in tiles of BLOCK.
 
     `record` is [fields, num_rows].
     """
-    # In 64 bits: a tensor may hold more than 2^31 logits.
+    # 64-bit, because a tensor may have more than 2^31 logits.
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
@@ -598,7 +589,7 @@ def _record_kernel(
         q_max, q_top = _extend(s, first, q_max, q_top, HAS_LABELS)
         p_max, p_top = _extend(t, first, p_max, p_top, HAS_LABELS)
 
-    # Where every logit is -inf any base will do, except -inf itself.
+    # Where every logit is -inf, any finite base will do.
     q_base = tl.where(q_max == -float("inf"), 0.0, q_max)
     p_base = tl.where(p_max == -float("inf"), 0.0, p_max)
     zero = tl.full((), 0.0, tl.float64)
@@ -695,7 +686,7 @@ def _second_record_kernel(
     DETACH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: the sums of ToDi's value and slope."""
+    """Sum ToDi's value and grad_log_q over one row."""
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
@@ -756,8 +747,8 @@ def _gradient_kernel(
     DETACH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One tile of one row."""
-    # In one dimension of the grid, which alone may exceed 65535; in 64 bits, as a tensor may hold more than 2^31.
+    """Process one tile of one row."""
+    # In the first grid dimension, because the others are limited to 65535. 64-bit: a tensor may exceed 2^31 elements.
     program = tl.program_id(0)
     tiles = tl.cdiv(num_columns, BLOCK)
     row = (program // tiles).to(tl.int64)

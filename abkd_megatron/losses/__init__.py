@@ -1,8 +1,8 @@
-"""Losses between a teacher's and a student's distribution over the vocabulary, and the objective that they make up.
+"""Losses between a teacher's and a student's next-token distributions, and the objective that combines them.
 
-A loss is a `LossTerm` of one of two kinds. A `Divergence` is a sum over the vocabulary of one function of p and q per
-column; the fast paths are for it. A `LogitLoss` is any other function of the two models' logits. `registry` has both
-by name, `reference` and `extra.reference` the dense fp64 form that every fast path is tested against.
+Every loss is a `LossTerm`. A `Divergence` is a sum over the vocabulary of a function of p_k and q_k; the fast paths are
+written for it. A `LogitLoss` is any other function of both models' logits. `registry` builds both by name. `reference`
+and `extra.reference` have the dense fp64 forms that the fast paths are tested against.
 """
 
 from abkd_megatron.losses.alpha_beta import AlphaBeta

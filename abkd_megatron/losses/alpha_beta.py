@@ -1,4 +1,4 @@
-"""The alpha-beta divergence, one formula for every (alpha, beta)."""
+"""Alpha-beta divergence."""
 
 import math
 from dataclasses import dataclass
@@ -10,34 +10,33 @@ from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.base import Divergence, coefficient, expm1, weigh
 from abkd_megatron.validation import finite_number
 
-# Below this |exponent * log_ratio| the divided difference is summed as a series: the closed form cancels.
+# Below this |exponent * log_ratio| the divided difference is summed as a series, because the closed form cancels.
 SERIES_BELOW = 0.5
-# Terms that leave a remainder below half a unit in the last place at SERIES_BELOW.
+# Number of terms for a remainder below half a unit in the last place at SERIES_BELOW.
 SERIES_TERMS = {torch.float32: 8, torch.float64: 14}
 
 
 @dataclass(frozen=True)
 class AlphaBeta(Divergence):
-    """The alpha-beta divergence: forward KL at (1, 0), reverse KL at (0, 1), 4 Hellinger^2 at (0.5, 0.5).
+    """Alpha-beta divergence: forward KL at (1, 0), reverse KL at (0, 1), 4 Hellinger^2 at (0.5, 0.5).
 
         D = -1/(a b) sum_k [ p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b) ]        a = alpha, b = beta
 
-    A smaller alpha punishes large errors harder; a larger beta attends more to what the student is confident
-    of.
+    A smaller alpha penalizes large errors more. A larger beta puts more weight on tokens of which the student is
+    confident.
 
-    Every finite (alpha, beta) is defined, by continuity where alpha, beta or alpha + beta is 0, and nothing
-    jumps there: 0 and 1e-9 agree to 8 digits. These limits therefore carry 1/alpha^2 (beta = 0 or alpha +
-    beta = 0) and 1/beta^2 (alpha = 0). The code released with the paper has 1/alpha and 1/beta instead, is
-    discontinuous there, and is negative at alpha = -beta < 0; the two agree wherever the limit's parameter is
-    1, both Kullback-Leibler divergences included.
+    Every finite (alpha, beta) is valid. Where alpha, beta or alpha + beta is 0, D is the continuous limit: 0 and 1e-9
+    agree to 8 digits. The limits have the factor 1/alpha^2 (beta = 0 or alpha + beta = 0) or 1/beta^2 (alpha = 0). The
+    paper's released code has 1/alpha and 1/beta instead. It is therefore discontinuous there, and negative at alpha =
+    -beta < 0. The two agree where the remaining parameter is 1, which includes both KL divergences.
 
-    Computed as F = q^lam phi(rho), h = -q^lam expm1(alpha rho)/alpha, with lam = alpha + beta, rho = log p -
-    log q and phi(r) the second divided difference of x -> exp(x r) at the nodes {0, alpha, lam}: the limits
-    are coinciding nodes, and no power of a probability is formed. Exact at p = 0 for alpha > 0.
+    Computed as F = q^lam phi(rho) and h = -q^lam expm1(alpha rho)/alpha, with lam = alpha + beta, rho = log p - log q
+    and phi(r) the second divided difference of x -> exp(x r) at the nodes {0, alpha, lam}. The limits are coinciding
+    nodes, and no power of a probability is formed. Exact at p = 0 for alpha > 0.
 
-    For alpha < 0 the gradient grows as (q/p)^|alpha| on tokens the teacher all but excludes, for beta < 0 as
-    q^beta on tokens the student does; at lam <= 0 the sum over the vocabulary is not bounded by the masses.
-    Such sums overflow to inf, they are not clipped.
+    For alpha < 0 the gradient grows as (q/p)^|alpha| where the teacher's probability is near 0. For beta < 0 it grows
+    as q^beta where the student's is. At lam <= 0 the sum over the vocabulary is unbounded. Such sums overflow to inf
+    and are not clipped.
 
     Args:
         alpha: any finite number.
@@ -46,8 +45,8 @@ class AlphaBeta(Divergence):
     Raises:
         ConfigError: if alpha, beta or their sum is not a finite number.
 
-    Source: ABKD, ICML 2025, arXiv 2505.04560, Definition 4.1 and Table 1 (values), Proposition 4.2
-    (gradient); the limits after Cichocki, Cruces and Amari, Entropy 13 (2011).
+    Source: ABKD, ICML 2025, arXiv 2505.04560, Definition 4.1 and Table 1 (values), Proposition 4.2 (gradient). The
+    limits follow Cichocki, Cruces and Amari, Entropy 13 (2011).
     """
 
     alpha: float
@@ -61,21 +60,21 @@ class AlphaBeta(Divergence):
 
     @property
     def num_partial_sums(self) -> int:
-        """Three: alpha-beta separates, in all its limits."""
+        """3: alpha-beta separates for every (alpha, beta)."""
         return 3
 
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """F = q^lam phi(rho)."""
+        """Return F = q^lam phi(rho)."""
         return self.partial_sums(log_p, log_q, log_ratio)[2]
 
     def grad_log_q(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """The grad_log_q h = -q^lam expm1(alpha rho) / alpha = -(p^alpha q^beta - q^lam) / alpha."""
+        """Return h = -q^lam expm1(alpha rho) / alpha = -(p^alpha q^beta - q^lam) / alpha."""
         a, b, lam = self._coefficients(log_ratio.dtype)
         at_zero, at_alpha = _exponent(0.0, log_p, lam, log_q), _exponent(a, log_p, b, log_q)
         return _difference(at_zero.exp(), at_alpha, a, log_ratio).neg_()
 
     def partial_sums(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> tuple[Tensor, ...]:
-        """(q^lam, h, F)."""
+        """Return (q^lam, h, F)."""
         a, b, lam = self._coefficients(log_ratio.dtype)
         at_zero = _exponent(0.0, log_p, lam, log_q).exp()
         at_alpha = _exponent(a, log_p, b, log_q)
@@ -104,7 +103,7 @@ class AlphaBeta(Divergence):
     def shift_max(
         self, sums: tuple[Tensor, ...], log_p: Tensor, log_q: Tensor, log_ratio: Tensor
     ) -> tuple[Tensor, ...]:
-        """Leibniz' rule for the divided differences of exp(x r) exp(x R): r of the tokens, R of the shift."""
+        """Apply Leibniz' rule to the divided differences of exp(x r) exp(x R): r per column, R the shift."""
         mass, grad_log_q, value = sums
         a, b, lam = self._coefficients(log_ratio.dtype)
         at_alpha = _exponent(a, log_p, b, log_q).exp()
@@ -112,13 +111,13 @@ class AlphaBeta(Divergence):
         new_value = weigh(mass, self.value(log_p, log_q, log_ratio))
         new_value -= weigh(grad_log_q, _difference(at_alpha, at_lam, b, log_ratio))
         new_value += weigh(value, at_lam.exp())
-        # No term is below 0, so none takes back an infinite one: there the slopes are infinite too, times 0 or less.
+        # All terms are >= 0, so an infinite value stays infinite; the slopes are infinite there and would give NaN.
         new_value = torch.where(value == math.inf, value, new_value)
         new_slope = weigh(grad_log_q, at_alpha) + weigh(mass, self.grad_log_q(log_p, log_q, log_ratio))
         return weigh(mass, _exponent(0.0, log_p, lam, log_q).exp()), new_slope, new_value
 
     def finalize(self, sums: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Both are among the sums."""
+        """Return F and h summed: both are partial sums."""
         return sums[2], sums[1]
 
     def _coefficients(self, dtype: torch.dtype) -> tuple[float, float, float]:
@@ -130,14 +129,14 @@ class AlphaBeta(Divergence):
 
 
 def _exponent(a: float, log_p: Tensor, b: float, log_q: Tensor) -> Tensor:
-    """Return a log p + b log q without the terms of coefficient 0, which would make 0 * -inf."""
+    """Return a log p + b log q without terms of coefficient 0, which would give 0 * -inf."""
     if a == 0.0:
         return torch.zeros_like(log_q) if b == 0.0 else log_q * b
     return log_p * a if b == 0.0 else torch.add(log_p * a, log_q, alpha=b)
 
 
 def _difference(start: Tensor, high: Tensor, gap: float, log_ratio: Tensor) -> Tensor:
-    """(exp(high) - start) / gap, where exp(high) = start * exp(gap * log_ratio); start * log_ratio at gap 0."""
+    """Return (exp(high) - start) / gap, where exp(high) = start * exp(gap * log_ratio); start * log_ratio at gap 0."""
     if gap == 0.0:
         return weigh(start, log_ratio)
     rise = log_ratio * gap
@@ -147,7 +146,7 @@ def _difference(start: Tensor, high: Tensor, gap: float, log_ratio: Tensor) -> T
 
 
 def series(a: float, lam: float, num_terms: int) -> list[float]:
-    """h_n(a, lam) / (n + 2)!, where h_n = sum_i a^i lam^(n - i) is the complete homogeneous polynomial."""
+    """Return h_n(a, lam) / (n + 2)!, where h_n = sum_i a^i lam^(n - i) is the complete homogeneous polynomial."""
     terms, h, power, factorial = [], 1.0, 1.0, 2.0
     for n in range(num_terms):
         terms.append(h / factorial)

@@ -1,7 +1,7 @@
-"""Operations over a vocabulary that is sharded over ranks, for losses that do not separate per column.
+"""Operations over a vocabulary that is sharded across ranks, for losses that do not separate per column.
 
-A `LogitLoss` is written densely, on the columns [n, C] of this rank; a `Columns` supplies sums, maxima and top-k over
-all ranks. Each operation stores what its gradient needs, so backward communicates nothing.
+A `LogitLoss` is written as dense code on this rank's columns [n, C]; `Columns` supplies sums, maxima and top-k over all
+ranks. Each operation saves what its gradient needs, so backward has no collectives.
 
 Legend: n tokens, C this rank's real columns, R ranks.
 """
@@ -18,58 +18,58 @@ from abkd_megatron.tensors import Function
 
 
 class Pair(NamedTuple):
-    """Two models' distributions on this rank's columns; constants without a gradient."""
+    """Both models' log-probabilities on this rank's columns, without gradient."""
 
     log_p: Tensor
-    """[n, C], the teacher's."""
+    """[n, C], teacher."""
     log_q: Tensor
-    """[n, C], the student's."""
+    """[n, C], student."""
     log_ratio: Tensor
     """[n, C], log p - log q, with more digits than the difference of the two; NaN where both are -inf."""
     outside: Tensor
-    """[n, C] bool: -inf in both models, so outside the vocabulary."""
+    """[n, C] bool: -inf in both models, hence outside the vocabulary."""
     size: Tensor
-    """[n] fp64: the number of columns inside, over all ranks."""
+    """[n] fp64: number of columns inside the vocabulary, over all ranks."""
 
 
 class Columns(ABC):
-    """The vocabulary as one rank sees it: its own columns, and operations over everyone's.
+    """This rank's columns of the vocabulary, with operations over all ranks.
 
-    Tensors [n, C] are fp32 (fp64 for fp64 logits), what is of the whole vocabulary is fp64 and has the same bits on
-    every rank. All ranks have to call the same operations in the same order. On one rank none communicates.
+    Tensors [n, C] are fp32 (fp64 for fp64 logits). Results over the whole vocabulary are fp64 and bitwise identical on
+    all ranks. All ranks must call the same operations in the same order. A single rank has no collectives.
     """
 
     ids: Tensor
-    """[C] int64: the global ids of this rank's columns, ascending."""
+    """[C] int64: global ids of this rank's columns, ascending."""
     size: int
     """Number of columns over all ranks."""
 
     @abstractmethod
     def total(self, local: Tensor) -> Tensor:
-        """The sum over the ranks of an fp64 tensor. 1 collective; not differentiable."""
+        """Return the sum of an fp64 tensor over the ranks. 1 collective; not differentiable."""
 
     @abstractmethod
     def gather(self, local: Tensor) -> Tensor:
-        """Every rank's tensor, [R, ...], of fp64 and one shape on all. 1 collective; not differentiable."""
+        """Return every rank's fp64 tensor, [R, ...]; shapes must agree. 1 collective; not differentiable."""
 
     @abstractmethod
     def once(self, compute: Callable[[], Tensor]) -> Tensor:
-        """What `compute` returns; when backward runs the loss again, what it returned then.
+        """Return the result of `compute`, cached from forward when backward runs the loss again.
 
-        So the ranks need not tell each other anything twice. `compute` must not be differentiated through.
+        This avoids repeating collectives in backward. `compute` is not differentiated.
         """
 
     def sums(self, *terms: Tensor) -> tuple[Tensor, ...]:
-        """The sums of terms [n, C] over the vocabulary, [n] each.
+        """Return the sum over the vocabulary of each term [n, C], [n] fp64 each. 1 collective.
 
-        Differentiable, as long as the terms are made of this rank's columns and of constants. 1 collective.
+        Differentiable if the terms depend only on this rank's columns and on constants.
         """
         local = torch.stack([term.sum(dim=-1, dtype=torch.float64) for term in terms])
         total: Tensor = _Total.apply(local, self)
         return tuple(total.unbind(0))
 
     def pair(self, student: Tensor, teacher: Tensor) -> Pair:
-        """Both models' log-probabilities on this rank's columns. 1 collective, of 5 floats a token."""
+        """Return both models' log-probabilities on this rank's columns. 1 collective of 5 floats per token."""
         with torch.no_grad():
             outside = student.isneginf() & teacher.isneginf()
 
@@ -95,16 +95,16 @@ class Columns(ABC):
     def softmax_sums(
         self, student: Tensor, pair: Pair, terms: Sequence[tuple[Tensor, Tensor | None]]
     ) -> tuple[Tensor, ...]:
-        """The sums over the vocabulary of functions F(log p, log q) of both models' probabilities, [n] each.
+        """Return sums over the vocabulary of functions F(log p, log q) of both models' probabilities, [n] fp64 each.
 
-        Differentiable in `student`, with dS/ds_j = h_j - q_j H. 1 collective, of 2 floats a token for each term (1
-        without a grad_log_q).
+        Differentiable in `student`: dS/ds_j = h_j - q_j H. 1 collective of 2 floats per token and term (1 for terms
+        without a gradient).
 
         Args:
-            student: [n, C], the logits.
-            pair: of these logits.
-            terms: F and h = dF/dlog q, [n, C] each and both overwritten; None for a sum without a gradient. What they
-                are outside the vocabulary does not matter.
+            student: [n, C] logits.
+            pair: log-probabilities of these logits.
+            terms: F and h = dF/dlog q, [n, C] each, both overwritten; h is None for a sum without gradient. Values
+                outside the vocabulary are ignored.
         """
         for term in terms:
             for tensor in term:
@@ -115,12 +115,12 @@ class Columns(ABC):
         return result
 
     def top_k(self, ranked: Tensor, k: int, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The columns of the k largest of `ranked`, largest first; of equal ones that of the lowest id.
+        """Return the columns with the k largest values of `ranked`, in descending order; ties by lowest id.
 
-        1 collective, of 4 k floats a token.
+        1 collective of 4 k floats per token.
 
         Returns:
-            Their global ids, int64, and the student's and the teacher's logits there, fp64; [n, min(k, V)] each.
+            Global ids, int64, and the student's and teacher's logits there, fp64; [n, min(k, V)] each.
             Differentiable in `student`.
         """
         found = self.once(lambda: self._largest(ranked.detach(), k, student.detach(), teacher))
@@ -129,14 +129,14 @@ class Columns(ABC):
         return ids, at_student, found[3]
 
     def head(self, teacher: Tensor, pair: Pair, mass: float, crossing_in_head: bool) -> Tensor:
-        """Return which are the teacher's likeliest columns up to a probability of `mass`, [n, C] bool.
+        """Return a mask, [n, C] bool, of the teacher's most likely columns up to a cumulative probability of `mass`.
 
-        Of equal ones those of the lowest ids come first. The one that crosses `mass` is in the head or not, as said;
-        the very first always is, and one of logit -inf never. What differs from `mass` by less than 1e-12 is equal to
-        it.
+        Ties are broken by lowest id. `crossing_in_head` decides whether the column that crosses `mass` is included. The
+        most likely column always is; one with logit -inf never is. A cumulative probability within 1e-12 of `mass`
+        counts as equal.
 
-        The number of operations does not depend on the data, so no GPU is waited for. 5 collectives, 4 of 256 floats
-        per token and one of 4; 9 for fp64 logits.
+        The number of operations does not depend on the data, so there is no GPU synchronization. 5 collectives, 4 of
+        256 floats per token and one of 4; 9 for fp64 logits.
         """
 
         def compute() -> Tensor:
@@ -151,9 +151,9 @@ class Columns(ABC):
         return (teacher > level) | (tied & (tied.cumsum(dim=-1, dtype=torch.int32) <= ties))
 
     def _largest(self, ranked: Tensor, k: int, *others: Tensor) -> Tensor:
-        """[2 + others, n, k] fp64 of the k largest of `ranked`: it, the ids, and the others there.
+        """Return [2 + others, n, k] fp64: the k largest of `ranked`, their ids, and the values of the others there.
 
-        Where there are fewer, the rest is -inf with an id beyond all.
+        Missing columns have the value -inf and an id above all valid ones.
         """
         k = min(k, self.size)
         record = ranked.new_full((2 + len(others), len(ranked), k), -math.inf, dtype=torch.float64)
@@ -164,14 +164,14 @@ class Columns(ABC):
             for row, tensor in ((0, ranked), *enumerate(others, start=2)):
                 record[row, :, :here] = tensor.gather(-1, index).double()
         every = self.gather(record).permute(1, 2, 0, 3).flatten(start_dim=2)
-        for field, descending in ((1, False), (0, True)):  # the second sort keeps the order of the first
+        for field, descending in ((1, False), (0, True)):  # the second sort is stable
             order = every[field].argsort(dim=-1, descending=descending, stable=True)
             every = every.gather(-1, order.expand_as(every))
         return every[..., :k]
 
 
 def _max_and_sum(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of this rank's columns, [n] fp64 each: the maximum, and the sum of exponentials relative to it."""
+    """Return the maximum over this rank's columns and the sum of exponentials relative to it, [n] fp64 each."""
     if logits.shape[-1] == 0:
         nothing = logits.new_zeros(len(logits), dtype=torch.float64)
         return nothing - math.inf, nothing
@@ -181,19 +181,19 @@ def _max_and_sum(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _merged(records: Tensor) -> tuple[Tensor, Tensor]:
-    """(maximum, log of the sum of exponentials relative to it), [n] each, from [R, 2, n]."""
+    """Return (maximum, log of the sum of exponentials relative to it), [n] each, from [R, 2, n]."""
     maximum = records[:, 0].amax(dim=0)
     finite = maximum.masked_fill(maximum.isneginf(), 0.0)
     return finite, (records[:, 1] * (records[:, 0] - finite).exp()).sum(dim=0).log()
 
 
 def _top_indices(ranked: Tensor, k: int) -> Tensor:
-    """[n, k]: where the k largest of each row are, largest first; of equal ones the first."""
+    """Return the indices of the k largest per row, [n, k], in descending order; ties by lowest index."""
     ranked = ranked.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     least = ranked.topk(k, dim=-1).values[:, -1:]
     above, equal = ranked > least, ranked == least
     equal &= equal.cumsum(dim=-1, dtype=torch.int32) <= k - above.sum(dim=-1, keepdim=True)
-    # The column at which the j-th of them is counted; unlike nonzero, nothing whose shape the host would wait for.
+    # The index at which the j-th selected column is counted. Unlike nonzero, this has a static shape and no GPU sync.
     count = (above | equal).cumsum(dim=-1, dtype=torch.int32)
     nth = torch.arange(1, k + 1, dtype=torch.int32, device=ranked.device).expand(len(ranked), k)
     index = torch.searchsorted(count, nth.contiguous())
@@ -201,17 +201,17 @@ def _top_indices(ranked: Tensor, k: int) -> Tensor:
     return index.gather(-1, order)
 
 
-# Probabilities as whole numbers of 2^-52: their sums are exact, whatever their order and on any number of ranks, where
-# torch's cumsum of floats is not sure to be the same twice on a GPU.
+# Probabilities are integer multiples of 2^-52, so that sums are exact in any order and over any number of ranks.
+# torch's float cumsum is not deterministic on GPUs.
 _WHOLE = 2**52
 _SLACK = 2**12
-_DIGIT = 8  # bits that a round of the search finds
+_DIGIT = 8  # bits per round of the search
 
 
 class _Search:
-    """Find the logit at which the teacher's likeliest columns reach a mass, digit by digit of its bits.
+    """Search for the logit at which the teacher's most likely columns reach a mass, bit by bit.
 
-    Columns are ordered by their negated logits, so likelier ones come first.
+    Columns are sorted by negated logits, most likely first.
     """
 
     def __init__(self, columns: Columns, teacher: Tensor, log_p: Tensor) -> None:
@@ -223,7 +223,7 @@ class _Search:
         self.integer = torch.int64 if teacher.dtype == torch.float64 else torch.int32
 
     def last_below(self, bound: int, strictly: bool) -> Tensor:
-        """Return the last logit, [n], likelier than which are columns of a mass below `bound`, or up to it."""
+        """Return the least likely logit, [n], whose more likely columns have a mass below (or up to) `bound`."""
         bits = torch.iinfo(self.integer).bits
         digits = torch.arange(2**_DIGIT, device=self.order.device)
         key = torch.full((len(self.order), 1), torch.iinfo(self.integer).min, device=self.order.device)
@@ -235,7 +235,7 @@ class _Search:
         return -self._number(key).squeeze(-1)
 
     def ties_within(self, level: Tensor, bound: int, strictly: bool) -> Tensor:
-        """Return how many of this rank's columns of that logit [n] are still within the bound, [n] fp64."""
+        """Return how many of this rank's columns tied at `level` [n] are within the bound, [n] fp64."""
         number = -level.unsqueeze(-1)
         tied = self.order == number
         unit = self.units.masked_fill(~tied, 0)
@@ -247,23 +247,23 @@ class _Search:
         left = bound - before
         within = -(-left // unit.clamp_min(1)) if strictly else left // unit.clamp_min(1)
         within = within.masked_fill(unit == 0, self.columns.size)
-        within = torch.where(before == 0, within.clamp_min(1), within)  # the very first one
+        within = torch.where(before == 0, within.clamp_min(1), within)  # the most likely column is always within
         return (within - (counts * (firsts < first)).sum(dim=0)).clamp_min(0).double()
 
     def _mass_before(self, numbers: Tensor) -> Tensor:
-        """[n, k] -> [n, k], of this rank's columns that come before such a number."""
+        """Return the mass of this rank's columns before each number, [n, k] -> [n, k]."""
         return self.before.gather(-1, torch.searchsorted(self.sorted, numbers))
 
     def _number(self, key: Tensor) -> Tensor:
-        """The floats of integers that are in their order; what is beyond infinity is infinity."""
+        """Map integers to floats, preserving order; values beyond infinity become infinity."""
         infinity = torch.tensor(math.inf, dtype=self.order.dtype, device="cpu").view(self.integer).item()
         key = key.clamp(-infinity - 1, infinity).to(self.integer)
-        # Of negative floats the larger magnitude is the smaller number.
+        # For negative floats a larger magnitude is a smaller number.
         return torch.where(key < 0, key ^ torch.iinfo(self.integer).max, key).view(self.order.dtype)
 
 
 class _Total(Function):
-    """The sum over ranks, of which every rank knows the gradient."""
+    """All-reduce sum; every rank has the full gradient, so backward has no collective."""
 
     title = "a logit loss"
 
@@ -311,7 +311,7 @@ class _SoftmaxSums(Function):
 
 
 class _Pick(Function):
-    """A model's logits at some ids of the whole vocabulary, already known; the gradient is of this rank's columns."""
+    """Select logits at given global ids, already communicated; the gradient is scattered to this rank's columns."""
 
     title = "a logit loss"
 
@@ -328,6 +328,6 @@ class _Pick(Function):
         if len(ctx.own_ids):
             index = ctx.ids - ctx.own_ids[:1]
             own = (index >= 0) & (index < len(ctx.own_ids))
-            # A token's ids differ; what other ranks hold goes to one more column, which is dropped.
+            # Ids are distinct per token. Those of other ranks go to an extra column, which is dropped.
             result.scatter_(-1, index.where(own, width), gradient.to(result.dtype))
         return result[:, :width], None, None, None

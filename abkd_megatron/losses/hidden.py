@@ -1,4 +1,4 @@
-"""A loss between one layer of the student and one of the teacher: what a user says of it; no torch."""
+"""Configuration of a loss between a student layer and a teacher layer; imports no torch."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,24 +12,24 @@ KINDS = ("cosine", "mse")
 
 @dataclass(frozen=True)
 class HiddenLoss:
-    """The distance of the hidden states behind two layers, per token.
+    """Per-token distance between the outputs of a student layer and a teacher layer.
 
-    With t the teacher's hidden state, H numbers, and s the student's or, projected, W s:
-    ``mse`` is sum (s - t)^2 / H, ``cosine`` is 1 - <s, t> / (|s| |t|), both in fp32.
+    With t the teacher's hidden state of size H, and s the student's (or W s if projected), ``mse`` is
+    sum (s - t)^2 / H and ``cosine`` is 1 - <s, t> / (|s| |t|). Both are computed in fp32.
 
     Raises:
-        ConfigError: for a layer below 1, an unknown loss or a weight that is not above 0.
+        ConfigError: for a layer below 1, an unknown loss or a weight not above 0.
     """
 
     student_layer: int
-    """Counted over the whole model, from 1; what is compared is the layer's output, before any final norm."""
+    """Layer number over the whole model, from 1. Its output is compared before any final norm."""
     teacher_layer: int
     loss: str
     """``cosine`` or ``mse``."""
     weight: float = 1.0
     projector: bool = True
-    """Whether the student's hidden state goes through a learned matrix [teacher's hidden size, student's], which needs
-    no equal sizes."""
+    """Apply a learned matrix [teacher hidden size, student hidden size] to the student's hidden state. Required if the
+    sizes differ."""
 
     def __post_init__(self) -> None:
         for name in ("student_layer", "teacher_layer"):
@@ -41,20 +41,20 @@ class HiddenLoss:
 
     @property
     def pair(self) -> str:
-        """Both layers, student's first: the name of the projector."""
+        """Name of the projector: student layer, teacher layer."""
         return f"{self.student_layer}-{self.teacher_layer}"
 
     @property
     def name(self) -> str:
-        """What it is logged under."""
+        """Name in the log."""
         return f"hidden loss {self.pair}"
 
 
 def refuse_twins(losses: Sequence[HiddenLoss]) -> None:
-    """Refuse two losses of one pair of layers, for they would have one name and one projector.
+    """Reject two losses for one pair of layers: they would share a name and a projector.
 
     Raises:
-        ConfigError: naming the pair.
+        ConfigError: with the pair.
     """
     for pair, count in Counter(loss.pair for loss in losses).items():
         if count > 1:

@@ -1,9 +1,8 @@
-"""Divergences from the mixture of both models: skew forward and reverse KL, and generalized Jensen-Shannon.
+"""Divergences from a mixture of both models: skew forward and reverse KL, generalized Jensen-Shannon.
 
-With M between p and q every ratio is bounded, so none of them is infinite where either probability vanishes. Values
-are sums of x log(x/M) - x + M, which is x log(x/M) over the whole vocabulary, but is of second order, and not negative,
-in every single term: nothing cancels in the sum where the models agree. None separates: log M takes both models'
-log-partitions first.
+With M between p and q every ratio is bounded, so none is infinite where either probability vanishes. Values are sums of
+x log(x/M) - x + M. Over the whole vocabulary this equals x log(x/M), but each term is non-negative and of second order,
+so nothing cancels where the models agree. None separates, because log M needs both models' normalizers first.
 """
 
 import math
@@ -22,14 +21,14 @@ _FORWARD = AlphaBeta(1.0, 0.0)
 
 @dataclass(frozen=True)
 class SkewForwardKL(Divergence):
-    """Forward KL to the student mixed with some of the teacher.
+    """Forward KL to a mixture of student and teacher.
 
         D = sum_k p log(p/M),    M = skew p + (1 - skew) q,    0 < skew < 1
 
-    At most log(1/skew). Forward KL in the limit skew -> 0, and 0 at skew -> 1, as (1 - skew)^2/2 sum (p - q)^2/p.
+    At most log(1/skew). Tends to forward KL as skew -> 0, and to 0 as skew -> 1, as (1 - skew)^2/2 sum (p - q)^2/p.
     Computed as F = p log(p/M) - p + M, h = -(1 - skew)^2 (p - q) q/M.
 
-    Collectives: 2 all-gathers forward, of 4 and 2 fp64 numbers a token, none backward.
+    Collectives: forward: 2 all-gathers of 4 and 2 fp64 numbers per token. Backward: none.
 
     Args:
         skew: share of the teacher in the mixture.
@@ -37,7 +36,7 @@ class SkewForwardKL(Divergence):
     Raises:
         ConfigError: if skew is not a number between 0 and 1, both excluded.
 
-    Source: DistiLLM, ICML 2024, arXiv 2402.03898 (alpha-SKL; 0.1 there too), and DistiLLM-2, arXiv 2503.07067.
+    Source: DistiLLM, ICML 2024, arXiv 2402.03898 (alpha-SKL, also 0.1), and DistiLLM-2, arXiv 2503.07067.
     """
 
     skew: float = 0.1
@@ -46,11 +45,11 @@ class SkewForwardKL(Divergence):
         object.__setattr__(self, "skew", _share("SkewForwardKL", "skew", self.skew, "forward_kl is the limit at 0"))
 
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """F = p log(p/M) - p + M."""
+        """Return F = p log(p/M) - p + M."""
         return _to_mixture(log_p, log_q, log_ratio, self.skew)
 
     def grad_log_q(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """The grad_log_q h = -(1 - skew)^2 (p - q) q/M."""
+        """Return h = -(1 - skew)^2 (p - q) q/M."""
         rest = 1.0 - self.skew
         mixture_over_q = log_ratio.exp().mul_(self.skew).add_(rest)
         return difference(log_p, log_q, log_ratio).mul_(-(rest**2)).div_(mixture_over_q)
@@ -58,27 +57,27 @@ class SkewForwardKL(Divergence):
 
 @dataclass(frozen=True)
 class SkewReverseKL(Divergence):
-    """Reverse KL to the teacher mixed with some of the student.
+    """Reverse KL to a mixture of teacher and student.
 
         D = sum_k q log(q/M),    M = (1 - skew) p + skew q,    0 < skew < 1
 
-    At most log(1/skew). Reverse KL in the limit skew -> 0, and 0 at skew -> 1, as (1 - skew)^2/2 sum (p - q)^2/q.
+    At most log(1/skew). Tends to reverse KL as skew -> 0, and to 0 as skew -> 1, as (1 - skew)^2/2 sum (p - q)^2/q.
     Computed as F = q log(q/M) - q + M, h = q log(q/M) + skew (1 - skew) (p - q) q/M.
 
-    Collectives: 2 all-gathers forward, of 4 and 2 fp64 numbers a token, none backward.
+    Collectives: forward: 2 all-gathers of 4 and 2 fp64 numbers per token. Backward: none.
 
-    With `detach_mixture` the mixture is a constant in the gradient, h = q log(q/M), which is not the gradient of the
-    value and may differ from it by as much as itself. Of Jensen-Shannon both are the same; of skew forward KL,
-    whose student is in the mixture only, nothing would be left.
+    With `detach_mixture` the mixture is constant in the gradient, h = q log(q/M). This is not the value's gradient;
+    the difference may be as large as the gradient. Jensen-Shannon is the same with and without. Skew forward KL would
+    have no gradient left, because its student occurs in the mixture only.
 
     Args:
         skew: share of the student in the mixture.
-        detach_mixture: whether M is a constant in the gradient.
+        detach_mixture: treat M as constant in the gradient.
 
     Raises:
         ConfigError: if skew is not a number between 0 and 1, both excluded, or detach_mixture is not a bool.
 
-    Source: DistiLLM, ICML 2024, arXiv 2402.03898 (alpha-SRKL; 0.1 there too), differentiated through the mixture.
+    Source: DistiLLM, ICML 2024, arXiv 2402.03898 (alpha-SRKL, also 0.1), differentiated through the mixture.
     DistiLLM-2, ICML 2025, arXiv 2503.07067, has the same value; its released code detaches the mixture.
     """
 
@@ -90,11 +89,11 @@ class SkewReverseKL(Divergence):
         object.__setattr__(self, "detach_mixture", flag("SkewReverseKL", "detach_mixture", self.detach_mixture))
 
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """F = q log(q/M) - q + M."""
+        """Return F = q log(q/M) - q + M."""
         return _to_mixture(log_q, log_p, -log_ratio, self.skew)
 
     def grad_log_q(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """The grad_log_q h = q log(q/M) + skew (1 - skew) (p - q) q/M; the first term only if detached."""
+        """Return h = q log(q/M) + skew (1 - skew) (p - q) q/M; only the first term with `detach_mixture`."""
         rest = 1.0 - self.skew
         of_own = weigh(log_q.exp(), _log_mixture(rest, log_ratio))
         if self.detach_mixture:
@@ -106,16 +105,16 @@ class SkewReverseKL(Divergence):
 
 @dataclass(frozen=True)
 class JensenShannon(Divergence):
-    """The generalized Jensen-Shannon divergence.
+    """Generalized Jensen-Shannon divergence.
 
         D = sum_k [ b p log(p/M) + (1 - b) q log(q/M) ],    M = b p + (1 - b) q,    b = mixture, 0 < b < 1
 
-    At most the entropy of (b, 1 - b): log 2 at 1/2, where it is symmetric. It vanishes at both ends: D/b -> forward KL
-    as b -> 0, D/(1 - b) -> reverse KL as b -> 1; raise kd_weight accordingly.
+    At most the entropy of (b, 1 - b), which is log 2 at 1/2, where D is symmetric. It vanishes at both ends: D/b ->
+    forward KL as b -> 0, D/(1 - b) -> reverse KL as b -> 1. Raise kd_weight accordingly.
 
         h = (1 - b) q log(q/M)
 
-    Collectives: 2 all-gathers forward, of 4 and 2 fp64 numbers a token, none backward.
+    Collectives: forward: 2 all-gathers of 4 and 2 fp64 numbers per token. Backward: none.
 
     Args:
         mixture: b, the share of the teacher in the mixture.
@@ -129,17 +128,17 @@ class JensenShannon(Divergence):
     mixture: float = 0.5
 
     def __post_init__(self) -> None:
-        remedy = "forward_kl and reverse_kl are what it tends to, divided by the share that vanishes"
+        remedy = "use forward_kl or reverse_kl, its scaled limits"
         object.__setattr__(self, "mixture", _share("JensenShannon", "mixture", self.mixture, remedy))
 
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """F, of which what is added to either term adds up to 0: b (M - p) + (1 - b) (M - q)."""
+        """Return F; the terms added to keep it non-negative, b (M - p) + (1 - b) (M - q), cancel."""
         rest = 1.0 - self.mixture
         of_teacher = _to_mixture(log_p, log_q, log_ratio, self.mixture).mul_(self.mixture)
         return of_teacher.add_(_to_mixture(log_q, log_p, -log_ratio, rest), alpha=rest)
 
     def grad_log_q(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """The grad_log_q h = (1 - b) q log(q/M)."""
+        """Return h = (1 - b) q log(q/M)."""
         return weigh(log_q.exp(), _log_mixture(self.mixture, log_ratio)).mul_(self.mixture - 1.0)
 
 
@@ -151,13 +150,13 @@ def _share(owner: str, name: str, number: object, remedy: str) -> float:
 
 
 def _log_mixture(share: float, log_ratio: Tensor) -> Tensor:
-    """log((share x + (1 - share) y) / y), where log_ratio = log(x/y)."""
+    """Return log((share x + (1 - share) y) / y), where log_ratio = log(x/y)."""
     near = expm1(log_ratio).mul_(share).log1p_()
     far = torch.logaddexp(log_ratio + math.log(share), torch.full_like(log_ratio, math.log1p(-share)))
     return torch.where(log_ratio.abs() < 1.0, near, far)
 
 
 def _to_mixture(log_x: Tensor, log_y: Tensor, log_ratio: Tensor, share: float) -> Tensor:
-    """The term x log(x/M) - x + M, M = share x + (1 - share) y, where log_ratio = log(x/y)."""
+    """Return x log(x/M) - x + M with M = share x + (1 - share) y, where log_ratio = log(x/y)."""
     log_mixture = torch.logaddexp(log_x + math.log(share), log_y + math.log1p(-share))
     return _FORWARD.value(log_x, log_mixture, -_log_mixture(1.0 - share, -log_ratio))

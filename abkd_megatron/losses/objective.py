@@ -1,4 +1,4 @@
-"""What the student is trained on."""
+"""Training objective: cross entropy, divergence and further losses, with fixed or scheduled weights."""
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, fields, is_dataclass, replace
@@ -12,51 +12,49 @@ from abkd_megatron.losses.schedule import Progress, Schedule, both_zero
 from abkd_megatron.losses.selection import TokenSelection
 from abkd_megatron.validation import flag, positive_number, weight_number, whole_number
 
-# What "NAME loss" stands for already.
+# Prefixes of "NAME loss" that are already in use.
 _LOGGED = ("lm", "kd", "total", "teacher lm")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What the student is trained on, per token: lm_weight * CE + kd_weight * (D(teacher || student) + sum w_i L_i).
+    """Per-token training loss: lm_weight * CE + kd_weight * (D(teacher || student) + sum_i w_i L_i).
 
-    L_i are logit losses, which are no sums over the vocabulary of terms of one column each; mostly there are none.
+    L_i are logit losses; usually there are none.
 
-    A `kd_weight` of 0 only watches: the student trains on Megatron's own cross entropy, bit for bit as without a
-    teacher, and the divergence is reported. (Unless there are `hidden_losses`, which train nevertheless.)
+    With `kd_weight` 0 the teacher is only monitored: the student trains on Megatron's own cross entropy, bitwise as
+    without a teacher, and the divergence is logged. `hidden_losses` still train.
     """
 
     divergence: Divergence | None
     """None if there are only logit losses."""
     _: KW_ONLY
     temperature: float = 1.0
-    """T: divides both models' logits in the divergence and the logit losses. The cross entropy and the metrics stay at
-    temperature 1."""
+    """T: divides both models' logits in the divergence and the logit losses. Cross entropy and metrics use T = 1."""
     temperature_squared: bool = False
-    """Multiply the divergence and the logit losses by T^2, as Hinton et al. (arXiv 1503.02531) do, so that their
-    gradient does not fall off as 1/T^2. `kd loss` is logged with the factor."""
+    """Multiply the divergence and the logit losses by T^2 (Hinton et al., arXiv 1503.02531), so that their gradient
+    does not decrease as 1/T^2. The logged `kd loss` includes the factor."""
     kd_weight: float = 1.0
     lm_weight: float = 1.0
     shared_vocab: int | None = None
-    """N, where the models' vocabularies differ but ids 0 .. N - 1 are the same tokens to both. The divergence and the
-    metrics are then over these alone, each model's distribution renormalized; the cross entropy stays over the
-    student's whole vocabulary. Where the student has more than N tokens the teacher cannot read the others: from the
-    first of them in a sequence on, all but the cross entropy is 0. A label of N or above has a teacher's cross entropy
-    of 0 and a divergence like any other. None: the vocabularies are one."""
+    """N, for vocabularies that share only the token ids 0 .. N - 1. The divergence and the metrics are restricted to
+    these ids, with both distributions renormalized; the cross entropy uses the student's whole vocabulary. The teacher
+    cannot read ids >= N: from the first such token of a sequence on, all terms but the cross entropy are 0. A label >=
+    N has a teacher cross entropy of 0 and an ordinary divergence. None: the vocabularies are identical."""
     logit_losses: tuple[tuple[float, LogitLoss], ...] = ()
-    """Pairs of a weight and a loss, each a pass of its own over logits that exist. Those of several tokens together
-    take these from one sequence, and of it from what this rank holds with context parallelism."""
+    """Pairs of a weight and a loss, each a separate pass over materialized logits. A loss over groups of tokens takes
+    them from one sequence and, with context parallelism, from this rank's part of it."""
     tokens: TokenSelection | None = None
-    """The tokens whose divergence is trained; it is 0 at the others, and still divided by the number of all. None: all
-    of them."""
+    """Tokens on which the divergence is trained. It is 0 at the others; the normalization still counts all tokens.
+    None: all tokens."""
     hidden_losses: tuple[HiddenLoss, ...] = ()
-    """Losses between layers, added with their own weights, whatever `kd_weight` is; each pair of layers once."""
+    """Losses between layers, added with their own weights regardless of `kd_weight`; each pair of layers once."""
 
     def __post_init__(self) -> None:
         if self.divergence is None and not self.logit_losses:
-            raise ConfigError("expected a divergence or logit_losses, got neither: there is nothing to distill with")
+            raise ConfigError("expected a divergence or logit_losses, got neither: give at least one")
         if self.divergence is not None and not isinstance(self.divergence, Divergence):
-            raise ConfigError(f"expected a Divergence, got {self.divergence!r}: build one, AlphaBeta(0.2, 0.7)")
+            raise ConfigError(f"expected a Divergence, got {self.divergence!r}: build one, such as AlphaBeta(0.2, 0.7)")
         self._set("logit_losses", self._checked_losses())
         self._set("temperature_squared", flag("Objective", "temperature_squared", self.temperature_squared))
         if self.shared_vocab is not None:
@@ -70,12 +68,13 @@ class Objective:
             )
         if self.logit_losses and self.tokens is not None and self.tokens.by_position:
             raise ConfigError(
-                f"a selection by position ({self.tokens}) spares the teacher logits that "
-                f"{', '.join(self.names_of_logit_losses)} take; select by what the models say, or leave these out"
+                f"expected no logit_losses with tokens selected by position ({self.tokens}), got "
+                f"{', '.join(self.names_of_logit_losses)}: they need the teacher's logits at every token; select by "
+                "teacher_entropy or disagreement, or remove the losses"
             )
         refuse_twins(self.hidden_losses)
         if self.kd_weight == 0 and self.lm_weight == 0:
-            raise ConfigError("kd_weight and lm_weight are both 0, so there is nothing to train on; raise one of them")
+            raise ConfigError("kd_weight and lm_weight must not both be 0; raise one of them")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -87,30 +86,30 @@ class Objective:
                 raise ConfigError(f"expected pairs of a weight and a LogitLoss, got {loss!r}: build one, AdaptiveKL()")
             if loss.name in _LOGGED:
                 raise ConfigError(
-                    f"a loss named {loss.name!r} is logged already; give {type(loss).__name__} another name"
+                    f"expected a loss name that is not in use, got {loss.name!r}: rename {type(loss).__name__}"
                 )
             checked.append((positive_number(f"logit_losses, {loss}", "weight", weight), loss))
         return tuple(checked)
 
     @property
     def distillation_scale(self) -> float:
-        """The factor of the divergence and the logit losses: T^2 or 1."""
+        """Factor of the divergence and the logit losses: T^2 or 1."""
         return self.temperature**2 if self.temperature_squared else 1.0
 
     @property
     def effective_divergence(self) -> Divergence:
-        """What the pass that yields the cross entropy and the metrics is over: forward KL if there is no divergence."""
+        """Divergence of the pass that yields cross entropy and metrics; forward KL if `divergence` is None."""
         return self.divergence if self.divergence is not None else AlphaBeta(1.0, 0.0)
 
     @property
     def names_of_logit_losses(self) -> tuple[str, ...]:
-        """In their order; of one name the second is "NAME 2", and so on."""
+        """Names in the log, in order; repeated names become "NAME 2" and so on."""
         names = [loss.name for _, loss in self.logit_losses]
         before = [names[:index].count(name) for index, name in enumerate(names)]
         return tuple(f"{name} {count + 1}" if count else name for name, count in zip(names, before, strict=True))
 
     def shares_part_of(self, vocab_size: int) -> bool:
-        """Whether a student of that many tokens has some that the teacher does not know."""
+        """Return True if a student of that vocabulary size has tokens that the teacher does not know."""
         return self.shared_vocab is not None and self.shared_vocab < vocab_size
 
 
@@ -119,23 +118,23 @@ _OF_OBJECTIVE = ("temperature", "kd_weight", "lm_weight")
 
 @dataclass(frozen=True)
 class ScheduledObjective:
-    """An objective of which some numbers change from step to step; within one, all micro-batches have the same.
+    """Objective with numbers that change between steps; all micro-batches of a step use the same values.
 
-    Where a schedule takes `kd_weight` to 0 the student trains on Megatron's own cross entropy, of logits. ``head:
-    auto`` is then ``materialized`` at all steps: what memory the run takes shows in the first.
+    At steps with `kd_weight` 0 the student trains on Megatron's own cross entropy, which needs logits. ``head: auto``
+    then means ``materialized`` at all steps, so that the first step shows the memory of the run.
 
-    The compiled and the triton kernel have the divergence's numbers compiled in: with those they suit schedules that
-    jump, not ones that glide.
+    The compiled and triton kernels compile the divergence's parameters in. Use them with schedules that step rather
+    than change continuously.
 
     Raises:
-        ConfigError: for a name that neither the objective nor its divergence has as a number, a value that either
-            refuses, or a step at which there is nothing to train on.
+        ConfigError: for a name that is not a number of the objective or its divergence, an invalid value, or a step at
+            which kd_weight and lm_weight are both 0.
     """
 
     objective: Objective
-    """What does not change; of what does, the number here is not used."""
+    """Constant part; scheduled numbers in it are ignored."""
     schedules: Mapping[str, Schedule]
-    """By name: temperature, kd_weight, lm_weight, and any number of the divergence: alpha, beta, scale."""
+    """By name: temperature, kd_weight, lm_weight, or a parameter of the divergence such as alpha, beta, scale."""
 
     def __post_init__(self) -> None:
         divergence: Any = self.objective.divergence
@@ -146,7 +145,7 @@ class ScheduledObjective:
                 raise ConfigError(f"expected schedules of {', '.join(known)} with {divergence}, got one of {name}")
             for _, value in schedule.points:
                 if name == "temperature" and value <= 0:
-                    raise ConfigError(f"temperature must be positive at every step, got {value}")
+                    raise ConfigError(f"temperature must be above 0 at every step, got {value}")
                 if name in ("kd_weight", "lm_weight") and value < 0:
                     raise ConfigError(f"{name} must be at least 0 at every step, got {value}")
                 if name not in _OF_OBJECTIVE:
@@ -155,19 +154,19 @@ class ScheduledObjective:
             Schedule.of(self.schedules.get(name, getattr(self.objective, name))) for name in ("kd_weight", "lm_weight")
         )
         if nothing := both_zero(kd_weight, lm_weight):
-            raise ConfigError(f"kd_weight and lm_weight are both 0 {nothing}, so there is nothing to train on")
+            raise ConfigError(f"kd_weight and lm_weight must not both be 0, but are {nothing}; raise one of them")
 
     @property
     def reaches_no_kd(self) -> bool:
-        """Whether `kd_weight` is 0 at some step, which then trains on Megatron's own cross entropy."""
+        """True if `kd_weight` is 0 at some step, which then trains on Megatron's own cross entropy."""
         return Schedule.of(self.schedules.get("kd_weight", self.objective.kd_weight)).lowest == 0
 
     def values(self, progress: Progress) -> dict[str, float]:
-        """What changes, at that progress."""
+        """Return the scheduled values."""
         return {name: schedule(progress) for name, schedule in self.schedules.items()}
 
     def at(self, progress: Progress) -> Objective:
-        """The objective at that progress."""
+        """Return the objective at the given progress."""
         values = self.values(progress)
         divergence: Any = self.objective.divergence
         if of_divergence := {name: value for name, value in values.items() if name not in _OF_OBJECTIVE}:

@@ -1,10 +1,9 @@
-"""The specification: every loss in its papers' own form, dense, in fp64, differentiated by plain autograd.
+"""Specification of every divergence: the papers' formulas, dense, in fp64, differentiated by autograd.
 
-Start here to learn what is computed; how it is computed fast and safely is elsewhere, and is tested against
-this. Logits are [..., V], whole (not sharded); the result is one number a token, [...], fp64. `vocab_size`
-drops the padded columns at the end. A column that is -inf in both models is outside the vocabulary and adds
-nothing. The teacher is constant. These forms cancel badly when alpha, beta or their sum is near, but not at,
-0: there, compare with the limit.
+Start here to learn what is computed. The fast and numerically safe implementations are tested against this module.
+Logits are [..., V], not sharded; results are [...], fp64, one value per token. `vocab_size` drops padded columns at the
+end. A column that is -inf in both models is outside the vocabulary and adds nothing. The teacher is constant. These
+forms cancel badly when alpha, beta or their sum is near 0 but not 0; compare with the limit there.
 """
 
 import math
@@ -25,7 +24,7 @@ from abkd_megatron.losses.total_variation import TotalVariation
 class _LogProbabilities(NamedTuple):
     p: Tensor  # teacher, log p, [..., V]
     q: Tensor  # student, log q, [..., V]
-    outside: Tensor  # where both are -inf
+    outside: Tensor  # both are -inf
 
 
 def _log_probabilities(
@@ -45,7 +44,7 @@ def reference_alpha_beta(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """D^(alpha,beta)(p || q), ABKD Definition 4.1 and Table 1; limits as in Cichocki et al. 2011."""
+    """Compute D^(alpha,beta)(p || q), ABKD Definition 4.1 and Table 1; limits as in Cichocki et al. 2011."""
     a, b = alpha, beta
     log_p, log_q, outside = _log_probabilities(student_logits, teacher_logits, temperature, vocab_size)
     log_ratio = log_p - log_q
@@ -75,7 +74,7 @@ def reference_todi(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """sum_k w p log(p/q) + (1 - w) q log(q/p), w = sigmoid(scale log(p/q)), ToDi equations 7, 8 and 10."""
+    """Compute sum_k w p log(p/q) + (1 - w) q log(q/p), w = sigmoid(scale log(p/q)), ToDi equations 7, 8 and 10."""
     log_p, log_q, outside = _log_probabilities(student_logits, teacher_logits, temperature, vocab_size)
     log_ratio = log_p - log_q
     w = torch.sigmoid(scale * log_ratio)
@@ -95,7 +94,7 @@ def _mixed_kl(
     vocab_size: int | None,
     detach_mixture: bool = False,
 ) -> Tensor:
-    """of_teacher KL(p || M) + of_student KL(q || M), M = share p + (1 - share) q."""
+    """Compute of_teacher KL(p || M) + of_student KL(q || M), M = share p + (1 - share) q."""
     log_p, log_q, outside = _log_probabilities(student_logits, teacher_logits, temperature, vocab_size)
     log_mixture = torch.logaddexp(log_p + math.log(share), log_q + math.log(1.0 - share))
     if detach_mixture:
@@ -114,7 +113,7 @@ def reference_jensen_shannon(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """The sum b KL(p || M) + (1 - b) KL(q || M), M = b p + (1 - b) q, b = mixture; GKD, arXiv 2306.13649."""
+    """Compute b KL(p || M) + (1 - b) KL(q || M), M = b p + (1 - b) q, b = mixture; GKD, arXiv 2306.13649."""
     return _mixed_kl(student_logits, teacher_logits, mixture, 1.0 - mixture, mixture, temperature, vocab_size)
 
 
@@ -125,7 +124,7 @@ def reference_skew_forward_kl(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """KL(p || skew p + (1 - skew) q), DistiLLM, arXiv 2402.03898."""
+    """Compute KL(p || skew p + (1 - skew) q), DistiLLM, arXiv 2402.03898."""
     return _mixed_kl(student_logits, teacher_logits, 1.0, 0.0, skew, temperature, vocab_size)
 
 
@@ -137,7 +136,7 @@ def reference_skew_reverse_kl(
     vocab_size: int | None = None,
     detach_mixture: bool = False,
 ) -> Tensor:
-    """KL(q || (1 - skew) p + skew q), DistiLLM, arXiv 2402.03898; detached as in DistiLLM-2's code."""
+    """Compute KL(q || (1 - skew) p + skew q), DistiLLM, arXiv 2402.03898; detached as in DistiLLM-2's code."""
     return _mixed_kl(
         student_logits, teacher_logits, 0.0, 1.0, 1.0 - skew, temperature, vocab_size, detach_mixture=detach_mixture
     )
@@ -146,13 +145,13 @@ def reference_skew_reverse_kl(
 def reference_total_variation(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, vocab_size: int | None = None
 ) -> Tensor:
-    """1/2 sum |p - q|; the derivative of |x| at 0 is 0."""
+    """Compute 1/2 sum |p - q|; the derivative of |x| at 0 is 0."""
     log_p, log_q, _ = _log_probabilities(student_logits, teacher_logits, temperature, vocab_size)
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(dim=-1)
 
 
 def reference_cross_entropy(student_logits: Tensor, labels: Tensor, vocab_size: int | None = None) -> Tensor:
-    """-log q(label) at temperature 1."""
+    """Compute -log q(label) at temperature 1."""
     log_q = student_logits.double()[..., :vocab_size].log_softmax(dim=-1)
     return -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
@@ -164,7 +163,7 @@ def reference_divergence(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """The reference twin of `divergence`.
+    """Compute `divergence` by its reference implementation.
 
     Raises:
         ConfigError: if it has none.
@@ -192,6 +191,6 @@ def reference_divergence(
         ]
         return torch.stack(terms).sum(dim=0)
     raise ConfigError(
-        "expected a divergence with a reference twin (one of abkd_megatron.losses), got "
-        f"{type(divergence).__name__}: write its dense form beside theirs"
+        "expected a divergence with a reference (one of abkd_megatron.losses), got "
+        f"{type(divergence).__name__}: add its dense form to abkd_megatron.losses.reference"
     )

@@ -1,4 +1,4 @@
-"""Losses by name: the built-in ones, and custom ones by dotted path."""
+"""Losses by name: built-in ones, and custom ones by dotted path."""
 
 import difflib
 import importlib
@@ -50,12 +50,12 @@ LOGIT_LOSSES: dict[str, Callable[..., LogitLoss]] = {
 }
 LOSSES: dict[str, Callable[..., LossTerm]] = {**DIVERGENCES, **LOGIT_LOSSES}
 
-# How far grad_log_q may be from the differences of the value, relative to the largest of them.
+# Allowed error of grad_log_q against finite differences of value, relative to the largest of them.
 _TOLERANCE = 1e-4
 
 
 def parameters(name: str) -> tuple[str, ...]:
-    """Parameter names of a built-in divergence; empty for any other name."""
+    """Return the parameter names of a built-in divergence; empty for any other name."""
     return tuple(inspect.signature(DIVERGENCES[name]).parameters) if name in DIVERGENCES else ()
 
 
@@ -65,11 +65,11 @@ def build(name: str, settings: Mapping[str, object]) -> LossTerm:
     Args:
         name: a key of `LOSSES`, or the dotted path of a subclass of Divergence or LogitLoss (or of a function that
             returns one), such as my_package.module.MyLoss.
-        settings: its parameters; those with a default may be left out.
+        settings: its parameters; those with defaults are optional.
 
     Raises:
-        ConfigError: an unknown name or parameter, a missing or rejected parameter, or a custom divergence whose
-            `grad_log_q` is not the derivative of its `value`, found by finite differences in fp64.
+        ConfigError: for an unknown name or parameter, a missing or invalid parameter, or a custom divergence whose
+            `grad_log_q` is not the derivative of its `value` (finite differences in fp64).
     """
     made_by = LOSSES.get(name) or _imported(name)
     try:
@@ -88,7 +88,7 @@ def _imported(path: str) -> Callable[..., object]:
         near = difflib.get_close_matches(path, LOSSES, n=1, cutoff=0.7)
         hint = f"did you mean '{near[0]}'? " if near else ""
         raise ConfigError(
-            f"unknown divergence {path!r}; {hint}known: {', '.join(LOSSES)}, or your own as "
+            f"unknown divergence {path!r}; {hint}known: {', '.join(LOSSES)}, or a custom one as "
             "my_package.module.MyDivergence"
         )
     try:
@@ -102,10 +102,10 @@ def _imported(path: str) -> Callable[..., object]:
 
 
 def checked(name: str, divergence: object) -> Divergence:
-    """`divergence`; of one's own, the two functions that it consists of belong together.
+    """Return `divergence` after checking its type and, if it is custom, its gradient.
 
     Raises:
-        ConfigError: if it is no Divergence, or its `grad_log_q` is not the derivative of its `value`.
+        ConfigError: if it is not a Divergence, or its `grad_log_q` is not the derivative of its `value`.
     """
     if name in DIVERGENCES and isinstance(divergence, Divergence):
         return divergence
@@ -123,14 +123,14 @@ def checked(name: str, divergence: object) -> Divergence:
     for method, result in (("value", after), ("grad_log_q", grad_log_q)):
         if result.shape != log_q.shape or result.dtype != log_q.dtype:
             raise ConfigError(
-                f"{name}: expected {method} to be elementwise, {list(log_q.shape)} {log_q.dtype} here, got "
-                f"{list(result.shape)} {result.dtype}; the engine takes the sum over the vocabulary"
+                f"{name}: expected {method} to be elementwise, here {list(log_q.shape)} {log_q.dtype}, got "
+                f"{list(result.shape)} {result.dtype}; do not sum over the vocabulary"
             )
     wanted = (after - before) / (2.0 * step)
     error = ((grad_log_q - wanted).abs().amax() / wanted.abs().amax()).item()
     if not error <= _TOLERANCE:
         raise ConfigError(
-            f"{name}: expected grad_log_q to be the derivative of value with respect to log q, log p fixed; finite "
-            f"differences are off by {error:.1e} of the largest (allowed: {_TOLERANCE:.0e}); correct one of the two"
+            f"{name}: expected grad_log_q to be the derivative of value with respect to log q at constant log p; "
+            f"finite differences differ by {error:.1e} of the largest (allowed: {_TOLERANCE:.0e}); correct one"
         )
     return divergence

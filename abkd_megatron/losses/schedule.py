@@ -1,6 +1,6 @@
-"""Numbers that change while a student trains: pure functions of how far it has come.
+"""Schedules of training parameters: pure functions of the training progress.
 
-Nothing here has a state, so nothing has to be saved: a resumed run is as far as Megatron's checkpoint says.
+They have no state, so nothing is checkpointed. A resumed run takes its progress from Megatron's checkpoint.
 """
 
 import math
@@ -19,7 +19,7 @@ COUNTS = ("iteration", "samples", "tokens")
 
 @dataclass(frozen=True)
 class Progress:
-    """What was trained on before a step; all 0 at a run's first."""
+    """Training progress before a step; all 0 at the first step of a run."""
 
     iteration: int = 0
     samples: int = 0
@@ -28,10 +28,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A number by iteration, samples or tokens: straight or cosine-shaped between points, constant outside of them.
+    """Number as a function of iteration, samples or tokens: linear or cosine between points, constant outside.
 
-    A value is never beyond those of the two points around it, and at a point exactly its. Of two points at one place
-    the first ends what is before and the second begins what is after: a jump.
+    Values are clamped to those of the two surrounding points and exact at a point. Two points at one count are a jump:
+    the first ends the previous segment, the second begins the next.
 
     Args:
         kind: one of `KINDS`.
@@ -39,8 +39,8 @@ class Schedule:
         by: what is counted, one of `COUNTS`.
 
     Raises:
-        ConfigError: unless counts are whole numbers in order and values finite; constant takes one point, linear and
-            cosine two, of different counts.
+        ConfigError: unless counts are ordered whole numbers and values are finite; constant takes one point, linear and
+            cosine two with different counts.
     """
 
     kind: str
@@ -55,7 +55,7 @@ class Schedule:
         values = [finite_number("a schedule", "a value", value) for _, value in self.points]
         object.__setattr__(self, "points", tuple(zip(counts, values, strict=True)))
         if not counts or any(first > last for first, last in pairwise(counts)):
-            raise ConfigError(f"expected points of 0 or more, in order, got {counts}")
+            raise ConfigError(f"expected points at counts of 0 or more, in order, got {counts}")
         if self.kind in ("linear", "cosine") and not (len(counts) == 2 and counts[0] < counts[1]):
             raise ConfigError(f"expected an end after the start, got {counts}")
         if self.kind == "constant" and len(counts) != 1:
@@ -63,30 +63,30 @@ class Schedule:
 
     @classmethod
     def of(cls, number: "float | Schedule") -> "Schedule":
-        """A plain number as a schedule; a schedule as it is."""
+        """Return a plain number as a constant schedule; a schedule unchanged."""
         return number if isinstance(number, Schedule) else cls("constant", ((0, number),))
 
     @classmethod
     def linear(cls, first: float, last: float, *, end: int, start: int = 0, by: str = "iteration") -> "Schedule":
-        """From one value to another in a straight line."""
+        """Interpolate linearly between two values."""
         return cls("linear", ((start, first), (end, last)), by)
 
     @classmethod
     def cosine(cls, first: float, last: float, *, end: int, start: int = 0, by: str = "iteration") -> "Schedule":
-        """From one value to another along half a cosine wave: slowly at both ends."""
+        """Interpolate between two values along half a cosine wave, with zero slope at both ends."""
         return cls("cosine", ((start, first), (end, last)), by)
 
     @classmethod
     def piecewise(cls, points: Sequence[tuple[int, float]], *, by: str = "iteration") -> "Schedule":
-        """From point to point in straight lines."""
+        """Interpolate linearly between points."""
         return cls("piecewise", tuple((count, value) for count, value in points), by)
 
     def __call__(self, progress: Progress) -> float:
-        """The value at that progress."""
+        """Return the value at the given progress."""
         return self.value(getattr(progress, self.by))
 
     def value(self, count: int) -> float:
-        """The value once that many were counted."""
+        """Return the value at the given count."""
         after = bisect_right(self.points, count, key=lambda point: point[0])
         start, first = self.points[max(after - 1, 0)]
         if after in (0, len(self.points)) or count == start:
@@ -100,16 +100,16 @@ class Schedule:
 
     @property
     def lowest(self) -> float:
-        """No value is below it."""
+        """Smallest value."""
         return min(value for _, value in self.points)
 
     @property
     def glides(self) -> bool:
-        """Whether it takes more values than it has points."""
+        """True if it takes more values than it has points."""
         return any(start < end and first != last for (start, first), (end, last) in pairwise(self.points))
 
     def described(self) -> dict[str, Any]:
-        """As the configuration has it."""
+        """Return it in the form of the configuration."""
         (start, first), (end, last) = self.points[0], self.points[-1]
         keys: dict[str, Any] = {"from": first, "to": last, "start": start, "end": end, "by": self.by}
         if self.kind == "constant":
@@ -123,13 +123,13 @@ class Schedule:
 
 
 def both_zero(one: Schedule, other: Schedule) -> str | None:
-    """Where both are 0 at once, or may be: counts of two kinds cannot be compared. None if nowhere."""
+    """Return where both are 0, or may be 0 because they count different things; None if nowhere."""
     if one.lowest > 0 or other.lowest > 0:
         return None
     counted = {schedule.by for schedule in (one, other) if len(schedule.points) > 1}
     if len(counted) > 1:
         return "at some step: one goes by " + ", the other by ".join(sorted(counted))
-    # Neither is below 0, so where they are 0 at once begins at 0 or at a point of one of them.
+    # Neither is negative, so an interval where both are 0 begins at 0 or at a point of one of them.
     for count in sorted({0, *(count for schedule in (one, other) for count, _ in schedule.points)}):
         if one.value(count) == other.value(count) == 0:
             return f"at {counted.pop()} {count}" if counted else "always"

@@ -1,4 +1,4 @@
-"""Which tokens are distilled: a property of each token decides, whatever it shares a micro-batch or a rank with.
+"""Selection of the tokens to distill, by properties of each token only: independent of micro-batch and rank.
 
 Legend: s sequence, b micro-batch.
 """
@@ -13,30 +13,28 @@ from abkd_megatron.errors import ConfigError, check_name
 from abkd_megatron.validation import positive_number, whole_number
 
 KEYS = {"every": ("n",), "teacher_entropy": ("at_least", "at_most"), "disagreement": ("kl_at_least",)}
-"""By kind of selection, the keys that it takes."""
+"""Keys of each kind of selection."""
 
 
 @dataclass(frozen=True)
 class TokenSelection:
-    """The tokens whose divergence is trained; the cross entropy is trained on all of them.
+    """Tokens on which the divergence is trained; the cross entropy is trained on all tokens.
 
-    - ``every``: positions n - 1, 2n - 1 and so on of a sequence, counted from 0. The teacher's LM head is spared all
-      others.
-    - ``teacher_entropy``: where the teacher's entropy is within bounds.
-    - ``disagreement``: where the two models' likeliest next tokens differ; with `kl_at_least`, where the teacher's
-      KL from the student is at least that, instead.
+    - ``every``: positions n - 1, 2n - 1, ... of a sequence, counted from 0. The teacher's LM head skips all others.
+    - ``teacher_entropy``: tokens at which the teacher's entropy is within bounds.
+    - ``disagreement``: tokens at which the most likely next tokens of the two models differ or, with `kl_at_least`,
+      at which the forward KL is at least that.
 
-    Numbers of the last two are in nats, at temperature 1, and compared in the arithmetic of the loss, fp32 at least: a
-    token whose number is a bound to rounding may fall on either side in another layout.
+    Bounds are in nats, at temperature 1, and compared in the precision of the loss (at least fp32). A token within
+    rounding of a bound may be selected in one parallel layout and not in another.
 
     Raises:
-        ConfigError: for a kind that is none of `KEYS`, numbers that it does not take or lacks, or bounds between which
-            there is nothing.
+        ConfigError: for a kind not in `KEYS`, invalid or missing numbers, or bounds that exclude every token.
     """
 
     select: str
     n: int | None = None
-    """2 or more."""
+    """At least 2."""
     at_least: float | None = None
     """Nats."""
     at_most: float | None = None
@@ -54,7 +52,7 @@ class TokenSelection:
             if name not in known:
                 raise ConfigError(
                     f"expected no {name} with select: {self.select}, which takes {', '.join(known)}, got {value}; "
-                    "leave it out"
+                    "remove it"
                 )
             checked: float = (
                 self._checked_n(value)
@@ -69,8 +67,8 @@ class TokenSelection:
                 raise ConfigError("expected at_least or at_most with select: teacher_entropy, got neither; give one")
             if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
                 raise ConfigError(
-                    f"expected at_least to be no more than at_most, got {self.at_least} and {self.at_most}, between "
-                    "which there is nothing; exchange them"
+                    f"expected at_least <= at_most, got {self.at_least} and {self.at_most}, which select no token; "
+                    "swap them"
                 )
 
     @staticmethod
@@ -83,21 +81,21 @@ class TokenSelection:
 
     @property
     def by_position(self) -> bool:
-        """Whether it is known before the teacher's logits are, which the other tokens are then spared."""
+        """True if the selection is known before the teacher's logits, which then skip the other tokens."""
         return self.select == "every"
 
     def described(self) -> dict[str, str | int | float]:
-        """The keys that were given, and their values."""
+        """Return the keys that were given, with their values."""
         given = {name: getattr(self, name) for name in ("select", *KEYS[self.select])}
         return {name: value for name, value in given.items() if value is not None}
 
     def at(self, positions: Tensor) -> Tensor:
-        """By position: bool, of the shape of `positions`, int64 from 0 on."""
+        """Select by position: `positions` int64 from 0, result bool of that shape."""
         assert self.n is not None
         return positions % self.n == self.n - 1
 
     def of(self, metrics: Mapping[str, Tensor]) -> Tensor:
-        """By what the models say: bool, of the shape of the engine's `metrics`. NaN selects nothing."""
+        """Select by `metrics`: bool, of their shape. NaN is never selected."""
         if self.select == "disagreement":
             if self.kl_at_least is None:
                 return metrics["top-1 agreement"] == 0.0
@@ -112,19 +110,19 @@ class TokenSelection:
 
 
 def positions_here(length: int, ends: Tensor | None, rank: int, size: int) -> Tensor:
-    """Where this rank's tokens stand in their sequences, by Megatron's layout for context parallelism.
+    """Return the position of each of this rank's tokens in its sequence, for Megatron's context-parallel layout.
 
-    Of a sequence's 2 * size equal chunks a rank holds the one of its number and that one's mirror.
+    A sequence is split into 2 * size equal chunks; rank r holds chunks r and 2 * size - 1 - r.
 
     Args:
         length: of the row on this rank.
-        ends: [sequences + 1] ints, where the sequences packed into the row begin and end over all ranks together, 0
-            first (Megatron's cu_seqlens); None for one sequence. Tokens after the last end are a sequence of their own.
+        ends: [sequences + 1] ints, boundaries of the sequences packed into the row over all ranks, starting with 0
+            (Megatron's cu_seqlens); None for one sequence. Tokens after the last boundary form one more sequence.
         rank: in the context-parallel group.
         size: of the context-parallel group.
 
     Returns:
-        [length] int64, on the device of `ends` (the CPU without).
+        [length] int64, on the device of `ends` (CPU if None).
     """
     if ends is None:
         ends = torch.tensor([0, length * size], device="cpu")

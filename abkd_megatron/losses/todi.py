@@ -1,4 +1,4 @@
-"""ToDi: forward and reverse KL, mixed token by token by which model is the more sure."""
+"""ToDi: forward and reverse KL, mixed per vocabulary entry by the ratio of the models' probabilities."""
 
 from dataclasses import dataclass
 
@@ -15,25 +15,25 @@ _FORWARD, _REVERSE = AlphaBeta(1.0, 0.0), AlphaBeta(0.0, 1.0)
 
 @dataclass(frozen=True)
 class ToDi(Divergence):
-    """Token-wise distillation.
+    """Token-wise distillation (ToDi).
 
         D = sum_k [ w p log(p/q) + (1 - w) q log(q/p) ],    w = sigmoid(scale * log(p/q))
 
-    Forward KL where the teacher gives the token more than the student does, reverse KL where it gives less.
-    At scale 1 the value is that of forward + reverse KL; at scale 0 it is half their sum.
+    Forward KL dominates where the teacher's probability is the larger, reverse KL where the student's is. At scale 1
+    the value equals forward + reverse KL; at scale 0 it is half their sum.
 
-    With `detach` the weights are constants in the gradient, as in the paper and its code:
+    With `detach` the weights are constant in the gradient, as in the paper and its code:
 
         h = -w p + (1 - w) q (1 - rho),    rho = log(p/q)
 
-    This is not the gradient of the value. Without it h has the further term -scale w (1 - w) rho (p + q), and
-    is.
+    This is not the gradient of the value. Without `detach`, h has the additional term -scale w (1 - w) rho (p + q) and
+    is the gradient.
 
-    Infinite where one of p, q is 0 and the other is not, as both KL terms in sum are.
+    Infinite where exactly one of p, q is 0, like forward + reverse KL.
 
     Args:
         scale: of the log-ratio inside the sigmoid, finite, >= 0; 1 in the paper's code.
-        detach: whether w is a constant in the gradient.
+        detach: treat w as constant in the gradient.
 
     Raises:
         ConfigError: if scale is not a finite number >= 0 or detach is not a bool.
@@ -54,12 +54,12 @@ class ToDi(Divergence):
         object.__setattr__(self, "detach", flag("ToDi", "detach", self.detach))
 
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """F = (w p - (1 - w) q) rho."""
+        """Return F = (w p - (1 - w) q) rho."""
         w, reverse = self._weights(log_q, log_ratio)
         return weigh(self._excess(w, log_p.exp(), reverse, log_ratio), log_ratio)
 
     def grad_log_q(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """The grad_log_q h = -w p + (1 - w) q (1 - rho), and -scale w (1 - w) rho (p + q) more if not detached."""
+        """Return h = -w p + (1 - w) q (1 - rho), with -scale w (1 - w) rho (p + q) added unless `detach`."""
         w, reverse = self._weights(log_q, log_ratio)
         p = log_p.exp()
         h = self._excess(w, p, reverse, log_ratio).neg_().sub_(weigh(reverse, log_ratio))
@@ -71,11 +71,11 @@ class ToDi(Divergence):
 
     @property
     def num_partial_sums(self) -> int:
-        """Only at scale 1, where w p - (1 - w) q = p - q and the value is that of forward + reverse KL."""
+        """Nonzero only at scale 1, where w p - (1 - w) q = p - q and the value equals forward + reverse KL."""
         return _FORWARD.num_partial_sums + _REVERSE.num_partial_sums if self.scale == 1.0 else 0
 
     def partial_sums(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> tuple[Tensor, ...]:
-        """Those of forward and reverse KL, at scale 1."""
+        """Return the partial sums of forward and reverse KL, at scale 1."""
         if self.num_partial_sums == 0:
             return ()
         return (*_FORWARD.partial_sums(log_p, log_q, log_ratio), *_REVERSE.partial_sums(log_p, log_q, log_ratio))
@@ -83,25 +83,25 @@ class ToDi(Divergence):
     def shift_max(
         self, sums: tuple[Tensor, ...], log_p: Tensor, log_q: Tensor, log_ratio: Tensor
     ) -> tuple[Tensor, ...]:
-        """As forward and reverse KL."""
+        """Shift the sums of forward and reverse KL."""
         forward, reverse = sums[: _FORWARD.num_partial_sums], sums[_FORWARD.num_partial_sums :]
         shift = log_p, log_q, log_ratio
         return (*_FORWARD.shift_max(forward, *shift), *_REVERSE.shift_max(reverse, *shift))
 
     def finalize(self, sums: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
-        """As forward and reverse KL. H too, unless the weights are constants in it: then it does not separate."""
+        """Return D and, unless the weights are detached, H; the detached H does not separate."""
         forward_value, forward_slope = _FORWARD.finalize(sums[: _FORWARD.num_partial_sums])
         reverse_value, reverse_slope = _REVERSE.finalize(sums[_FORWARD.num_partial_sums :])
         return forward_value + reverse_value, None if self.detach else forward_slope + reverse_slope
 
     def _weights(self, log_q: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight w, and (1 - w) q."""
+        """Return w and (1 - w) q."""
         scale = coefficient(self.scale, log_ratio.dtype)
         w = (log_ratio * scale).sigmoid_() if scale != 0.0 else torch.full_like(log_ratio, 0.5)
         return w, (1.0 - w).mul_(log_q.exp())
 
     def _excess(self, w: Tensor, p: Tensor, reverse: Tensor, log_ratio: Tensor) -> Tensor:
-        """The difference w p - (1 - w) q of two numbers in the ratio exp((1 + scale) rho), which cancel near 0."""
+        """Return w p - (1 - w) q; the ratio of the two is exp((1 + scale) rho), so they cancel near rho = 0."""
         rise = log_ratio * (1.0 + coefficient(self.scale, log_ratio.dtype))
         near = expm1(rise).mul_(reverse)
         return torch.where(rise.abs_() < 1.0, near, (w * p).sub_(reverse))

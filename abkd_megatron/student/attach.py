@@ -1,4 +1,4 @@
-"""Attaching a teacher to a student that Megatron trains: one hook before its forward, one head in place of its loss."""
+"""Attachment of a teacher to a student: a hook before the student's forward, and a head in place of its loss."""
 
 import inspect
 import logging
@@ -27,7 +27,7 @@ from abkd_megatron.student.hidden import HiddenLosses, Layers, check_pairs, laye
 from abkd_megatron.student.plan import Plan, agree, propose_plan
 from abkd_megatron.student.report import SELECTED, LossChecks, Report, masked_loss
 from abkd_megatron.student.supported import check_sharded_output, check_shared_vocab, check_tokens, check_wrappers
-from abkd_megatron.student.timer import Stopwatch
+from abkd_megatron.student.timer import PassTimer
 from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.output_layer import OutputLayer
 from abkd_megatron.teacher.runner import TeacherRunner
@@ -49,7 +49,7 @@ def attach(
     execution: Execution | None = None,
     tokens: int | None = None,
 ) -> "Attachment":
-    """Attach `teacher` to `student`; from now on the student's forward returns the distillation loss.
+    """Attach `teacher` to `student`, whose forward then returns the distillation loss.
 
     Works with any forward step that calls the model with labels. The student may be wrapped (DDP, Float16Module); its
     class, state dict, parameters and gradients are left alone.
@@ -58,34 +58,32 @@ def attach(
         student: this rank's model as Megatron built it: one chunk, or the list of its virtual pipeline stages.
         teacher: this rank's share, as `build_teacher` returns it.
         objective: what is trained. A scheduled one needs `Attachment.on_step` before every step.
-        vocab_size: the student's true vocabulary size; the padded columns beyond it take part in nothing.
-        pg_collection: the student's process groups; `tp` is used, and `cp` where tokens are selected by position or the
-            student has some beyond `objective.shared_vocab`. There the last pipeline stage has to be given the input
-            ids too. With `objective.hidden_losses` also `pp`; every stage that holds one of them has to be given the
-            loss mask.
-        timeout: for the teacher's messages between ranks.
+        vocab_size: the student's vocabulary size without padding. Padded columns are excluded from the loss.
+        pg_collection: the student's process groups. `tp` is used; `cp` for tokens selected by position; `pp` for
+            hidden losses.
+        timeout: of the teacher's messages between ranks.
         execution: how the loss is computed; None for `Execution()`.
-        tokens: of a micro-batch on this rank, s * b, by which ``head: auto`` is decided; None: fused where it can be.
+        tokens: s * b of a micro-batch on this rank, by which ``head: auto`` is decided. None: fused where possible.
 
     Returns:
-        The handle: `report` holds the last micro-batch's numbers, `detach()` restores the student exactly.
+        The handle. Call its `on_step` before each step, return its `loss_func` from the forward step, and give the
+        model `labels` and `loss_mask`. With a part of a vocabulary shared, the last pipeline stage needs the input ids
+        too; with hidden losses, every stage that holds one needs the loss mask.
 
     Raises:
-        ConfigError: on every rank: a student that has a teacher already, a feature that goes around the hooks,
-            vocabularies that are padded differently, logits that a model gathers over tensor-parallel ranks
-            (``parallel_output=False``), a `shared_vocab` beyond the vocabulary or of a part of it with
-            context parallelism or a selection of tokens, or hidden losses that cannot be had here (see `check_pairs`)
-            or lack their projectors (see `add_projectors`). At the first micro-batch, on a stage with a hidden loss and
-            without a loss mask.
+        ConfigError: on every rank, for a student that already has a teacher, an unsupported feature, vocabularies
+            padded differently, gathered logits (``parallel_output=False``), a `shared_vocab` that is not supported
+            here, or hidden losses without their layers or projectors. At the first micro-batch, for a stage with a
+            hidden loss and no loss mask.
         HostError: a student without `output_processor`: not a GPTModel of megatron-core >= 0.19.
 
-    Collectives: three all_gather_object (five with hidden losses), and those of making the groups for messages. Per
+    Collectives: three all_gather_object (five with hidden losses), and those that create the groups for messages. Per
     micro-batch: the teacher's own, its messages, and those of `vocab_parallel_distillation`, of each logit loss and of
     `HiddenLosses`.
     """
     scheduled = objective if isinstance(objective, ScheduledObjective) else ScheduledObjective(objective, {})
     objective = scheduled.objective
-    # Some of it shows on the last pipeline stage alone, and the others would go on into making groups.
+    # Some errors occur only on the last pipeline stage; the other ranks must not go on to create groups.
     with on_every_rank():
         check_shared_vocab(objective, vocab_size, pg_collection.cp.size())
         check_tokens(objective, vocab_size)
@@ -140,13 +138,13 @@ def _checked_student(
         check_stages(config, who)
     if teacher.layout.neighbors > 1 and chunks[0].config.variable_seq_lengths:
         raise ConfigError(
-            "a teacher that spans data-parallel neighbors runs all their micro-batches, which must have one length: "
-            "turn variable_seq_lengths off, or give the teacher the student's tensor parallelism"
+            "variable_seq_lengths is not supported with a teacher that spans several DP replicas, whose micro-batches "
+            "it runs together: turn it off, or give the teacher the student's tensor parallelism"
         )
     if chunks[0].config.variable_seq_lengths and teacher.layout.student_stages > 1:
         if not teacher.layout.is_students:
             raise ConfigError(
-                "variable_seq_lengths over pipeline stages is not supported with a teacher in a layout of its own: its "
+                "variable_seq_lengths over pipeline stages is not supported with independent teacher parallelism: its "
                 "messages pass stages that do not know their length; pad micro-batches to one length, or remove the "
                 "teacher's tensor and pipeline parallelism"
             )
@@ -164,7 +162,7 @@ def _checked_student(
         ours, theirs = last.output_layer.output_size_per_partition, teacher.head.output_size_per_partition
         if ours != theirs:
             raise ConfigError(
-                f"student and teacher must pad the vocabulary alike: {ours} columns a rank against {theirs}; "
+                f"student and teacher must pad the vocabulary alike: {ours} columns per rank against {theirs}; "
                 "give both configs the same vocab_size, or make_vocab_size_divisible_by"
             )
     return chunks
@@ -186,20 +184,17 @@ class Attachment:
     Attributes:
         teacher: the frozen teacher's share of this rank.
         plan: how the loss is computed, the same on every rank of the job.
-        objective: what the student is trained on; of a scheduled objective, in the current step.
-        execution: how.
-        scheduled: the scheduled numbers of the current step, by name.
+        objective: what the student is trained on, in the current step.
+        execution: how the loss is computed.
+        scheduled: scheduled numbers of the current step, by name.
         progress: of the current training step; None before the first.
-        observers: are called at every training step and micro-batch; preflight adds one.
-        needs_input_ids: whether the last pipeline stage has to be given the input ids, too.
-        report: per-token numbers [b, s] of the last micro-batch, by the name they are logged under; None before the
-            first, and on every pipeline stage but the last.
-        loss_mask: [b, s] of the last micro-batch, on the last pipeline stage; None if the forward step gives the model
-            none.
-        max_queued_microbatches: the most micro-batches whose teacher hidden states have waited here for the student at
-            one time. 1 without virtual pipeline stages; with them as many as Megatron runs through one chunk before the
-            next (microbatch_group_size_per_vp_stage, by default the pipeline size).
-        max_queued_bytes: the same in bytes; a micro-batch is s * b * H / (TP if sequence parallel) numbers.
+        observers: called at every training step and micro-batch; preflight adds one.
+        needs_input_ids: whether the last pipeline stage needs the input ids.
+        report: per-token numbers [b, s] of the last micro-batch, by logged name; only on the last pipeline stage.
+        loss_mask: [b, s] of the last micro-batch, on the last pipeline stage; None if the model got none.
+        max_queued_microbatches: peak number of micro-batches whose teacher hidden states waited for the student here.
+            1 without virtual pipeline stages; else Megatron's microbatch_group_size_per_vp_stage.
+        max_queued_bytes: peak of their bytes; a micro-batch is s * b * H / (TP if sequence parallel) numbers.
     """
 
     def __init__(
@@ -232,12 +227,12 @@ class Attachment:
         self._cp_group: dist.ProcessGroup | None = getattr(pg_collection, "cp", None)
         self._waiting: deque[torch.Tensor] = deque()
         self._runner = TeacherRunner(chunks, teacher, timeout)
-        # Only where there is a loss to report it with.
+        # Only where the loss is reported.
         device = next(chunks[-1].parameters()).device
-        self._stopwatch = Stopwatch(device) if chunks[-1].post_process else None
-        self._alone = chunks[0].pre_process and chunks[0].post_process
+        self._timer = PassTimer(device) if chunks[-1].post_process else None
+        self._is_single_stage = chunks[0].pre_process and chunks[0].post_process
         self._signature = inspect.signature(chunks[0].forward)
-        # The first chunk's micro-batches come in order, and so do the last one's; in between there may be others.
+        # The first chunk sees its micro-batches in order, and so does the last one; other chunks may run in between.
         self._hooks = [chunks[0].register_forward_pre_hook(self._run_teacher, with_kwargs=True)]
         if chunks[-1].post_process:
             self._hooks.append(chunks[-1].register_forward_pre_hook(self._give_head, with_kwargs=True))
@@ -268,9 +263,9 @@ class Attachment:
             self.scheduled = self._scheduled_objective.values(progress)
 
     def detach(self) -> None:
-        """Take the teacher off; the student is what it was before. A second call does nothing.
+        """Detach the teacher and restore the student. Idempotent.
 
-        Projectors go too. Megatron's wrapper and optimizer, which were made with them, cannot train on without.
+        Projectors are removed too. A Megatron optimizer that was built with them cannot continue.
         """
         for hook in self._hooks:
             hook.remove()
@@ -313,47 +308,44 @@ class Attachment:
         return METRICS if tokens is not None and tokens.by_position and not of_all else ()
 
     def _pop_tensors(self) -> dict[str, torch.Tensor]:
-        """Both models' last hidden states of the last micro-batch, on the last pipeline stage, once.
+        """Return both models' last hidden states of the last micro-batch, and forget them.
 
-        [s, b, h], with sequence parallelism this rank's [s/TP, b, h]. They are kept until they are taken, or until the
-        next micro-batch; `masked_loss` has statistics of them where a loss is not finite.
+        [s, b, h] each, with sequence parallelism this rank's [s/TP, b, h]. Statistics of them are written where a loss
+        is not finite.
         """
         tensors, self._tensors = self._tensors, {}
         return tensors
 
     def _pop_teacher_seconds(self) -> tuple[float, float] | None:
-        """What the teacher's passes of training have taken on this rank since the last call: (seconds, passes).
+        """Return (seconds, passes) of the teacher in training on this rank since the last call.
 
-        A pass is what this rank does of the teacher within one
-        micro-batch, and its waiting for the teacher's messages; without the teacher's output layer, which is part of
-        the loss. On a GPU only what it is past is known, the rest comes later; see `Stopwatch.take`.
+        A pass is this rank's part of the teacher's forward for one micro-batch, and its waiting for the teacher's
+        messages. The teacher's output layer is part of the loss. On a GPU, passes that are not over yet are returned by
+        a later call; see `PassTimer.take`.
 
         Returns:
-            None on every pipeline stage but the last, and in validation.
+            None in validation, and on every pipeline stage but the last.
         """
-        return self._stopwatch.take() if self._stopwatch and torch.is_grad_enabled() else None
+        return self._timer.take() if self._timer and torch.is_grad_enabled() else None
 
     @property
     def num_in_flight(self) -> int:
-        """Messages of the teacher that were started here and are not known to have arrived."""
+        """Number of the teacher's messages that this rank has started and that are not known to have arrived."""
         return self._runner.num_in_flight + (self._hidden.num_in_flight if self._hidden is not None else 0)
 
     @property
     def hidden(self) -> dict[str, tuple[float, torch.Tensor]] | None:
-        """The last micro-batch's losses between layers: {name: (weight, sum over counted tokens)}.
-
-        None before the first, on every pipeline stage but the last, and without such losses.
-        """
+        """{name: (weight, sum over counted tokens)} of the last micro-batch's hidden losses, on the last stage."""
         return self._hidden.report if self._hidden is not None else None
 
     @property
     def needs_loss_mask(self) -> set[int | None]:
-        """Virtual stages of this rank, None for its only one, that are to be given the loss mask for hidden losses."""
+        """Virtual stages of this rank (None: its only one) that need the loss mask for hidden losses."""
         return self._hidden.stages_with_mask if self._hidden is not None else set()
 
     @property
-    def most_waiting_of_layers(self) -> int:
-        """The most micro-batches whose outputs of a teacher's layer have waited for the student's at one time."""
+    def max_queued_layer_outputs(self) -> int:
+        """Peak number of micro-batches whose outputs of a teacher layer waited for the student's layer."""
         return self._hidden.max_queued_microbatches if self._hidden is not None else 0
 
     def _run_teacher(self, student: GPTModel, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -364,7 +356,7 @@ class Attachment:
             raise ConfigError(
                 "a ScheduledObjective needs the training progress: call attachment.on_step() before each step"
             )
-        measured = self._stopwatch.measure() if self._stopwatch and torch.is_grad_enabled() else nullcontext()
+        measured = self._timer.measure() if self._timer and torch.is_grad_enabled() else nullcontext()
         with measured, torch.no_grad():
             hidden_states = self._runner.run(batch)
         if hidden_states is not None:
@@ -379,8 +371,8 @@ class Attachment:
         return args, {**kwargs, "output_processor": self._head, "output_processor_context": context}
 
     def _logits_are_wanted(self, batch: dict[str, Any]) -> bool:
-        """Whether this is no training step: a pipeline of one stage without labels."""
-        return self._alone and batch.get("labels") is None
+        """Return whether the model was called for logits: a single pipeline stage without labels."""
+        return self._is_single_stage and batch.get("labels") is None
 
     def _head(
         self,
@@ -397,7 +389,7 @@ class Attachment:
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """The per-token loss [b, s] from both models' hidden states; called by GPTModel."""
+        """Compute the per-token loss [b, s] from both models' hidden states; called by GPTModel."""
         self.loss_mask = loss_mask
         self._tensors = {
             "student hidden states": hidden_states.detach(),
@@ -433,7 +425,7 @@ class Attachment:
         return _batch_first(loss.total)
 
     def _positions(self, length: int, packed: PackedSeqParams | None) -> torch.Tensor | None:
-        """[length], where this rank's tokens stand in their sequences, if that is of consequence."""
+        """Return [length], the positions of this rank's tokens in their sequences; None if not needed."""
         if self.objective.tokens is None or not self.objective.tokens.by_position:
             return None
         ends, group = None, self._cp_group

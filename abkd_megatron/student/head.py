@@ -1,4 +1,4 @@
-"""The loss in place of Megatron's own, from both models' last hidden states: with logits, or without them.
+"""The loss that replaces Megatron's own, from both models' last hidden states.
 
 Legend: s sequence, b micro-batch, h hidden size, V/TP vocabulary columns of a rank.
 """
@@ -32,16 +32,16 @@ class Loss(NamedTuple):
     """Per token, [s, b]."""
 
     total: Tensor
-    """What is trained: kd_weight * distillation + lm_weight * cross entropy."""
+    """kd_weight * distillation + lm_weight * cross entropy."""
     distillation: Tensor
-    """The divergence, if there is one, and all logit losses by their weights."""
+    """The divergence, if any, plus the weighted logit losses; times T^2 with `temperature_squared`."""
     terms: DistillationTerms
-    """Its divergence is forward KL if the objective has none."""
+    """Of forward KL if the objective has no divergence."""
     logit_losses: dict[str, Tensor]
-    """Each one without its weight; 0 for tokens that do not count or are not selected."""
+    """Unweighted; 0 for tokens that do not count or are not selected."""
     selected: Tensor | None
-    """bool, which tokens are distilled; None where all are. Of a selection by position the others have a cross entropy
-    and zeros."""
+    """bool, the distilled tokens; None for all. With a selection by position the other tokens only have a cross
+    entropy, and zeros."""
 
 
 def compute_loss(
@@ -63,25 +63,25 @@ def compute_loss(
     """Compute the objective's loss, with or without materialized logits.
 
     Args:
-        student: gets gradients.
-        teacher: gets none.
+        student: receives gradients.
+        teacher: receives none.
         objective: what is trained.
         labels: [s, b].
-        loss_mask: [s, b], what the caller multiplies the loss by before it sums; None if it is not known. Of logit
-            losses a token of mask 0 takes no part in those of several tokens.
+        loss_mask: [s, b], by which the caller multiplies the loss before it sums; None if not known. Logit losses over
+            several tokens leave out tokens of mask 0.
         shard: of the student's vocabulary.
         tp_group: the tensor-parallel group.
-        megatron_cross_entropy: Megatron's own [s, b] from logits; it may overwrite them.
-        input_ids: [s, b]; looked at where the student has tokens beyond `objective.shared_vocab`.
-        positions: [s], where the tokens stand in their sequences; looked at where `objective.tokens` goes by it. On the
-            CPU, or the host waits for them.
+        megatron_cross_entropy: returns Megatron's own [s, b] from logits; it may overwrite them.
+        input_ids: [s, b]; needed where the student has tokens beyond `objective.shared_vocab`.
+        positions: [s], the tokens' positions in their sequences; needed for a selection by position. On the CPU, or the
+            host waits for them.
         chunk_tokens: `Plan.chunk_tokens`, of the fused head; None materializes logits, as diagnostics do.
         gradient_in_place: as in `Execution`.
         diagnostics: as in `Execution`.
 
     Raises:
-        ConfigError: without input ids where they are needed.
-        RuntimeError: for a fused head, if hooks were registered on the student's output layer meanwhile.
+        ConfigError: input ids are needed and missing.
+        RuntimeError: hooks were registered on the student's output layer after the plan was made.
 
     Collectives: those of `vocab_parallel_distillation`, twice if the student has tokens beyond the shared ones, and of
     `vocab_parallel_logit_loss` for each logit loss. With sequence parallelism and a selection by position, the
@@ -91,8 +91,8 @@ def compute_loss(
     selected = None
     if tokens is not None and tokens.by_position:
         assert positions is not None
-        # On the CPU, where the number of selected tokens is known without waiting for a GPU. Where the ends of packed
-        # sequences are on a GPU the host waits for it here, once.
+        # On the CPU, so that the number of selected tokens is known without a synchronization. Positions of packed
+        # sequences on a GPU are waited for here, once.
         selected = tokens.at(positions.cpu()).unsqueeze(-1).expand(labels.shape)
     by_models = tokens.of if tokens is not None and not tokens.by_position else None
     diagnosing = diagnostics and not torch.is_grad_enabled()
@@ -124,7 +124,7 @@ def compute_loss(
 
     student_logits = student.logits()
     with torch.no_grad():
-        if selected is None or diagnosing:  # a diagnosis is of all tokens
+        if selected is None or diagnosing:  # diagnostics use all tokens
             teacher_logits = teacher.logits()
         else:
             rows = selected.reshape(-1).nonzero().squeeze(-1)
@@ -150,7 +150,7 @@ def compute_loss(
         )
         terms = terms._replace(metrics={**terms.metrics, **found})
     if watch_only:
-        # After our reading: Megatron's cross entropy overwrites fp32 logits in place.
+        # Last, because Megatron's cross entropy overwrites fp32 logits.
         terms = terms._replace(cross_entropy=megatron_cross_entropy(student_logits))
         loss = loss._replace(total=objective.lm_weight * terms.cross_entropy)
     return loss._replace(terms=terms)
@@ -170,7 +170,7 @@ def _loss(
 ) -> Loss:
     """Compute the objective's loss from materialized logits.
 
-    `compared` are the columns that both models know. The teacher's logits are of all tokens, or [n, V/TP] of those
+    `compared` is the shard of columns that both models know. The teacher's logits cover all tokens, or [n, V/TP] those
     `selected` by position.
     """
     counted = loss_mask != 0 if loss_mask is not None else None
@@ -187,7 +187,7 @@ def _loss(
     if trained is not None:
         terms = terms._replace(divergence=torch.where(trained, terms.divergence, 0.0))
         counted = trained if counted is None else trained & counted
-    # After the divergence, so that their backward comes before its own, which may overwrite the logits.
+    # After the divergence, so that their backward runs before its backward, which may overwrite the logits.
     logit_losses = _logit_losses(student_logits, teacher_logits, objective, compared, counted)
     weights = [weight for weight, _ in objective.logit_losses]
     parts = [weight * value for weight, value in zip(weights, logit_losses.values(), strict=True)]
@@ -202,7 +202,7 @@ def _loss(
 
 
 def _trained(tokens: TokenSelection | None, terms: DistillationTerms, by_position: Tensor | None) -> Tensor | None:
-    """Which tokens are distilled, on their device."""
+    """Return the mask of distilled tokens on their device; None for all."""
     if tokens is not None and not tokens.by_position:
         return tokens.of(terms.metrics)
     return to_device(by_position, terms.divergence.device) if by_position is not None else None
@@ -215,7 +215,7 @@ def _logit_losses(
     found = {}
     for name, (_, loss) in zip(objective.names_of_logit_losses, objective.logit_losses, strict=True):
         together = loss.group_size > 1
-        # The tokens of a group are of one sequence.
+        # A group's tokens belong to one sequence.
         student, teacher = (
             logits.transpose(0, 1) if together else logits for logits in (student_logits, teacher_logits)
         )
@@ -247,13 +247,13 @@ def _terms(
 
 
 def _read(input_ids: Tensor | None, shard: VocabShard, shared: VocabShard) -> Tensor:
-    """[s, b] bool: the tokens up to which the teacher has read what the student has."""
+    """Return [s, b] bool: tokens before the first one that the teacher does not know."""
     if input_ids is None:
         raise ConfigError(
             f"shared_vocab {shared.size} of the student's {shard.size} tokens needs the input ids on the last pipeline "
-            "stage too, to see where the teacher could not read them; pass input_ids= to the model there"
+            "stage too; pass input_ids= to the model there"
         )
-    # From its first unknown token on, the teacher has read another text than the student.
+    # From the first unknown token on, teacher and student have read different text.
     return (input_ids >= shared.size).cumsum(0) == 0
 
 
@@ -270,8 +270,8 @@ def _terms_of_part(
     """The cross entropy over the student's whole vocabulary, everything else over the part that is shared."""
     known = labels.masked_fill(labels >= shared.size, -1)
     terms = _terms(student_logits, teacher_logits, objective, known, shared, gradient_in_place)
-    # A pass for the cross entropy alone, so of the student with itself. It comes second, and its backward thus first:
-    # the divergence's may overwrite the logits.
+    # A pass for the cross entropy only, so the student is compared with itself. It comes second so that its backward
+    # runs first: the divergence's backward may overwrite the logits.
     whole = vocab_parallel_distillation(student_logits, student_logits, AlphaBeta(1.0, 0.0), labels, shard)
     return DistillationTerms(
         terms.divergence.masked_fill(~read, 0.0),

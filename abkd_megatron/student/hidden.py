@@ -1,12 +1,11 @@
-"""Losses between layers of the student and of the teacher: the projectors, the gradients, and the numbers to log.
+"""Losses between layers of the student and of the teacher: checks, gradients, and sums to log.
 
-Legend: s sequence, b micro-batch, h and H the student's and the teacher's hidden size.
+Legend: s sequence, b micro-batch, H hidden size.
 """
 
 import inspect
-import zlib
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -17,116 +16,20 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.hidden import HiddenLoss
+from abkd_megatron.student.projectors import PROJECTORS, check_projector, layer_numbers
 from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.channel import Channel, new_group
 from abkd_megatron.tensors import Function, check_context, check_tensor, constant
 
-PROJECTORS = "distillation_projectors"
-"""The student's submodule, and so the beginning of the projectors' names in its checkpoint."""
-
-
-class Projectors(torch.nn.ModuleDict):
-    """The projectors of one model chunk, by `HiddenLoss.pair`: bias-free Linear layers h -> H.
-
-    Every rank of a tensor-parallel group holds them whole.
-    """
-
-    def __init__(self, tp_group: dist.ProcessGroup, absent: Collection[str]) -> None:
-        super().__init__()
-        self._tp_group = tp_group
-        self._absent = set(absent)
-
-    def project(self, pair: str, hidden_states: Tensor) -> Tensor:
-        """[s, b, h] -> [s, b, H], through the module: DDP's hooks on it may have a parameter to wait for."""
-        self._absent.clear()  # what was to be loaded is
-        projected: Tensor = self[pair](hidden_states)
-        return projected
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """As Megatron's own modules; without the projectors that the checkpoint to start from does not have."""
-        here = self.state_dict(prefix="", keep_vars=True)
-        asked = {name: weight for name, weight in here.items() if name.partition(".")[0] not in self._absent}
-        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            asked,
-            prefix,
-            {},
-            sharded_offsets,
-            tp_group=self._tp_group,
-            dp_cp_group=(metadata or {}).get("dp_cp_group"),
-        )
-        return sharded
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, weight in self.state_dict().items():
-            if name.partition(".")[0] in self._absent:
-                state_dict.setdefault(prefix + name, weight)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def add_projectors(
-    student: Sequence[GPTModel],
-    losses: Sequence[HiddenLoss],
-    teacher_hidden_size: int,
-    *,
-    tp_group: dist.ProcessGroup,
-    absent: Collection[str] = (),
-    seed: int = 0,
-) -> None:
-    """Give the student its projectors, before Megatron wraps it: call it in a `GPTModelConfig.pre_wrap_hooks`.
-
-    They are parameters like any other of the student: Megatron's optimizer trains them, and its checkpoint has them as
-    ``distillation_projectors.{student layer}-{teacher layer}.weight``, [H, h]. `Attachment.detach` takes them off.
-    Their first values are normal with deviation h^-1/2, depend on `seed` and the pair alone, and draw no number from
-    the generators of torch or Megatron.
-
-    Args:
-        student: this rank's model chunks, as they were built.
-        losses: all of the objective's; those without a projector and of other ranks' layers add nothing here.
-        teacher_hidden_size: H.
-        tp_group: the student's tensor-parallel group.
-        absent: `HiddenLoss.pair` of projectors that the checkpoint to start from does not have; they begin with their
-            first values. Saved they are all.
-        seed: another one gives other first values.
-
-    Raises:
-        ConfigError: for a student that has projectors already.
-
-    Collectives: none.
-    """
-    for chunk in student:
-        if hasattr(chunk, PROJECTORS):
-            raise ConfigError("this student has projectors already; call add_projectors() once, with all hidden losses")
-        layers, config = _layer_numbers(chunk), chunk.config
-        here = [loss for loss in losses if loss.projector and loss.student_layer in layers]
-        if not here:
-            continue
-        projectors, like = Projectors(tp_group, absent), next(chunk.parameters())
-        if like.is_meta:
-            raise ConfigError(
-                "projectors take their first values where they are made; remove init-model-with-meta-device"
-            )
-        for loss in here:
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {loss.pair}".encode()))
-            weight = torch.randn((teacher_hidden_size, config.hidden_size), generator=generator, device="cpu")
-            linear = torch.nn.Linear(config.hidden_size, teacher_hidden_size, bias=False, device="meta")
-            linear.weight = torch.nn.Parameter((weight / config.hidden_size**0.5).to(like.device, config.params_dtype))
-            # Each rank then sees its part of the sequence, and Megatron sums such gradients over the ranks.
-            linear.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-            projectors[loss.pair] = linear
-        chunk.add_module(PROJECTORS, projectors)
-
 
 @dataclass(frozen=True)
 class Layers:
-    """What a rank holds: numbers of layers, counted over the whole model, from 1."""
+    """The layers of one pipeline stage; numbers are counted over the whole model from 1."""
 
     stage: int
     student: tuple[int, ...]
@@ -136,26 +39,26 @@ class Layers:
 def layers_of_stages(
     chunks: Sequence[GPTModel], teacher: Teacher, pg_collection: ProcessGroupCollection
 ) -> dict[int, Layers]:
-    """The layers of every pipeline stage of this rank's student and teacher, virtual ones together.
+    """Return {pipeline stage: its layers} of student and teacher; virtual stages are merged.
 
     Collectives: one all_gather_object over the job.
     """
-    student = tuple(number for chunk in chunks for number in _layer_numbers(chunk))
+    student = tuple(number for chunk in chunks for number in layer_numbers(chunk))
     found: list[Layers | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, Layers(pg_collection.pp.rank(), student, tuple(_layer_numbers(teacher.model))))
+    dist.all_gather_object(found, Layers(pg_collection.pp.rank(), student, tuple(layer_numbers(teacher.model))))
     return {layers.stage: layers for layers in found if layers is not None}
 
 
 def check_layers(
-    losses: Sequence[HiddenLoss], stages: Mapping[int, Layers], *, beside: bool, sizes: tuple[int, int]
+    losses: Sequence[HiddenLoss], stages: Mapping[int, Layers], *, same_layout: bool, sizes: tuple[int, int]
 ) -> None:
-    """Refuse hidden losses that two models of these layers cannot have.
+    """Reject hidden losses between layers that do not exist or are not on one rank.
 
     Args:
-        losses: between their layers.
-        stages: the layers of every pipeline stage.
-        beside: whether the teacher lies as the student does, sequence parallelism included.
-        sizes: hidden size of the student and of the teacher.
+        losses: to check.
+        stages: the layers of every pipeline stage; used if `same_layout`.
+        same_layout: whether the teacher has the student's parallel layout, including sequence parallelism.
+        sizes: hidden sizes of the student and of the teacher.
 
     Raises:
         ConfigError: see `check_pairs`.
@@ -163,9 +66,9 @@ def check_layers(
     if not losses:
         return
     ours, theirs = sizes
-    if not beside:
+    if not same_layout:
         raise ConfigError(
-            "hidden losses compare layers of one rank, so the teacher must lie as the student does; remove its "
+            "hidden losses compare layers on one rank, so the teacher must have the student's layout; remove its "
             "tensor-model-parallel-size, pipeline-model-parallel-size and sequence-parallel from `teacher:`"
         )
     for loss in losses:
@@ -179,8 +82,8 @@ def check_layers(
             near = ", ".join(map(str, stages[at].teacher)) or "none"
             raise ConfigError(
                 f"{loss.name}: expected two layers of one pipeline stage, got the student's {loss.student_layer} on "
-                f"stage {at} and the teacher's {loss.teacher_layer} on stage {other}; beside the student's "
-                f"{loss.student_layer} lie the teacher's layers {near}: give one of these, or another student layer"
+                f"stage {at} and the teacher's {loss.teacher_layer} on stage {other}; give one of the teacher's layers "
+                f"on stage {at} ({near}), or another student layer"
             )
         if not loss.projector and ours != theirs:
             raise ConfigError(
@@ -192,44 +95,34 @@ def check_layers(
 def check_pairs(
     chunks: Sequence[GPTModel], teacher: Teacher, losses: Sequence[HiddenLoss], stages: Mapping[int, Layers]
 ) -> None:
-    """Refuse hidden losses that cannot be trained, with the same words on every rank.
+    """Reject hidden losses that cannot be trained.
+
+    Args:
+        chunks: this rank's model chunks.
+        teacher: this rank's stage.
+        losses: all hidden losses of the objective.
+        stages: as `layers_of_stages` returns them.
 
     Raises:
-        ConfigError: for a teacher in a layout of its own, a layer that is not there, two layers of different stages,
-            sizes that differ without a projector, projectors that were not added, or an unknown number of
-            micro-batches.
+        ConfigError: for a teacher in another parallel layout, a layer that does not exist, two layers of different
+            stages, hidden sizes that differ without a projector, projectors that were not added, or an unknown number
+            of micro-batches.
     """
     config, theirs = chunks[0].config, teacher.model.config
-    beside = teacher.layout.is_students and theirs.sequence_parallel == config.sequence_parallel
-    check_layers(losses, stages, beside=beside, sizes=(config.hidden_size, theirs.hidden_size))
+    same_layout = teacher.layout.is_students and theirs.sequence_parallel == config.sequence_parallel
+    check_layers(losses, stages, same_layout=same_layout, sizes=(config.hidden_size, theirs.hidden_size))
     for loss in losses:
         chunk = _chunk_of(chunks, loss)
         if loss.projector and chunk is not None:
-            _check_projector(chunk, loss, theirs.hidden_size)
+            check_projector(chunk, loss, theirs.hidden_size)
     if not config.calculate_per_token_loss:
         try:
             get_num_microbatches()
         except AttributeError as error:  # Megatron's calculator is None
             raise ConfigError(
-                "hidden losses are divided by the number of micro-batches, as Megatron divides its loss, and it is not "
-                "known here; call megatron.core's init_num_microbatches_calculator(), or set calculate_per_token_loss"
+                "hidden losses are divided by the number of micro-batches, as Megatron's loss is, and it is not known "
+                "yet; call megatron.core's init_num_microbatches_calculator(), or set calculate_per_token_loss"
             ) from error
-
-
-def _check_projector(chunk: GPTModel, loss: HiddenLoss, teacher_hidden_size: int) -> None:
-    projectors = getattr(chunk, PROJECTORS, {})
-    if loss.pair not in projectors:
-        raise ConfigError(
-            f"{loss.name} has a projector, which the student lacks: Megatron must see it before it wraps the model; "
-            "call add_projectors() in a pre_wrap_hook"
-        )
-    shape, wanted = tuple(projectors[loss.pair].weight.shape), (teacher_hidden_size, chunk.config.hidden_size)
-    if shape != wanted:
-        raise ConfigError(f"{loss.name}: expected a projector of {wanted}, got {shape}; call add_projectors() with it")
-
-
-def _layer_numbers(model: GPTModel) -> list[int]:
-    return [layer.layer_number for layer in model.decoder.layers]
 
 
 def _layer(model: GPTModel, number: int) -> torch.nn.Module:
@@ -239,15 +132,15 @@ def _layer(model: GPTModel, number: int) -> torch.nn.Module:
 
 
 def _chunk_of(chunks: Sequence[GPTModel], loss: HiddenLoss) -> GPTModel | None:
-    return next((chunk for chunk in chunks if loss.student_layer in _layer_numbers(chunk)), None)
+    return next((chunk for chunk in chunks if loss.student_layer in layer_numbers(chunk)), None)
 
 
 def hidden_distance(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
     """Compute the loss per token, [..., H] and [..., H] -> [...], in fp32 at least; see `HiddenLoss`.
 
-    Differentiable in `student`. For backward it keeps both tensors as they are, in their own dtypes, and computes in
-    fp32 again: of each micro-batch under way nothing in fp32 is held. A token whose loss has a gradient of 0 passes on
-    exactly 0, whatever it holds.
+    Differentiable in `student`. Saves both tensors in their own dtypes and computes in fp32 again in backward, so
+    micro-batches in flight hold no fp32 copies. A token whose loss has a gradient of 0 gets a gradient of exactly 0,
+    even if its hidden state is NaN or infinite.
     """
     check_context("hidden_distance")
     check_tensor("the student's hidden states", student)
@@ -284,9 +177,9 @@ class _Distance(Function):
 
 
 class _Add(torch.autograd.Function):
-    """The hidden states as they are; backward adds the gradient of a loss that nobody differentiates.
+    """Returns the hidden states; backward also backpropagates a loss that is not part of the output.
 
-    Its backward is right at any order; the loss's own raises at the second.
+    Double backward is correct here, but raises in the loss itself.
     """
 
     @staticmethod
@@ -302,64 +195,62 @@ class _Add(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Which tokens of a micro-batch count."""
+    """The loss mask of a micro-batch."""
 
     mask: Tensor
-    """[s, b] fp32 of this rank's part of the sequence."""
+    """[s, b] fp32, this rank's part of the sequence."""
     count: Tensor
-    """Of all of them on this context-parallel rank, as Megatron counts: one int."""
+    """[] int, the number of unmasked tokens on this context-parallel rank, as Megatron counts them."""
 
 
 @dataclass
 class _Pair:
-    """One loss on the rank that holds both layers."""
+    """One hidden loss on a rank with its two layers."""
 
     loss: HiddenLoss
     waiting: deque[Tensor] = field(default_factory=deque)
-    """The teacher's hidden states of micro-batches that the student's layer has not seen yet, [s, b, H]."""
+    """The teacher's hidden states, [s, b, H], of micro-batches that the student's layer has yet to run."""
     again: deque[tuple[Tensor, _Tokens]] = field(default_factory=deque)
-    """Those of micro-batches whose layer runs once more in backward, with full recomputation."""
+    """The same of micro-batches whose layer runs again in backward, with full recomputation."""
 
 
 @dataclass
 class _Chunk:
-    """A model chunk that holds a student layer of some pairs."""
+    """A model chunk with student layers of some pairs."""
 
     model: GPTModel
     pairs: list[_Pair]
     tokens: _Tokens | None = None
-    """While it runs forward; None between, and where no loss is wanted."""
+    """Set while the chunk runs forward and a loss is wanted, else None."""
     differentiated: bool = False
     sums: dict[str, Tensor] = field(default_factory=dict)
-    """Of the micro-batch that runs."""
+    """{name of a loss: sum over tokens} of the running micro-batch."""
     done: deque[dict[str, Tensor]] = field(default_factory=deque)
-    """Of micro-batches that later chunks of this rank have yet to run."""
+    """The same of micro-batches that later chunks of this rank have yet to run."""
 
 
 class HiddenLosses:
-    """Takes the hidden losses where their layers run, and carries their sums to the last pipeline stage.
+    """Hooks that compute the hidden losses where their layers run and send their sums to the last pipeline stage.
 
-    A hook on the teacher's layer keeps its output until the hook on the student's layer sees the same micro-batch; that
-    hook has the gradient added to the student's, scaled as Megatron scales the main loss. What is left for the last
-    stage is one number a pair, to be logged: one message a stage and micro-batch, which moves to a later stage as the
-    student's own activations do and is not waited for by the sender.
+    A hook on the teacher's layer queues its output until the hook on the student's layer runs the same micro-batch.
+    That hook adds the loss's gradient to the student's, scaled as Megatron scales the main loss. For logging, every
+    stage sends one message per micro-batch to the last stage, with one number per pair. The sender does not wait.
 
     Args:
         chunks: this rank's model chunks.
         teacher: this rank's stage.
-        losses: all of the objective's, checked by `check_pairs`.
-        stages: as `layers_of_stages` found them.
+        losses: all hidden losses of the objective, checked by `check_pairs`.
+        stages: as `layers_of_stages` returns them.
         tp_group: the student's tensor-parallel group.
-        logits_are_wanted: whether a forward pass, by its arguments, is none of training or validation.
+        logits_are_wanted: returns whether a forward pass with these arguments is neither training nor validation.
         timeout: for messages.
 
     Attributes:
-        report: {name: (weight, sum over counted tokens of the last micro-batch)}; None but on the last stage.
-        max_queued_microbatches: the most micro-batches that any pair's teacher hidden states have waited for at one
-        time.
+        report: {name: (weight, sum over unmasked tokens of the last micro-batch)} on the last stage, else None.
+        max_queued_microbatches: largest number of micro-batches that were queued at one time for any pair.
 
-    Collectives: making it creates a group a pipeline, and sends one number from each stage. Per micro-batch: an
-    all-reduce of the sums over `tp_group` with sequence parallelism, and the messages.
+    Collectives: construction creates one group per pipeline and sends one number from each stage. Per micro-batch: with
+    sequence parallelism an all-reduce of the sums over `tp_group`; the messages.
     """
 
     def __init__(
@@ -381,40 +272,40 @@ class HiddenLosses:
         self._all_chunks = list(chunks)
         self._chunks: list[_Chunk] = []
         for chunk in chunks:
-            pairs = [_Pair(loss) for loss in losses if loss.student_layer in _layer_numbers(chunk)]
+            pairs = [_Pair(loss) for loss in losses if loss.student_layer in layer_numbers(chunk)]
             if pairs:
                 self._watch(_Chunk(chunk, pairs), teacher)
 
         names = {stage: [x.name for x in losses if x.student_layer in of.student] for stage, of in stages.items()}
         self._stage, self._last, pipeline = teacher.layout.place.pp, max(stages), teacher.layout.pipeline
         self._last_rank = pipeline[-1]
-        # Of the earlier stages, in order: (rank, names of what it sends).
+        # (rank, names of the losses it sends) of the earlier stages, in order.
         self._sources = [(pipeline[at], names[at]) for at in sorted(stages) if at < self._last and names[at]]
         group = new_group(pipeline if self._sources else (), timeout)
-        # A few numbers per micro-batch, which leave without their receiver, so they need not wait for Megatron's send.
+        # A few numbers per micro-batch do not block on the receiver, so they need not wait for Megatron's send.
         links = [(rank, self._last_rank) for rank, _ in self._sources]
         self._channel = Channel(group, links, self._device, 64) if group is not None else None
         if self._stage == self._last:
-            # After the hooks above, for they run in this order: its own pairs are done.
+            # Registered after the hooks above, so it runs when this stage's pairs are done.
             self._hooks.append(chunks[-1].register_forward_hook(self._collect, with_kwargs=True))
 
     @property
     def stages_with_mask(self) -> set[int | None]:
-        """Virtual stages of this rank (None without any) that must be given the loss mask."""
+        """Virtual stages of this rank (None without virtual stages) that need the loss mask."""
         return {chunk.model.vp_stage for chunk in self._chunks}
 
     @property
     def num_in_flight(self) -> int:
-        """Messages started here and not known to have arrived."""
+        """Number of messages sent and not yet completed."""
         return self._channel.num_in_flight if self._channel is not None else 0
 
     def drain(self) -> None:
-        """Wait until every message has left. Only between steps."""
+        """Wait until every message has been sent. Only between steps."""
         if self._channel is not None:
             self._channel.drain()
 
     def remove(self) -> None:
-        """Take all of it off, the projectors too. Only between steps."""
+        """Remove all hooks and the projectors. Only between steps."""
         for hook in self._hooks:
             hook.remove()
         self.drain()
@@ -445,7 +336,7 @@ class HiddenLosses:
         if mask is None:
             raise ConfigError(
                 f"{chunk.pairs[0].loss.name} on pipeline stage {self._stage}: expected the loss mask of the "
-                "micro-batch, got none; pass loss_mask= to the model on every stage that holds one of the pairs"
+                "micro-batch, got none; pass loss_mask= to the model on every stage that has one of the pairs"
             )
         mask = mask.float()
         count, mask = mask.sum().to(torch.int), mask.transpose(0, 1)
@@ -462,7 +353,7 @@ class HiddenLosses:
             loss = self._sum(chunk, pair, hidden_states, theirs, tokens)
             chunk.sums[pair.loss.name] = loss.detach()
             if chunk.differentiated and not torch.is_grad_enabled():
-                # Within a checkpointed block; backward, in the order of the micro-batches, runs this layer again.
+                # In a checkpointed block. Backward runs this layer again, in the order of the micro-batches.
                 pair.again.append((theirs, tokens))
         elif torch.is_grad_enabled() and pair.again:
             theirs, tokens = pair.again.popleft()
@@ -472,18 +363,18 @@ class HiddenLosses:
         if not torch.is_grad_enabled():
             return None
         added = _Add.apply(hidden_states, self._scaled(pair.loss.weight * loss, tokens.count))
-        # Megatron frees what a stage has sent on, which no view may be.
+        # Megatron frees the output of a stage after sending it, which must not be a view.
         return (make_viewless_tensor(added, requires_grad=True, keep_graph=True), *rest)
 
     def _sum(self, chunk: _Chunk, pair: _Pair, hidden_states: Tensor, theirs: Tensor, tokens: _Tokens) -> Tensor:
-        """Over this rank's counted tokens; one that does not count adds nothing, even if it is NaN or infinite."""
+        """Sum the loss over this rank's unmasked tokens. A masked token adds nothing, even if it is NaN or infinite."""
         if pair.loss.projector:
             hidden_states = getattr(chunk.model, PROJECTORS).project(pair.loss.pair, hidden_states)
         of_token = hidden_distance(pair.loss.loss, hidden_states, theirs)
         return torch.where(tokens.mask == 0, 0.0, of_token * tokens.mask).sum()
 
     def _scaled(self, loss: Tensor, count: Tensor) -> Tensor:
-        """As Megatron's schedules scale the main loss of a micro-batch."""
+        """Scale the loss as Megatron's schedules scale the main loss of a micro-batch."""
         if not self._config.calculate_per_token_loss:
             loss = loss / count.clamp(min=1) / get_num_microbatches()
         if self._config.grad_scale_func is not None:
@@ -506,7 +397,7 @@ class HiddenLosses:
             self._channel.send(torch.stack([found[name] for name in here]), self._last_rank)
 
     def _own(self) -> dict[str, Tensor]:
-        """This rank's sums of the next micro-batch; its chunks see them in one order."""
+        """Pop this rank's sums of the next micro-batch; its chunks run micro-batches in the same order."""
         return {name: value for chunk in self._chunks for name, value in chunk.done.popleft().items()}
 
     def _collect(self, model: GPTModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

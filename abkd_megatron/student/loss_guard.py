@@ -1,4 +1,4 @@
-"""Losses that are NaN, infinite or far above what they were: found in a micro-batch, told with what is around them."""
+"""Detection of NaN, infinite and exploding losses in a micro-batch."""
 
 import json
 import logging
@@ -16,10 +16,10 @@ from abkd_megatron.errors import NumericalError
 
 logger = logging.getLogger(__name__)
 
-# So many times the largest of a run's first 100 micro-batches on a rank; Megatron's own training script has the same.
+# Multiple of the largest loss of a run's first 100 micro-batches on a rank; Megatron-LM's pretrain_gpt.py uses 10 too.
 SPIKE = 10.0
 
-# What makes a loss one that training cannot go on with.
+# Tests of a loss that training cannot continue with.
 _FATAL: tuple[tuple[Callable[[Tensor], Tensor], str], ...] = ((torch.isnan, "NaN"), (torch.isinf, "Inf"))
 
 
@@ -31,33 +31,33 @@ def check_losses(
     folder: Path | None,
     spikes: bool,
 ) -> None:
-    """Have Megatron's rerun state machine stop the run on every rank if one of these losses is NaN or infinite.
+    """Stop the run on every rank, through Megatron's rerun state machine, if a loss is NaN or infinite.
 
-    It does the step once more, and then saves a checkpoint of before the step and ends every rank with exit code 16, or
-    17 if the second time was another. What is special to a rank is told of before that, once, on the rank that has it:
-    every loss of the micro-batch, and a file with statistics of `details`. In a run's first step, where Megatron cannot
-    save and so looks at nothing, the rank raises instead, and the launcher ends the others. Gradients, which overflow
-    in fp16 until the loss scale suits, are not looked at here.
+    Megatron repeats the step, saves a checkpoint of the state before it, and ends every rank with exit code 16, or 17
+    if the second result differs. The affected rank first logs every loss of the micro-batch and writes a file with
+    statistics of `details`. In a run's first step, where Megatron cannot save and checks nothing, the rank raises
+    instead and the launcher ends the others. Gradients are not checked: in fp16 they overflow until the loss scale
+    fits.
 
     Args:
-        sums: every loss of a micro-batch by its name, a scalar.
-        checked: the names of those that are looked at, in this order.
-        details: gives what a file is to have statistics of: tensors by name, of any shape. Only called for a file.
-        folder: where the file is written, as fault_iter_STEP_rank_RANK.json; None for nowhere.
-        spikes: also tell of a loss that is more than `SPIKE` times the largest of the first 100 micro-batches. The run
-            goes on after the step was done once more.
+        sums: every loss of a micro-batch by name, a scalar each.
+        checked: names of the losses to check, in this order.
+        details: returns tensors of any shape by name; only called to write a file.
+        folder: folder of fault_iter_STEP_rank_RANK.json; None to write no file.
+        spikes: also report a loss above `SPIKE` times the largest of the first 100 micro-batches. Megatron then repeats
+            the step, and the run continues.
 
     Raises:
         NumericalError: in the first step.
-        RuntimeError: by Megatron, on the rank alone, with ``--rerun-mode disabled`` and in validation.
+        RuntimeError: by Megatron, on the affected rank only, with ``--rerun-mode disabled`` and in validation.
 
-    Collectives: none; Megatron has one at each step's end. The host waits for a GPU once.
+    Collectives: none; Megatron has one at the end of each step. The host waits for a GPU once.
     """
     machine = get_rerun_state_machine()
-    # The one time that the host waits for a GPU, whatever the number of losses; the rest is done on the copies.
+    # The host waits for the GPU once here, for all losses together.
     numbers = torch.stack([sums[name].detach() for name in checked]).cpu()
     results = dict(zip(checked, numbers.unbind(0), strict=True))
-    # Not so where the step is done for the third time, from the checkpoint that Megatron saved for this.
+    # False where Megatron repeats the step a third time, from the checkpoint that it saved for this.
     is_first = (
         machine.get_mode() == RerunMode.VALIDATE_RESULTS
         and machine.state == RerunState.INITIAL_RUN
@@ -76,8 +76,8 @@ def check_losses(
                 )
             elif found(results[name]):
                 raise NumericalError(
-                    f"{name} is {what} in a micro-batch of the first step; nothing was trained or "
-                    "saved. The line above has all its losses; docs/troubleshooting.md says what they may come of"
+                    f"{name} is {what} in a micro-batch of the first step; nothing was trained or saved. The line "
+                    "above has all losses of the micro-batch; docs/troubleshooting.md lists causes"
                 )
         if spikes:
             test = partial(machine.is_unexpectedly_large, threshold=SPIKE, context=name)
@@ -99,7 +99,7 @@ def _is_found(
     folder: Path | None,
     value: Tensor,
 ) -> bool:
-    """Whether the test is met, which is told; Megatron does not ask again when it repeats the step."""
+    """Return whether the test is met, and log it; Megatron does not call this again when it repeats the step."""
     if not test(value):
         return False
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
@@ -115,7 +115,7 @@ def _is_found(
                 json.dumps({**content, "tensors": {n: statistics(it) for n, it in details().items()}}, indent=1)
             )
             where = f"; statistics: {file}"
-        except OSError as error:  # what was found is more important than this
+        except OSError as error:  # the finding matters more than the file
             where = f"; {file} cannot be written: {error}"
     logger.error(
         "rank %d, iteration %d: %s in a micro-batch; its sums over tokens: %s%s",
@@ -125,10 +125,10 @@ def _is_found(
 
 
 def statistics(tensor: Tensor) -> dict[str, Any]:
-    """Smallest, largest and mean finite number of a tensor, how many are not finite, and where the first of them is.
+    """Summarize the finite elements of a tensor, and count and locate those that are not finite.
 
     Returns:
-        {"shape", "min", "max", "mean", "not finite", "first not finite"}; None where there is nothing to give.
+        {"shape", "min", "max", "mean", "not finite", "first not finite"}; None for a value that does not exist.
     """
     tensor = tensor.detach()
     finite = torch.isfinite(tensor)
@@ -149,5 +149,5 @@ def statistics(tensor: Tensor) -> dict[str, Any]:
 
 
 def _plain(number: float) -> float | str:
-    """A number as JSON has it, which has no NaN."""
+    """Return the number, or its text if JSON cannot represent it."""
     return number if math.isfinite(number) else str(number)

@@ -1,4 +1,4 @@
-"""How a run computes its loss: decided once, when the models are built, and the same on all tensor-parallel ranks."""
+"""Head, kernel and chunk size of a run, decided once when the models are built, equal on all ranks."""
 
 import logging
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from abkd_megatron.vocab_parallel.fused_head import automatic_chunk_tokens, byte
 
 logger = logging.getLogger(__name__)
 
-# The hooks with which Megatron's DDP waits for gathered parameters (--overlap-param-gather). They look at the module's
-# own parameters and at nothing else, so the fused head can run them in place of the layer's forward.
+# Module of the hooks with which Megatron's DDP waits for gathered parameters (--overlap-param-gather). They only use
+# the module's own parameters, so the fused head can run them in place of the layer's forward.
 _RUNNABLE_HOOKS = "megatron.core.distributed"
 
 
@@ -28,22 +28,21 @@ _RUNNABLE_HOOKS = "megatron.core.distributed"
 class Plan:
     """Head, kernel and chunks of this rank, on the student's last pipeline stage.
 
-    Nothing of it is decided again: two tensor-parallel ranks that chose different chunks, from what memory each has
-    free, would issue different collectives and wait for each other forever; and a run that chose anew after a resume
-    would sum in another order.
+    It is decided once: tensor-parallel ranks with different free memory would otherwise choose different chunks, issue
+    different collectives and deadlock, and a resumed run could sum in another order.
     """
 
     choice: str
-    """One of `kernels.CHOICES`: what is in use while the loss is computed."""
+    """One of `kernels.CHOICES`, in use while the loss is computed."""
     kernel: str
-    """Which of `kernels.NAMES` that is for the trained divergence."""
+    """The one of `kernels.NAMES` that it selects for the trained divergence."""
     chunk_tokens: int | None
     """Tokens per chunk of the fused head; None where both models' logits are materialized."""
     why: str
-    """For the log: sizes, and the reason where logits are materialized."""
+    """Sizes, and the reason for materialized logits; for the log."""
 
     def record(self) -> dict[str, Any]:
-        """For the run's record: plain text and numbers."""
+        """Return the plan as text and numbers, for the run's record."""
         return asdict(self)
 
 
@@ -57,22 +56,22 @@ def propose_plan(
     *,
     tokens: int | None,
 ) -> Plan:
-    """Decide for one rank how the loss is computed, and see that it can be: a small one is, with the chosen kernel.
+    """Decide how this rank computes the loss, and compute a small one with the chosen kernel.
 
-    Call it when the models are on their device, after `torch.cuda.set_device`, and give the result to `agree`.
+    Call it after `torch.cuda.set_device`, with the models on their device, and pass the result to `agree`.
 
     Args:
-        student: its output layer.
-        teacher: its output layer.
-        weight: [V/TP, h], what the student's output layer multiplies by.
+        student: the student's output layer.
+        teacher: the teacher's output layer.
+        weight: [V/TP, h], the weight of the student's output layer.
         objective: what is trained.
-        execution: how, as asked for.
+        execution: the requested head, kernel and chunk size.
         shard: of the student's vocabulary.
-        tokens: of a micro-batch on this rank, s * b, by which ``head: auto`` estimates what a fused head saves; None if
-            it is not known: auto is then fused wherever it can be.
+        tokens: s * b of a micro-batch on this rank, by which ``head: auto`` estimates what a fused head saves. None:
+            fused where possible.
 
     Raises:
-        ConfigError: for head: fused where there is an obstacle, or a kernel that cannot be had here.
+        ConfigError: ``head: fused`` is not possible, or the kernel is not available.
     """
     reasons = ["as chosen"] if execution.head == "materialized" else []
     reasons += obstacles(student, teacher, objective, shard.size)
@@ -83,7 +82,7 @@ def propose_plan(
     chunk_tokens = execution.chunk_tokens or automatic_chunk_tokens(weight.device, of_token)
     whole = f"{weight.shape[0]} logits of both models"
     if tokens is not None:
-        # About; in a packed row it depends on the lengths, and a head that changed with these would be a surprise.
+        # Approximate: in a packed row it depends on the lengths, and the head must not change with those.
         every = objective.tokens.n if objective.tokens is not None and objective.tokens.n is not None else 1
         compared = tokens // every
         both = "both models" if every == 1 else f"the student and about {compared} of the teacher"
@@ -99,13 +98,13 @@ def propose_plan(
 
 
 def agree(proposed: Plan | None) -> Plan | None:
-    """Make one plan of what the ranks of the last pipeline stage propose, log it, and return it on every rank.
+    """Merge the proposals of the last pipeline stage's ranks into one plan, log it, and return it on every rank.
 
     Args:
-        proposed: this rank's; None on the other stages.
+        proposed: this rank's plan; None on the other stages.
 
     Returns:
-        Materialized logits if a rank proposes them, the smallest of the chunks. None if no rank proposes anything.
+        Materialized logits if any rank proposes them, else the smallest chunk. None if no rank proposes a plan.
 
     Raises:
         ConfigError: on every rank, if their kernels differ.
@@ -120,7 +119,7 @@ def agree(proposed: Plan | None) -> Plan | None:
     if len(names := {plan.kernel for plan in plans}) > 1:
         raise ConfigError(
             f"expected one kernel on all ranks of the last pipeline stage, got {', '.join(sorted(names))}: their nodes "
-            "differ in what is installed; give distillation.kernel, or install the same"
+            "differ in what is installed; set distillation.kernel, or install the same packages"
         )
     plan = min(plans, key=lambda plan: plan.chunk_tokens or 0)
     if proposed is not None:
@@ -129,11 +128,11 @@ def agree(proposed: Plan | None) -> Plan | None:
 
 
 def check_fused(execution: Execution, reasons: Sequence[str]) -> None:
-    """Reject a fused head that was asked for and cannot be had.
+    """Reject ``head: fused`` where it is not possible.
 
     Args:
-        execution: with the head that was asked for.
-        reasons: as `obstacles` returns them.
+        execution: with the requested head.
+        reasons: the result of `obstacles`.
 
     Raises:
         ConfigError: naming the first reason.
@@ -143,11 +142,11 @@ def check_fused(execution: Execution, reasons: Sequence[str]) -> None:
 
 
 def try_kernel(objective: Objective, like: Tensor) -> str:
-    """Compute a small loss as in training, so that a kernel is built, or fails, before the first step.
+    """Compute a small loss, so that the kernel is built, or fails, before the first step.
 
     Args:
         objective: with the divergence.
-        like: whose device and dtype the logits have.
+        like: a tensor with the device and dtype of the logits.
 
     Returns:
         The kernel's name.
@@ -158,7 +157,7 @@ def try_kernel(objective: Objective, like: Tensor) -> str:
 
 
 def obstacle(layer: torch.nn.Module) -> str | None:
-    """Why this output layer cannot be left out, or None."""
+    """Return why the fused head cannot replace this output layer, or None."""
     if type(layer) is not ColumnParallelLinear:
         return f"the output layer is a {type(layer).__name__}, not Megatron's ColumnParallelLinear"
     config: Any = layer.config
@@ -174,7 +173,7 @@ def obstacle(layer: torch.nn.Module) -> str | None:
 
 
 def has_other_hooks(layer: torch.nn.Module) -> bool:
-    """Whether hooks are registered on a module that `run_pre_forward_hooks` does not run."""
+    """Return whether a module has hooks that `run_pre_forward_hooks` does not run."""
     if any(map(bool, (layer._forward_hooks, layer._backward_hooks, layer._backward_pre_hooks))):
         return True
     hooks = layer._forward_pre_hooks.values()
@@ -182,40 +181,40 @@ def has_other_hooks(layer: torch.nn.Module) -> bool:
 
 
 def run_pre_forward_hooks(layer: torch.nn.Module) -> None:
-    """Run what Megatron's DDP does before a module's forward, for a module whose weight is used without it.
+    """Run the hooks of Megatron's DDP before a weight is used without its module's forward.
 
     Raises:
-        RuntimeError: hooks were registered since the plan was made that need the layer's own forward.
+        RuntimeError: other hooks were registered since the plan was made.
     """
     if has_other_hooks(layer):
         raise RuntimeError(
-            "expected an output layer without hooks of others, as it was when the teacher was attached; the fused head "
-            "does not call the layer: register them before, or set head: materialized"
+            "expected no new hooks on the output layer after the teacher was attached: the fused head does not call "
+            "the layer; register them before, or set head: materialized"
         )
     for hook in list(layer._forward_pre_hooks.values()):
         hook(layer, ())
 
 
 def obstacles(student: torch.nn.Module, teacher: torch.nn.Module, objective: Objective, vocab_size: int) -> list[str]:
-    """Why the head of these output layers cannot be fused with this loss; empty if it can."""
+    """Return why these output layers cannot be fused with this loss; empty if they can."""
     layers = (("student", student), ("teacher", teacher))
     found = [f"{name}: {why}" for name, layer in layers if (why := obstacle(layer))]
     return found + obstacles_of(objective, vocab_size)
 
 
 def obstacles_of(objective: Objective, vocab_size: int) -> list[str]:
-    """Why the head cannot be fused with this loss, whatever the output layers are."""
+    """Return why no head can be fused with this loss; empty if one can."""
     found = []
     if objective.kd_weight == 0:
-        found.append("kd_weight 0 trains on Megatron's own cross entropy, of logits")
+        found.append("kd_weight 0 trains on Megatron's own cross entropy, which takes logits")
     if objective.logit_losses:
         found.append(
-            f"{', '.join(objective.names_of_logit_losses)}: no sum over the vocabulary, so of logits that exist"
+            f"{', '.join(objective.names_of_logit_losses)}: not a sum over the vocabulary, so logits are needed"
         )
     if objective.shares_part_of(vocab_size):
         found.append(
             f"shared_vocab {objective.shared_vocab} of the student's {vocab_size} tokens: divergence and cross entropy "
-            "are of different columns"
+            "use different columns"
         )
     return found
 
@@ -228,15 +227,15 @@ def nothing_to_gain(
     gradient_in_place: bool,
     num_compared: int | None = None,
 ) -> list[str]:
-    """Why a fused head would take no less memory, if it would not: it holds the weight's gradient in fp32 meanwhile.
+    """Return why a fused head would not save memory; empty if it would. It holds the weight's gradient in fp32.
 
     Args:
         weight: [V/TP, h] of the student's output layer.
-        num_tokens: of a micro-batch.
-        chunk_tokens: of a chunk.
-        of_chunks: bytes of the chunks under way at one time.
-        gradient_in_place: whether logits that exist are overwritten by their gradient.
-        num_compared: tokens that the teacher's logits are of; None for all.
+        num_tokens: tokens per micro-batch.
+        chunk_tokens: tokens per chunk.
+        of_chunks: bytes of the chunks in flight.
+        gradient_in_place: whether backward overwrites materialized logits.
+        num_compared: tokens with teacher logits; None for all.
     """
     size = weight.dtype.itemsize
     of_student = (1 if gradient_in_place else 2) * num_tokens

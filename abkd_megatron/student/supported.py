@@ -1,4 +1,4 @@
-"""Checks of a student and its teacher that hooks and heads depend on."""
+"""Properties of a student and a teacher that attachment depends on."""
 
 import itertools
 import logging
@@ -19,16 +19,16 @@ logger = logging.getLogger(__name__)
 
 
 def check_shared_vocab(objective: Objective, vocab_size: int, context_parallel: int) -> None:
-    """Refuse a part of the vocabulary that the student does not have, or where a sequence is spread over ranks.
+    """Reject a shared vocabulary larger than the student's, or a part of it with context parallelism.
 
-    It takes every input token of a sequence to see which of them the teacher can read.
+    All input tokens of a sequence are needed to find those that the teacher cannot read.
 
     Raises:
         ConfigError: naming both numbers.
     """
     shared = objective.shared_vocab
     if shared is not None and shared > vocab_size:
-        raise ConfigError(f"shared_vocab is {shared}, the student has {vocab_size} tokens; give at most these")
+        raise ConfigError(f"shared_vocab is {shared}, the student has {vocab_size} tokens; give at most that")
     if not objective.shares_part_of(vocab_size):
         return
     if context_parallel > 1:
@@ -37,14 +37,14 @@ def check_shared_vocab(objective: Objective, vocab_size: int, context_parallel: 
             "which spreads a sequence over ranks; set context-parallel-size to 1"
         )
     logger.info(
-        "of a sequence with one of the student's tokens %d .. %d, the divergence is 0 from there on",
+        "the teacher does not know tokens %d .. %d: in a sequence the divergence is 0 from the first of them on",
         shared,
         vocab_size - 1,
     )
 
 
 def check_tokens(objective: Objective, vocab_size: int) -> None:
-    """Refuse a selection of tokens where the student has some that the teacher does not know.
+    """Reject a token selection for a student with tokens that the teacher does not know.
 
     Raises:
         ConfigError: naming both.
@@ -52,7 +52,7 @@ def check_tokens(objective: Objective, vocab_size: int) -> None:
     if objective.tokens is not None and objective.shares_part_of(vocab_size):
         raise ConfigError(
             f"a selection of tokens ({objective.tokens}) is not supported with shared_vocab {objective.shared_vocab} "
-            f"of the student's {vocab_size} tokens, which leaves out tokens by itself; leave the selection out"
+            f"of the student's {vocab_size} tokens; remove the selection"
         )
 
 
@@ -74,7 +74,7 @@ def check_sharded_output(layer: torch.nn.Module, who: str) -> None:
         )
 
 
-# How a model shows FSDP that was built elsewhere.
+# Wrapper classes by the option that creates them.
 _WRAPPERS = {
     MegatronFSDP: "use_megatron_fsdp",
     TorchFullyShardedDataParallel: "use_torch_fsdp2",
@@ -83,7 +83,7 @@ _WRAPPERS = {
 
 
 def check_wrappers(student: Sequence[torch.nn.Module]) -> None:
-    """Refuse a model whose weights are sharded over data-parallel ranks, or that is compiled as a whole.
+    """Reject a model whose weights are sharded over data-parallel ranks, or that is compiled as a whole.
 
     Raises:
         ConfigError: naming the feature, the reason and what to change.

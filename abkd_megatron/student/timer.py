@@ -1,4 +1,4 @@
-"""How long a kind of work takes on a device, without making the host wait for it."""
+"""Timer of the teacher's passes that does not synchronize the host."""
 
 import time
 from collections import deque
@@ -10,10 +10,10 @@ import torch
 from abkd_megatron.student.report import NOTHING
 
 
-class Stopwatch:
-    """Seconds that passes have taken: on a CPU by the clock, on a GPU from when its queue comes to one until past it.
+class PassTimer:
+    """Seconds per pass: wall clock on a CPU, a pair of CUDA events on a GPU.
 
-    On a GPU that is a pair of events for each pass, which are read when both have happened: then, or at a later one.
+    Events are read once both have happened, at the end of the pass or of a later one.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,7 +26,7 @@ class Stopwatch:
     def measure(self) -> Iterator[None]:
         """Measure the block as one pass, on the current stream."""
         if self._on_gpu:
-            self._read()  # here too, so that what nobody takes does not pile up
+            self._read()  # here too, or events pile up where nobody calls take()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             yield
@@ -38,10 +38,10 @@ class Stopwatch:
             self._add(time.perf_counter() - begun)
 
     def take(self) -> tuple[float, float]:
-        """What is known since it was last taken: (sum of seconds, number of passes).
+        """Return (seconds, passes) since the last call.
 
-        Where no pass has ended since: the last mean, with a number so small that it weighs nothing beside others, and
-        alone is no 0/0. For the very first pass of all it waits.
+        If no pass has ended since: the last mean with a weight of `NOTHING`, which does not change a sum and avoids
+        0/0. Only the very first pass is waited for.
         """
         if self._mean is None and self._pending:
             self._pending[0][1].synchronize()

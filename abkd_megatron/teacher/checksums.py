@@ -1,7 +1,7 @@
-"""Whether the tensors of a checkpoint are the bytes that were written: what torch.save put there to tell.
+"""Verification of a checkpoint's tensors by the CRC-32 checksums that torch.save writes.
 
-torch_dist files hold one zip archive a tensor, with checksums in it (CRC-32), which torch does not look at when it
-reads. They tell of accidents, not of somebody who writes the checksums anew.
+torch_dist files hold one zip archive per tensor, with checksums that torch ignores when it reads. They detect damage,
+not an attacker, who can write new checksums.
 """
 
 import io
@@ -16,19 +16,21 @@ from abkd_megatron.errors import CheckpointError
 
 
 def check_contents(directory: Path, index: Metadata, rank: int = 0, num_ranks: int = 1) -> None:
-    """Refuse a torch_dist checkpoint in which a tensor is not what was written.
+    """Reject a torch_dist checkpoint with a damaged tensor.
 
-    All of it is read once; ranks share that. Memory stays at a few MiB, however large a tensor is.
+    Reads every `num_ranks`-th tensor. Takes a few MiB of memory, whatever the size of a tensor.
 
     Args:
         directory: of one iteration, with all of its files.
-        index: its own.
-        rank: whose share is read: every `num_ranks`-th tensor.
-        num_ranks: readers.
+        index: of this checkpoint.
+        rank: the reader, 0 to `num_ranks` - 1.
+        num_ranks: number of readers.
 
     Raises:
-        CheckpointError: naming the file, and where in it. Also for one that was saved without checksums
+        CheckpointError: with the file and the position in it. Also if the checkpoint was saved without checksums
             (`torch.serialization.set_crc32_options(False)`).
+
+    Collectives: none.
     """
     stored = index.storage_data or {}
     places = sorted({(item.relative_path, item.offset, item.length) for item in stored.values()})
@@ -46,7 +48,7 @@ def check_contents(directory: Path, index: Metadata, rank: int = 0, num_ranks: i
 
 
 class _Part(io.RawIOBase):
-    """A part of an open file, read as a file of its own."""
+    """A part of an open file, as a file."""
 
     def __init__(self, file: io.BufferedReader, offset: int, length: int) -> None:
         self._file, self._offset, self._length, self._at = file, offset, length, 0
@@ -60,7 +62,7 @@ class _Part(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
         if start + offset < 0:
-            raise ValueError(f"negative seek position {start + offset}")  # as io.BytesIO does
+            raise ValueError(f"negative seek position {start + offset}")  # as io.BytesIO raises
         self._at = start + offset
         return self._at
 

@@ -1,8 +1,8 @@
 """Descriptions of the model in a torch_dist checkpoint, in terms of Megatron's arguments.
 
 Megatron saves its arguments with the tensors. Megatron Bridge saves run_config.yaml instead, and a conversion may leave
-Hugging Face's config.json beside the tensors. Both files are data to this module: no class or function that they name
-is imported or called.
+Hugging Face's config.json next to the tensors. Both files are only read: no class or function that they name is
+imported or called.
 """
 
 import json
@@ -18,10 +18,10 @@ import yaml
 
 from abkd_megatron.errors import CheckpointError
 
-# What a file has to say to be taken for the whole description of a model; the last one of a model that has it.
+# Arguments that a complete description has; the last one only of a model with rotary embeddings.
 _ESSENTIAL = ("num_layers", "hidden_size", "num_attention_heads", "layernorm_epsilon", "rotary_base")
 
-# What other models have and Megatron's GPT model has not, and the values with which there is no difference.
+# Features of other models that Megatron's GPT model does not have, and the values that turn them off.
 _NO_COUNTERPART: dict[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (None, 0),
     "final_logit_softcapping": (None, 0),
@@ -35,7 +35,7 @@ _NO_COUNTERPART: dict[str, tuple[Any, ...]] = {
     "use_parallel_residual": (None, False),
     "parallel_attn": (None, False),
 }
-# What Megatron's arguments cannot set, and the values of a model that is built from them.
+# Fields that Megatron's arguments cannot set, and their values in a model built from arguments.
 BEYOND_ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "activation_func": (None,),
     "softmax_scale": (None,),
@@ -47,7 +47,7 @@ BEYOND_ARGUMENTS: dict[str, tuple[Any, ...]] = {
     **_NO_COUNTERPART,
 }
 
-# Fields of Bridge's model configurations whose arguments have other names.
+# {field of Bridge's model configurations: Megatron's argument} if the names differ.
 _RENAMED = {
     "num_moe_experts": "num_experts",
     "rope_scaling": "use_rope_scaling",
@@ -56,10 +56,10 @@ _RENAMED = {
     "yarn_mscale": "mscale",
     "yarn_mscale_all_dim": "mscale_all_dim",
 }
-# Of these, None stands for a number that follows from others.
+# Fields whose None means a number derived from other fields.
 _DERIVED = ("kv_channels", "ffn_hidden_size", "rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim")
 
-# The names that Hugging Face's configurations have for some of Megatron's arguments.
+# {Megatron's argument: its names in Hugging Face's configurations}.
 _HUGGING_FACE = {
     "num_layers": ("num_hidden_layers", "n_layer"),
     "hidden_size": ("hidden_size", "n_embd"),
@@ -89,26 +89,26 @@ _YARN = {
     "mscale_all_dim": "mscale_all_dim",
     "truncate": "yarn_correction_range_round_to_int",
 }
-# Of Llama 3's scaling, what Megatron has as constants.
+# Parameters of Llama 3's scaling that are constants in Megatron.
 _LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
-# Models whose configurations may leave out a rotary base of 10000.
+# Model types whose configurations may omit a rotary base of 10000.
 _ROTARY_BASE = ("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 
 
 @dataclass(frozen=True)
 class Description:
-    """A model as what is saved with its weights describes it."""
+    """The description of a model that is saved with its weights."""
 
     source: str
-    """A name for messages: "the checkpoint" for Megatron's arguments, otherwise the file's name."""
+    """For messages: "the checkpoint" for Megatron's arguments, otherwise the file's name."""
     args: Namespace
     """Megatron's arguments, as far as they are known."""
     is_exact: bool = True
-    """Whether these are Megatron's own arguments. Only they count tokens as the vocabulary's size: the files count
-    rows, a few of which may belong to no token."""
+    """Whether these are Megatron's own arguments. Their vocabulary size counts tokens. In the files it counts rows,
+    some of which may belong to no token."""
 
     def left_open(self, args: Namespace) -> list[str]:
-        """The arguments that a file would have to have and has not, for a model that is configured by `args`."""
+        """Return the arguments that a complete description of the model configured by `args` has and this one lacks."""
         if self.is_exact:
             return []
         rotary = getattr(args, "multi_latent_attention", False) or getattr(args, "position_embedding_type", "rope") in (
@@ -120,17 +120,17 @@ class Description:
 
 
 def describe(directory: Path, args: Namespace | None) -> Description | None:
-    """The description of the model in a checkpoint: Megatron's arguments, or else run_config.yaml, or else config.json.
+    """Return the description of a checkpoint's model: Megatron's arguments, else run_config.yaml, else config.json.
 
     Args:
         directory: of the iteration.
-        args: Megatron's arguments in its common state; None without.
+        args: Megatron's arguments in the common state; None if there are none.
 
     Returns:
-        None if there is nothing of these.
+        None if there is no description.
 
     Raises:
-        CheckpointError: a file that cannot be read.
+        CheckpointError: a file cannot be read.
     """
     if args is not None:
         return Description("the checkpoint", args)
@@ -147,7 +147,7 @@ def describe(directory: Path, args: Namespace | None) -> Description | None:
 
 
 def of_run_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that Bridge's run_config.yaml describes; empty if it describes no model.
+    """Convert Bridge's run_config.yaml to Megatron's arguments; empty if it describes no model.
 
     Args:
         config: the file's content: sections `model`, `tokenizer` and others.
@@ -162,16 +162,16 @@ def of_run_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_model_config(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that make a model configuration of Bridge's, or of Megatron's, by the names of its fields.
+    """Convert a model configuration of Bridge or Megatron to Megatron's arguments.
 
     Args:
-        model: the fields; those of the transformer may be among them or within `transformer`.
+        model: its fields; the transformer's fields may be in `transformer`.
     """
     within = model.get("transformer")
     fields = {**(within if isinstance(within, Mapping) else {}), **model}
     fields.pop("transformer", None)
     found = {_RENAMED.get(name, name): _plain(fields[name]) for name in sorted(fields) if not name.startswith("_")}
-    # Both spellings may be there; sorted, the one that counts with YaRN is the later.
+    # If both spellings are there, the later in sorted order is the one that YaRN uses.
     for name in _DERIVED:
         if found.get(name, 0) is None:
             del found[name]
@@ -182,7 +182,7 @@ def of_model_config(model: Mapping[str, Any]) -> dict[str, Any]:
     heads, groups = found.get("num_attention_heads"), found.pop("num_query_groups", None)
     found |= _groups(heads, groups)
     if found.get("num_experts"):
-        found.pop("ffn_hidden_size", None)  # nothing has this size where all layers are of experts
+        found.pop("ffn_hidden_size", None)  # unused if all layers have experts
     if not found.get("multi_latent_attention"):
         for name in ("original_max_position_embeddings", "beta_fast", "beta_slow"):
             found.pop(name, None)
@@ -193,7 +193,7 @@ def of_model_config(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that Hugging Face's config.json describes, as far as it says; empty if it describes no model."""
+    """Convert Hugging Face's config.json to Megatron's arguments; empty if it describes no model."""
     text = config.get("text_config")
     config = {**config, **text} if isinstance(text, Mapping) else config
     found: dict[str, Any] = {}
@@ -216,7 +216,7 @@ def of_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
     if "layernorm_epsilon" in found:
         found["normalization"] = "RMSNorm" if "rms_norm_eps" in config else "LayerNorm"
     activation = next((config[key] for key in ("hidden_act", "hidden_activation") if config.get(key)), None)
-    if activation in ("silu", "swish", "relu2"):  # no model has a silu without a gate
+    if activation in ("silu", "swish", "relu2"):  # silu always has a gate
         found |= _activation(_last_name(activation), activation != "relu2")
     if config.get("query_pre_attn_scalar"):
         found["softmax_scale"] = config["query_pre_attn_scalar"] ** -0.5
@@ -234,10 +234,10 @@ def of_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _positions(config: Mapping[str, Any], is_latent: bool) -> dict[str, Any]:
-    """The arguments of the rotary embedding; older files have rope_theta and rope_scaling, newer ones both in one."""
+    """Return the arguments of rotary embeddings, from rope_theta and rope_scaling or the newer rope_parameters."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
-        return {}  # another one for each type of layer
+        return {}  # different for each type of layer
     base = config.get("rope_theta", rope.get("rope_theta", config.get("rotary_emb_base")))
     if base is None and config.get("model_type") in _ROTARY_BASE:
         base = 10000
@@ -257,13 +257,13 @@ def _positions(config: Mapping[str, Any], is_latent: bool) -> dict[str, Any]:
         given = {name: ours for name, ours in _YARN.items() if rope.get(name) is not None}
         found |= {name if is_latent and name in BEYOND_ARGUMENTS else ours: rope[name] for name, ours in given.items()}
         found["position_embedding_type"] = "rope" if is_latent else "yarn"
-    elif kind not in ("default", "dynamic", "mrope"):  # the last two are the first for text of the trained length
+    elif kind not in ("default", "dynamic", "mrope"):  # the last two equal the first for text up to the trained length
         found["rope_scaling_type"] = kind
     return found
 
 
 def _experts(config: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a mixture of experts; of its layers only what is certain."""
+    """Return the arguments of a mixture of experts, as far as they are certain."""
     number = next((config[key] for key in _EXPERTS if config.get(key)), None)
     if number is None:
         return {"num_experts": None}
@@ -282,7 +282,7 @@ def _experts(config: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, A
 
 
 def _window(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
-    """The arguments of attention within a window."""
+    """Return the arguments of sliding-window attention."""
     width = config.get("sliding_window")
     if width is None or config.get("use_sliding_window") is False:
         return {"window_size": None}
@@ -299,14 +299,14 @@ def _window(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
 
 
 def _groups(heads: Any, groups: Any) -> dict[str, Any]:
-    """Megatron's arguments of grouped queries; a group for each head is none."""
+    """Return the arguments of grouped-query attention; one group per head means none."""
     if groups is None or groups == heads:
         return {"group_query_attention": False}
     return {"group_query_attention": True, "num_query_groups": groups}
 
 
 def _is_default_scale(found: Mapping[str, Any]) -> bool:
-    """Whether there is a softmax scale, and it is Megatron's own."""
+    """Return whether there is a softmax scale and it is Megatron's default."""
     scale, size = found.get("softmax_scale"), found.get("kv_channels")
     if size is None and found.get("num_attention_heads") and found.get("hidden_size"):
         size = found["hidden_size"] / found["num_attention_heads"]
@@ -314,7 +314,7 @@ def _is_default_scale(found: Mapping[str, Any]) -> bool:
 
 
 def _activation(name: str | None, gated: bool) -> dict[str, Any]:
-    """Megatron's arguments of an activation function; `activation_func` for one that no argument gives."""
+    """Return the arguments of an activation function; `activation_func` if no argument sets it."""
     if name is None:
         return {}
     flags = {"swiglu": ("silu", True), "squared_relu": ("squared_relu", False), "quick_geglu": ("quick_gelu", True)}
@@ -325,7 +325,7 @@ def _activation(name: str | None, gated: bool) -> dict[str, Any]:
 
 
 def _last_name(value: Any) -> str | None:
-    """The name of a function that YAML has as a name or as a dotted path; None for what cannot be told."""
+    """Return the name of a function that YAML gives as a name or dotted path; None if it is unknown."""
     if not isinstance(value, str):
         value = getattr(value, "__name__", None)
     name = value.rpartition(".")[2] if isinstance(value, str) else None
@@ -334,7 +334,7 @@ def _last_name(value: Any) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """A value of YAML: a tuple as a list, an enumeration's member as its value, a function as its dotted path."""
+    """Convert a value of YAML: a tuple to a list, an enum member to its value, a function to its dotted path."""
     if isinstance(value, Mapping):
         args = value.get("_args_")
         return _plain(args[0]) if isinstance(args, list) and len(args) == 1 else value.get("_target_")
@@ -342,14 +342,14 @@ def _plain(value: Any) -> Any:
         return [_plain(one) for one in value]
     if isinstance(value, str):
         try:
-            return float(value)  # YAML 1.1 takes 1e-5 for text
+            return float(value)  # YAML 1.1 reads 1e-5 as text
         except ValueError:
             return value
     return value
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose unknown tags are passed over: what they name is not constructed."""
+    """YAML loader that ignores unknown tags and constructs nothing from them."""
 
 
 def _untagged(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
@@ -366,10 +366,10 @@ _load_yaml = partial(yaml.load, Loader=_Loader)
 
 
 def _read(file: Path, parse: Any) -> Mapping[str, Any]:
-    """The mapping in a file.
+    """Read the mapping in a file.
 
     Raises:
-        CheckpointError: it cannot be read, or holds no mapping.
+        CheckpointError: the file cannot be read or has no mapping.
     """
     try:
         content = parse(file.read_text(encoding="utf-8"))
@@ -377,11 +377,11 @@ def _read(file: Path, parse: Any) -> Mapping[str, Any]:
         why = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"expected a readable description of the model in {file}, got {type(error).__name__}: {why}; copy it "
-            "again, or remove it, and declare a teacher that nothing else describes: teacher.declared=true"
+            "again, or remove it, and declare a teacher without another description: teacher.declared=true"
         ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"expected a description of the model in {file}, got a {type(content).__name__}; copy it again, or "
-            "remove it, and declare a teacher that nothing else describes: teacher.declared=true"
+            "remove it, and declare a teacher without another description: teacher.declared=true"
         )
     return content

@@ -1,11 +1,11 @@
-"""Reading a torch_dist checkpoint without running what is in it.
+"""Loading of torch_dist checkpoints without executing code from their pickles.
 
-Its index, `.metadata`, is a pickle, and so is every object in its files: the common state (arguments, iteration), the
-extra state of layers. Torch's own readers run what these pickles say: of the index by `pickle.load`
-(FileSystemReader.read_metadata), of objects by `torch.load(weights_only=False)` (DefaultLoadPlanner.load_bytes).
+The index, `.metadata`, is a pickle, and so is every object in the files: the common state (arguments, iteration) and
+the extra state of layers. Torch's readers execute them: the index with `pickle.load` (FileSystemReader.read_metadata),
+objects with `torch.load(weights_only=False)` (DefaultLoadPlanner.load_bytes).
 
-Torch reads the index once more after `read_index` has: who can write to a checkpoint's folder while a job starts can
-still have it run code.
+Torch reads the index again after `read_index`, so whoever can write to the checkpoint while a job starts can still run
+code in it.
 """
 
 import io
@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from abkd_megatron.errors import CheckpointError
 
-# What an index consists of; torch's types of numbers beside it. Before torch 2.3 a tensor's properties were elsewhere.
+# Globals of an index, with torch's dtypes. Before torch 2.3, TensorProperties was in another module.
 _OF_AN_INDEX = {
     "torch": ("Size",),
     "torch.serialization": ("_get_layout",),
@@ -42,7 +42,7 @@ _OF_AN_INDEX = {
     ),
     "torch.distributed._shard.sharded_tensor.metadata": ("TensorProperties", "MEM_FORMAT_ENCODING"),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    # Megatron's index has the plans by which it was saved.
+    # Megatron's index contains the plans of the save.
     "torch.distributed.checkpoint.planner": (
         "SavePlan",
         "WriteItem",
@@ -59,18 +59,21 @@ _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ON
 
 
 def read_index(directory: Path) -> Metadata:
-    """The index of a torch_dist checkpoint, of which nothing is called but the constructors that an index consists of.
+    """Read the index of a torch_dist checkpoint; only the constructors of an index are called.
+
+    Args:
+        directory: of one iteration.
 
     Raises:
-        CheckpointError: it is missing or damaged, or names something else.
+        CheckpointError: the index is missing or damaged, or its pickle has another global.
     """
     file = directory / ".metadata"
     try:
         with file.open("rb") as content:
             index = _Index(content).load()
         _check_types(index)
-    except _ForeignError as error:
-        raise CheckpointError(_foreign(file, str(error))) from error
+    except _DisallowedError as error:
+        raise CheckpointError(_disallowed(file, str(error))) from error
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(
             f"the index of the checkpoint in {directory} cannot be read ({error}); copy or save it again, or read it "
@@ -80,14 +83,14 @@ def read_index(directory: Path) -> Metadata:
 
 
 def read_common(directory: Path, index: Metadata | None = None) -> dict[str, Any]:
-    """What Megatron saved beside the tensors; `args` among it.
+    """Read Megatron's common state: arguments as `args`, iteration, and more.
 
     Args:
         directory: of one iteration.
-        index: its own, if it was read already.
+        index: of this checkpoint; None reads it.
 
     Raises:
-        CheckpointError: it would call something, it cannot be read, or its content is not what its checksum is of.
+        CheckpointError: its pickle has a global that is not allowed, it cannot be read, or it is damaged.
     """
     index = index or read_index(directory)
     with plain_values(directory):
@@ -98,27 +101,30 @@ def read_common(directory: Path, index: Metadata | None = None) -> dict[str, Any
 
 @contextmanager
 def plain_values(directory: Path) -> Iterator[None]:
-    """Have every `torch.load` in the block make tensors and plain values alone, also those that torch tells otherwise.
+    """Force `weights_only=True` for every `torch.load` in the block, whatever the caller passes.
 
-    Beside what torch takes for plain, that is what Megatron registers as such, and what somebody gave to
-    `torch.serialization.add_safe_globals`. Not for blocks that run beside other threads that load.
+    Types that Megatron or the user registers with `torch.serialization.add_safe_globals` are allowed. Not thread-safe:
+    it sets environment variables.
+
+    Args:
+        directory: the checkpoint, for messages.
 
     Raises:
-        CheckpointError: for whatever the block raises; `directory` is what was read.
+        CheckpointError: in place of any exception of the block.
     """
     before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NOT)}
     os.environ[_FORCE] = "1"
     try:
-        # Python 3.11 pickles a member of an enumeration as a call of getattr.
+        # Python 3.11 pickles an enum member as a call of getattr.
         with torch.serialization.safe_globals([(_member, "builtins.getattr")]):
             yield
     except CheckpointError:
         raise
-    except (Exception, CheckpointException) as error:  # torch's own is a BaseException
+    except (Exception, CheckpointException) as error:  # torch's CheckpointException is a BaseException
         causes = [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
         cause = causes[0] if causes else error
         if isinstance(cause, pickle.UnpicklingError) and (named := re.search(r"GLOBAL (\S+)", str(cause))):
-            raise CheckpointError(_foreign(directory, named[1])) from error
+            raise CheckpointError(_disallowed(directory, named[1])) from error
         raise CheckpointError(f"{directory} cannot be read ({cause}); copy or save it again") from error
     finally:
         del os.environ[_FORCE]
@@ -126,7 +132,7 @@ def plain_values(directory: Path) -> Iterator[None]:
 
 
 def _check_types(index: object) -> None:
-    """Raise for what is used of an index if it is not of its type: a damaged pickle may lack it."""
+    """Raise TypeError if a field of the index that we use has another type, as in a damaged pickle."""
     if not isinstance(index, Metadata):
         raise TypeError(f"a {type(index).__name__} in place of torch's Metadata")
     places = (index.storage_data or {}).values()
@@ -140,7 +146,7 @@ def _check_types(index: object) -> None:
 
 
 def _check_sums(directory: Path, index: Metadata) -> None:
-    """Raise if the common state is not as it was written: torch.save writes checksums, and torch.load skips them."""
+    """Raise BadZipFile if the common state is damaged; torch.load does not check the checksums."""
     legacy = directory / "common.pt"
     contents = [legacy.read_bytes()] if legacy.is_file() else []
     for key, place in (index.storage_data or {}).items():
@@ -149,20 +155,20 @@ def _check_sums(directory: Path, index: Metadata) -> None:
                 file.seek(place.offset)
                 contents = [file.read(place.length)]
     for content in contents:
-        if spoilt := zipfile.ZipFile(io.BytesIO(content)).testzip():
-            raise zipfile.BadZipFile(f"the common state is damaged: the checksum of {spoilt} in it is of other content")
+        if damaged := zipfile.ZipFile(io.BytesIO(content)).testzip():
+            raise zipfile.BadZipFile(f"the common state is damaged: the checksum of {damaged} in it is wrong")
 
 
-def _foreign(where: Path, name: str) -> str:
+def _disallowed(where: Path, name: str) -> str:
     return (
-        f"expected tensors and plain values in {where}, got a pickle that names {name}, which was not called; take "
-        "the checkpoint from whom you trust, or save it again without that; a type of your own, in objects, has to be "
-        "named to torch.serialization.add_safe_globals by your script"
+        f"expected tensors and plain values in {where}, got a disallowed pickle global {name} (not executed); use a "
+        "trusted checkpoint, or save it again without that; custom types in objects can be allowed with "
+        "torch.serialization.add_safe_globals"
     )
 
 
-class _ForeignError(pickle.UnpicklingError):
-    """A name that an index does not consist of."""
+class _DisallowedError(pickle.UnpicklingError):
+    """A global that is not part of an index."""
 
 
 class _Index(pickle.Unpickler):
@@ -173,10 +179,10 @@ class _Index(pickle.Unpickler):
             return getattr(torch, name)
         if (module, name) == ("builtins", "getattr"):
             return _member
-        raise _ForeignError(f"{module}.{name}")
+        raise _DisallowedError(f"{module}.{name}")
 
 
 def _member(enumeration: object, name: str) -> Enum:
     if not (isinstance(enumeration, type) and issubclass(enumeration, Enum)):
-        raise _ForeignError("builtins.getattr")
+        raise _DisallowedError("builtins.getattr")
     return enumeration[name]

@@ -1,7 +1,7 @@
-"""Looking at a configuration without running it: every rule, size and file that a job would meet before its first step.
+"""Report on a configuration without running the job: settings, sizes and files, up to the first training step.
 
-Nothing is written, no network is used and no GPU is needed; what is looked at is Megatron's own view of the
-configuration, see `dry_run`. What a file that is not on this machine would have shown is left open and said.
+It uses neither network nor GPU and writes nothing. `dry_run` makes Megatron's arguments, `preflight.rules` has the
+checks. A file that is not on this machine is reported as such.
 """
 
 import importlib.util
@@ -15,355 +15,223 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.training.checkpointing import checkpoint_exists
 
-import abkd_megatron.kernels as kernels
 from abkd_megatron import cpu_backend
 from abkd_megatron.config.megatron_args import megatron_options, parse_model
-from abkd_megatron.config.model_config import model_config
 from abkd_megatron.config.schema import Config
-from abkd_megatron.config.stages import layers_of_stages
 from abkd_megatron.config.unsupported import JOB
-from abkd_megatron.data.indexed import check_datasets, prefixes_of
 from abkd_megatron.data.prepare import PreparedData
 from abkd_megatron.errors import AbkdError, ConfigError, DataError
-from abkd_megatron.hosts.add_teacher import absent_projectors
-from abkd_megatron.hosts.run_record import check_resumed, record
-from abkd_megatron.hosts.student_checkpoint import check_save, check_student, mixed_events, only_writer
-from abkd_megatron.losses.objective import Objective
-from abkd_megatron.student.hidden import Layers, check_layers
-from abkd_megatron.student.plan import check_fused, obstacles_of, try_kernel
-from abkd_megatron.student.supported import check_shared_vocab, check_tokens
-from abkd_megatron.teacher.args import check_teacher, open_teacher, teacher_arguments
-from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
+from abkd_megatron.preflight.rules import EARLY_CHECKS, Setup, Verdict
+from abkd_megatron.teacher.args import open_teacher, teacher_arguments
 from abkd_megatron.teacher.inherited import teacher_settings
 from abkd_megatron.teacher.layout import RankCoords, TeacherLayout
 from abkd_megatron.tools import dry_run
 from abkd_megatron.tools.tables import show
 
-OK, ABSENT, REFUSED = "ok", "not here", "refused"
-_STYLES = {OK: "green", ABSENT: "yellow", REFUSED: "bold red"}
-# Where the tokenizer cannot be loaded: so many tokens, a power of two that any layout divides.
+_STYLES = {"ok": "green", "warning": "yellow", "not here": "yellow", "rejected": "bold red"}
+# Vocabulary size if the tokenizer cannot be loaded: a power of two, which is divisible by any layout.
 _UNKNOWN_VOCABULARY = 2**17
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
+class Row:
+    """One line of the report."""
 
     what: str
-    """Its name."""
     found: str
-    """What there is; of what is refused, the job's own message."""
-    verdict: str
-    """`OK`, `ABSENT` (not on this machine, so not looked at) or `REFUSED`."""
+    """Description; of a rejected setting the job's own message."""
+    verdict: Verdict = Verdict.OK
 
 
 def main(config: Config, world_size: int | None = None) -> int:
-    """Print what is found of a configuration.
+    """Print the report.
 
     Args:
         config: as loaded; need not have been checked.
         world_size: as `check` takes it.
 
     Returns:
-        0, or 2 if anything is refused.
+        Exit code: 2 if anything is rejected, else 0.
     """
-    findings = check(config, world_size)
-    show(("what", "found", "verdict"), [(it.what, it.found, it.verdict) for it in findings], _STYLES)
-    count = {verdict: sum(it.verdict == verdict for it in findings) for verdict in (OK, ABSENT, REFUSED)}
-    print(f"\n{count[OK]} ok, {count[ABSENT]} not here, {count[REFUSED]} refused")
-    return 2 if count[REFUSED] else 0
+    rows = check(config, world_size)
+    show(("what", "found", "verdict"), [(row.what, row.found, row.verdict.value) for row in rows], _STYLES)
+    count = {verdict: sum(row.verdict is verdict for row in rows) for verdict in Verdict}
+    warnings = f"{count[Verdict.WARNING]} warning, " if count[Verdict.WARNING] else ""
+    print(f"\n{count[Verdict.OK]} ok, {warnings}{count[Verdict.ABSENT]} not here, {count[Verdict.REJECTED]} rejected")
+    return 2 if count[Verdict.REJECTED] else 0
 
 
-def check(config: Config, world_size: int | None = None) -> list[Finding]:
-    """Look at everything that can be looked at without running the job.
+def check(config: Config, world_size: int | None = None) -> list[Row]:
+    """Describe a configuration and run the checks of the phases `config` and `files`.
 
-    What is refused does not keep the rest from being looked at, unless that cannot be known without it.
+    A rejected setting does not stop the checks that do not depend on it.
 
     Args:
         config: as loaded; need not have been checked.
         world_size: ranks of the job; None takes $WORLD_SIZE, or else the fewest that the layouts of both models allow.
 
-    Returns:
-        What was found, in the order in which a job meets it.
-
     Collectives: none.
     """
-    look = _Look(config)
-    look.settings()
-    look.machine()
-    with look.at("data"):
-        look.data()
+    report = _Report(config)
+    report.settings()
+    report.machine()
+    with report.at("data"):
+        report.data()
     options = megatron_options()
-    with look.at("job"):
-        look.models(options, world_size)
-    return look.findings
+    with report.at("job"):
+        report.job(options, world_size)
+    return report.rows
 
 
-class _Look:
-    """One look at a configuration, and what it has found so far."""
+class _Report:
+    """Rows of a report, in the order of a job."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.findings: list[Finding] = []
+        self.rows: list[Row] = []
+        self._setup = Setup(config=config, job="distill" if config.teacher.load else "pretrain", dry_run=True)
         self._settings_are_good = True
         self._connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
 
-    def add(self, what: str, found: str, verdict: str = OK) -> None:
-        self.findings.append(Finding(what, found, verdict))
+    def add(self, what: str, found: str, verdict: Verdict = Verdict.OK) -> None:
+        self.rows.append(Row(what, found, verdict))
 
     @contextmanager
     def at(self, what: str) -> Iterator[None]:
-        """Take what the block refuses as a finding, and go on behind it."""
+        """Turn an error of the block into a row."""
         try:
             yield
         except AbkdError as error:
-            self.add(what, str(error), REFUSED)
+            self.add(what, str(error), Verdict.REJECTED)
 
     def settings(self) -> None:
-        job = "distill" if self.config.teacher.load else "pretrain"
-        problems = list(self.config.problems(job))
+        problems = list(self.config.problems(self._setup.job))
         for problem in problems:
-            self.add("settings", str(problem), REFUSED)
+            self.add("settings", str(problem), Verdict.REJECTED)
         self._settings_are_good = not problems
         if not problems:
-            kind = "a student with its teacher" if job == "distill" else "training without a teacher"
+            kind = "a student with its teacher" if self._setup.job == "distill" else "training without a teacher"
             self.add("settings", f"{kind}; no value excludes another")
 
     def machine(self) -> None:
-        """What the job is taken to have and this machine has not."""
+        """Report what the job is assumed to have and this machine does not have."""
         if self.config.device == "cpu":
             return
         if cpu_backend.is_installed() or not torch.cuda.is_available():
-            self.add("GPU", "none; looked at as on an H100", ABSENT)
+            self.add("GPU", "none; an H100 is assumed", Verdict.ABSENT)
         if not dry_run.has_transformer_engine() and self.config.megatron.get("transformer-impl") != "local":
-            version = dry_run.TRANSFORMER_ENGINE
-            self.add("TransformerEngine", f"none; looked at as with {version}", ABSENT)
+            self.add("TransformerEngine", f"none; {dry_run.TRANSFORMER_ENGINE} is assumed", Verdict.ABSENT)
 
     def data(self) -> None:
         directory = self.config.data.dir
         if directory is None:
-            self._megatrons_data()
+            self._megatron_data()
         elif not Path(directory).expanduser().exists():
-            self.add("data", f"prepared data in {directory}: `prepare` writes them", ABSENT)
+            self.add("data", f"prepared data in {directory}: `prepare` writes them", Verdict.ABSENT)
         else:
             manifest = PreparedData.open(directory).manifest
             splits = ", ".join(f"{of['tokens']} {name}" for name, of in manifest["splits"].items())
             asked = manifest.get("vocab_size_asked")
-            beside = f"; made for data.vocab_size {asked}" if asked not in (None, self.config.data.vocab_size) else ""
-            self.add("data", f"tokens in {directory}: {splits}{beside}")
+            differs = f"; made for data.vocab_size {asked}" if asked not in (None, self.config.data.vocab_size) else ""
+            self.add("data", f"tokens in {directory}: {splits}{differs}")
 
-    def _megatrons_data(self) -> None:
-        """Prefixes of indexed datasets, among them weights of a blend."""
+    def _megatron_data(self) -> None:
+        """Report Megatron's indexed datasets; prefixes may be mixed with weights of a blend."""
         given = self.config.megatron
         names = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
         words = [str(word) for name in names for word in _words(given.get(name))]
         prefixes = [word for word in words if not _is_number(word)]
         if not prefixes:
-            said = "mock data" if given.get("mock-data") else "none is named"
+            source = "mock data" if given.get("mock-data") else "none is named"
             files = given.get("data-args-path") or given.get("per-split-data-args-path")
-            self.add("data", f"Megatron's: {files or said}")
+            self.add("data", f"Megatron's: {files or source}")
             return
         missing = [prefix for prefix in prefixes if not all(Path(prefix + end).is_file() for end in (".bin", ".idx"))]
         if missing:
-            self.add("data", f"{', '.join(missing)}: with .bin and .idx", ABSENT)
+            self.add("data", f"{', '.join(missing)}: with .bin and .idx", Verdict.ABSENT)
         else:
             self.add("data", f"{len(prefixes)} indexed datasets of Megatron's")
 
-    def _datasets(self, args: Namespace, vocab_size: int | None) -> None:
-        """Of those that are here; that others are not has been said."""
-        here = [it for it in prefixes_of(args) if all(Path(it + end).is_file() for end in (".bin", ".idx"))]
-        if here:
-            count = sum(tokens.count for tokens in check_datasets(here, vocab_size).values())
-            known = f"ids below {vocab_size}" if vocab_size is not None else "ids of an unknown vocabulary"
-            self.add(
-                "datasets", f"{len(here)} of the expected sizes, {count} tokens; in samples: index entries, {known}"
-            )
-
-    def models(self, options: Mapping[str, Action], world_size: int | None) -> None:
-        config = self.config
+    def job(self, options: Mapping[str, Action], world_size: int | None) -> None:
+        """Make Megatron's arguments of both models and run the checks."""
+        config, setup = self.config, self._setup
         try:
             megatron = dry_run.arguments_with_data(config)
-        except DataError:  # it has been said; go on as if there were none yet
+        except DataError:  # reported already
             megatron = dry_run.arguments_without_data(config)
         ranks = dry_run.ranks_of(config, megatron, world_size)
-        objective = self._objective()
+        if self._settings_are_good and config.teacher.load:
+            with self.at("loss"):
+                setup.objective = config.distillation.make_objective().objective
+                setup.execution = config.make_execution()
         with dry_run.as_in_a_job(config, ranks):
-            student = None
-            with self.at("student"):
-                student = dry_run.student_arguments(megatron)
-                self.add("student", _model(student))
-                self.add("ranks", _layout(student))
-                self.add("batch", _batch(student))
-            teacher, knows = None, False
-            if student is not None:
-                knows = self._vocabulary(student)
-                with self.at("datasets"):
-                    self._datasets(student, student.vocab_size if knows else None)
-                teacher = self._teacher(student, megatron)
-                can_be_made = False
-                with self.at("Megatron's models"):
-                    dry_run.check_models(student, teacher)
-                    self.add("Megatron's models", "their configurations can be made")
-                    can_be_made = True
-                self._environment(student)
-                self._begins_with(student)
-                with self.at("save folder"):
-                    self._saves_to(student)
-                if objective is not None and teacher is not None:
-                    self._objective_of(objective, student, knows)
-                    if objective.hidden_losses and can_be_made:
-                        with self.at("hidden losses"):
-                            self._hidden(objective, student, teacher)
-            elif dry_run.describes_teacher(config):
+            self._models(megatron, options)
+            if config.teacher.load is not None:
+                if not Path(config.teacher.load).exists():
+                    self.add("teacher's checkpoint", config.teacher.load, Verdict.ABSENT)
+                else:
+                    with self.at("teacher's checkpoint"):
+                        setup.checkpoint = open_teacher(config, megatron)
+            for rule in EARLY_CHECKS:
+                with self.at(rule.name):
+                    if (finding := rule.run(setup)) is not None:
+                        self.add(rule.name, finding.text, finding.verdict)
+
+    def _models(self, megatron: Mapping[str, Any], options: Mapping[str, Action]) -> None:
+        config, setup = self.config, self._setup
+        with self.at("student"):
+            setup.student = student = dry_run.student_arguments(megatron)
+            self.add("student", _model(student))
+            self.add("ranks", _layout(student))
+            self.add("batch", _batch(student))
+        if setup.student is None:
+            if dry_run.describes_teacher(config):
                 with self.at("teacher"):
                     parse_model(teacher_settings(megatron, config.teacher.megatron, options), "teacher", JOB)
-            if config.teacher.load is not None:
-                with self.at("teacher's checkpoint"):
-                    self._checkpoint(config.teacher.load, megatron, student, teacher, knows)
+            return
+        setup.vocab_size = self._vocabulary(student)
+        if dry_run.describes_teacher(config):
+            with self.at("teacher"):
+                teacher, _ = teacher_arguments(megatron, config.teacher.megatron, student, JOB)
+                setup.teacher = teacher
+                self.add("teacher", _model(teacher))
+                self.add("teacher's layout", _teachers_layout(student, teacher))
+        with self.at("Megatron's models"):
+            dry_run.check_models(student, setup.teacher)
+            self.add("Megatron's models", "their configurations can be made")
+        self._environment(student)
 
-    def _teacher(self, student: Namespace, megatron: Mapping[str, Any]) -> Namespace | None:
-        if not dry_run.describes_teacher(self.config):
-            return None
-        own = self.config.teacher.megatron
-        with self.at("teacher"):
-            teacher, _ = teacher_arguments(megatron, own, student, JOB)
-            self.add("teacher", _model(teacher))
-            self.add("teacher's layout", _teachers_layout(student, teacher))
-            return teacher
-        return None
-
-    def _objective(self) -> Objective | None:
-        if not self._settings_are_good or not self.config.teacher.load:
-            return None
-        with self.at("loss"):
-            return self.config.distillation.make_objective().objective
-        return None
-
-    def _vocabulary(self, args: Namespace) -> bool:
-        """Set it; returns whether its size is known."""
+    def _vocabulary(self, args: Namespace) -> int | None:
+        """Set the vocabulary of the arguments; return its size if it is known."""
         try:
             why = dry_run.set_vocabulary(args)
         except (ConfigError, DataError) as error:
-            self.add("tokenizer", str(error), ABSENT if isinstance(error, DataError) else REFUSED)
+            self.add("tokenizer", str(error), Verdict.ABSENT if isinstance(error, DataError) else Verdict.REJECTED)
             dry_run.set_padded_vocabulary(args, _UNKNOWN_VOCABULARY)
-            return False
+            return None
         if why is not None:
-            self.add("tokenizer", f"{why}; megatron.vocab-size serves", ABSENT)
+            self.add("tokenizer", f"{why}; megatron.vocab-size is used", Verdict.ABSENT)
         elif args.tokenizer_type == "NullTokenizer" and self.config.data.dir is not None:
-            self.add("tokenizer", f"taken to have data.vocab_size, {args.vocab_size} tokens", ABSENT)
+            self.add("tokenizer", f"assumed to have data.vocab_size, {args.vocab_size} tokens", Verdict.ABSENT)
         else:
             self.add("tokenizer", f"{args.tokenizer_type} {args.tokenizer_model or ''}".strip())
         tensor = args.tensor_model_parallel_size
         share = f"{args.padded_vocab_size // tensor} on each of TP {tensor}"
         self.add("vocabulary", f"{args.vocab_size} tokens, padded to {args.padded_vocab_size} columns: {share}")
-        return True
+        return int(args.vocab_size)
 
     def _environment(self, args: Namespace) -> None:
-        """What Megatron's layers and collectives ask of the machine of a job on GPUs."""
+        """Report requirements of Megatron's layers and collectives on a machine with GPUs."""
         if self.config.device == "cpu":
             return
         parallel = args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1
         if parallel and self._connections != "1":
             found = "CUDA_DEVICE_MAX_CONNECTIONS=1, which Megatron needs for TP and CP on GPUs before Blackwell"
-            self.add("environment", found, ABSENT)
+            self.add("environment", found, Verdict.ABSENT)
         if args.gradient_accumulation_fusion and not importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):
             found = "NVIDIA's apex, which the output layer needs unless megatron.no-gradient-accumulation-fusion=true"
-            self.add("apex", found, ABSENT)
-
-    def _begins_with(self, args: Namespace) -> None:
-        for name in ("load", "pretrained_checkpoint"):
-            path = getattr(args, name)
-            if path is None:
-                continue
-            if checkpoint_exists(path):
-                with self.at("student's checkpoint"):
-                    other = check_student(args)
-                    self.add("student's checkpoint", f"in {path}" + (f", of another model: {other}" if other else ""))
-            else:
-                self.add("student's checkpoint", f"none in {path}", ABSENT)
-
-    def _saves_to(self, args: Namespace) -> None:
-        if args.save is None:
-            return
-        check_save(args)
-        with only_writer(args, asks=True):
-            self.add("save folder", args.save)
-        if (mixed := mixed_events(args)) is not None:
-            self.add("event files", f"WARNING: {mixed}")
-
-    def _objective_of(self, objective: Objective, student: Namespace, knows: bool) -> None:
-        """What a job refuses of the loss once it has built the models."""
-        with self.at("loss"):
-            if knows:
-                check_shared_vocab(objective, student.vocab_size, student.context_parallel_size)
-                check_tokens(objective, student.vocab_size)
-                check_fused(self.config.make_execution(), obstacles_of(objective, student.vocab_size))
-            self.add("loss", str(objective.divergence or ", ".join(objective.names_of_logit_losses)))
-        if self.config.device == "cpu":
-            with self.at("kernel"):
-                with kernels.using(self.config.make_execution().kernel):
-                    try_kernel(objective, torch.empty(0, dtype=student.params_dtype))
-                self.add("kernel", f"{self.config.distillation.kernel}: tried")
-
-    def _hidden(self, objective: Objective, student: Namespace, teacher: Namespace) -> None:
-        absent_projectors(student, objective.hidden_losses)
-        if student.pipeline_model_parallel_layout or teacher.pipeline_model_parallel_layout:
-            self.add("hidden losses", "where the layers lie of a pipeline-model-parallel-layout, the job sees", ABSENT)
-            return
-        layout = [(of.tensor_model_parallel_size, of.pipeline_model_parallel_size) for of in (student, teacher)]
-        beside = layout[0] == layout[1] and student.sequence_parallel == teacher.sequence_parallel
-        stages = {}
-        if beside:
-            ours, theirs = (layers_of_stages(model_config(args).transformer) for args in (student, teacher))
-            stages = {stage: Layers(stage, ours[stage], theirs[stage]) for stage in range(layout[0][1])}
-        sizes = (student.hidden_size, teacher.hidden_size)
-        check_layers(objective.hidden_losses, stages, beside=beside, sizes=sizes)
-        self.add("hidden losses", ", ".join(loss.name for loss in objective.hidden_losses))
-
-    def _checkpoint(
-        self,
-        load: str,
-        megatron: Mapping[str, Any],
-        student: Namespace | None,
-        teacher: Namespace | None,
-        knows: bool,
-    ) -> None:
-        if not Path(load).exists():
-            self.add("teacher's checkpoint", load, ABSENT)
-            return
-        checkpoint = open_teacher(self.config, megatron)
-        if student is None or teacher is None:
-            self.add("teacher's checkpoint", f"{checkpoint.directory}: whole; whether of the model described is open")
-            return
-        size = student.vocab_size
-        if not knows:  # of its vocabulary there is nothing to compare with but its own
-            described = checkpoint.described
-            size = (getattr(described.args, "vocab_size", None) if described is not None else None) or size
-        compared = check_teacher(self.config, checkpoint, teacher, size)
-        self.add(
-            "teacher's checkpoint", f"{checkpoint.directory}: whole, and of the model described (compared: {compared})"
-        )
-        with self.at("teacher's tokenizer"):
-            self._same_tokenizer(student, checkpoint)
-        with self.at("going on"):
-            changed = check_resumed(student, record(self.config, checkpoint), self.config.distillation.on_change)
-            if changed is not None:
-                self.add("going on", changed, ABSENT)
-
-    def _same_tokenizer(self, student: Namespace, checkpoint: TeacherCheckpoint) -> None:
-        """Two vocabularies may have the same size; of its tokenizer a checkpoint may have no more than the path."""
-        if self.config.distillation.shared_vocab is not None:
-            return
-        theirs, ours = checkpoint.tokenizer, student.tokenizer_model
-        if theirs is None or ours is None:
-            return
-        if not checkpoint.check_tokenizer(ours):
-            missing = ", ".join(path for path in (theirs, ours) if not Path(path).exists())
-            self.add("teacher's tokenizer", f"{missing or theirs}: whether both are one is not looked at", ABSENT)
-            return
-        self.add("teacher's tokenizer", "the student's")
+            self.add("apex", found, Verdict.ABSENT)
 
 
 def _words(value: object) -> list[object]:

@@ -6,7 +6,6 @@ Each pair of a loss and a seed is a `distill` job of its own, with a directory o
 start from one set of weights and read the same batches.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from abkd_megatron.config.load import render
 from abkd_megatron.config.schema import SECTIONS, Config
 from abkd_megatron.errors import ConfigError, HostError
 from abkd_megatron.tools import runs
+from abkd_megatron.tools.env import need_plots
 from abkd_megatron.vocab_parallel.diagnostics import calibration_error
 
 # The columns of the table: (title, what it is of a report, format).
@@ -132,8 +132,7 @@ def compare(config: Config, load: Callable[[Sequence[str]], Config]) -> None:
             directory that holds something else.
         HostError: without matplotlib; or at the end, if a run failed: the others are done and in the table.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise HostError("expected matplotlib for the picture, found none; pip install 'abkd-megatron[plots]'")
+    need_plots("compare", "matplotlib")
     of, out = config.compare, Path(config.compare.out).expanduser().resolve()
     if of.launch is not None and shutil.which(next(iter(shlex.split(of.launch)), "")) is None:
         raise ConfigError(

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from abkd_megatron.errors import HostError
+from abkd_megatron.hosts.launch import unrelated_apex
 from abkd_megatron.tools.tables import show
 
 OK, ABSENT, MISSING, WRONG = "ok", "not here", "missing", "wrong"
@@ -77,13 +79,28 @@ def look() -> Iterator[Part]:
     yield _apex()
     yield _package("triton", "the triton kernel of the losses, on GPUs", remedy="comes with CUDA builds of torch")
     yield _compiler()
-    yield _package("tensorboard", "megatron.tensorboard-dir", remedy="pip install 'abkd-megatron[plots]'")
-    yield _package("matplotlib", "the picture of compare", remedy="pip install 'abkd-megatron[plots]'")
+    for name, purpose in (
+        ("tensorboard", "megatron.tensorboard-dir, report"),
+        ("plotly", "report"),
+        ("jinja2", "report"),
+        ("matplotlib", "the pictures of compare and estimate"),
+    ):
+        yield _package(name, purpose, remedy="pip install 'abkd-megatron[plots]'")
     yield _package(
         "megatron-bridge",
         "checkpoints from and to Hugging Face",
         remedy="pip install 'abkd-megatron[bridge]', on a machine with CUDA",
     )
+
+
+def need_plots(job: str, *packages: str) -> None:
+    """Check that packages of the extra `plots` are installed.
+
+    Raises:
+        HostError: naming those that are missing.
+    """
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        raise HostError(f"{job}: expected {', '.join(missing)}, found none; pip install 'abkd-megatron[plots]'")
 
 
 def _python() -> Part:
@@ -154,17 +171,6 @@ def _of_torch() -> Iterator[Part]:
     yield Part("NCCL", "several GPUs", nccl, OK if nccl else ABSENT, "" if nccl else build)
     shown = ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus))
     yield Part("GPU", gpu, shown, OK if gpus else ABSENT, "" if gpus else "a machine with an NVIDIA GPU and its driver")
-
-
-def unrelated_apex() -> bool:
-    """Whether the installed `apex` is not NVIDIA's: Megatron takes any package of that name for it; PyPI's is another.
-
-    Looking for a module within it imports it.
-    """
-    try:
-        return bool(importlib.util.find_spec("apex") and not importlib.util.find_spec("apex.multi_tensor_apply"))
-    except Exception:  # an apex that cannot even be imported
-        return True
 
 
 def _apex() -> Part:

@@ -1,10 +1,11 @@
 """An estimate on the screen, and as a picture."""
 
-import importlib.util
 from pathlib import Path
-from typing import Any
 
-from abkd_megatron.errors import HostError
+from rich.table import Table
+
+from abkd_megatron.tools import tables
+from abkd_megatron.tools.env import need_plots
 from abkd_megatron.tools.estimate import GIB, Alternative, Estimate
 from abkd_megatron.tools.memory_tracker import PARTS
 
@@ -22,15 +23,11 @@ def show(estimate: Estimate, out: Path | None = None) -> None:
         out: a folder for estimate.png; made if it is not there.
 
     Raises:
-        HostError: without rich, or with `out` without matplotlib.
+        HostError: with `out`, without matplotlib.
     """
-    _need("rich", "estimate")
     if out is not None:
-        _need("matplotlib", "--out")
-    from rich.console import Console
-
-    # Lines that are read by a program, or by a person in a log, are not broken.
-    console = Console() if Console().is_terminal else Console(width=160)
+        need_plots("estimate --out", "matplotlib")
+    console = tables.console()
     unit = _unit(estimate)
     console.print(
         f"{estimate.world_size} ranks, {estimate.layout}; student {_of_many(estimate.parameters)} parameters, "
@@ -56,11 +53,6 @@ def show(estimate: Estimate, out: Path | None = None) -> None:
         console.print(f"{out / 'estimate.png'}", highlight=False)
 
 
-def _need(package: str, what: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise HostError(f"{what}: expected {package}, found none; install it with `pip install {package}`")
-
-
 def _unit(estimate: Estimate) -> tuple[int, str]:
     return (GIB, "GiB") if estimate.fullest.account.total >= GIB else (2**20, "MiB")
 
@@ -78,9 +70,7 @@ def _verdict(total: int, estimate: Estimate) -> str:
     return f"{'Fits into' if total <= memory * GIB else 'Does not fit into'} {memory:g} GiB."
 
 
-def _memory(estimate: Estimate, unit: int, name: str) -> Any:
-    from rich.table import Table
-
+def _memory(estimate: Estimate, unit: int, name: str) -> Table:
     table = Table(title=f"Memory a rank at its peak, {name}", title_justify="left")
     table.add_column("")
     for rank in estimate.ranks:
@@ -100,9 +90,7 @@ def _memory(estimate: Estimate, unit: int, name: str) -> Any:
     return table
 
 
-def _flops(estimate: Estimate) -> Any:
-    from rich.table import Table
-
+def _flops(estimate: Estimate) -> Table:
     flops = estimate.flops
     table = Table(title="Floating-point operations a token", title_justify="left")
     unit, name = (1e9, "GFLOP") if flops.total >= 1e9 else (1e6, "MFLOP")
@@ -117,9 +105,7 @@ def _flops(estimate: Estimate) -> Any:
     return table
 
 
-def _alternatives(estimate: Estimate, unit: int, name: str) -> Any:
-    from rich.table import Table
-
+def _alternatives(estimate: Estimate, unit: int, name: str) -> Table:
     table = Table(title=f"Other layouts on {estimate.world_size} ranks, {name} on the fullest", title_justify="left")
     for column in ("TP", "PP", "micro-batch", name):
         table.add_column(column, justify="right")

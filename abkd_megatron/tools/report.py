@@ -1,22 +1,17 @@
-"""``abkd-megatron report``: the curves of a run, or of several over each other, as an HTML page of one file.
+"""HTML page with the curves of one run, or of several over each other, drawn by Plotly.
 
-Everything comes from the event files, so the same files give the same page, byte for byte. Lines are the points as they
+Everything on the page comes from the event files: the same files give the same page, byte for byte. Points are as they
 were logged, not smoothed.
 """
 
 import base64
 import hashlib
-import json
 import math
 import re
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
-from importlib import resources
-from itertools import accumulate, batched
 from pathlib import Path
 from typing import Any
 
@@ -26,519 +21,257 @@ import yaml
 from abkd_megatron.config.schema import SCHEDULED
 from abkd_megatron.config.yaml import flow
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.tools import chart
-from abkd_megatron.tools.chart import Chart, Series, number
-from abkd_megatron.tools.events import Curve, Run, find_runs, known, numbers_missing
+from abkd_megatron.tools.env import need_plots
+from abkd_megatron.tools.events import TRAINING, Curve, Run, find_runs
 from abkd_megatron.tools.runs import clock
 from abkd_megatron.vocab_parallel.diagnostics import NUM_BINS, calibration_error, gap_name
 
+_MOST_RUNS = 8  # whose colors can be told apart
+_MOST_POINTS = 2000  # of a curve
 _GENERATOR = '<meta name="generator" content="abkd_megatron report">'
-_ROWS = 60  # of a chart's table
+_DRAW = """
+const charts = JSON.parse(document.getElementById("charts").textContent);
+document.querySelectorAll(".chart").forEach((place, index) =>
+  Plotly.newPlot(place, charts[index].data, charts[index].layout, { displaylogo: false, responsive: true }));
+"""
 
-# Derived here from what is written.
-_SHARE, _TOKENS, _CALIBRATION = "teacher's share", "tokens per second", "calibration error"
-_SECONDS, _STEP = "teacher seconds", "iteration-time"
-_MAIN = ("lm loss", "kd loss", "total loss", "teacher lm loss")
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A chart of what is there of some names."""
-
-    title: str
-    unit: str
-    names: str
-    """A regular expression."""
-    may_be_logarithmic: bool = False
-
-
-_NATS = "nats a token"
-_OF_TOKENS = "share of tokens"
-_PLANS: dict[str, tuple[_Plan, ...]] = {
-    "Losses": (
-        _Plan("Cross entropy with the data", _NATS, "lm loss|teacher lm loss"),
-        _Plan("What is trained", "", "total loss", True),
-        _Plan("Divergence from the teacher, as it is trained", "", "kd loss", True),
-        _Plan("Losses, without their weights", "", r"(?!(lm|kd|total|teacher lm|hidden) loss).+ loss( \d+)?", True),
-        _Plan("Losses between layers, without their weights", "", "hidden loss .+", True),
-    ),
-    "Beside the teacher": (
-        _Plan("KL to the teacher", _NATS, "kl to teacher|reverse kl to teacher", True),
-        _Plan("Top-1 agreement with the teacher", _OF_TOKENS, "top-1 agreement"),
-        _Plan("Entropy", _NATS, "student entropy|teacher entropy"),
-        _Plan("The student's likeliest token", _OF_TOKENS, "top-1 accuracy|student confidence"),
-        _Plan("Selected tokens", _OF_TOKENS, "selected tokens"),
-        _Plan("Expected calibration error", _OF_TOKENS, _CALIBRATION),
-        _Plan("Where the loss pushes", "", "hardness concentration|confidence concentration"),
-        _Plan("ToDi's weight", "", "todi weight|todi weight of teacher"),
-    ),
-    "Schedules": tuple(_Plan(name, "", name) for name in SCHEDULED),
-    "Optimiser": (
-        _Plan("Learning rate", "", "learning-rate"),
-        _Plan("Gradient norm", "", "grad-norm", True),
-    ),
-    "Time": (
-        _Plan("Time of a step", "seconds, mean of a log interval", _STEP),
-        _Plan("Throughput", "tokens per second", _TOKENS),
-        _Plan("The teacher's share of a step", "share of time", _SHARE),
-        _Plan("The teacher's pass on a micro-batch", "seconds", _SECONDS),
-        _Plan("Arithmetic", "TFLOP/s a GPU", "throughput"),
-    ),
+# By heading: a regular expression of the names in a chart, and the unit of its axis.
+_CHARTS = {
+    "Losses": {
+        "lm loss|teacher lm loss": "nats per token",
+        "total loss": "",
+        "kd loss": "",
+        "hidden loss .+": "without its weight",
+        r".+ loss( \d+)?": "without its weight",
+    },
+    "Student and teacher": {
+        "kl to teacher|reverse kl to teacher": "nats per token",
+        "student entropy|teacher entropy": "nats per token",
+        "top-1 .+|student confidence|selected tokens": "share of tokens",
+        "calibration error": "",
+        "(hardness|confidence) concentration": "",
+        "todi weight.*": "",
+    },
+    "Schedules": dict.fromkeys(SCHEDULED, ""),
+    "Optimizer": {"learning-rate": "", "grad-norm": ""},
+    "Time": {
+        "iteration-time": "seconds per step",
+        "tokens per second": "",
+        "throughput": "TFLOP/s per GPU",
+        "teacher seconds": "seconds per micro-batch",
+        "teacher's share": "share of the step time",
+    },
+    "Other": {".+": ""},
 }
+_LOGARITHMIC = re.compile(".*(loss|kl to teacher|grad-norm).*")  # if the values span more than a decade
+_ARGUMENTS = (
+    *("num_layers", "hidden_size", "num_attention_heads", "num_experts", "vocab_size", "seq_length", "world_size"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "data_parallel_size"),
+    *("expert_model_parallel_size", "global_batch_size", "micro_batch_size"),
+)
 
 
 def write_report(run: Path | Sequence[Path], out: Path | None = None) -> Path:
     """Write the page.
 
     Args:
-        run: the directory of a run, its tensorboard directory, or several of either; a folder of several runs, too.
-            Several are drawn over each other.
-        out: the file; None for `report.html` in the directory, where only one is given.
+        run: the directory of a run, its tensorboard directory, a folder of several runs, or several of these.
+        out: the file; None for `report.html` in the directory if there is only one.
 
     Returns:
-        The file that was written.
+        The file.
 
     Raises:
-        ConfigError: for a directory without a number to show, more runs than there are colors, or a file in place of
-            the page that is no such page.
-        HostError: without tensorboard, which reads the files.
+        ConfigError: if a directory has no numbers, for more runs than colors, or if `out` is not an earlier report.
+        HostError: without the packages of the extra `plots`.
     """
     paths = [run] if isinstance(run, Path) else list(run)
+    need_plots("report", "tensorboard", "plotly", "jinja2")
     if out is None and len(paths) != 1:
         raise ConfigError(f"expected a file to write the report of {len(paths)} runs to, got none; give --out FILE")
     out = out if out is not None else paths[0] / "report.html"
     runs = find_runs(paths)
-    if len(runs) > chart.MOST_COLOURS:
+    if len(runs) > _MOST_RUNS:
         raise ConfigError(
-            f"expected at most {chart.MOST_COLOURS} runs, which can be told apart, got {len(runs)}: "
-            f"{', '.join(it.name for it in runs)}; give the directories of those to compare"
+            f"expected at most {_MOST_RUNS} runs, got {len(runs)}: {', '.join(it.name for it in runs)}; give the "
+            "directories of those to compare"
         )
-    _check_place(out)
-    page = render(runs)
+    if not out.parent.is_dir():
+        raise ConfigError(f"{out}: expected an existing folder to write to, got {out.parent}; make it, or give --out")
     try:
-        out.write_text(page, encoding="utf-8")
+        if out.exists() and _GENERATOR not in out.read_text(encoding="utf-8", errors="replace")[:2000]:
+            raise ConfigError(f"{out}: expected an earlier report, to replace it; give another --out")
+        out.write_text(render(runs), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{out}: expected a file that can be written, got: {error.strerror}; give --out") from error
     return out
 
 
-def _check_place(out: Path) -> None:
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out}: expected an existing folder to write to, got {out.parent}; make it, or give --out")
-    if not out.exists():
-        return
-    with suppress(OSError), out.open(encoding="utf-8", errors="replace") as file:
-        if _GENERATOR in file.read(2000):
-            return
-    raise ConfigError(f"{out}: expected an earlier report, to replace it, got something else; give another --out")
-
-
 def render(runs: Sequence[Run]) -> str:
-    """The page of these runs.
+    """Return the page of at most 8 runs as HTML; adds derived curves and notes to the runs."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from plotly.offline import get_plotlyjs
 
-    Args:
-        runs: at most `chart.MOST_COLOURS`; gets derived curves added.
-
-    Returns:
-        HTML.
-    """
     for run in runs:
         _derive(run)
-    title = " and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs"
-    groups = _charts(runs)
-    steps = [step for charts in groups.values() for it in charts for step in it.steps()]
-    ends = (min(steps), max(steps))  # of all charts, so that they can be held against each other
-    figures: list[str] = []
-    data: list[dict[str, Any]] = []
-    for name, charts in groups.items():
-        drawn = [chart.draw(it, f"chart{len(data) + index}", ends) for index, it in enumerate(charts)]
-        data += [found for _, found in drawn]
-        inside = "".join(_figure(it, svg) for it, (svg, _) in zip(charts, drawn, strict=True))
-        figures.append(f'<h2>{escape(name)}</h2>\n<div class="charts">{inside}</div>\n')
-    body = [
-        f"<main><h1>{escape(title)}</h1>\n<p class=soft>{escape(_subtitle(runs))}</p>\n",
-        _tiles(runs[0]) if len(runs) == 1 else "",
-        _table_of_runs(runs),
-        _notes(runs),
-        *figures,
-        _last_numbers(runs),
-        *(_configuration(run, alone=len(runs) == 1) for run in runs),
-        "</main>",
-    ]
-    script = (resources.files("abkd_megatron.tools") / "report.js").read_text(encoding="utf-8")
-    parts = {
-        "title": escape(f"{title}: training report"),
-        "body": "".join(body),
-        "data": _embedded(data),
-        "script": script,
-        "script-hash": f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
-    }
-    template = (resources.files("abkd_megatron.tools") / "report.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{([a-z-]+)\}\}", lambda found: parts[found[1]], template)
+    scripts = [get_plotlyjs(), _DRAW]
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    loader = PackageLoader("abkd_megatron", "tools")
+    template = Environment(autoescape=True, undefined=StrictUndefined, loader=loader, trim_blocks=True)
+    return template.get_template("report.html").render(
+        generator=_GENERATOR,
+        policy=" ".join(f"'sha256-{it}'" for it in hashes),
+        names=[run.name for run in runs],
+        about=_rows([_about(run) for run in runs]),
+        notes=[note if len(runs) == 1 else f"{run.name}: {note}" for run in runs for note in run.notes],
+        charts=_charts(runs),
+        last=_last_numbers(runs),
+        configurations={run.name: run.config for run in runs if run.config},
+        scripts=scripts,
+    )
 
 
-def _embedded(data: object) -> str:
-    """JSON that cannot end the element it is in."""
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-# What is derived --------------------------------------------------------------------------------------------
+# Derived curves -----------------------------------------------------------------------------------------------
 
 
 def _derive(run: Run) -> None:
-    """Add to a run what follows from its numbers; and with it what a page should say of them."""
-    for curves in (run.training, *run.validation.values()):
-        for name, curve in curves.items():  # fp32, as short as it can be said
-            curves[name] = {step: float(str(np.float32(value))) for step, value in curve.items()}
-        gaps = [gap_name(index) for index in range(NUM_BINS)]
-        if all(name in curves for name in gaps):
-            found = {name: curves.pop(name) for name in gaps}
-            curves[_CALIBRATION] = {
-                step: _short(calibration_error({name: curve[step] for name, curve in found.items()}))
-                for step in found[gaps[0]]
-                if all(step in curve for curve in found.values())
-            }
-    times, length = known(run.training.get(_STEP, {})), run.integer("seq_length")
-    sizes = run.training.get("batch-size", {})
-    if times and sizes and length:
-        run.training[_TOKENS] = {
-            step: _short(sizes[step] * length / time) for step, time in times.items() if step in sizes and time > 0
+    """Add the calibration error, throughput and the teacher's share, and notes of numbers that are missing."""
+    for curves in run.splits.values():
+        gaps = {name: curves.pop(name) for name in map(gap_name, range(NUM_BINS)) if name in curves}
+        if len(gaps) == NUM_BINS:
+            steps = sorted(set.intersection(*map(set, gaps.values())))
+            of_steps = ({name: gap[step] for name, gap in gaps.items()} for step in steps)
+            curves["calibration error"] = dict(zip(steps, map(calibration_error, of_steps), strict=True))
+    training = run.splits[TRAINING]
+    times, sizes, length = training.get("iteration-time", {}), training.get("batch-size", {}), run.integer("seq_length")
+    times = {step: time for step, time in times.items() if time > 0 and step in sizes}
+    if training and not times:
+        run.notes.append("iteration-time or batch-size is missing: give Megatron --log-timers-to-tensorboard")
+    elif length:
+        training["tokens per second"] = {step: sizes[step] * length / time for step, time in times.items()}
+    at_once = run.integer("micro_batch_size") * run.integer("data_parallel_size")
+    passes = {step: it for step, it in training.get("teacher seconds", {}).items() if math.isfinite(it)}
+    if at_once and times and passes:
+        ends = np.searchsorted(list(passes), list(times), side="right")
+        sums, counts = (np.diff(it, prepend=0) for it in (np.cumsum([0, *passes.values()])[ends], ends))
+        training["teacher's share"] = {
+            step: total / count * sizes[step] / at_once / times[step]
+            for step, total, count in zip(times, sums.tolist(), counts.tolist(), strict=True)
+            if count
         }
-    shares = _teachers_shares(run, times)
-    if shares:
-        run.training[_SHARE] = shares
-    if "kd loss" in run.training and not shares:
-        if _SECONDS not in run.training:
-            run.notes.append(f"the teacher's share of the time is not known: there is no `{_SECONDS}` in the files")
-        elif not times:
-            run.notes.append(
-                f"the teacher's share of the time is not known: there is no `{_STEP}` in the files; give Megatron "
-                "--log-timers-to-tensorboard"
-            )
-        else:
-            run.notes.append("the teacher's share of the time is not known: the files do not say how large a batch is")
-    elif run.training and not times:
-        run.notes.append(f"there is no `{_STEP}` in the files: give Megatron --log-timers-to-tensorboard")
-    for name, curve in run.training.items():
-        for first, last, what in numbers_missing(curve):
-            where = f"step {first}" if first == last else f"steps {first} to {last}"
-            run.notes.append(f"{name} is {what} at {where}: a gap in its line")
-    for of_set, curves in run.validation.items():
+    for split, curves in run.splits.items():
         for name, curve in curves.items():
-            for first, last, what in numbers_missing(curve):
-                where = f"step {first}" if first == last else f"steps {first} to {last}"
-                run.notes.append(f"{name} is {what} in {_set(of_set)} at {where}")
+            if missing := {step: value for step, value in curve.items() if not math.isfinite(value)}:
+                which = f"{len(missing)} of {len(curve)} points, from step {min(missing)} to {max(missing)}"
+                kinds = " or ".join(sorted({f"{value}" for value in missing.values()}))
+                run.notes.append(f"{name} ({split}) is {kinds} at {which}")
 
 
-def _teachers_shares(run: Run, times: Mapping[int, float]) -> Curve:
-    """Of each log interval that Megatron has timed: seconds of a pass, times micro-batches a step, over a step's."""
-    passes, sizes = known(run.training.get(_SECONDS, {})), run.training.get("batch-size", {})
-    of_ranks = [run.integer(name) for name in ("micro_batch_size", "data_parallel_size")]
-    at_once = math.prod(it for it in of_ranks if it) if all(of_ranks) else 0
-    steps, sums = list(passes), [0.0, *accumulate(passes.values())]
-    shares, before = {}, 0
-    for step, seconds in times.items():
-        until = bisect_right(steps, step)
-        if until > before and at_once and seconds > 0 and step in sizes:
-            shares[step] = _short((sums[until] - sums[before]) / (until - before) * sizes[step] / at_once / seconds)
-        before = until
-    return shares
+# Charts -------------------------------------------------------------------------------------------------------
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")
+def _charts(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
+    """Return the charts by heading. A chart has several names of one run, or one name of several runs."""
+    names = list(dict.fromkeys(name for run in runs for curves in run.splits.values() for name in curves))
+    charts: dict[str, list[dict[str, Any]]] = {}
+    for heading, units in _CHARTS.items():
+        for pattern, unit in units.items():
+            found = [name for name in names if re.fullmatch(pattern, name)]
+            names = [name for name in names if name not in found]
+            together = len(runs) == 1 and heading != "Other"
+            for part in [found] if found and together else [[name] for name in found]:
+                charts.setdefault(heading, []).append(_chart(part, unit, runs))
+    return charts
 
 
-# Charts -----------------------------------------------------------------------------------------------------
+def _chart(names: Sequence[str], unit: str, runs: Sequence[Run]) -> dict[str, Any]:
+    """Return `title`, and Plotly's `data` and `layout`, in which names are escaped: Plotly has a markup of its own."""
+    from plotly import graph_objects
+    from plotly.colors import qualitative
 
-
-def _charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
-    """By heading. Of one run a chart has several names; of several runs one name, in a color a run."""
-    names = list(dict.fromkeys(name for run in runs for curves in _all_curves(run) for name in curves))
-    groups: dict[str, list[Chart]] = {}
-    taken = set()
-    for heading, plans in _PLANS.items():
-        for plan in plans:
-            found = [name for name in names if name not in taken and re.fullmatch(plan.names, name)]
-            taken |= set(found)
-            if found:
-                groups.setdefault(heading, []).extend(_charts_of(plan, found, runs))
-    for name in names:
-        if name not in taken and _changes(name, runs):
-            groups.setdefault("Other numbers", []).extend(_charts_of(_Plan(name, "", ""), [name], runs))
-    return groups
-
-
-def _charts_of(plan: _Plan, names: Sequence[str], runs: Sequence[Run]) -> Iterable[Chart]:
-    sets = list(dict.fromkeys(of_set for run in runs for of_set in run.validation)) or [""]
-
-    def series(run: Run, name: str, of_set: str, label: str, color: int) -> Series:
-        line = run.training.get(name, {}) if of_set == sets[0] else {}
-        return Series(label, color, line, run.validation.get(of_set, {}).get(name, {}))
-
-    charts: dict[str, list[Series]] = {}
-    if len(runs) == 1:
-        labels = {(name, it): name if len(sets) == 1 else f"{name}, {_set(it)}" for name in names for it in sets}
-        for part in batched(labels.items(), chart.MOST_COLOURS):
-            title = plan.title if len(labels) <= chart.MOST_COLOURS else f"{plan.title}: {part[0][1]} and so on"
-            charts[title] = [series(runs[0], *key, label, color) for color, (key, label) in enumerate(part)]
-    else:
-        for name in names:
-            for it in sets:
-                title = ": ".join([plan.title, *([name] if len(names) > 1 else []), *([_set(it)] if it else [])])
-                charts[title] = [series(run, name, it, run.name, color) for color, run in enumerate(runs)]
-    for title, found in charts.items():
-        if drawn := [one for one in found if one.line or one.dots]:
-            yield Chart(title, plan.unit, drawn, plan.may_be_logarithmic)
-
-
-def _all_curves(run: Run) -> list[dict[str, Curve]]:
-    return [run.training, *run.validation.values()]
-
-
-def _changes(name: str, runs: Sequence[Run]) -> bool:
-    """Whether there is anything to see of it: the batch size and the loss scale are often one number."""
-    return len({value for run in runs for curves in _all_curves(run) for value in curves.get(name, {}).values()}) > 1
-
-
-def _set(name: str) -> str:
-    return f"validation {name}".strip()
-
-
-def _figure(it: Chart, svg: str) -> str:
-    legend = [f'<li><i class="k{one.color}"></i>{escape(one.label)}</li>' for one in it.series]
-    if any(one.dots for one in it.series):
-        legend.append('<li><i class="round"></i>validation</li>')
-    return (
-        f'<figure><h3>{escape(it.title)}</h3><ul class="legend">{"".join(legend)}</ul>{svg}'
-        f'<output aria-live="polite">{escape(chart.last_of(it))}</output>'
-        f"{_numbers(it)}</figure>\n"
+    title = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+    figure = graph_objects.Figure()
+    for index, (run, name) in enumerate((run, name) for run in runs for name in names):
+        color, label = qualitative.D3[index % len(qualitative.D3)], name if len(runs) == 1 else run.name
+        for split, curves in run.splits.items():
+            if name not in curves or split.startswith("test"):
+                continue
+            points = _thinned(curves[name])
+            trained = split == TRAINING
+            figure.add_scatter(
+                x=list(points),
+                y=[value if math.isfinite(value) else None for value in points.values()],  # None: a gap in the line
+                name=escape(label if trained else f"{label}, {split}", quote=False),
+                mode="markers" if not trained else "lines" if len(points) > 50 else "lines+markers",
+                line={"color": color, "width": 1.5},
+                marker={"color": color, "size": 4 if trained else 8},
+            )
+    figure.update_layout(
+        template="none",
+        title={"text": escape(title, quote=False), "font": {"size": 14}},
+        xaxis={"title": {"text": "step"}},
+        yaxis={"title": {"text": unit}, "automargin": True},
+        legend={"orientation": "h", "y": -0.25},
+        margin={"l": 60, "r": 20, "t": 40, "b": 40},
+        hovermode="x unified",
+        showlegend=True,
     )
+    drawn = [value for trace in figure.data for value in trace.y if value is not None]
+    if drawn and 0 < 10 * min(drawn) < max(drawn) and all(map(_LOGARITHMIC.fullmatch, names)):
+        figure.update_yaxes(type="log")
+    return {"title": title, **figure.to_plotly_json()}
 
 
-def _numbers(it: Chart) -> str:
-    """The table of a chart's points, or of every so manieth."""
-    tables = []
-    for kind, curves in (
-        ("Training", {one.label: one.line for one in it.series if one.line}),
-        ("Validation", {one.label: one.dots for one in it.series if one.dots}),
-    ):
-        steps = sorted({step for curve in curves.values() for step in curve})
-        every = math.ceil(len(steps) / _ROWS)
-        shown = [step for index, step in enumerate(steps) if index % every == 0 or step == steps[-1]]
-        if not steps:
-            continue
-        rows = [[str(step), *(_cell(curve.get(step), repr) for curve in curves.values())] for step in shown]
-        caption = kind if every == 1 else f"{kind}: one of every {every} of {len(steps)} logged steps, and the last"
-        tables.append(_table(caption, ["step", *curves], rows))
-    return f'<details><summary>Numbers</summary><div class="wide">{"".join(tables)}</div></details>'
+def _thinned(curve: Curve) -> Curve:
+    """Return at most about `_MOST_POINTS` points, the extremes of neighbors, as the shortest decimals of their fp32."""
+    values = np.array(list(curve.values()), dtype=np.float32)
+    kept = set(range(len(values)))
+    if len(values) > _MOST_POINTS:
+        parts = np.array_split(np.arange(len(values)), _MOST_POINTS // 2)
+        extremes = [part[at] for part in parts for at in (values[part].argmin(), values[part].argmax())]
+        kept = {0, len(values) - 1, *map(int, extremes)}
+    steps = list(curve)
+    return {steps[index]: float(str(values[index])) for index in sorted(kept)}
 
 
-def _cell(value: float | None, write: Callable[[float], str] = number) -> str:
-    return "" if value is None else write(value) if math.isfinite(value) else number(value)
+# Tables -------------------------------------------------------------------------------------------------------
 
 
-def _table(caption: str, titles: Sequence[str], rows: Iterable[Sequence[str]], words: bool = False) -> str:
-    kind = ' class="words"' if words else ""
-    head = "".join(f'<th scope="col"{kind if index else ""}>{escape(it)}</th>' for index, it in enumerate(titles))
-    lines = []
-    for first, *others in rows:
-        cells = "".join(f"<td{kind}>{escape(it)}</td>" for it in others)
-        lines.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
-    return (
-        f"<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(lines)}</tbody></table>"
-    )
-
-
-# Words and tables -------------------------------------------------------------------------------------------
-
-
-def _subtitle(runs: Sequence[Run]) -> str:
-    started = f"Started {_date(runs[0])}. " if len(runs) == 1 else ""
-    return (
-        f"{started}Lines are training as it was logged, every point, not smoothed; of more than {chart.MOST_POINTS} "
-        "points the smallest and the largest of neighbors. Dots are validation. Point at a chart, or go along it with "
-        "the arrow keys, to read it."
-    )
-
-
-def _date(run: Run) -> str:
-    return datetime.fromtimestamp(run.started, UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def _tiles(run: Run) -> str:
-    of_set, validation = next(iter(run.validation.items()), ("", {}))
-    found: list[tuple[str, str]] = []
-    for name, title in (
-        ("lm loss", "cross entropy"),
-        ("teacher lm loss", "the teacher's"),
-        ("kl to teacher", "KL to the teacher"),
-        ("top-1 agreement", "top-1 agreement"),
-    ):
-        source = validation if name in validation else run.training
-        if curve := source.get(name):
-            step = next(reversed(curve))
-            where = _set(of_set) if source is validation else "training"
-            found.append((number(curve[step]), f"{title}, {where} at step {step}"))
-    found.append((number(run.last_step), f"steps{_of_steps(run)}"))
-    if (tokens := _tokens(run)) is not None:
-        found.append((number(tokens), "tokens trained on"))
-    found.append((clock(run.seconds), "wall time, " + ("h:min:s" if run.seconds >= 3600 else "min:s")))
-    if shares := run.training.get(_SHARE):
-        found.append((f"{sum(shares.values()) / len(shares):.1%}", "of a step is the teacher's"))
-    items = "".join(f"<li><b>{escape(value)}</b><span>{escape(what)}</span></li>" for value, what in found)
-    return f'<ul class="tiles">{items}</ul>\n'
-
-
-def _of_steps(run: Run) -> str:
-    planned = run.integer("train_iters")
-    return f" of {number(planned)}" if planned else ""
-
-
-def _tokens(run: Run) -> int | None:
-    length = run.integer("seq_length")
-    return run.samples * length if run.samples is not None and length else None
-
-
-def _table_of_runs(runs: Sequence[Run]) -> str:
-    rows: dict[str, list[str]] = {}
-
-    def row(title: str, write: Callable[[Run], str | None]) -> None:
-        if any(cells := [write(run) or "" for run in runs]):
-            rows[title] = cells
-
-    row("trained on", _trained_on)
-    row("teacher", _teacher)
-    row("student", _student)
-    row("layout", _layout)
-    if len(runs) > 1:  # of one run they stand above
-        row("started", _date)
-        row("steps", lambda run: f"{number(run.last_step)}{_of_steps(run)}")
-        row("tokens", lambda run: None if (tokens := _tokens(run)) is None else number(tokens))
-        row("wall time", lambda run: clock(run.seconds))
-    row("the teacher's share of a step", _share)
-    titles, cells = ["", *(run.name for run in runs)], [[title, *row] for title, row in rows.items()]
-    return f'<div class="wide summary">{_table("What was run", titles, cells, words=True)}</div>\n'
-
-
-def _distillation(run: Run) -> dict[str, Any]:
-    """The `distillation:` section of the configuration, as it was merged; empty where there is none."""
+def _about(run: Run) -> dict[str, str]:
+    """Return the rows of a run: how long it was, and its settings."""
+    planned, tokens = run.integer("train_iters"), run.samples * run.integer("seq_length")
+    shares = run.splits[TRAINING].get("teacher's share")
+    found = {
+        "started": f"{datetime.fromtimestamp(run.started, UTC):%Y-%m-%d %H:%M UTC}",
+        "steps": f"{run.last_step}{f' of {planned}' if planned else ''}",
+        "tokens": f"{tokens:,}" if tokens else "",
+        "wall time": clock(run.seconds),
+        "teacher's share of the step time": f"{sum(shares.values()) / len(shares):.1%}" if shares else "",
+    }
     with suppress(yaml.YAMLError):
-        config = yaml.safe_load(run.config or "")
-        if isinstance(config, dict) and isinstance(config.get("distillation"), dict):
-            return config["distillation"]
-    return {}
+        config = yaml.safe_load(run.config)
+        for section in ("teacher", "distillation"):
+            values = config.get(section) if isinstance(config, dict) else None
+            for key, value in values.items() if isinstance(values, dict) else ():
+                found[f"{section}.{key}"] = "" if value is None else flow(value)
+    of_script = [name for name in run.arguments if name.startswith("kd_")]
+    return found | {name: run.arguments[name] for name in (*of_script, *_ARGUMENTS) if name in run.arguments}
 
 
-# What of `distillation:` is no parameter of the divergence.
-_NO_PARAMETERS = (
-    *("divergence", "losses", "temperature", "kd_weight", "lm_weight", "hidden_losses", "head", "chunk_tokens"),
-    *("kernel", "gradient_in_place", "shared_vocab", "tokens", "diagnostics", "on_change"),
-)
+def _rows(columns: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Return rows by title, without empty ones."""
+    titles = dict.fromkeys(title for column in columns for title in column)
+    rows = {title: [column.get(title, "") for column in columns] for title in titles}
+    return {title: row for title, row in rows.items() if any(row)}
 
 
-def _trained_on(run: Run) -> str:
-    given = _distillation(run)
-    if given:
-        parameters = {key: value for key, value in given.items() if key not in _NO_PARAMETERS}
-        how = f" ({', '.join(f'{key} {flow(value)}' for key, value in parameters.items())})" if parameters else ""
-        losses = flow(given["losses"]) if given.get("losses") else f"{given.get('divergence')}{how}"
-        beside = ["kd_weight", "lm_weight", "temperature"]
-        beside += [name for name in ("hidden_losses", "tokens", "shared_vocab") if given.get(name)]
-        return "; ".join([losses, *(f"{name} {flow(given.get(name))}" for name in beside)])
-    arguments = {name: text for name, text in run.arguments.items() if name.startswith("kd_")}
-    if arguments:
-        return " ".join(f"--{name.replace('_', '-')} {text}" for name, text in arguments.items())
-    if any("kd loss" in curves for curves in _all_curves(run)):
-        return "total loss = cross entropy with the data and a divergence from a teacher, which these files do not name"
-    return "cross entropy with the data, without a teacher"
-
-
-def _teacher(run: Run) -> str | None:
-    with suppress(yaml.YAMLError):
-        config = yaml.safe_load(run.config or "")
-        if isinstance(config, dict) and isinstance(config.get("teacher"), dict):
-            return ", ".join(f"{key} {flow(value)}" for key, value in config["teacher"].items() if value is not None)
-    return None
-
-
-def _student(run: Run) -> str:
-    names = {"layers": "num_layers", "hidden size": "hidden_size", "heads": "num_attention_heads"}
-    names |= {"experts": "num_experts", "vocabulary": "vocab_size", "sequences of": "seq_length"}
-    return ", ".join(f"{title} {value}" for title, name in names.items() if (value := run.integer(name)))
-
-
-def _layout(run: Run) -> str:
-    names = {"TP": "tensor_model_parallel_size", "PP": "pipeline_model_parallel_size"}
-    names |= {"VPP": "virtual_pipeline_model_parallel_size", "CP": "context_parallel_size"}
-    names |= {"EP": "expert_model_parallel_size", "DP": "data_parallel_size"}
-    sizes = " x ".join(
-        f"{title} {value}" for title, name in names.items() if (value := run.integer(name)) and value > 1
-    )
-    ranks, batch, micro = map(run.integer, ("world_size", "global_batch_size", "micro_batch_size"))
-    said = [f"{ranks} rank{'s' * (ranks > 1)}" if ranks else "", sizes]
-    said += [f"{batch} sequences a step, {micro} a micro-batch" if batch and micro else ""]
-    return ", ".join(it for it in said if it)
-
-
-def _share(run: Run) -> str | None:
-    if not (shares := run.training.get(_SHARE)):
-        return None
-    stages = run.integer("pipeline_model_parallel_size") or 1
-    where = f"on the ranks of the last of {stages} pipeline stages" if stages > 1 else "on every rank"
-    return (
-        f"{sum(shares.values()) / len(shares):.1%}, measured {where}: its pass on each micro-batch and waiting for "
-        f"its messages, without its output layer, which is part of the loss; mean over {len(shares)} log intervals"
-    )
-
-
-def _notes(runs: Sequence[Run]) -> str:
-    notes = [note if len(runs) == 1 else f"{run.name}: {note}" for run in runs for note in run.notes]
-    if not notes:
-        return ""
-    return f'<h2>Notes</h2><ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>\n'
-
-
-def _last_numbers(runs: Sequence[Run]) -> str:
-    columns: list[tuple[str, dict[str, float]]] = []
+def _last_numbers(runs: Sequence[Run]) -> tuple[list[str], dict[str, list[str]]]:
+    """Return titles of columns, one for each run and split, and rows by name: the numbers of the split's last step."""
+    columns: dict[str, dict[str, str]] = {}
     for run in runs:
-        name = "" if len(runs) == 1 else f"{run.name}: "
-        parts: list[tuple[str, dict[str, tuple[int, float]]]] = [("training", _last(run.training))]
-        for of_set in run.validation:
-            parts.append((_set(of_set), _last(run.validation[of_set])))
-        for of_set, last in run.test.items():
-            parts.append((f"test {of_set}".strip(), last))
-        for title, found in parts:
-            if found:
-                step = max(step for step, _ in found.values())
-                column = {key: value for key, (at, value) in found.items() if at == step}
-                columns.append((f"{name}{title}, step {step}", column))
-    names = list(dict.fromkeys(name for _, column in columns for name in column))
-    first = [name for name in names if name in _MAIN]
-    rows = [
-        [name, *(_cell(column.get(name)) for _, column in columns)]
-        for name in [*first, *(it for it in names if it not in first)]
-    ]
-    return (
-        "<h2>Last numbers</h2>"
-        f'<div class="wide">{_table("As they were logged", ["", *(title for title, _ in columns)], rows)}</div>\n'
-    )
-
-
-def _last(curves: Mapping[str, Curve]) -> dict[str, tuple[int, float]]:
-    return {name: (step, curve[step]) for name, curve in curves.items() for step in [next(reversed(curve))]}
-
-
-def _configuration(run: Run, alone: bool) -> str:
-    of = "" if alone else f" of {run.name}"
-    if run.config is not None:
-        inside, what = f"<pre>{escape(run.config)}</pre>", "Configuration"
-    elif run.arguments:
-        rows = sorted([name, text] for name, text in run.arguments.items())
-        inside = f'<div class="wide">{_table("As Megatron has written them", ["", ""], rows, words=True)}</div>'
-        what = "Megatron's arguments"
-    else:
-        return ""
-    return f"<details><summary>{escape(what + of)}</summary>{inside}</details>\n"
+        for split, curves in run.splits.items():
+            step = max((max(curve) for curve in curves.values()), default=0)
+            title = f"{split}, step {step}" if len(runs) == 1 else f"{run.name}: {split}, step {step}"
+            found = {name: f"{curve[step]:.5g}" for name, curve in curves.items() if step in curve}
+            columns |= {title: found} if found else {}
+    return list(columns), _rows(list(columns.values()))

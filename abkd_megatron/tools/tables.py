@@ -1,30 +1,42 @@
-"""Rows that a person reads: a table on a terminal, one plain line each elsewhere."""
+"""Tables on a terminal, and plain lines elsewhere."""
 
 import sys
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_WIDE = 10_000  # columns, so that lines in a pipe or a file are not broken
+
+
+def console() -> "Console":
+    """Return rich's console for stdout, which breaks lines on a terminal only."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=_WIDE)
 
 
 def show(titles: Sequence[str], rows: Sequence[Sequence[str]], styles: Mapping[str, str]) -> None:
-    """Print rows to stdout.
+    """Print rows to stdout: a table on a terminal, else one plain line for each, which begins with the verdict.
 
     Args:
         titles: of the columns.
-        rows: as many texts each: what was looked at, what was found, and more that plain lines name; last the verdict,
-            which they begin with.
-        styles: how rich shows a verdict, by its text.
+        rows: a text for each column: what was looked at, what was found, details that are named by their column's
+            title, and the verdict.
+        styles: rich's style of each verdict.
     """
-    try:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError:  # `env` has to say so
-        pass
-    else:
-        if sys.stdout.isatty():
+    if sys.stdout.isatty():
+        try:
+            from rich.table import Table
+            from rich.text import Text
+        except ImportError:  # `env` reports this
+            pass
+        else:
             table = Table(*titles)
             for *texts, verdict in rows:
                 table.add_row(*map(Text, texts), Text(verdict, style=styles.get(verdict, "")))
-            Console().print(table)
+            console().print(table)
             return
     width = max(len(verdict) for *_, verdict in rows)
     for first, found, *rest, verdict in rows:

@@ -8,16 +8,16 @@
 #SBATCH --signal=TERM@300
 #SBATCH --dependency=singleton
 #SBATCH --output=%x-%j.log
-# One job under Slurm, one task a GPU; from a folder that all nodes share:
+# One job under Slurm, one task per GPU; start it in a directory that all nodes share:
 #
 #   sbatch --nodes 8 examples/launch/slurm.sh distill configs/llama31_70b_to_8b_64xH100.yaml
 #
-# IMAGE=... in front of sbatch runs it in a container (pyxis: `srun --container-image`), with this folder mounted; and
-# MOUNTS=/data:/data adds more. Without it, `python` is what the nodes have on PATH.
+# IMAGE=... in front of sbatch runs it in a container (pyxis: `srun --container-image`) with this directory mounted;
+# MOUNTS=/data:/data adds mounts. Without IMAGE the nodes' `python` is used.
 #
-# Five minutes before its time is up every rank gets SIGTERM: with `exit-signal-handler`, as the files in configs/ have
-# it, Megatron saves and ends. Submitted several times, jobs of one name run one after another (singleton), each from the
-# last checkpoint, as the same file names one folder to save in and to load from. What comes after the file is given on.
+# Every rank gets SIGTERM five minutes before the time limit. With `exit-signal-handler`, as in configs/, Megatron saves and
+# exits. Jobs of one name run one after another (singleton) and resume from the last checkpoint, because the
+# configuration saves to and loads from one directory. Further arguments are passed on.
 set -euo pipefail
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -25,7 +25,7 @@ MASTER_ADDR="${hosts[0]}"
 MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"
 export MASTER_ADDR MASTER_PORT
 
-# Megatron's way to have communication start before the computation that it hides behind.
+# Megatron needs it to overlap communication with computation.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
@@ -34,7 +34,7 @@ if [[ -n "${IMAGE:-}" ]]; then
     container=(--container-image "$IMAGE" --container-mounts "$PWD:$PWD${MOUNTS:+,$MOUNTS}" --container-workdir "$PWD")
 fi
 
-# What torchrun would set, from what Slurm says: without an agent between them, Slurm's signals reach the ranks.
+# Set torchrun's variables from Slurm's. Without torchrun's agent in between, Slurm's signals reach the ranks.
 # shellcheck disable=SC2016  # each task expands these
 exec srun --kill-on-bad-exit=1 --label "${container[@]}" bash -c '
     export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS"

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# One job on several nodes without a scheduler. The same line on every node, from a folder that all of them share:
+# One job on several nodes without a scheduler. The same line on every node, in a directory that all of them share:
 #
 #   NNODES=8 ENDPOINT=node0:29500 bash examples/launch/torchrun.sh distill configs/llama31_70b_to_8b_64xH100.yaml
 #
-# NNODES    how many nodes take part (1)
-# ENDPOINT  host:port of one of them, where they find each other (localhost:29500)
-# NPROC     processes a node, one a GPU (8)
+# NNODES    number of nodes (1)
+# ENDPOINT  rendezvous host:port on one of them (localhost:29500)
+# NPROC     processes per node, one per GPU (8)
 # LOGS      each rank's output goes to LOGS/.../attempt_0/RANK_ON_ITS_NODE/{stdout,stderr}.log (logs/torchrun)
 #
-# Checkpoints go where the file's megatron.save says; the same line goes on from the last of them. What comes after the
-# file is given on: distillation.alpha=0.3 megatron.exit-duration-in-mins=230
+# Checkpoints go to megatron.save; the same line resumes from the last one. Further arguments are passed on:
+# distillation.alpha=0.3 megatron.exit-duration-in-mins=230
 set -euo pipefail
 
-# Megatron's way to have communication start before the computation that it hides behind.
+# Megatron needs it to overlap communication with computation.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# What torchrun gives the ranks between SIGTERM, at which they save, and SIGKILL; its own 30 s are short for that.
+# Time for a save between SIGTERM and SIGKILL; torchrun's default of 30 s is short.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 
 endpoint="${ENDPOINT:-localhost:29500}"

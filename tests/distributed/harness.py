@@ -1,6 +1,6 @@
 """Run a function on several gloo ranks of this machine, from a test.
 
-One launch costs seconds (each rank imports torch anew), so a test module should put its cases into one.
+Ranks are forked from a server that has torch imported (`forked.py`), so a launch costs a fraction of a second.
 """
 
 import faulthandler
@@ -13,13 +13,21 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+import forked
+import pytest
 import strict
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def chosen(request: pytest.FixtureRequest) -> list[int]:
+    """Return the cases that the session's tests read, as `index`, from a fixture `ranks` with this parameter."""
+    mine = [item.callspec.params for item in request.session.items if item.path == request.path and "[" in item.name]
+    found = {it["index"] for it in mine if "index" in it and it.get("ranks") == request.param}
+    return sorted(found) or list(range(len(request.module.CASES)))
 
 
 class RankFailed(AssertionError):
@@ -48,7 +56,7 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120) -> list[Any]:
-    """What `fn(rank, world_size, *args)` returned on each of `world_size` spawned gloo ranks, in rank order.
+    """What `fn(rank, world_size, *args)` returned on each of `world_size` gloo ranks, in rank order.
 
     `fn` must be importable (a module's own function), `args` and results picklable. torch.distributed is
     initialized when it is called. If a rank fails, the others are ended at once.
@@ -58,15 +66,15 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
     """
     deadline = time.monotonic() + timeout_seconds
     with tempfile.TemporaryDirectory(prefix="abkd_ranks_") as directory:
-        with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
-            context = mp.start_processes(
-                _rank_main,
-                (fn, world_size, args, directory, timeout_seconds),
-                nprocs=world_size,
-                join=False,
-                daemon=True,
-                start_method="spawn",
-            )
+        forked.context()  # starts the server, as it has to be
+        context = mp.start_processes(
+            _rank_main,
+            (fn, world_size, args, directory, timeout_seconds),
+            nprocs=world_size,
+            join=False,
+            daemon=True,
+            start_method="forkserver",
+        )
         try:
             while not context.join(timeout=max(0.0, min(1.0, deadline - time.monotonic()))):
                 if time.monotonic() > deadline:

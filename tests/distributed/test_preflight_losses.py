@@ -10,7 +10,7 @@ pytest.importorskip("megatron.core")
 from abkd_megatron.config.schema import DistillationConfig
 from abkd_megatron.losses import registry
 from abkd_megatron.losses.objective import Objective
-from abkd_megatron.preflight.live import wrong_losses
+from abkd_megatron.preflight.models import wrong_losses
 from abkd_megatron.vocab_parallel import VocabShard
 
 NEEDED = {"clipped_kl": {"top_k": 5}}

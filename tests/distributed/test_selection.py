@@ -4,12 +4,13 @@ With logits that exist, and from hidden states. One launch a world size runs all
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_distributed
+from harness import chosen, run_distributed
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -188,14 +189,16 @@ def run_case(case: Case, rank: int, world_size: int, group: dist.ProcessGroup | 
     return {name: error(name) for name in wanted} | {"share": chosen.double().mean().item()}
 
 
-def run_cases(rank: int, world_size: int) -> list[dict]:
+def run_cases(rank: int, world_size: int, indices: Sequence[int]) -> dict[int, dict]:
     group = dist.group.WORLD if world_size > 1 else None
-    return [run_case(case, rank, world_size, group) for case in CASES]
+    return {index: run_case(CASES[index], rank, world_size, group) for index in indices}
 
 
 @pytest.fixture(scope="module", params=WORLDS, ids=lambda world_size: f"ranks{world_size}")
-def ranks(request) -> list[list[dict]]:
-    return [run_cases(0, 1)] if request.param == 1 else run_distributed(run_cases, request.param)
+def ranks(request) -> list[dict[int, dict]]:
+    if request.param == 1:
+        return [run_cases(0, 1, chosen(request))]
+    return run_distributed(run_cases, request.param, chosen(request))
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[str(case) for case in CASES])

@@ -4,8 +4,6 @@ CASES.json holds {name: [words behind `check`]}. The last line of stdout is {nam
 """
 
 import contextlib
-import functools
-import inspect
 import io
 import json
 import os
@@ -16,8 +14,6 @@ from pathlib import Path
 def main() -> None:
     from abkd_megatron.__main__ import main as command_line
 
-    # Megatron reads the help of its options from its own sources, each time that it makes a parser: most of the time.
-    inspect.getsource = functools.cache(inspect.getsource)
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):  # as on a machine where no job runs
         os.environ.pop(name, None)
     ended = {}

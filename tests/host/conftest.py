@@ -96,7 +96,7 @@ def spoilt(workspace: Path, config: Path, teacher: Path, student: Path) -> Itera
     """
     from bad_input import spoil  # imports test modules, which pytest has to have seen
 
-    from abkd_megatron.hosts.student_checkpoint import only_writer
+    from abkd_megatron.preflight.student_checkpoint import only_writer
 
     (workspace / "empty").mkdir()
     for name in ("truncated", "headless"):

@@ -1,16 +1,12 @@
 """Runs the command line and says at its end which head computed the loss: python counted.py ARGUMENTS OF abkd_megatron.
 
-The last line of stdout is {head: micro-batches}. It also starts faster than a job: Megatron's checkpoint writer is
-forked, where Megatron's own process would import torch anew, and the help of Megatron's options is read once.
+The last line of stdout is {head: micro-batches}.
 """
 
 import functools
-import inspect
 import json
 import sys
 from collections import Counter
-
-from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
 from abkd_megatron.__main__ import main as command_line
 from abkd_megatron.student import head
@@ -31,8 +27,6 @@ def main() -> int:
 
     for name, function in HEADS.items():
         setattr(head, function, counting(name, getattr(head, function)))
-    inspect.getsource = functools.cache(inspect.getsource)
-    get_write_results_queue("fork")
     code = command_line(sys.argv[1:])
     print("\n" + json.dumps(calls), flush=True)
     return code

@@ -1,10 +1,6 @@
-"""What is done to a distill job, and how each of its ranks has to end: the rows of the table in docs/faults.md.
-
-The table shows what the ranks said when the tests ran, so that it cannot claim more than they saw.
-"""
+"""What is done to a distill job, and how each of its ranks has to end."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +13,6 @@ from pathlib import Path
 import psutil
 from launch import ROOT, Rank, launch
 
-TABLE = ROOT / "docs/faults.md"
 INJECT = Path(__file__).with_name("inject.py")
 
 TP = {"tensor-model-parallel-size": 2}
@@ -26,7 +21,6 @@ DP = {"use-distributed-optimizer": "true", "overlap-grad-reduce": "true"}
 VALIDATED = {"eval-interval": 3}
 UNHANDLED = {"exit-signal-handler": "false"}
 SHORT_TIMEOUT = {"distributed-timeout-minutes": 1}
-LAYOUT = {"TP": "tensor-model-parallel-size", "PP": "pipeline-model-parallel-size"}
 
 # A save after every second of six steps; with it goes a signal handler, as in the files for clusters.
 SETTINGS = {"train-iters": 6, "save-interval": 2, "exit-signal-handler": "true"}
@@ -96,12 +90,6 @@ class Row:
 
     def __str__(self) -> str:
         return f"{self.fault}, {self.where}" + " (torchrun)" * (self.torchrun is not None)
-
-    @property
-    def layout(self) -> str:
-        sizes = {name: int(str(self.settings.get(key, 1))) for name, key in LAYOUT.items()}
-        sizes["DP"] = len(self.ends) // (sizes["TP"] * sizes["PP"])
-        return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
 
     @property
     def is_asleep(self) -> bool:
@@ -338,47 +326,3 @@ def spoil(teacher: Path, how: str, to: Path) -> Path:
     shutil.copytree(teacher, to)
     SPOILT[how](to)
     return to
-
-
-def cells(row: Row, ranks: Sequence[Rank]) -> tuple[str, ...]:
-    """What the table says of a row, from what its ranks did; the seconds are between fault and end of the last rank."""
-    at = [
-        float(found[1]) for rank in ranks if (found := re.search(r"^injected at ([\d.]+):", rank.output, re.MULTILINE))
-    ]
-    seconds = f"{max(rank.ended for rank in ranks) - min(at):.0f} s" if at else ""
-    said: dict[str, list[int]] = {}
-    for number, (rank, end) in enumerate(zip(ranks, row.ends, strict=True)):
-        found = re.search(end.says, rank.output) if end.says else None
-        # What differs from machine to machine is left out.
-        words = "nothing" if end.code is not None else "ended by torchrun"
-        if found:
-            words = re.sub(r"/\S+", "FILE", re.sub(r"\d{4,}", "N", f"`{found[0]}`"))
-        said.setdefault(words if end.code is None else f"{words}, {rank.code}", []).append(number)
-    told = "; ".join(
-        f"{'every rank' if len(who) == len(ranks) else 'rank ' + ', '.join(map(str, who))}: {words}"
-        for words, who in said.items()
-    )
-    if row.torchrun is not None:
-        told += f"; torchrun: {row.torchrun}"
-    after = "none" if row.saved is None else f"step {row.saved}" + ", resumed" * row.resumed
-    return row.fault, row.where, row.layout, told, after, seconds
-
-
-def render(rows: Sequence[tuple[str, ...]]) -> str:
-    lines = ["| fault | in | ranks | what they said, and exit codes | checkpoint | time |", "|" + "---|" * 6]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def read_table(document: str) -> list[tuple[str, ...]]:
-    """The rows between the document's two marks."""
-    _, opening, rest = document.partition("<!-- faults -->\n")
-    table, closing, _ = rest.partition("\n<!-- /faults -->")
-    assert opening and closing, f"{TABLE.name} has lost its marks"
-    return [tuple(line.removeprefix("| ").removesuffix(" |").split(" | ")) for line in table.splitlines()[2:]]
-
-
-def replace_table(document: str, table: str) -> str:
-    before, opening, rest = document.partition("<!-- faults -->\n")
-    _, closing, after = rest.partition("\n<!-- /faults -->")
-    assert opening and closing, f"{TABLE.name} has lost its marks"
-    return before + opening + table + closing + after

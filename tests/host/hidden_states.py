@@ -177,7 +177,7 @@ def train(case: Case) -> dict[str, Any]:
     from abkd_megatron import AlphaBeta
     from abkd_megatron.losses.objective import Objective
     from abkd_megatron.student.attach import attach
-    from abkd_megatron.student.hidden import add_projectors
+    from abkd_megatron.student.projectors import add_projectors
     from abkd_megatron.teacher.build import Teacher
 
     groups, student, teacher = models(case)
@@ -258,7 +258,7 @@ def refused(num_ranks: int) -> dict[str, str]:
     from abkd_megatron.losses.hidden import HiddenLoss
     from abkd_megatron.losses.objective import Objective
     from abkd_megatron.student.attach import attach
-    from abkd_megatron.student.hidden import add_projectors
+    from abkd_megatron.student.projectors import add_projectors
     from abkd_megatron.teacher.build import Teacher
 
     groups, student, teacher = models(Case(pp=num_ranks, per_token=False))

@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
-
 # The function at whose call it happens, as `module:name`.
 PLACES = {
     "teacher is read": "abkd_megatron.teacher.checkpoint:TeacherCheckpoint.load",
@@ -40,9 +38,6 @@ def main() -> None:
     assert behind[0] == "--", sys.argv
     if int(rank) in (-1, int(os.environ["RANK"])):
         _install(PLACES[place], int(step), ACTIONS[what], f"{what} in {place}")
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun sends signals to a rank's children, for which ours is ready
-        # At once: Megatron's own, which is not forked, imports torch anew, and that takes longer than most jobs here.
-        get_write_results_queue("fork")
     sys.argv = ["abkd_megatron", *behind[1:]]
     runpy.run_module("abkd_megatron", run_name="__main__", alter_sys=True)
 

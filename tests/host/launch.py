@@ -1,7 +1,4 @@
-"""Running Python programs on several CPU ranks, as torchrun would, with every rank's output and exit code kept.
-
-Ranks are forked from a server that has Megatron imported: importing it takes a rank longer than most of the jobs here.
-"""
+"""Running Python programs on several CPU ranks, as torchrun would, with every rank's output and exit code kept."""
 
 import multiprocessing
 import os
@@ -14,15 +11,13 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
 from pathlib import Path
-from unittest import mock
 
+import forked
 import strict
+from forked import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -60,11 +55,13 @@ def launch(
         "STRICT": str(int(num_ranks > 1 and not plain)),
     }
     words = [str(word) for word in arguments]
+    saves = not plain and any("save" in word for word in words)
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / str(rank) for rank in range(num_ranks)]
         ranks = [
-            _fork_server().Process(
-                target=_be_rank, args=(words, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, output)
+            forked.context().Process(
+                target=_be_rank,
+                args=(words, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, output, saves),
             )
             for rank, output in enumerate(outputs)
         ]
@@ -87,27 +84,7 @@ def launch(
         ]
 
 
-@cache
-def _fork_server() -> multiprocessing.context.BaseContext:
-    """It ends with this process."""
-    context = multiprocessing.get_context("forkserver")
-    # What a rank imports, apart from the command line itself, which runpy wants to import; none of it starts a thread.
-    context.set_forkserver_preload(
-        [
-            *(__name__, "abkd_megatron.hosts.megatron_lm", "abkd_megatron.data.prepare", "torch.utils.tensorboard"),
-            "megatron.core.tokenizers.text.libraries.huggingface_tokenizer",
-        ]
-    )
-    # torch reads the number of threads when it is imported.
-    places = os.pathsep.join([str(ROOT), str(ROOT / "tests/distributed"), str(Path(__file__).parent)])
-    # Nothing here needs the network, and Hugging Face's client reads whether it may when it is imported, too.
-    preset = {"OMP_NUM_THREADS": "1", "PYTHONPATH": places, "HF_HUB_OFFLINE": "1"}
-    with mock.patch.dict(os.environ, preset):
-        forkserver.ensure_running()
-    return context
-
-
-def _be_rank(words: Sequence[str], environment: Mapping[str, str], output: Path) -> None:
+def _be_rank(words: Sequence[str], environment: Mapping[str, str], output: Path, saves: bool) -> None:
     """Become `python WORDS`, with file descriptors, environment and command line of its own."""
     os.setpgrp()
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -118,6 +95,11 @@ def _be_rank(words: Sequence[str], environment: Mapping[str, str], output: Path)
     os.chdir(ROOT)
     if environment["STRICT"] == "1":
         strict.install()
+    if saves:
+        from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+
+        # Megatron's own queue has a process that imports torch anew, for longer than most jobs here take.
+        get_write_results_queue("fork")
     # What the program starts itself, it starts as if nobody had forked it.
     multiprocessing.set_start_method(None, force=True)
     if words[0] == "-m":
@@ -142,10 +124,17 @@ def _wait(
     return ended
 
 
-def run_job(job: str, config: Path, overrides: Mapping[str, object] | None = None, *, num_ranks: int = 1) -> list[Rank]:
-    """Run one of the command line's jobs; every rank must end well."""
+def run_job(
+    job: str,
+    config: Path,
+    overrides: Mapping[str, object] | None = None,
+    *,
+    num_ranks: int = 1,
+    program: Sequence[object] = ("-m", "abkd_megatron"),
+) -> list[Rank]:
+    """Run one of the command line's jobs, or a program around it; every rank must end well."""
     settings = [f"{key}={value}" for key, value in (overrides or {}).items()]
-    ranks = launch(["-m", "abkd_megatron", job, "--config", config, *settings], num_ranks)
+    ranks = launch([*program, job, "--config", config, *settings], num_ranks)
     for number, rank in enumerate(ranks):
         assert rank.code == 0, f"rank {number} of {job} ended with {rank.code}:\n{rank.output[-6000:]}"
     return ranks

@@ -1,4 +1,4 @@
-"""What was trained beside a teacher in which layout, and what came of it: the rows of the table in docs/parallelism.md.
+"""Layouts that are trained with a teacher: the rows of the table in docs/parallelism.md.
 
 Every row trains one student for three steps from one checkpoint and is compared with the same training on one rank, or
 ends with a message. The table is rendered from what the tests have found, so that it cannot claim more than they saw.
@@ -214,7 +214,7 @@ def teacher(*, tensor: int | None = None, pipeline: int | None = None) -> Settin
     return of_teacher({name: size for name, size in sizes.items() if size is not None})
 
 
-OWN = "teacher in a layout of its own"
+OWN = "independent teacher parallelism"
 SYNCHRONIZED = "the device synchronized around every pass and message, `timing-log-level: 2`"
 DIFFERS = "teacher of another kind: heads, positions, norm, activation, biases, tied embeddings"
 HIDDEN = "losses between layers, with projectors"
@@ -287,12 +287,12 @@ ROWS = [
     Row("tied embeddings", 4, TP | PP | FUSED, "tied"),
     Row(ACCUMULATION, 1, {"micro-batch-size": 1}),
     Row(ACCUMULATION, 1, {"micro-batch-size": 4}),
-    Row("uneven micro-batches, each a mean of its own", 2, DP, "uneven"),
+    Row("uneven micro-batches, averaged per micro-batch", 2, DP, "uneven"),
     Row("uneven micro-batches, `calculate-per-token-loss`", 1, {"micro-batch-size": 4}, "uneven, per token"),
     Row("uneven micro-batches, `calculate-per-token-loss`", 2, DP, "uneven, per token"),
     Row("full recomputation", 4, TP | PP | FULL_RECOMPUTATION),
     Row("selective recomputation", 1, SELECTIVE_RECOMPUTATION),
-    Row("bf16, gradients accumulated in fp32, beside fp32", 4, TP | PP | BF16),
+    Row("bf16 with fp32 gradient accumulation, compared with fp32", 4, TP | PP | BF16),
     Row("ranks in the order tp-pp-dp", 4, PP | TP_PP_DP),
     Row("ranks in the order tp-pp-dp", 4, PP | TP_PP_DP | teacher(pipeline=4)),
     Row("ranks in the order tp-pp-dp", 4, TP | TP_PP_DP | teacher(tensor=4)),
@@ -303,7 +303,7 @@ ROWS = [
     Row("fused LM head, `overlap-param-gather`", 2, DP | GATHER | FUSED),
     Row("fused LM head, `overlap-param-gather`", 4, TP | DP | GATHER | FUSED, "tied"),
     Row("a weighted sum of divergences", 4, TP | PP | FUSED, "losses"),
-    Row("losses that are no sums over the vocabulary, beside one that is", 4, TP | PP, "logit losses"),
+    Row("logit losses with a divergence", 4, TP | PP, "logit losses"),
     Row("schedules by iteration, samples and tokens", 2, DP, "schedules"),
     Row("schedules by iteration, samples and tokens", 2, VPP, "schedules"),
     *(
@@ -330,7 +330,7 @@ ROWS = [
         refused="teacher.tensor-model-parallel-size is 1, which is no multiple of the student's 2",
     ),
     Row(
-        "teacher with experts in a layout of its own",
+        "independent teacher parallelism with experts",
         2,
         teacher(tensor=2),
         "dense of MoE",
@@ -344,7 +344,7 @@ ROWS = [
         refused="predict what no loss here compares",
     ),
     Row(
-        "multi-token prediction on a stage of its own, `mtp-standalone`",
+        "multi-token prediction on a separate stage, `mtp-standalone`",
         2,
         {"mtp-num-layers": 1, "mtp-standalone": "true"},
         refused="exchange shapes first, and synchronize the device",
@@ -376,8 +376,7 @@ ROWS = [
         "losses between layers of different stages",
         2,
         PP | {"distillation.hidden_losses": "[{student_layer: 2, teacher_layer: 2, loss: mse}]"},
-        refused="student's 2 on stage 1 and the teacher's 2 on stage 0; beside the student's 2 lie the teacher's "
-        "layers 3, 4",
+        refused="student's 2 on stage 1 and the teacher's 2 on stage 0; give one of the teacher's layers on stage 1",
     ),
 ]
 
@@ -433,12 +432,15 @@ def recorded(feature: str, where: str, result: str) -> Iterator[None]:
 
 
 def render(results: Mapping[tuple[str, str], str]) -> str:
-    """The table of what was found."""
+    """Return the table of results."""
     places: dict[tuple[str, str], list[str]] = {}
     for (feature, where), found in results.items():
         places.setdefault((feature, found), []).append("" if found.startswith("refused") else where)
-    lines = [f"| {feature} | {', '.join(where)} | {found} |" for (feature, found), where in places.items()]
-    return "\n".join(["| | where | seen |", "|---|---|---|", *lines])
+    lines = [
+        f"| {feature} | {', '.join(where)} | {found.replace('refused: ', 'rejected: ')} |"
+        for (feature, found), where in places.items()
+    ]
+    return "\n".join(["| feature | tested layouts | result |", "|---|---|---|", *lines])
 
 
 def replace_table(document: str, table: str) -> str:

@@ -449,7 +449,7 @@ def _alone() -> Iterator[None]:
 def look(fuzz: Fuzz, settings: Mapping[str, object], num_ranks: int, *, device: str = "cpu") -> Looked:
     """Run `check` in this process."""
     from abkd_megatron.errors import AbkdError
-    from abkd_megatron.tools.check import REFUSED as refused
+    from abkd_megatron.preflight.rules import Verdict
     from abkd_megatron.tools.check import check
 
     words = [f"{key}={str(value).format(folder=fuzz.folder / 'none')}" for key, value in settings.items()]
@@ -465,7 +465,7 @@ def look(fuzz: Fuzz, settings: Mapping[str, object], num_ranks: int, *, device: 
         return Looked(
             "crashed", _short(f"{type(error).__name__}: {error} @ {Path(where.filename).name}:{where.lineno}")
         )
-    wrong = [finding for finding in findings if finding.verdict == refused]
+    wrong = [finding for finding in findings if finding.verdict is Verdict.REJECTED]
     if wrong:
         return Looked("rejected", _short(wrong[0].found), wrong[0].what)
     return Looked("ok")

@@ -21,12 +21,12 @@ ELSEWHERE = {
     "data not prepared": r"not here +data: .*unprepared: `prepare` writes",
     "student's checkpoint missing": r"not here +student's checkpoint: none in .*nowhere",
     "student's checkpoint of Hugging Face": r"not here +student's checkpoint: none in .*hugging-face",
-    "save folder that is a file": " 0 refused",
-    "save folder that cannot be made": " 0 refused",
-    "TensorBoard folder in a file": " 0 refused",
-    "teacher of zeros": " 0 refused",
-    "resumed with another train-iters": " 0 refused",
-    "optimizer whose package is not there": " 0 refused",
+    "save folder that is a file": " 0 rejected",
+    "save folder that cannot be made": " 0 rejected",
+    "TensorBoard folder in a file": " 0 rejected",
+    "teacher of zeros": " 0 rejected",
+    "resumed with another train-iters": " 0 rejected",
+    "optimizer whose package is not there": " 0 rejected",
 }
 
 EXAMPLES = [line for job in JOBS.values() if job.takes_config for line in job.examples]
@@ -79,7 +79,7 @@ STAGES = "megatron.pipeline-model-parallel-size=2"
 OF_TINY: dict[str, tuple[list[str], list[str]]] = {
     "no validation": (
         ["megatron.eval-interval=null"],
-        [r"refused +student: student: expected eval-interval,"],
+        [r"rejected +student: student: expected eval-interval,"],
     ),
     "as it is": (
         [],
@@ -90,9 +90,9 @@ OF_TINY: dict[str, tuple[list[str], list[str]]] = {
             r"ok +batch: 8 sequences a step, 256 tokens: on each of DP 1 4 micro-batches of 2",
             r"ok +vocabulary: 400 tokens, padded to 512 columns: 512 on each of TP 1",
             r"ok +teacher's layout: the student's",
-            r"ok +teacher's checkpoint: .*whole, and of the model described",
+            r"ok +teacher's checkpoint: .*complete, and of the configured model",
             r"ok +teacher's tokenizer: the student's",
-            r"0 not here, 0 refused",
+            r"0 not here, 0 rejected",
         ],
     ),
     "with the fewest ranks that two layouts allow": (
@@ -105,55 +105,55 @@ OF_TINY: dict[str, tuple[list[str], list[str]]] = {
     ),
     "several values and a layout": (
         ["distillation.temperature=0", "distillation.lm_weight=-1", STAGES, "megatron.num-layers=3"],
-        [r"refused +settings: .*temperature", r"refused +settings: .*lm_weight", r"refused +student: .*3 layers"],
+        [r"rejected +settings: .*temperature", r"rejected +settings: .*lm_weight", r"rejected +student: .*3 layers"],
     ),
     "both models": (
         [STAGES, "megatron.num-layers=3", "teacher.num-layers=5"],
-        [r"refused +student: .*3 layers", r"refused +teacher: .*5 layers"],
+        [r"rejected +student: .*3 layers", r"rejected +teacher: .*5 layers"],
     ),
     "a batch that does not divide": (
         ["--world-size", "3"],
-        [r"refused +student: student: global-batch-size 8 does not divide into micro-batches of 2 on 3 data-parallel"],
+        [r"rejected +student: student: global-batch-size 8 does not divide into micro-batches of 2 on 3 data-parallel"],
     ),
     "ranks that do not divide": (
         ["--world-size", "3", STAGES],
-        [r"refused +student: student: expected a multiple of 2 ranks \(pipeline-parallel 2\), got 3"],
+        [r"rejected +student: student: expected a multiple of 2 ranks \(pipeline-parallel 2\), got 3"],
     ),
     "heads that do not divide": (
         ["megatron.tensor-model-parallel-size=8"],
-        [r"refused +student: student: 4 attention heads do not divide over 8 tensor-parallel ranks"],
+        [r"rejected +student: student: 4 attention heads do not divide over 8 tensor-parallel ranks"],
     ),
     "a student's layer that is not there": (
         [HIDDEN.format(3, 1, "true")],
-        [r"refused +hidden losses: .*expected a layer of the student, 1 to 2, got 3"],
+        [r"rejected +hidden losses: .*expected a layer of the student, 1 to 2, got 3"],
     ),
     "layers of two stages": (
         [STAGES, HIDDEN.format(1, 3, "true")],
-        [r"refused +hidden losses: .*the student's 1 on stage 0 and the teacher's 3 on stage 1"],
+        [r"rejected +hidden losses: .*the student's 1 on stage 0 and the teacher's 3 on stage 1"],
     ),
     "layers of two sizes": (
         [HIDDEN.format(1, 1, "false")],
-        [r"refused +hidden losses: .*got 32 of the student and 48 of the teacher; give projector: true"],
+        [r"rejected +hidden losses: .*got 32 of the student and 48 of the teacher; give projector: true"],
     ),
     "hidden losses beside a teacher in another layout": (
         ["teacher.tensor-model-parallel-size=2", HIDDEN.format(1, 1, "true")],
-        [r"refused +hidden losses: .*the teacher must lie as the student does"],
+        [r"rejected +hidden losses: .*the teacher must have the student's layout"],
     ),
     "a part of the vocabulary that is more than all": (
         ["distillation.shared_vocab=401"],
-        [r"refused +loss: shared_vocab is 401, the student has 400", r"refused +teacher's checkpoint: shared_vocab"],
+        [r"rejected +loss: shared_vocab is 401, the student has 400", r"rejected +teacher's checkpoint: shared_vocab"],
     ),
     "a part of the vocabulary with context parallelism": (
         ["distillation.shared_vocab=399", "megatron.context-parallel-size=2", "megatron.transformer-impl=local"],
-        [r"refused +loss: shared_vocab 399 .*context-parallel-size to 1"],
+        [r"rejected +loss: shared_vocab 399 .*context-parallel-size to 1"],
     ),
     "experts over too few ranks": (
         [*["megatron.num-experts=4", "megatron.expert-model-parallel-size=4", "--world-size", "2"]],
-        [r"refused +(student|Megatron's models): Megatron refuses.*world_size \(2\) is not divisible by expert_tensor"],
+        [r"rejected +(student|Megatron's models): Megatron refuses.*world_size \(2\) is not divisible by expert"],
     ),
     "a tokenizer that is somewhere else": (
         ["data.dir=null", "megatron.tokenizer-type=HuggingFaceTokenizer", "megatron.tokenizer-model=nobody/nothing"],
-        [r"not here +tokenizer: expected the tokenizer HuggingFaceTokenizer nobody/nothing", r" 0 refused"],
+        [r"not here +tokenizer: expected the tokenizer HuggingFaceTokenizer nobody/nothing", r" 0 rejected"],
     ),
     "a tokenizer that is somewhere else, its size given": (
         [
@@ -161,29 +161,32 @@ OF_TINY: dict[str, tuple[list[str], list[str]]] = {
             "megatron.vocab-size=401",
         ],
         [
-            r"not here +tokenizer: .*megatron.vocab-size serves",
-            r"refused +teacher's checkpoint: .* 400 tokens, the student one of 401",
+            r"not here +tokenizer: .*megatron.vocab-size is used",
+            r"rejected +teacher's checkpoint: .* 400 tokens, the student one of 401",
         ],
     ),
     "no data and no tokenizer": (
         ["data.dir=null"],
-        [r"refused +tokenizer: Megatron refuses these arguments: tokenizer_type None is not supported", r" 1 refused"],
+        [
+            r"rejected +tokenizer: Megatron refuses these arguments: tokenizer_type None is not supported",
+            r" 1 rejected",
+        ],
     ),
     "heads that do not divide, and hidden losses": (
         ["megatron.tensor-model-parallel-size=8", HIDDEN.format(1, 1, "true")],
-        [r"refused +student: ", r"refused +teacher: ", r" 2 refused"],
+        [r"rejected +student: ", r"rejected +teacher: ", r" 2 rejected"],
     ),
     "data of Megatron's that are somewhere else": (
         [
             *["data.dir=null", "megatron.tokenizer-type=NullTokenizer", "megatron.vocab-size=400"],
             "megatron.data-path=[0.3, /nowhere/a, 0.7, /nowhere/b]",
         ],
-        [r"not here +data: /nowhere/a, /nowhere/b: with .bin and .idx", r" 0 refused"],
+        [r"not here +data: /nowhere/a, /nowhere/b: with .bin and .idx", r" 0 rejected"],
     ),
-    "data that are spoilt": (["data.dir={workspace}/empty"], [r"refused +data: .*manifest.json.*`abkd-megatron prep"]),
+    "data that are spoilt": (["data.dir={workspace}/empty"], [r"rejected +data: .*manifest.json.*`abkd-megatron prep"]),
     "a teacher of another tokenizer": (
         ["data.dir={workspace}/other-text"],
-        [r"refused +teacher's tokenizer: .*{workspace}/data/tokenizer.model, got another one"],
+        [r"rejected +teacher's tokenizer: .*{workspace}/data/tokenizer.model, got another one"],
     ),
 }
 
@@ -192,7 +195,7 @@ OF_LLAMA: dict[str, tuple[list[str], list[str]]] = {
     "as it is": (
         ["--world-size", "64"],
         [
-            r"not here +GPU: none; looked at as on an H100",
+            r"not here +GPU: none; an H100 is assumed",
             r"ok +ranks: 64: TP 8 x PP 2 x DP 4, sequence parallel",
             r"ok +batch: 64 sequences a step, 524288 tokens: on each of DP 4 16 micro-batches of 1",
             r"ok +vocabulary: 128256 tokens, padded to 129024 columns: 16128 on each of TP 8",
@@ -201,23 +204,23 @@ OF_LLAMA: dict[str, tuple[list[str], list[str]]] = {
             r"not here +environment: CUDA_DEVICE_MAX_CONNECTIONS=1",
             r"not here +apex: .*megatron.no-gradient-accumulation-fusion=true",
             r"not here +teacher's checkpoint: /nowhere/teacher",
-            r" 0 refused",
+            r" 0 rejected",
         ],
     ),
-    "fp8": (["megatron.fp8-format=hybrid", "megatron.fp8-recipe=delayed"], [r"ok +ranks: 32:", r" 0 refused"]),
+    "fp8": (["megatron.fp8-format=hybrid", "megatron.fp8-recipe=delayed"], [r"ok +ranks: 32:", r" 0 rejected"]),
     "a teacher over more than there is": (
         ["--world-size", "16"],
-        [r"refused +teacher: teacher: expected a multiple of 32 ranks .*got 16"],
+        [r"rejected +teacher: teacher: expected a multiple of 32 ranks .*got 16"],
     ),
     "a teacher of fewer columns": (
         ["teacher.tensor-model-parallel-size=4"],
-        [r"refused +teacher: .*is 4, which is no multiple of the student's 8"],
+        [r"rejected +teacher: .*is 4, which is no multiple of the student's 8"],
     ),
     "attention masks": (
         ["megatron.no-create-attention-mask-in-dataloader=false"],
-        [r"refused +teacher: .*sent tokens, not attention masks"],
+        [r"rejected +teacher: .*sent tokens, not attention masks"],
     ),
-    "two precisions": (["megatron.fp16=true"], [r"refused +student: Megatron refuses these arguments: assert not"]),
+    "two precisions": (["megatron.fp16=true"], [r"rejected +student: Megatron refuses these arguments: assert not"]),
 }
 
 
@@ -257,9 +260,9 @@ def look(ended: dict, name: str, wanted: list[str]) -> str:
     """What a case printed, after a look at whether all of that is in it and the exit code says the same."""
     code, stdout, stderr = ended[name]
     assert "Traceback" not in stderr
-    refused = re.findall(r"^refused  ", stdout, re.MULTILINE)
+    refused = re.findall(r"^rejected  ", stdout, re.MULTILINE)
     assert code == (2 if refused else 0), stdout
-    assert f", {len(refused)} refused" in stdout, stdout
+    assert f", {len(refused)} rejected" in stdout, stdout
     for pattern in wanted:
         assert re.search(pattern, stdout), f"expected {pattern} in\n{stdout}"
     return stdout
@@ -267,7 +270,7 @@ def look(ended: dict, name: str, wanted: list[str]) -> str:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_configurations_pass(ended: dict, path: Path) -> None:
-    wanted = [r" 0 refused"]
+    wanted = [r" 0 rejected"]
     if gpus := re.search(r"_(\d+)xH100", path.name):
         wanted += [rf"ok +ranks: {gpus[1]}: ", r"ok +vocabulary: \d+ tokens", r"ok +teacher's layout: "]
         wanted += [r"teacher's layout: the student's, EP 8"] if "a3b" in path.name else []
@@ -276,7 +279,7 @@ def test_the_configurations_pass(ended: dict, path: Path) -> None:
 
 @pytest.mark.parametrize("line", EXAMPLES)
 def test_the_settings_in_the_help_pass(ended: dict, line: str) -> None:
-    look(ended, f"example {line}", [r"ok +student: ", r" 0 refused"])
+    look(ended, f"example {line}", [r"ok +student: ", r" 0 rejected"])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -286,7 +289,7 @@ def test_what_a_job_refuses_is_refused_in_its_words(ended: dict, name: str) -> N
         look(ended, f"job {name}", [ELSEWHERE[name]])
         return
     assert code == 2
-    refused = "\n".join(re.findall(r"^refused  .*(?:\n  .*)*", stdout, re.MULTILINE))  # some messages are lists
+    refused = "\n".join(re.findall(r"^rejected  .*(?:\n  .*)*", stdout, re.MULTILINE))  # some messages are lists
     if not stdout:  # what cannot even be read
         refused = stderr
         assert stderr.startswith("abkd-megatron check: error: command line: ")
@@ -296,7 +299,7 @@ def test_what_a_job_refuses_is_refused_in_its_words(ended: dict, name: str) -> N
 @pytest.mark.parametrize("name", REFUSED_ROWS)
 def test_what_the_matrix_refuses_is_refused(ended: dict, name: str) -> None:
     message = REFUSED_ROWS[name].refused
-    look(ended, f"row {name}", [rf"refused +[^\n]*{message}", r"not here +teacher's checkpoint: /nowhere"])
+    look(ended, f"row {name}", [rf"rejected +[^\n]*{message}", r"not here +teacher's checkpoint: /nowhere"])
 
 
 @pytest.mark.parametrize("name", OF_TINY)

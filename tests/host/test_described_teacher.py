@@ -226,7 +226,7 @@ OTHER_RUN_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"use_mup": True}, "use-mup"),
     ({"vocab_size": 300}, "vocabulary of 300"),
     ({"vocab_size": 500}, "vocabulary of 500"),
-    ({"vocab_size": 701}, "512 tokens, and is said"),
+    ({"vocab_size": 701}, "512 tokens, and its description a vocabulary of 701"),
 ]
 SAME_RUN_CONFIGS: list[dict[str, Any]] = [
     {},

@@ -53,12 +53,12 @@ WANTED = {
     "number of micro-batches": r"number of micro-batches.*init_num_microbatches_calculator",
     "student's layer": "hidden loss 5-1: expected a layer of the student, 1 to 4, got 5",
     "teacher's layer": "hidden loss 1-9: expected a layer of the teacher, 1 to 8, got 9",
-    "stages": "the student's 4 on stage 1 and the teacher's 4 on stage 0; beside the student's 4 lie the teacher's "
-    "layers 5, 6, 7, 8: give one of these",
+    "stages": "the student's 4 on stage 1 and the teacher's 4 on stage 0; give one of the teacher's "
+    r"layers on stage 1 \(5, 6, 7, 8\)",
     "sizes": "hidden loss 1-1: projector: false takes equal hidden sizes, got 16 of the student and 24 of the teacher",
     "no projectors": r"hidden loss 1-1 has a projector, which the student lacks.*add_projectors\(\) in a pre_wrap_hook",
     "projector of another size": r"expected a projector of \(24, 16\), got \(7, 16\)",
-    "sequence-parallel teacher": "compare layers of one rank.*remove its tensor-model-parallel-size",
+    "sequence-parallel teacher": "compare layers on one rank.*remove its tensor-model-parallel-size",
     "projectors twice": r"projectors already; call add_projectors\(\) once",
     "no loss mask": r"expected the loss mask of the micro-batch, got none; pass loss_mask= to the model",
 }
@@ -171,7 +171,7 @@ def test_every_rank_says_what_is_wrong(workspace: Path, config: Path, teacher: P
         # The last one, since it is found when Megatron has built the models.
         "two stages": (
             [*settings("[{student_layer: 2, teacher_layer: 2, loss: mse}]"), *pipeline],
-            "student's 2 on stage 1 and the teacher's 2 on stage 0; beside the student's 2 lie .* layers 3, 4: give",
+            r"teacher's 2 on stage 0; give one of the teacher's layers on stage 1 \(3, 4\)",
         ),
     }
     commands = {

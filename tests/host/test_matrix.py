@@ -5,8 +5,11 @@ import json
 import re
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
+from gradients import whole
 from launch import run_job, scalars
 from matrix import (
     REFERENCES,
@@ -19,9 +22,19 @@ from matrix import (
     recorded,
     run_refused,
 )
+from torch import Tensor
 
 LOGS: dict[tuple[str, str], str] = {}
 """What the last rank of a row's job printed, by its reference and name."""
+
+
+class Trained(NamedTuple):
+    logged: dict[str, list[float]]
+    """As TensorBoard has it."""
+    gradients: dict[str, Tensor]
+    """Of the first step."""
+
+
 # As conftest.py makes the teacher that most share.
 TEACHER = {"num-layers": 4, "hidden-size": 48, "ffn-hidden-size": 96, "seed": 7}
 TRAINED = [row for row in ROWS if row.refused is None]
@@ -62,9 +75,9 @@ def teacher_of(made):
 
 @pytest.fixture(scope="module")
 def train(workspace: Path, config: Path, teacher_of, made, student: Path, short_documents: Path):
-    """Trains with some settings beside those of a reference; what TensorBoard then shows."""
+    """Trains with some settings beside those of a reference."""
 
-    def train(reference: str, name: str, num_ranks: int, settings: dict) -> dict[str, list[float]]:
+    def train(reference: str, name: str, num_ranks: int, settings: dict) -> Trained:
         by = REFERENCES[reference]
         tensorboard = workspace / "matrix" / name
         settings = {
@@ -80,17 +93,23 @@ def train(workspace: Path, config: Path, teacher_of, made, student: Path, short_
             **by.beside,
             **settings,
         }
-        ranks = run_job("distill", config, overrides(settings), num_ranks=num_ranks)
+        program = [Path(__file__).with_name("gradients.py"), tensorboard / "gradients"]
+        ranks = run_job("distill", config, overrides(settings), num_ranks=num_ranks, program=program)
         check_log(ranks, settings)
         LOGS[reference, name] = ranks[-1].output
-        return scalars(tensorboard)
+        return Trained(scalars(tensorboard), whole(sorted((tensorboard / "gradients").iterdir())))
 
     return train
 
 
 @pytest.fixture(scope="module")
-def on_one_rank(train):
+def trained_on_one_rank(train):
     return cache(lambda reference: train(reference, f"one rank, {reference}", 1, {}))
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(trained_on_one_rank):
+    return lambda reference: trained_on_one_rank(reference).logged
 
 
 @pytest.fixture(scope="module")
@@ -108,18 +127,33 @@ def ended(workspace: Path, config: Path, teacher_of, short_documents: Path) -> l
 
 
 @pytest.mark.parametrize("row", TRAINED, ids=str)
-def test_trains_as_on_one_rank(train, on_one_rank, row: Row) -> None:
+def test_trains_as_on_one_rank(train, trained_on_one_rank, row: Row) -> None:
     with recorded(row.feature, row.where, f"equal to one rank within {row.tolerance}"):
-        wanted = on_one_rank(row.reference)
-        got = train(row.reference, f"{ROWS.index(row)}", row.num_ranks, dict(row.settings))
+        wanted, expected = trained_on_one_rank(row.reference)
+        got, gradients = train(row.reference, f"{ROWS.index(row)}", row.num_ranks, dict(row.settings))
         for name in row.names:
             assert len(got[name]) == len(wanted[name]) == (2 if "validation" in name else 3), name
             assert got[name] == pytest.approx(wanted[name], rel=float(row.tolerance)), name
+        check_gradients(gradients, expected, float(row.tolerance))
         if "bf16" in row.settings:
             assert got["lm loss"] != wanted["lm loss"], "this was fp32"
         # How long the teacher took is another time's; it is known of every step, on whatever ranks it ran.
         assert len(got["teacher seconds"]) == 3 and all(seconds > 0 for seconds in got["teacher seconds"])
         assert "teacher seconds validation" not in got
+
+
+def check_gradients(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
+    """Compare every weight's, to a part of the largest of its tensor."""
+    assert got.keys() == wanted.keys() and len(wanted) > 10
+    for name, expected in wanted.items():
+        here = got[name]
+        if here.shape != expected.shape:  # rows of tokens that the vocabulary has not: more ranks, more padding
+            rows = min(len(here), len(expected))
+            assert here.shape[1:] == expected.shape[1:] and not here[rows:].any() and not expected[rows:].any(), name
+            here, expected = here[:rows], expected[:rows]
+        torch.testing.assert_close(
+            here, expected, rtol=0, atol=tolerance * expected.abs().max().item(), msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=str)

@@ -19,15 +19,9 @@ from abkd_megatron.config.schema import PREFLIGHT, Config, DistillationConfig
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses import AlphaBeta
 from abkd_megatron.losses.objective import Objective
-from abkd_megatron.preflight.live import (
-    CHECKS,
-    LARGEST,
-    check_batch,
-    check_size,
-    check_teacher_loss,
-    digest,
-    wrong_losses,
-)
+from abkd_megatron.preflight.first_step import LARGEST, check_batch, check_fp32_range, check_teacher_loss, digest
+from abkd_megatron.preflight.models import wrong_losses
+from abkd_megatron.preflight.rules import CHECKS, Phase
 from abkd_megatron.vocab_parallel import VocabShard
 
 TEMPERATURE = 0.08  # at which Neyman's chi-square of these models is beyond fp32's digits, and not infinite
@@ -92,7 +86,7 @@ def test_logits_without_room_are_refused(config: Path, teacher: Path) -> None:
     ranks = launch([Path(__file__).with_name("little_memory.py"), *words], 2)
     message = (
         r"error: expected room for \S+ GiB of logits, both models' of \d+ tokens and their gradient, got \S+ GiB "
-        r"beside the models on rank 1; .*skip_preflight=\[memory\]"
+        r"free on rank 1 with both models loaded; .*skip_preflight=\[memory\]"
     )
     check_none_trained(ranks, message)
 
@@ -154,7 +148,9 @@ def test_what_is_skipped_trains(config: Path, zeroed: Path) -> None:
 
 
 def test_the_configuration_knows_the_checks() -> None:
-    assert PREFLIGHT == CHECKS
+    late = {check.name for check in CHECKS if check.phase in (Phase.MODELS, Phase.FIRST_STEP)}
+    assert set(PREFLIGHT) == late - {"expected_loss", "fp32_range"}
+    assert len({check.name for check in CHECKS}) == len(CHECKS)
     config = Config(distillation=DistillationConfig(skip_preflight=["gradients"]))
     (problem,) = [it for it in config.problems("prepare") if "preflight" in str(it)]
     assert "did you mean 'gradient'" in str(problem)
@@ -199,11 +195,11 @@ def test_batches_are_compared() -> None:
 def test_a_divergence_beyond_fp32_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         for loss, kd_weight in ((0.5 * LARGEST, 1.0), (2 * LARGEST, 0.4), (1e14, 0.0), (2 * LARGEST, 1e-3)):
-            check_size(loss, kd_weight)
+            check_fp32_range(loss, kd_weight)
         assert not caplog.records
         for loss, kd_weight in ((2 * LARGEST, 1.0), (1.0, 2 * LARGEST), (math.inf, 1.0), (math.nan, 1.0)):
             caplog.clear()
-            check_size(loss, kd_weight)
+            check_fp32_range(loss, kd_weight)
             assert "raise the temperature" in caplog.text
 
 

@@ -65,7 +65,7 @@ def test_what_is_recorded(begun: Path, teacher: Path) -> None:
 CASES = {
     "another loss": (
         ["distillation.kd_weight=0.5", "distillation.alpha=0.5"],
-        r"go on from \S*iter_0000004.*\n  distillation\.alpha: \{schedule: linear.*\} in the checkpoint, 0\.5 in this"
+        r"resume from \S*iter_0000004.*\n  distillation\.alpha: \{schedule: linear.*\} in the checkpoint, 0\.5 in this"
         r".*\n  distillation\.kd_weight: 1\.0 in the checkpoint, 0\.5 in.*on_change=warn.*megatron\.finetune=true",
     ),
     "another divergence": (["distillation.divergence=todi"], r"divergence: alpha_beta in the checkpoint, todi in this"),
@@ -99,14 +99,14 @@ def test_so_does_a_script_of_ones_own(ended: list[dict]) -> None:
     for rank in ended:
         code, message = rank["script"]
         assert code == 1
-        assert re.search(r"ConfigError: this run would go on.*alpha: .* 0\.5 in this run", message, re.DOTALL), message
+        assert re.search(r"ConfigError: this run would resume.*alpha: .* 0\.5 in this run", message, re.DOTALL), message
 
 
 def test_check_says_so_without_ranks(config: Path, teacher: Path, begun: Path) -> None:
     words = [f"megatron.load={begun}", f"teacher.load={teacher}", "distillation.alpha=0.5"]
     (rank,) = launch(["-m", "abkd_megatron", "check", config, *words], 1)
     assert rank.code == 2, rank.output
-    assert "going on" in rank.output and "0.5 in this run" in " ".join(rank.output.split())
+    assert "resume" in rank.output and "0.5 in this run" in " ".join(rank.output.split())
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def gone_on(workspace: Path, config: Path, teachers: tuple[Path, Path], begun: P
 
 def test_going_on_with_leave_warns_and_keeps_what_was(gone_on: tuple[Path, list[Rank]], begun: Path) -> None:
     out, (rank,) = gone_on
-    _, warned, said = rank.output.partition("WARNING: this run would go on")
+    _, warned, said = rank.output.partition("WARNING: this run would resume")
     assert warned and "distillation.temperature: 1.0 in the checkpoint, 2.0 in this run" in said
     assert "teacher: " not in said.split("distilling with")[0].split("\n\n")[0][:600]
     assert len(scalars(out / "tensorboard")["kd loss"]) == 2
@@ -140,7 +140,7 @@ def test_going_on_with_leave_warns_and_keeps_what_was(gone_on: tuple[Path, list[
     assert after["teacher"]["sha256"] == before["teacher"]["sha256"] and "copied" in after["teacher"]["path"]
 
 
-ALONE = r"WARNING: this run goes on from \S*iter_0000002, which was distilled from \S*iter_0000008 .* without a teacher"
+ALONE = r"WARNING: this run resumes from \S*iter_0000002, which was distilled from \S*iter_0000008 .* without a teacher"
 
 
 def test_going_on_without_a_teacher_is_warned_of(config: Path, begun: Path) -> None:
@@ -158,7 +158,7 @@ def test_so_is_a_script_of_ones_own(config: Path, begun: Path) -> None:
 
 @pytest.mark.parametrize("given", [{"finetune": True}, {"skip_train": True}, {}], ids=str)
 def test_begun_anew_or_evaluated_nothing_is_compared(begun: Path, given: dict) -> None:
-    from abkd_megatron.hosts.run_record import check_resumed
+    from abkd_megatron.preflight.run_record import check_resumed
 
     plain = {
         "skip_train": False,
@@ -171,5 +171,5 @@ def test_begun_anew_or_evaluated_nothing_is_compared(begun: Path, given: dict) -
     if given:
         assert check_resumed(Namespace(**plain | given), now, "refuse") is None
     else:
-        with pytest.raises(ConfigError, match="would go on"):
+        with pytest.raises(ConfigError, match="would resume"):
             check_resumed(Namespace(**plain), now, "refuse")

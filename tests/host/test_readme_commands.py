@@ -1,7 +1,8 @@
-"""The README's commands run, in their order, with only sizes and places changed."""
+"""The commands of docs/command-line.md run in their order, with only sizes and directories changed."""
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 from launch import ROOT, launch
@@ -16,7 +17,7 @@ TWO = "{CE only: {kd_weight: 0, lm_weight: 1}, ToDi: {divergence: todi}}"
 
 
 def test_the_commands_run(tmp_path: Path) -> None:
-    _, _, jobs = (ROOT / "README.md").read_text().partition("\n## The jobs\n")
+    _, _, jobs = (ROOT / "docs/command-line.md").read_text().partition("\n## The jobs\n")
     block = re.findall(r"```sh\n(.*?)```", jobs, re.DOTALL)[0]
     commands = [shlex.split(line) for line in block.splitlines()]
     jobs = [command[command.index("abkd_megatron") + 1 if command[0] == "torchrun" else 1] for command in commands]
@@ -42,6 +43,7 @@ def test_the_commands_run(tmp_path: Path) -> None:
             places += ["--world-size", "4"]  # launch() says 1
         if "compare" in command:
             places += [f"compare.out={tmp_path / 'compare'}", "compare.seeds=[1]", f"compare.losses={TWO}"]
+            places.append(f"compare.launch={sys.executable} {Path(__file__).with_name('quick.py')}")
         for number, rank in enumerate(launch(["-m", "abkd_megatron", *command[1:], *places], num_ranks)):
             assert rank.code == 0, f"rank {number} of {command}:\n{rank.output[-4000:]}"
         if "show-config" in command:

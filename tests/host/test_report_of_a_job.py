@@ -30,29 +30,31 @@ def test_the_report_of_a_job(tmp_path: Path, config: Path, teacher: Path) -> Non
     assert run.name == "run" and not run.notes
     for name in ("lm loss", "kd loss", "alpha", "teacher seconds", "grad-norm", "iteration-time"):
         # Megatron writes no time of the first step alone, but one of the first two.
-        assert list(run.training[name]) == [1, 2, 3, 4][name == "iteration-time" :], name
-        assert list(run.training[name].values()) == written[name], name
+        curve = run.splits["training"][name]
+        assert list(curve) == [1, 2, 3, 4][name == "iteration-time" :], name
+        assert list(curve.values()) == written[name], name
     # After steps 2 and 4; when training is done once more; and of the test split.
     first, second, _, tested = written["lm loss validation"]
-    assert run.validation == {"": {name: run.validation[""][name] for name in run.validation[""]}}
-    assert run.validation[""]["lm loss"] == {2: first, 4: second}
-    assert run.test[""]["lm loss"] == (4, tested)
+    assert run.splits.keys() == {"training", "validation", "test"}
+    assert run.splits["validation"]["lm loss"] == {2: first, 4: second}
+    assert run.splits["test"]["lm loss"] == {4: tested}
     assert run.samples == 4 * 8
 
     page = unescape(write_report(tmp_path / "run").read_text())
-    for text in ("The teacher's share of a step", "last of 2 pipeline stages", "kd_weight 0.7", "2 ranks, PP 2"):
-        assert text in page, text
-    (shares,) = re.findall(r'"label":"teacher\'s share","color":0,"line":(\[\[.*?\]\])', page)
+    for row in ("distillation.kd_weight</th><td>0.7", "world_size</th><td>2", "pipeline_model_parallel_size</th><td>2"):
+        assert row in page, row
+    (charts,) = re.findall(r'<script type="application/json" id="charts">(.*?)</script>', page)
+    (shares,) = [chart["data"][0]["y"] for chart in json.loads(charts) if chart["title"] == "teacher's share"]
     first, second, *later = written["teacher seconds"]
     wanted = [
         4 * seconds / step  # four micro-batches a step
         for seconds, step in zip([(first + second) / 2, *later], written["iteration-time"], strict=True)
     ]
-    assert [share for _, share in json.loads(shares)] == pytest.approx(wanted, rel=1e-5)
-    assert all(0 < share < 1 for _, share in json.loads(shares))
+    assert shares == pytest.approx(wanted, rel=1e-5)
+    assert all(0 < share < 1 for share in shares)
 
     # What was run can be run again.
-    assert run.config is not None and run.config in page
+    assert run.config and run.config in page
     (tmp_path / "again.yaml").write_text(run.config)
     again = load_config(tmp_path / "again.yaml", [], megatron_options())
     assert again.distillation.kd_weight == 0.7 and again.teacher.load == str(teacher)

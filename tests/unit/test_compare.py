@@ -3,7 +3,6 @@
 import json
 import statistics
 from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -151,14 +150,24 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path):
     assert f"megatron.load={tmp_path / 'checkpoints'}" in run.command(None)
 
 
-def test_the_picture_is_drawn_of_whatever_is_done(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_the_picture_is_drawn_of_whatever_is_done(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
     names = [name for name, _ in compare._CURVES]
     results = [result("A", 0, 4.0), result("A", 1, 5.0), result("B", 0, 4.5)]
     for one in results:
-        one["validation"] = {str(step): dict.fromkeys(names, 0.5) for step in (10, 20)}
+        one["validation"] = {str(step): dict.fromkeys(names, one["seed"] + step) for step in (10, 20)}
     compare.draw(results, ["A", "B", "C"], tmp_path / "picture.png")
-    assert Path(tmp_path / "picture.png").stat().st_size > 10_000
+    (figure,) = figures
+    height, width, _ = pyplot.imread(tmp_path / "picture.png").shape
+    assert [width, height] == [round(inches * 100) for inches in figure.get_size_inches()]
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["cross entropy, test", "KL(teacher, student), test"]
+    dots = [(list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines]
+    assert dots == [([4.0, 5.0], [0, 0]), ([4.5], [0]), ([4.5], [1]), ([4.5], [1])]  # seeds, then their mean
+    for axis, name in zip(figure.axes[6:], names, strict=True):
+        curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines}
+        assert curves == {"A": ([10, 20], [10.5, 20.5]), "B": ([10, 20], [10.0, 20.0])}, name
     json.dumps(compare.summarize(results, ["A", "B"]))
 
 

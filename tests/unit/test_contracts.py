@@ -38,17 +38,17 @@ class Call:
         return self.target
 
 
-PREFLIGHT = "preflight/live.py"
+PREFLIGHT, RULES = "preflight/live.py", "preflight/rules.py"
 FAULTS, ATTACH, HEAD = "student/loss_guard.py", "student/attach.py", "student/head.py"
-SAFE_READING = "teacher/safe_load.py"
+SAFE_LOAD, COMPATIBILITY = "teacher/safe_load.py", "teacher/compatibility.py"
 CHECKPOINT, TEACHER, RUNNER = "teacher/checkpoint.py", "teacher/build.py", "teacher/runner.py"
-HIDDEN = "student/hidden.py"
+HIDDEN, PROJECTORS = "student/hidden.py", "student/projectors.py"
 ADD, JOB, SCRIPT, BRIDGE = (f"hosts/{name}.py" for name in ("add_teacher", "megatron_lm", "script", "bridge"))
 MEGATRON_ARGS, UNSUPPORTED = "config/megatron_args.py", "config/unsupported.py"
 TEACHER_ARGS = "teacher/args.py"
-PROVENANCE, MODEL_CONFIG = "hosts/run_record.py", "config/model_config.py"
+PROVENANCE, MODEL_CONFIG = "preflight/run_record.py", "config/model_config.py"
 STAGES = "config/stages.py"
-STUDENT = "hosts/student_checkpoint.py"
+STUDENT = "preflight/student_checkpoint.py"
 CPU = "cpu_backend.py"
 DRY, META_RUN = "tools/dry_run.py", "tools/meta_run.py"
 GPT = "megatron.core.models.gpt:GPTModel"
@@ -106,7 +106,7 @@ CALLS = [
     Call("megatron.core.tensor_parallel:gather_from_sequence_parallel_region", HEAD, ("input_",), ("group",)),
     # The teacher's checkpoint.
     Call(f"{CHECKPOINTS}:check_is_distributed_checkpoint", CHECKPOINT, ("checkpoint_dir",)),
-    Call(f"{CHECKPOINTS}:load_common_state_dict", SAFE_READING, ("checkpoint_dir",)),
+    Call(f"{CHECKPOINTS}:load_common_state_dict", SAFE_LOAD, ("checkpoint_dir",)),
     Call(f"{CHECKPOINTS}.validation:verify_integrity_manifest", CHECKPOINT, ("checkpoint_dir",)),
     Call(f"{CHECKPOINTS}:check_is_distributed_checkpoint", PROVENANCE, ("checkpoint_dir",)),
     Call(f"{CHECKPOINTS}:check_is_distributed_checkpoint", STUDENT, ("checkpoint_dir",)),
@@ -137,7 +137,7 @@ CALLS = [
     Call(f"{CHECKPOINTS}.mapping:ShardedTensorFactory.build", CHECKPOINT, ("self",)),
     Call(
         "megatron.training.vocab_utils:calculate_padded_vocab_size",
-        CHECKPOINT,
+        COMPATIBILITY,
         ("vocab_size", "make_vocab_size_divisible_by", "tensor_model_parallel_size"),
         ("logging_enabled",),
     ),
@@ -170,11 +170,11 @@ CALLS = [
     Call("megatron.core.utils:make_viewless_tensor", HIDDEN, ("inp", "requires_grad", "keep_graph")),
     Call(
         "megatron.core.transformer.utils:make_sharded_tensors_for_checkpoint",
-        HIDDEN,
+        PROJECTORS,
         ("state_dict", "prefix", "tensor_parallel_layers_axis_map", "sharded_offsets"),
         ("tp_group", "dp_cp_group"),
     ),
-    Call("megatron.training.checkpointing:checkpoint_exists", PROVENANCE, ("checkpoints_path",)),
+    Call("megatron.training.checkpointing:checkpoint_exists", f"{PROVENANCE}, {STUDENT}", ("checkpoints_path",)),
     # Arguments and the training loop.
     Call(f"{CHECKPOINTS}.strategies.filesystem_async:get_write_results_queue", JOB),
     Call("megatron.training.arguments:add_megatron_arguments", MEGATRON_ARGS, ("parser",)),
@@ -190,7 +190,7 @@ CALLS = [
     ),
     Call("megatron.training.training:get_optimizer_param_scheduler", JOB, ("optimizer",)),
     *(Call(f"megatron.training:get_{name}", JOB) for name in ("args", "tensorboard_writer", "timers", "tokenizer")),
-    Call("megatron.training:print_rank_0", ADD, ("message",)),
+    Call("megatron.training:print_rank_0", f"{ADD}, {RULES}", ("message",)),
     Call("megatron.core.utils:log_single_rank", ATTACH, ("logger",)),
     Call("megatron.core.num_microbatches_calculator:get_current_running_global_batch_size", ADD),
     Call("megatron.core.utils:get_attr_wrapped_model", ADD, ("model", "attr")),
@@ -339,8 +339,8 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
     ),
     ("megatron.core.model_parallel_config:ModelParallelConfig", PREFLIGHT, ("finalize_model_grads_func",)),
     ("megatron.core.transformer.transformer_block:TransformerBlock", RUNNER, ("input_tensor",)),
-    ("megatron.core.transformer.transformer_block:TransformerBlock", HIDDEN, ("layers",)),
-    ("megatron.core.transformer.transformer_layer:TransformerLayer", HIDDEN, ("layer_number",)),
+    ("megatron.core.transformer.transformer_block:TransformerBlock", f"{HIDDEN}, {PROJECTORS}", ("layers",)),
+    ("megatron.core.transformer.transformer_layer:TransformerLayer", f"{HIDDEN}, {PROJECTORS}", ("layer_number",)),
     (
         "megatron.core.packed_seq_params:PackedSeqParams",
         ATTACH,
@@ -461,7 +461,7 @@ def test_megatron_has_the_arguments_we_read() -> None:
 
     from abkd_megatron.config import megatron_args, model_config, unsupported
     from abkd_megatron.teacher import args
-    from abkd_megatron.teacher.checkpoint import _ARCHITECTURE
+    from abkd_megatron.teacher.compatibility import ARCHITECTURE
 
     derived = {
         node.attr
@@ -472,7 +472,7 @@ def test_megatron_has_the_arguments_we_read() -> None:
     options = {action.dest for action in megatron_args.megatron_options().values()}
     read = {
         (user, node.attr)
-        for user in (ADD, JOB, PROVENANCE, STUDENT, UNSUPPORTED, TEACHER_ARGS)
+        for user in (ADD, JOB, PROVENANCE, RULES, STUDENT, UNSUPPORTED, TEACHER_ARGS)
         for node in ast.walk(ast.parse((PACKAGE / user).read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("args", "student")
     }
@@ -480,7 +480,7 @@ def test_megatron_has_the_arguments_we_read() -> None:
     read |= {(UNSUPPORTED, it.argument) for it in unsupported.UNSUPPORTED if set(it.hosts) - {unsupported.BRIDGE}}
     read |= {(UNSUPPORTED, name) for name in unsupported._BELONGS_TO}
     read |= {(MODEL_CONFIG, name) for name in model_config._LEFT_OUT}
-    read |= {(CHECKPOINT, name) for name in _ARCHITECTURE}
+    read |= {(COMPATIBILITY, name) for name in ARCHITECTURE}
     assert len(read) > 40
     known = options | derived | {"padded_vocab_size"}
     missing = [f"args.{name}, which abkd_megatron/{user} reads" for user, name in sorted(read) if name not in known]

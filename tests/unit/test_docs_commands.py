@@ -1,6 +1,6 @@
-"""The commands and configurations on the pages are taken by the parsers that would read them.
+"""Commands and configurations on the pages, read by their parsers.
 
-A word in capitals stands for what only the reader knows, and is left out. Those of README's jobs that train run in
+Words in capitals are placeholders and are left out. The jobs of docs/command-line.md run in
 tests/host/test_readme_commands.py.
 """
 
@@ -27,7 +27,7 @@ from abkd_megatron.hosts.script import add_kd_arguments
 
 OPTIONS = megatron_options()
 PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9_]+$")
-# What stands for a file in the synopses of the pages.
+# Placeholders for files in synopses.
 FILES = {"CONFIG": "configs/tiny_cpu.yaml", "FILE": "configs/tiny_cpu.yaml"}
 
 
@@ -40,7 +40,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 
 def commands() -> list[tuple[str, str]]:
-    """Of `sh` blocks every line, of indented ones and within lines those that begin with a program of ours."""
+    """Return every line of `sh` blocks, and indented or inline commands that start with a program of ours."""
     found = [(page, line) for page, text in blocks("sh") for line in text.replace("\\\n", " ").splitlines()]
     indented = r"^ {4}((?:abkd-megatron|torchrun|make|pip|python) .*)$"
     for page in PAGES:
@@ -66,7 +66,7 @@ def check_job(words: list[str]) -> None:
 
 
 def check_script(words: list[str]) -> None:
-    """A script of the repository, with Megatron's arguments and ours."""
+    """Parse the arguments of a script of the repository."""
     script, *arguments = words
     assert (ROOT / script).is_file() or (ROOT / "examples" / script).is_file(), script
     if Path(script).name == "pretrain_gpt.py":
@@ -83,7 +83,7 @@ def check_script(words: list[str]) -> None:
 
 @pytest.fixture(autouse=True)
 def modules_of_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What docs/adding-a-divergence.md has the reader write."""
+    """Write the modules of docs/adding-a-divergence.md."""
     text = (ROOT / "docs/adding-a-divergence.md").read_text()
     for name, source in re.findall(r"^<!-- file: (\S+) -->\n```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         (tmp_path / name).write_text(source)
@@ -114,7 +114,7 @@ def test_a_command_is_taken(page: str, line: str) -> None:
         check_job(rest[at + 1 :])
     elif program == "make":
         targets = {word for word in rest if not re.match(r"[A-Z_]+=", word)}
-        assert targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        assert targets <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     elif program == "pip" and "-r" in rest:
         assert rest[0] in ("download", "install") and (ROOT / rest[rest.index("-r") + 1]).is_file()
     elif program == "pip":
@@ -144,9 +144,10 @@ def test_a_configuration_is_taken(page: str, text: str, tmp_path: Path) -> None:
 
 
 def test_the_jobs_are_the_command_lines() -> None:
-    """README's table names every one, and no page names another."""
+    """docs/command-line.md names every job, and no page names another."""
     known = set(JOBS)
-    shown = re.findall(r"^\| `abkd-megatron ([\w-]+)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    page = ROOT / "docs/command-line.md"
+    shown = re.findall(r"^\| `abkd-megatron ([\w-]+)", page.read_text(), re.MULTILINE)
     assert set(shown) == known and len(shown) == len(known)
     for page in PAGES:
-        assert set(re.findall(r"`abkd-megatron ([\w-]+)", page.read_text())) <= known, page.name
+        assert set(re.findall(r"`abkd-megatron ([a-z][\w-]*)", page.read_text())) <= known, page.name

@@ -5,6 +5,7 @@ ranks stand for the others; which layouts are tried; a ledger's account of stora
 """
 
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 
@@ -198,8 +199,10 @@ def an_estimate() -> Estimate:
     )
 
 
-def test_what_is_shown(capsys, tmp_path) -> None:
-    pytest.importorskip("rich")
+def test_what_is_shown(capsys, tmp_path, monkeypatch) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
     estimate = an_estimate()
     assert estimate.fullest.name == "stage 1 of 2"
     estimate_view.show(estimate, tmp_path / "folder")
@@ -211,4 +214,19 @@ def test_what_is_shown(capsys, tmp_path) -> None:
     (fits,) = (row for row in rows if "20.00" in row)
     (too_much,) = (row for row in rows if "99.00" in row)
     assert "yes" in fits and "no" in too_much
-    assert (tmp_path / "folder" / "estimate.png").read_bytes().startswith(b"\x89PNG")
+    (figure,) = figures
+    height, width, _ = pyplot.imread(tmp_path / "folder" / "estimate.png").shape
+    assert [width, height] == [int(inches * 100) for inches in figure.get_size_inches()]
+    parts, others = figure.axes
+    drawn = [[bar.get_width() for bar in bars] for bars in parts.containers]
+    assert [sum(of) for of in zip(*drawn, strict=True)] == pytest.approx(
+        [rank.account.total / estimate_view.GIB for rank in estimate.ranks]
+    )
+    assert [bar.get_width() for bar in others.patches] == [20.0, 99.0]
+
+
+def test_tables_in_a_pipe_are_not_broken(capsys) -> None:
+    ranks = [replace(an_estimate().ranks[0], name=f"stage {index + 1} of 40") for index in range(40)]
+    estimate_view.show(replace(an_estimate(), ranks=tuple(ranks)))
+    (header,) = (line for line in capsys.readouterr().out.splitlines() if "stage 1 of 40" in line and "\u2503" in line)
+    assert all(rank.name in header for rank in ranks)

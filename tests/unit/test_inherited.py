@@ -18,7 +18,7 @@ from abkd_megatron.config.load import load_config
 from abkd_megatron.config.megatron_args import megatron_options
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.teacher import inherited
-from abkd_megatron.teacher.checkpoint import _ARCHITECTURE
+from abkd_megatron.teacher.compatibility import ARCHITECTURE
 from abkd_megatron.teacher.inherited import MODEL, STUDENT, forget_run_of, group_of_each, kind_of, teacher_settings
 from abkd_megatron.tools.dry_run import megatron_arguments
 
@@ -61,7 +61,7 @@ def matches(pattern: str, name: str) -> bool:
     return inherited.re.fullmatch(pattern, name) is not None
 
 
-@pytest.mark.parametrize("name", _ARCHITECTURE)
+@pytest.mark.parametrize("name", ARCHITECTURE)
 def test_what_a_checkpoint_is_held_to_is_inherited(name: str) -> None:
     assert kind_of(name, GROUPS[name]) == MODEL
 

@@ -14,8 +14,8 @@ import pytest
 pytest.importorskip("megatron.training")
 
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.hosts import student_checkpoint as module
-from abkd_megatron.hosts.student_checkpoint import check_save, mixed_events, only_writer
+from abkd_megatron.preflight import student_checkpoint as module
+from abkd_megatron.preflight.student_checkpoint import check_save, mixed_events, only_writer
 
 
 def arguments(save: Path | None, **others: object) -> Namespace:

@@ -8,11 +8,15 @@ from pages import DOCS, ROOT
 
 
 def runtime() -> dict[str, importlib.metadata.Distribution]:
-    """The installed distributions that `pip install` of this package brings: {name: of it}."""
-    requires = re.search(r"install_requires=\[(.*?)\n    \]", (ROOT / "setup.py").read_text(), re.DOTALL)
-    assert requires is not None
+    """The installed distributions that `pip install` of this package with `plots` brings: {name: of it}."""
+    setup = (ROOT / "setup.py").read_text()
+    requires = re.search(r"install_requires=\[(.*?)\n    \]", setup, re.DOTALL)
+    plots = re.search(r"^plots = \[(.*)\]$", setup, re.MULTILINE)
+    assert requires is not None and plots is not None
     waiting = [Requirement(text) for text in re.findall(r'^ +"(.+)",$', requires[1], re.MULTILINE)]
     assert len(waiting) == 6
+    waiting += [Requirement(text) for text in re.findall(r'"(.+?)"', plots[1])]
+    assert {it.name for it in waiting} >= {"torch", "plotly", "jinja2", "tensorboard", "matplotlib"}
     found: dict[str, importlib.metadata.Distribution] = {}
     seen: set[tuple[str, str]] = set()
     while waiting:
@@ -38,7 +42,7 @@ PERMISSIVE = {
     "MIT": r"\bMIT\b",
     "BSD": r"BSD",
     "ISC": r"\bISC",
-    "PSF-2.0": r"PSF",
+    "PSF-2.0": r"PSF|Python Software Foundation",
     "Zlib": r"Zlib",
     "CC0-1.0": r"CC0",
     "BSL-1.0": r"BSL-1",
@@ -75,7 +79,7 @@ def listed() -> dict[str, set[str]]:
 def test_licenses_are_as_the_page_says() -> None:
     """What a later resolution brings beside them has to be permissive."""
     found = {name: licenses(name, distribution) for name, distribution in runtime().items()}
-    assert {"torch", "numpy", "pyyaml", "rich"} <= found.keys()
+    assert {"torch", "numpy", "pyyaml", "rich", "narwhals"} <= found.keys()
     known = listed()
     wrong = {name: sorted(of) for name, of in found.items() if name in known and known[name] != of}
     assert not wrong, f"docs/security.md says otherwise than the metadata: {wrong}"

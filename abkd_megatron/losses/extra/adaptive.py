@@ -1,4 +1,4 @@
-"""Adaptive KL: forward and reverse KL, weighed by where in the vocabulary the models differ."""
+"""Adaptive KL: forward and reverse KL, weighted by where in the vocabulary the models differ."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,25 +17,24 @@ _FORWARD, _REVERSE = AlphaBeta(1.0, 0.0), AlphaBeta(0.0, 1.0)
 
 @dataclass(frozen=True)
 class AdaptiveKL(LogitLoss):
-    """AKL of Wu et al., arXiv 2404.02657: forward KL where the models differ in the head, reverse KL in the tail.
+    """AKL of Wu et al., arXiv 2404.02657: forward KL for differences in the head, reverse KL for those in the tail.
 
         g_head/(g_head + g_tail) KL(p || q) + g_tail/(g_head + g_tail) KL(q || p),    g = sum |p - q| over the part
 
-    The head are the teacher's largest probabilities up to a mass of mu. Both weights are constants in the gradient.
-    Where the models are equal to a digit both are 1/2. Of equal probabilities at the boundary those with the lowest
-    global ids come into the head first (the released codes leave that to their sorts). Infinite where the teacher
-    alone is -inf, as reverse KL is.
+    The head is the set of the teacher's largest probabilities up to a mass of mu. Both weights are constant in the
+    gradient, and 1/2 where the models agree exactly. Ties at the boundary are broken by lowest global id (in the
+    released codes, by their sorts). Like reverse KL, infinite where only the teacher is -inf.
 
-    Collectives: forward: 7 for each chunk of tokens (the log-partitions, 5 floats per token; the head, 4 of 256 and one
-    of 4; the sums, 6), 11 for fp64 logits. Backward: none.
+    Collectives: forward, per chunk of tokens: 7 (normalizers, 5 floats per token; head, 4 of 256 and one of 4; sums,
+    6), or 11 for fp64 logits. Backward: none.
 
     Args:
         mu: mass of the head, between 0 and 1.
-        crossing: ``tail``: the token whose cumulative mass crosses mu is in the tail, but the likeliest one is always
+        crossing: ``tail``: the token whose cumulative mass crosses mu is in the tail, but the most likely one is always
             in the head, as in the authors' and ABKD's code. ``head``: it is in the head, as in ToDi's and DSKD's.
 
     Raises:
-        ConfigError: for a mu that is not between 0 and 1, and another word for crossing.
+        ConfigError: if mu is not between 0 and 1, or crossing is neither value.
     """
 
     mu: float = 0.5
@@ -52,7 +51,7 @@ class AdaptiveKL(LogitLoss):
             )
 
     def __call__(self, student: Tensor, teacher: Tensor, columns: Columns, counted: Tensor) -> Tensor:
-        """The weighted sum of both divergences."""
+        """Return the weighted sum of both divergences."""
         pair = columns.pair(student, teacher)
         head = columns.head(teacher, pair, self.mu, crossing_in_head=self.crossing == "head")
         view = pair[:3]

@@ -1,4 +1,4 @@
-"""Forward KL on the part of the vocabulary that the teacher finds likely."""
+"""Forward KL on the teacher's most likely part of the vocabulary."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,20 +16,18 @@ _FORWARD = AlphaBeta(1.0, 0.0)
 
 @dataclass(frozen=True)
 class ClippedKL(LogitLoss):
-    """KL(p' || q') with both models renormalized on the teacher's likeliest columns: the logits part of DAC-KL.
+    """KL(p' || q') with both models renormalized on the teacher's most likely columns: the logits part of DAC-KL.
 
-    These columns are the `top_k` likeliest, or the fewest whose mass is at least `mass`. Of equal probabilities those
-    of the lowest global ids come first; a column of the teacher's -inf is never among them. DAC-KL adds the label to
-    them and predicts their quantiles by a network trained along; neither is offered, nor is there a term for what lies
-    outside of them.
+    The columns are the `top_k` most likely, or the fewest whose mass is at least `mass`. Ties are broken by lowest
+    global id; a column where the teacher is -inf is never included. DAC-KL also includes the label and predicts the
+    quantiles by a trained network. Neither is implemented, and no term covers the remaining columns.
 
-    Collectives: forward, for each chunk of tokens: with `top_k`, 1 (4 k floats per token); with `mass`, 8 (the
-    log-partitions, 5 floats; the head, 4 of 256 and one of 4; those of the renormalized, 5; the sums, 2), 12 for fp64
-    logits. Backward: none.
+    Collectives: forward, per chunk of tokens: 1 with `top_k` (4 k floats per token); 8 with `mass` (normalizers, 5
+    floats; head, 4 of 256 and one of 4; renormalized normalizers, 5; sums, 2), or 12 for fp64 logits. Backward: none.
 
     Args:
         top_k: number of columns, at least 2.
-        mass: their probability, between 0 and 1. Exactly one of the two is given.
+        mass: their probability, between 0 and 1. Give exactly one of the two.
 
     Raises:
         ConfigError: for both or neither, and values out of range.
@@ -52,11 +50,11 @@ class ClippedKL(LogitLoss):
 
     @property
     def num_collectives(self) -> int:
-        """One for a number of columns; more for a mass, which has to be searched for."""
+        """1 with `top_k`; 8 with `mass`, which needs a search."""
         return 1 if self.top_k is not None else 8
 
     def __call__(self, student: Tensor, teacher: Tensor, columns: Columns, counted: Tensor) -> Tensor:
-        """The divergence of the renormalized."""
+        """Return the divergence of the renormalized distributions."""
         if self.top_k is not None:
             _, s, t = columns.top_k(teacher, self.top_k, student, teacher)
             outside = t.isneginf()

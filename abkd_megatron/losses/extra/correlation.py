@@ -1,4 +1,4 @@
-"""Distances of direction: one minus the correlation of two models' probabilities or logits, or their cosine."""
+"""Correlation and cosine distances of the models' probabilities or logits."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,22 +12,22 @@ from abkd_megatron.losses.columns import Columns
 
 @dataclass(frozen=True)
 class Pearson(LogitLoss):
-    """Pearson's distance of probabilities, 1 - r: the inter-class term of DIST, arXiv 2205.10536.
+    """Pearson distance of probabilities, 1 - r: the inter-class term of DIST, arXiv 2205.10536.
 
         r = sum (p - 1/V)(q - 1/V) / sqrt(sum (p - 1/V)^2 sum (q - 1/V)^2)
 
-    In [0, 2]. DIST's intra-class term correlates a column over tokens, and is not offered. There is neither DIST's
-    epsilon nor its factor of the temperature squared: where p or q is uniform, to what the arithmetic can tell, r is
-    taken as 0, and there is no gradient. A column that is -inf in both models is not among the V.
+    In [0, 2]. DIST's intra-class term, which correlates a column over tokens, is not implemented, nor are its epsilon
+    and its factor T^2. Where p or q is uniform up to rounding, r is 0 and there is no gradient. A column that is -inf
+    in both models is not counted in V.
 
-    Collectives: forward: 2 for each chunk of tokens (5 and 9 floats a token). Backward: none.
+    Collectives: forward: 2 per chunk of tokens (5 and 9 floats per token). Backward: none.
     """
 
     name: ClassVar[str] = "pearson"
     num_collectives = 2
 
     def __call__(self, student: Tensor, teacher: Tensor, columns: Columns, counted: Tensor) -> Tensor:
-        """1 - r."""
+        """Return 1 - r."""
         pair = columns.pair(student, teacher)
         mean = (1.0 / pair.size).to(student.dtype).unsqueeze(-1)
         p, q, gap = pair.log_p.exp(), pair.log_q.exp(), -difference(*pair[:3])
@@ -49,22 +49,21 @@ class Pearson(LogitLoss):
 
 @dataclass(frozen=True)
 class LogitPearson(LogitLoss):
-    """Pearson's distance of logits, 1 - r, r their correlation over the vocabulary.
+    """Pearson distance of logits, 1 - r, with r their correlation over the vocabulary.
 
-    In [0, 2]; a shift or a positive factor of either model's logits does not change it. Columns that are -inf in either
-    model are left out. Where either model's logits are all equal, to what the
-    arithmetic can tell, r is taken as 0, and there is no gradient.
+    In [0, 2]. Invariant to a shift or positive scale of either model's logits. Columns that are -inf in either model
+    are left out. Where either model's logits are equal up to rounding, r is 0 and there is no gradient.
 
-    Collectives: forward: 2 for each chunk of tokens (3 and 5 floats a token). Backward: none.
+    Collectives: forward: 2 per chunk of tokens (3 and 5 floats per token). Backward: none.
     """
 
     name: ClassVar[str] = "logit_pearson"
     num_collectives = 2
 
     def __call__(self, student: Tensor, teacher: Tensor, columns: Columns, counted: Tensor) -> Tensor:
-        """1 - r."""
+        """Return 1 - r."""
         student, teacher, inside = finite(student, teacher)
-        # A mean takes no part in the gradient: what it would be multiplied by, the sum of the centered, is 0.
+        # The mean needs no gradient: it would be multiplied by the sum of the centered logits, which is 0.
         count, *totals = columns.sums(inside, student.detach(), teacher)
         s, t = (
             (logits - (total / count).to(logits.dtype).unsqueeze(-1)) * inside
@@ -78,20 +77,19 @@ class LogitPearson(LogitLoss):
 
 @dataclass(frozen=True)
 class LogitCosine(LogitLoss):
-    """The cosine distance of logits, 1 - t.s / (|t| |s|).
+    """Cosine distance of logits, 1 - t.s / (|t| |s|).
 
-    In [0, 2]. It depends on where each model's logits have their 0: adding a number to all of them, which leaves the
-    probabilities alone, changes it. Columns that are -inf in either model are left out. Where either model's logits are
-    all 0 the cosine is taken as 0, and there is no gradient.
+    In [0, 2]. Unlike probabilities, it changes when a constant is added to all logits. Columns that are -inf in either
+    model are left out. Where either model's logits are all 0, the cosine is 0 and there is no gradient.
 
-    Collectives: forward: 1 for each chunk of tokens (5 floats a token). Backward: none.
+    Collectives: forward: 1 per chunk of tokens (5 floats per token). Backward: none.
     """
 
     name: ClassVar[str] = "logit_cosine"
     num_collectives = 1
 
     def __call__(self, student: Tensor, teacher: Tensor, columns: Columns, counted: Tensor) -> Tensor:
-        """One minus the cosine."""
+        """Return 1 - cosine."""
         s, t, _ = finite(student, teacher)
         gap = s - t
         tt, ss, ts, td, dd = columns.sums(t * t, s * s, t * s, t * gap, gap * gap)
@@ -99,21 +97,21 @@ class LogitCosine(LogitLoss):
 
 
 def finite(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Both models' logits, 0 in columns that are -inf in either; and 1.0 in all others."""
+    """Return both models' logits, 0 where either is -inf, and a mask of the other columns, 1.0 or 0.0."""
     outside = student.isneginf() | teacher.isneginf()
     return student.masked_fill(outside, 0.0), teacher.masked_fill(outside, 0.0), (~outside).to(student.dtype)
 
 
 def _rounding(dtype: torch.dtype) -> float:
-    """The relative deviation from a mean that may be rounding alone."""
+    """Return the relative deviation from a mean that rounding may cause."""
     return 64.0 * torch.finfo(dtype).eps
 
 
 def _distance(tt: Tensor, ss: Tensor, ts: Tensor, td: Tensor, dd: Tensor, defined: Tensor) -> Tensor:
-    """1 - ts / sqrt(tt ss), of sums of products of t, s and d = s - t; 1 where it is not defined.
+    """Return 1 - ts / sqrt(tt ss) from sums of products of t, s and d = s - t; 1 where not defined.
 
-    By the identity tt ss - ts^2 = tt dd - td^2, which keeps its digits where t and s are near each other, and loses all
-    of them where one is much shorter than the other.
+    Where t and s are close it uses tt ss - ts^2 = tt dd - td^2, which avoids cancellation. Where one is much shorter
+    than the other, that identity loses all digits.
     """
     tt, ss = tt.where(defined, 1.0), ss.where(defined, 1.0)
     norms = tt.sqrt() * ss.sqrt()

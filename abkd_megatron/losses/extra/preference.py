@@ -1,4 +1,4 @@
-"""The teacher's likeliest token preferred to the student's."""
+"""Preference of the teacher's most likely token over the student's."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,21 +13,21 @@ from abkd_megatron.validation import positive_number
 
 @dataclass(frozen=True)
 class Preference(LogitLoss):
-    """The token preference of DPKD, arXiv 2406.19774, as its released code has it.
+    """Token preference of DPKD, arXiv 2406.19774, as in its released code.
 
         -log sigmoid(beta [(log q(y_t) - log q(y_s)) - (log p(y_t) - log p(y_s))]),  y_t = argmax p,  y_s = argmax q
 
-    The paper prefers whole outputs; its code prefers tokens, and so does this. Of equal probabilities the lowest global
-    id is the likeliest. Where y_t = y_s the loss is log 2 and the gradient 0. The normalisers cancel: the gradient is
-    of the two logits alone. Infinite where the teacher gives y_s no probability.
+    The paper compares whole outputs; its code and this loss compare tokens. Ties are broken by lowest global id. Where
+    y_t = y_s the loss is log 2 and the gradient 0. The normalizers cancel, so only the two logits have a gradient.
+    Infinite where the teacher's probability of y_s is 0.
 
-    Collectives: forward: 2 for each chunk of tokens (4 floats a token each). Backward: none.
+    Collectives: forward: 2 per chunk of tokens (4 floats per token each). Backward: none.
 
     Args:
         beta: steepness, above 0.
 
     Raises:
-        ConfigError: for a beta that is not above 0.
+        ConfigError: if beta is not above 0.
     """
 
     beta: float = 0.1
@@ -38,7 +38,7 @@ class Preference(LogitLoss):
         object.__setattr__(self, "beta", positive_number("preference", "beta", self.beta))
 
     def __call__(self, student: Tensor, teacher: Tensor, columns: Columns, counted: Tensor) -> Tensor:
-        """-log sigmoid of the scaled margin."""
+        """Return -log sigmoid of the scaled margin."""
         (y_t, s_of_t, t_of_t), (y_s, s_of_s, t_of_s) = (
             columns.top_k(ranked, 1, student, teacher) for ranked in (teacher, student)
         )

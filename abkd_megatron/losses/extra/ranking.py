@@ -1,4 +1,4 @@
-"""How differently two models rank the teacher's likeliest tokens."""
+"""Rank disagreement on the teacher's most likely tokens."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,16 +17,15 @@ class Ranking(LogitLoss):
 
         1 - 2/(k(k-1)) sum_{i<j} tanh(k1 (t_i - t_j)) tanh(k2 (s_i - s_j))
 
-    In [0, 2]; 0 is not reached, for tanh is below 1. The paper's own form of the steepness was not at hand: both are
-    parameters here, and 1 by default. Of equal logits those of the lowest global ids are in the top k. Pairs with a
-    column that is -inf in either model are left out of the sum and of the number of pairs; without any pair the loss
-    is 1.
+    In [0, 2]; never 0, because tanh is below 1. The paper's form of the steepness was not available; here both are
+    parameters, 1 by default. Ties in the top k are broken by lowest global id. Pairs with a column that is -inf in
+    either model are left out, also of the number of pairs. Without any pair the loss is 1.
 
-    Collectives: forward: 1 for each chunk of tokens (4 k floats a token). Backward: none. Each rank works on k^2 fp64
-    numbers a token.
+    Collectives: forward: 1 per chunk of tokens (4 k floats per token). Backward: none. Each rank computes k^2 fp64
+    numbers per token.
 
     Args:
-        top_k: how many of the teacher's likeliest tokens, at least 2.
+        top_k: number of the teacher's most likely tokens, at least 2.
         teacher_steepness: k1 > 0.
         student_steepness: k2 > 0.
 
@@ -46,7 +45,7 @@ class Ranking(LogitLoss):
             object.__setattr__(self, name, positive_number("ranking", name, getattr(self, name)))
 
     def __call__(self, student: Tensor, teacher: Tensor, columns: Columns, counted: Tensor) -> Tensor:
-        """One minus the mean over pairs."""
+        """Return 1 - mean over pairs."""
         _, s, t = columns.top_k(teacher, self.top_k, student, teacher)
         inside = ~(s.isneginf() | t.isneginf())
         s, t = s.masked_fill(~inside, 0.0), t.masked_fill(~inside, 0.0)
@@ -57,5 +56,5 @@ class Ranking(LogitLoss):
 
 
 def _differences(logits: Tensor) -> Tensor:
-    """[n, k, k]: logit i less logit j."""
+    """Return logit i minus logit j, [n, k, k]."""
     return logits.unsqueeze(-1) - logits.unsqueeze(-2)

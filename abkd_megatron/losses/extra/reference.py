@@ -1,9 +1,8 @@
-"""The specification: every logit loss in its paper's own form, dense, in fp64, differentiated by plain autograd.
+"""Specification of every logit loss: the papers' formulas, dense, in fp64, differentiated by autograd.
 
-Start here to learn what is computed; how it is computed where each rank has a slice of the vocabulary is elsewhere, and
-is tested against this. Logits are [..., V], whole (not sharded), for Sinkhorn [..., s, V]; the result is one number a
-token, [...], fp64. `vocab_size` drops the padded columns at the end. A column that is -inf in both models is outside
-the vocabulary and adds nothing. The teacher is constant.
+Start here to learn what is computed. The vocabulary-parallel implementations are tested against this module. Logits are
+[..., V], not sharded ([..., s, V] for Sinkhorn); results are [...], fp64, one value per token. `vocab_size` drops
+padded columns at the end. A column that is -inf in both models is outside the vocabulary. The teacher is constant.
 """
 
 import math
@@ -23,17 +22,17 @@ from abkd_megatron.losses.extra.squared_error import LogitMSE
 
 
 def _kl(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of a log(a/b) over the last dimension, of log-probabilities; 0 log 0 = 0."""
+    """Return the sum of a log(a/b) over the last dimension, from log-probabilities; 0 log 0 = 0."""
     return (a.exp() * (a - b).masked_fill(a.isneginf(), 0.0)).sum(dim=-1)
 
 
 def _first_by_probability(p: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row in descending order, equal numbers by their ids; and the ids."""
+    """Sort each row in descending order, ties by lowest id; return values and ids."""
     return torch.sort(p, dim=-1, descending=True, stable=True)
 
 
 def reference_adaptive_kl(student: Tensor, teacher: Tensor, mu: float = 0.5, crossing: str = "tail") -> Tensor:
-    """g_head/(g_head + g_tail) KL(p || q) + g_tail/(g_head + g_tail) KL(q || p), arXiv 2404.02657."""
+    """Compute g_head/(g_head + g_tail) KL(p || q) + g_tail/(g_head + g_tail) KL(q || p), arXiv 2404.02657."""
     log_p, log_q = teacher.log_softmax(dim=-1), student.log_softmax(dim=-1)
     p, q = log_p.exp(), log_q.exp()
     descending, ids = _first_by_probability(p)
@@ -52,13 +51,13 @@ def reference_adaptive_kl(student: Tensor, teacher: Tensor, mu: float = 0.5, cro
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    """a.b / (|a| |b|); 0 where one has no length."""
+    """Return a.b / (|a| |b|); 0 where either norm is 0."""
     norms = a.norm(dim=-1) * b.norm(dim=-1)
     return torch.where(norms > 0, (a * b).sum(dim=-1) / norms.where(norms > 0, 1.0), 0.0)
 
 
 def reference_pearson(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - corr(p, q), DIST, arXiv 2205.10536, its inter-class term."""
+    """Compute 1 - corr(p, q), DIST, arXiv 2205.10536, its inter-class term."""
     inside = ~(student.isneginf() & teacher.isneginf())
     p, q = teacher.softmax(dim=-1), student.softmax(dim=-1)
     mean = 1 / inside.sum(dim=-1, keepdim=True)
@@ -66,7 +65,7 @@ def reference_pearson(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def reference_logit_pearson(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - corr(t, s)."""
+    """Compute 1 - corr(t, s)."""
     inside = ~(student.isneginf() | teacher.isneginf())
     s, t = student.where(inside, 0.0), teacher.where(inside, 0.0)
     count = inside.sum(dim=-1, keepdim=True)
@@ -75,13 +74,13 @@ def reference_logit_pearson(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def reference_logit_cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - cos(t, s)."""
+    """Compute 1 - cos(t, s)."""
     inside = ~(student.isneginf() | teacher.isneginf())
     return 1 - _correlation(student.where(inside, 0.0), teacher.where(inside, 0.0))
 
 
 def reference_logit_mse(student: Tensor, teacher: Tensor, centered: bool = False) -> Tensor:
-    """1/V sum (s - t)^2, or of the differences less their mean."""
+    """Compute 1/V sum (s - t)^2; centered, the mean difference is subtracted first."""
     inside = ~(student.isneginf() | teacher.isneginf())
     count = inside.sum(dim=-1)
     gap = student.where(inside, 0.0) - teacher.where(inside, 0.0)
@@ -93,7 +92,7 @@ def reference_logit_mse(student: Tensor, teacher: Tensor, centered: bool = False
 def reference_clipped_kl(
     student: Tensor, teacher: Tensor, top_k: int | None = None, mass: float | None = None
 ) -> Tensor:
-    """KL(p' || q'), both renormalized on the teacher's top k or on its fewest columns of that mass; DAC-KL."""
+    """Compute KL(p' || q'), both renormalized on the teacher's top k or its fewest columns of that mass; DAC-KL."""
     p = teacher.softmax(dim=-1)
     descending, ids = _first_by_probability(p)
     if top_k is not None:
@@ -109,7 +108,7 @@ def reference_clipped_kl(
 def reference_ranking(
     student: Tensor, teacher: Tensor, top_k: int = 10, teacher_steepness: float = 1.0, student_steepness: float = 1.0
 ) -> Tensor:
-    """1 - 2/(k(k-1)) sum_{i<j} tanh(k1 (t_i - t_j)) tanh(k2 (s_i - s_j)) over the teacher's top k; RKKD."""
+    """Compute 1 - 2/(k(k-1)) sum_{i<j} tanh(k1 (t_i - t_j)) tanh(k2 (s_i - s_j)) over the teacher's top k; RKKD."""
     t, ids = _first_by_probability(teacher)
     t, s = t[..., :top_k], student.gather(-1, ids[..., :top_k])
     total, pairs = torch.zeros_like(s[..., 0]), torch.zeros_like(s[..., 0])
@@ -131,7 +130,7 @@ def reference_sinkhorn(
     iterations: int = 20,
     counted: Tensor | None = None,
 ) -> Tensor:
-    """sum_i P_ij W_ij of token j, SinKD, arXiv 2402.17110; one problem for each group of a sequence."""
+    """Compute sum_i P_ij W_ij for token j, SinKD, arXiv 2402.17110; one problem per group of a sequence."""
     p, q = teacher.softmax(dim=-1), student.softmax(dim=-1)
     tokens = p.shape[:-1]
     shape = (tokens[:-1].numel(), tokens[-1])
@@ -154,7 +153,7 @@ def reference_sinkhorn(
 
 
 def reference_preference(student: Tensor, teacher: Tensor, beta: float = 0.1) -> Tensor:
-    """-log sigmoid(beta ([log q(y_t) - log q(y_s)] - [log p(y_t) - log p(y_s)])), DPKD, arXiv 2406.19774."""
+    """Compute -log sigmoid(beta ([log q(y_t) - log q(y_s)] - [log p(y_t) - log p(y_s)])), DPKD, arXiv 2406.19774."""
     log_p, log_q = teacher.log_softmax(dim=-1), student.log_softmax(dim=-1)
     y_t, y_s = (_first_by_probability(logits)[1][..., :1] for logits in (teacher, student))
     of_q, of_p = (log.gather(-1, y_t) - log.gather(-1, y_s) for log in (log_q, log_p))
@@ -169,7 +168,7 @@ def reference_logit_loss(
     vocab_size: int | None = None,
     counted: Tensor | None = None,
 ) -> Tensor:
-    """The reference twin of `loss`; 0 for tokens that do not count.
+    """Compute `loss` by its reference implementation; 0 for tokens that are not counted.
 
     Raises:
         ConfigError: if it has none.
@@ -196,7 +195,7 @@ def reference_logit_loss(
         result = reference_preference(student, teacher, loss.beta)
     else:
         raise ConfigError(
-            "expected a loss with a reference twin (one of abkd_megatron.losses), got "
-            f"{type(loss).__name__}: write its dense form beside theirs"
+            "expected a loss with a reference (one of abkd_megatron.losses), got "
+            f"{type(loss).__name__}: add its dense form to abkd_megatron.losses.extra.reference"
         )
     return result if counted is None else result.where(counted, 0.0)

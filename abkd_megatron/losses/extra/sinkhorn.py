@@ -17,27 +17,27 @@ _LARGEST_GROUP = 64
 
 @dataclass(frozen=True)
 class Sinkhorn(LogitLoss):
-    """SinKD, arXiv 2402.17110: the cost of moving the student's distributions of n tokens to the teacher's.
+    """SinKD, arXiv 2402.17110: the cost of transporting the student's distributions of n tokens to the teacher's.
 
         W_ij = sum_k |p_ik - q_jk|,    P = Sinkhorn(e^{-W/epsilon}),    loss of token j = sum_i P_ij W_ij
 
-    Token j is the student's, i the teacher's; the losses of a group add up to its sum of P W. An iteration of Sinkhorn
-    divides rows by their sums, then columns, so that a token's weights add up to 1 and its loss lies in [0, 2].
+    Token j is the student's, token i the teacher's; the losses of a group sum to its sum of P W. A Sinkhorn iteration
+    divides rows by their sums, then columns. The weights of a token therefore sum to 1, and its loss is in [0, 2].
 
-    A group are positions 0 .. n - 1 of a sequence, n .. 2n - 1 and so on; the last one may be shorter. Tokens that do
-    not count take no part. With context parallelism a sequence is what one rank holds of it.
+    Groups are positions 0 .. n - 1 of a sequence, n .. 2n - 1 and so on; the last may be shorter. Tokens that are not
+    counted are excluded. With context parallelism the sequence is this rank's part of it.
 
-    What was chosen: P is a constant in the gradient, which then is that of the entropy-regularised cost; the released
-    code differentiates through the iterations too. The softmax is over the vocabulary; the released code for T0 takes
-    it over the sequence. Its factors of 1e-3 and 8e-4 are left to the weight.
+    Choices: P is constant in the gradient, which is then the gradient of the entropy-regularized cost; the released
+    code differentiates through the iterations. The softmax is over the vocabulary; the released code for T0 takes it
+    over the sequence. The paper's factors 1e-3 and 8e-4 are left to the weight.
 
-    Collectives: forward: 2 for each chunk of tokens (5 and 2 n floats a token). Backward: none. The work is n times
-    that of a divergence.
+    Collectives: forward: 2 per chunk of tokens (5 and 2 n floats per token). Backward: none. The cost is n times that
+    of a divergence.
 
     Args:
-        group: n, tokens of a group, in 1 .. 64.
-        epsilon: strength of the entropy, above 0. At 2/700 and below e^{-W/epsilon} vanishes in fp64; 0.01 is safe.
-        iterations: of Sinkhorn, at least 1.
+        group: n, number of tokens, in 1 .. 64.
+        epsilon: strength of the entropy, at least 0.01. At 2/700 and below e^{-W/epsilon} underflows in fp64.
+        iterations: number of Sinkhorn iterations, at least 1.
 
     Raises:
         ConfigError: for values out of range.
@@ -59,7 +59,7 @@ class Sinkhorn(LogitLoss):
             )
         if self.epsilon < 0.01:
             raise ConfigError(
-                f"sinkhorn: expected epsilon of at least 0.01, got {self.epsilon}: e^(-2/epsilon) would vanish"
+                f"sinkhorn: expected epsilon of at least 0.01, got {self.epsilon}: e^(-2/epsilon) may underflow"
             )
 
     @property
@@ -68,10 +68,10 @@ class Sinkhorn(LogitLoss):
         return self.group
 
     def __call__(self, student: Tensor, teacher: Tensor, columns: Columns, counted: Tensor) -> Tensor:
-        """Each token's share of the cost."""
+        """Return each token's share of the cost."""
         costs = _distances(student, columns, columns.pair(student, teacher), self.group)
         num_groups = costs.shape[0]
-        # Places that no token has do not count.
+        # Padding of the last group is not counted.
         part = counted.new_zeros(num_groups * self.group)
         part[: len(counted)] = counted
         part = part.view(num_groups, self.group)
@@ -85,18 +85,18 @@ class Sinkhorn(LogitLoss):
 
 
 def _distances(student: Tensor, columns: Columns, pair: Pair, group: int) -> Tensor:
-    """[groups, i, j] fp64: the L1 distance of the teacher's token i and the student's token j.
+    """Return the L1 distance of the teacher's token i and the student's token j, [groups, i, j] fp64.
 
-    Beyond the last token it is some number.
+    Values beyond the last token are arbitrary.
     """
     result: Tensor = _Distances.apply(student, columns, pair, group)
     return result
 
 
 class _Distances(Function):
-    """W and, for its gradient, the sums over k of the slopes q_jk sign(q_jk - p_ik).
+    """W and, for its gradient, the sums over k of q_jk sign(q_jk - p_ik).
 
-    All groups at a time, one of the teacher's tokens of each: as many operations as a group has tokens.
+    Loops over the teacher's tokens of a group, for all groups at once.
     """
 
     title = "sinkhorn"
@@ -130,6 +130,6 @@ class _Distances(Function):
 
 
 def _grouped(rows: Tensor, group: int) -> Tensor:
-    """[n, C] -> [groups, group, C]; 0 beyond the last row."""
+    """Reshape [n, C] to [groups, group, C], padded with 0."""
     missing = -len(rows) % group
     return torch.nn.functional.pad(rows, (0, 0, 0, missing)).unflatten(0, (-1, group))

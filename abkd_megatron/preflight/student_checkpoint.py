@@ -1,4 +1,4 @@
-"""What Megatron will load the student from and save it to: looked at before anything is built."""
+"""Checks of the folders that the student is loaded from and saved to, before anything is built."""
 
 import errno
 import fcntl
@@ -8,7 +8,7 @@ import socket
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,30 +17,33 @@ from megatron.core import dist_checkpointing
 from megatron.training.checkpointing import checkpoint_exists
 
 from abkd_megatron.errors import CheckpointError, ConfigError
-from abkd_megatron.hosts.run_record import checkpoint_to_load
-from abkd_megatron.teacher.checkpoint import check_whole, differences
+from abkd_megatron.losses.hidden import HiddenLoss
+from abkd_megatron.preflight.run_record import checkpoint_to_load
+from abkd_megatron.student.projectors import PROJECTORS
+from abkd_megatron.teacher.checkpoint import check_whole, tensor_shapes
+from abkd_megatron.teacher.compatibility import differences
 from abkd_megatron.teacher.description import describe
 from abkd_megatron.teacher.safe_load import read_common, read_index
 
-# Megatron refuses other values of these by an assertion, whatever is loaded beside the weights.
+# Megatron asserts that these are the same, whatever is loaded with the weights.
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 _BLOCK = 4096
 
-# In the folder of checkpoints; locked, not merely there, while a job writes to it.
+# In the folder of checkpoints. The file stays; its lock shows that a job writes to the folder.
 _LOCK = ".writer.lock"
-_SECONDS_FOR_THE_LAST_WRITER = 5.0  # a rank that was killed may take some to go
+_SECONDS_FOR_THE_LAST_WRITER = 5.0  # a killed rank may take some time to end
 
 logger = logging.getLogger(__name__)
 
 
 def check_folders(megatron: Mapping[str, Any]) -> None:
-    """See that something can be written where the job will write: Megatron would find out at the first save.
+    """Check that the output folders can be written to. Megatron would fail at the first save.
 
     Args:
         megatron: the job's Megatron arguments, by their names in the configuration.
 
     Raises:
-        ConfigError: a folder that cannot be made or written to.
+        ConfigError: a folder cannot be created or written to.
     """
     for name in ("save", "tensorboard-dir"):
         if megatron.get(name) is None:
@@ -59,28 +62,28 @@ def check_folders(megatron: Mapping[str, Any]) -> None:
 
 
 def check_save(args: Namespace) -> None:
-    """Refuse to save to a folder of checkpoints that this run does not go on from: it would count them anew.
+    """Reject a save folder with checkpoints from which this run does not resume: it would overwrite them.
 
     Args:
         args: Megatron's of the student, as parsed.
 
     Raises:
-        ConfigError: megatron.save holds a checkpoint of something else.
-        CheckpointError: the file that names the iteration to load does not.
+        ConfigError: megatron.save has checkpoints of another run.
+        CheckpointError: the file with the iteration to load is invalid.
     """
-    if not _saves(args) or not checkpoint_exists(args.save) or _goes_on_in(args.save, args):
+    if not _saves(args) or not checkpoint_exists(args.save) or _resumes_in(args.save, args):
         return
     last = Path(args.save, "latest_checkpointed_iteration.txt").read_text(errors="replace").strip()
     resume = " without megatron.finetune" if args.finetune else ""
     raise ConfigError(
-        "megatron.save: expected a folder without checkpoints, or that of the checkpoint that this run goes on from, "
-        f"got {args.save}, where the last is of step {last}; this run would write over it. Give another folder, or "
-        f"megatron.load={args.save}{resume} to go on from there"
+        "megatron.save: expected a folder without checkpoints, or the folder from which this run resumes, "
+        f"got {args.save}, where the last is of step {last}; this run would overwrite it. Give another folder, or "
+        f"megatron.load={args.save}{resume} to resume from it"
     )
 
 
 def mixed_events(args: Namespace) -> str | None:
-    """What there is to warn of where a run begins anew beside the event files of another one.
+    """Return a warning if a new run would write to the folder of another run's event files, else None.
 
     Args:
         args: Megatron's of the student, as parsed.
@@ -88,13 +91,12 @@ def mixed_events(args: Namespace) -> str | None:
     folder = args.tensorboard_dir
     if folder is None or not any(Path(folder).glob("events.out.tfevents.*")):
         return None
-    _, goes_on = checkpoint_to_load(args)
-    if goes_on or (args.load is not None and args.save is not None and _same(args.load, args.save)):
+    _, resumes = checkpoint_to_load(args)
+    if resumes or (args.load is not None and args.save is not None and _same(args.load, args.save)):
         return None
     return (
-        f"megatron.tensorboard-dir {folder} has the event files of an earlier job, and this run does not go on from a "
-        "checkpoint: TensorBoard and `report` take both for one run, the later numbers of a step for its own; give "
-        "another folder"
+        f"megatron.tensorboard-dir {folder} has the event files of an earlier job, and this run does not resume from a "
+        "checkpoint: TensorBoard and `report` would show both as one run; give another folder"
     )
 
 
@@ -102,9 +104,9 @@ def _saves(args: Namespace) -> bool:
     return args.save is not None and not args.skip_train
 
 
-def _goes_on_in(save: str, args: Namespace) -> bool:
-    directory, goes_on = checkpoint_to_load(args)
-    return directory is not None and goes_on and _same(directory.parent, save)
+def _resumes_in(save: str, args: Namespace) -> bool:
+    directory, resumes = checkpoint_to_load(args)
+    return directory is not None and resumes and _same(directory.parent, save)
 
 
 def _same(first: str | Path, second: str | Path) -> bool:
@@ -113,17 +115,17 @@ def _same(first: str | Path, second: str | Path) -> bool:
 
 @contextmanager
 def only_writer(args: Namespace, *, asks: bool = False) -> Iterator[None]:
-    """Hold the lock of the folder that a run saves to, which one process at a time can.
+    """Hold the lock of the save folder, which only one process can hold.
 
-    It is a lock of the kernel's (POSIX) and ends with this process, however that ends; children do not inherit it.
-    Where there can be none there is a warning.
+    It is a POSIX lock of the kernel: it ends with this process, however that ends, and children do not inherit it.
+    On a file system without locks there is only a warning.
 
     Args:
         args: Megatron's of the student, as parsed.
-        asks: only look; nothing is created.
+        asks: whether to check the lock only, without creating a file.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process holds the lock.
     """
     file = Path(args.save or "", _LOCK)
     if not _saves(args) or (asks and not file.exists()):
@@ -146,7 +148,9 @@ def only_writer(args: Namespace, *, asks: bool = False) -> Iterator[None]:
 
 
 def _warn(file: Path, error: OSError) -> None:
-    logger.warning("%s cannot be locked (%s): a second job that writes there would not be seen", file, error.strerror)
+    logger.warning(
+        "%s cannot be locked (%s): a second job that writes there would not be detected", file, error.strerror
+    )
 
 
 def _lock(descriptor: int, file: Path, patience: float) -> None:
@@ -160,7 +164,7 @@ def _lock(descriptor: int, file: Path, patience: float) -> None:
                 _warn(file, error)
                 return
         if time.monotonic() > until:
-            owner = os.pread(descriptor, 400, 0).decode(errors="replace").strip() or "one that is not known"
+            owner = os.pread(descriptor, 400, 0).decode(errors="replace").strip() or "an unknown job"
             raise ConfigError(
                 f"megatron.save: expected a folder that no other job writes to, got {file.parent}, where one does "
                 f"({owner}); wait for its end, or give another folder. If its machine is gone for good, remove {file}"
@@ -169,18 +173,18 @@ def _lock(descriptor: int, file: Path, patience: float) -> None:
 
 
 def check_student(args: Namespace) -> str | None:
-    """Refuse a checkpoint that Megatron would fail to load the student from, or pass over without a word.
+    """Reject a student's checkpoint that Megatron would fail to load, or would silently ignore.
 
-    A folder without a checkpoint is fine where the job saves to it, too: it is that of a job's first start.
+    A folder without a checkpoint is accepted if the job also saves to it: this is the first start of the job.
 
     Args:
         args: Megatron's of the student, validated.
 
     Returns:
-        In words, the settings other than sizes in which the model was another one, which may be meant; None for none.
+        Text with the settings other than sizes that differ, which may be intended; None if none differs.
 
     Raises:
-        CheckpointError: nothing there, not whole, or of a model of another size.
+        CheckpointError: there is no checkpoint, it is not complete, or its model has another size.
     """
     load = args.load or args.pretrained_checkpoint
     if load is None:
@@ -230,12 +234,41 @@ def check_student(args: Namespace) -> str | None:
     return "; ".join(changed) or None
 
 
-@contextmanager
-def other_schedule_named() -> Iterator[None]:
-    """Megatron refuses to go on with another learning-rate schedule by an assertion: say what to give.
+def absent_projectors(args: Namespace, losses: Sequence[HiddenLoss]) -> list[str]:
+    """Return the projectors that the student's checkpoint does not have, as after plain training.
+
+    Args:
+        args: Megatron's of the student, validated.
+        losses: all hidden losses of the objective.
+
+    Returns:
+        Their `HiddenLoss.pair`.
 
     Raises:
-        ConfigError: in its place.
+        ConfigError: Megatron would also load the optimizer's state, which has none for these projectors.
+    """
+    wanted = [loss.pair for loss in losses if loss.projector]
+    directory, resumes = checkpoint_to_load(args)
+    if not wanted or directory is None:
+        return []
+    found: set[str] = set()
+    if dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
+        found = set(tensor_shapes(directory))
+    absent = [pair for pair in wanted if f"{PROJECTORS}.{pair}.weight" not in found]
+    if absent and resumes and not args.no_load_optim:
+        raise ConfigError(
+            f"expected the projectors of the hidden losses {', '.join(absent)} in {directory}, from which this run "
+            "would resume; give megatron.finetune=true to start with its weights and new projectors"
+        )
+    return absent
+
+
+@contextmanager
+def other_schedule_named() -> Iterator[None]:
+    """Replace Megatron's assertion about another learning-rate schedule by an error that names the settings.
+
+    Raises:
+        ConfigError: in place of the AssertionError.
     """
     try:
         yield
@@ -243,7 +276,7 @@ def other_schedule_named() -> Iterator[None]:
         if not str(error).startswith("OptimizerParamScheduler: class input value"):
             raise
         raise ConfigError(
-            f"Megatron refuses to go on with another schedule of the learning rate ({error}), as another train-iters "
+            f"Megatron does not resume with another schedule of the learning rate ({error}), as another train-iters "
             "makes it; give megatron.override-opt_param-scheduler=true for this run's, or "
             "megatron.use-checkpoint-opt_param-scheduler=true for the checkpoint's"
         ) from error

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from abkd_megatron.student.report import TEACHER_SECONDS, LossChecks, Report, masked_loss
-from abkd_megatron.student.timer import Stopwatch
+from abkd_megatron.student.timer import PassTimer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -13,7 +13,7 @@ pytestmark = [
 
 
 def test_passes_are_timed_without_waiting() -> None:
-    stopwatch, mask = Stopwatch(torch.device("cuda")), torch.ones(1, 4, device="cuda")
+    stopwatch, mask = PassTimer(torch.device("cuda")), torch.ones(1, 4, device="cuda")
     weight = torch.randn(4096, 4096, device="cuda")
     for _ in range(3):
         weight @ weight

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from abkd_megatron.student.report import TEACHER_SECONDS, LossChecks, Report, masked_loss
-from abkd_megatron.student.timer import Stopwatch
+from abkd_megatron.student.timer import PassTimer
 
 
 class Event:
@@ -33,13 +33,13 @@ class Event:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Stopwatch:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> PassTimer:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     Event.now, Event.waited, Event.queue = 0.0, 0, 0.0
-    return Stopwatch(torch.device("cuda"))
+    return PassTimer(torch.device("cuda"))
 
 
-def measure(stopwatch: Stopwatch, seconds: float = 1.0) -> None:
+def measure(stopwatch: PassTimer, seconds: float = 1.0) -> None:
     with stopwatch.measure():
         Event.queue += seconds - 1.0
 
@@ -50,7 +50,7 @@ def mean(*pairs: tuple[float, float]) -> float:
     return (total[0] / total[1]).item()
 
 
-def test_only_the_first_pass_of_all_is_waited_for(gpu: Stopwatch) -> None:
+def test_only_the_first_pass_of_all_is_waited_for(gpu: PassTimer) -> None:
     measure(gpu, 2.0)
     assert gpu.take() == (2.0, 1.0) and Event.waited == 1
     for _ in range(3):
@@ -61,7 +61,7 @@ def test_only_the_first_pass_of_all_is_waited_for(gpu: Stopwatch) -> None:
     assert Event.waited == 1
 
 
-def test_what_is_not_known_yet_weighs_nothing_beside_what_is(gpu: Stopwatch) -> None:
+def test_what_is_not_known_yet_weighs_nothing_beside_what_is(gpu: PassTimer) -> None:
     measure(gpu, 2.0)
     known = gpu.take()
     measure(gpu, 8.0)
@@ -71,7 +71,7 @@ def test_what_is_not_known_yet_weighs_nothing_beside_what_is(gpu: Stopwatch) -> 
     assert mean(unknown, gpu.take()) == 8.0
 
 
-def test_what_nobody_takes_does_not_pile_up(gpu: Stopwatch) -> None:
+def test_what_nobody_takes_does_not_pile_up(gpu: PassTimer) -> None:
     for _ in range(5):
         measure(gpu)
         Event.now = Event.queue
@@ -79,7 +79,7 @@ def test_what_nobody_takes_does_not_pile_up(gpu: Stopwatch) -> None:
     assert gpu.take() == (5.0, 5.0) and Event.waited == 1
 
 
-def test_a_failed_pass_is_none(gpu: Stopwatch) -> None:
+def test_a_failed_pass_is_none(gpu: PassTimer) -> None:
     with pytest.raises(ValueError, match="failed"), gpu.measure():
         raise ValueError("failed")
     assert gpu.take() == (0.0, pytest.approx(0.0)) and not gpu._pending
@@ -88,7 +88,7 @@ def test_a_failed_pass_is_none(gpu: Stopwatch) -> None:
 def test_on_a_cpu_it_is_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([10.0, 10.5, 20.0, 21.0])
     monkeypatch.setattr("abkd_megatron.student.timer.time.perf_counter", lambda: next(times))
-    stopwatch = Stopwatch(torch.device("cpu"))
+    stopwatch = PassTimer(torch.device("cpu"))
     for _ in range(2):
         with stopwatch.measure():
             pass

@@ -21,13 +21,13 @@ def be_rank(rank: int, port: int, out: str, ready: Connection) -> None:
     os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="1")
     from abkd_megatron.hosts import startup_errors as module
 
-    module._SECONDS_TO_WAIT_FOR_OTHERS = 4.0
+    module._SECONDS_TO_WAIT_FOR_RANKS = 4.0
     args = Namespace(curr_iteration=0, consumed_train_samples=0)
     if rank == 2:
         module.get_args = lambda: args
-    voice = module.OneVoice(lambda message: Path(out, str(rank)).write_text(message))
+    errors = module.StartupErrors(lambda message: Path(out, str(rank)).write_text(message))
     try:
-        with voice:
+        with errors:
             time.sleep(1)
             args.consumed_train_samples = 8
             time.sleep(1)
@@ -37,9 +37,9 @@ def be_rank(rank: int, port: int, out: str, ready: Connection) -> None:
                 raise HostError("expected A, got B")
             time.sleep(8)
     except HostError as error:
-        voice.speak(error)
+        errors.report(error)
         os._exit(2)
-    assert rank == 2 and not voice._thread.is_alive()
+    assert rank == 2 and not errors._thread.is_alive()
 
 
 def test_a_rank_that_waits_ends_with_the_message_of_the_one_that_failed(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 pytest.importorskip("megatron.training")
 
 from abkd_megatron.hosts import crash_report as module
-from abkd_megatron.hosts.crash_report import UNFORESEEN, before_the_first_step, has_begun, last_words
+from abkd_megatron.hosts.crash_report import UNEXPECTED, describe_crash, describe_startup_error, training_started
 
 CLOSED = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:24469. More"
 SILENT = "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 60000ms for recv operation"
@@ -24,13 +24,13 @@ def raised(error: BaseException) -> BaseException:
 
     try:
         train_step()
-    except UNFORESEEN as caught:
+    except UNEXPECTED as caught:
         return caught
     raise AssertionError("not caught")
 
 
 def said(error: BaseException) -> str:
-    return last_words(raised(error))
+    return describe_crash(raised(error))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_whose_fault_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, erro
     assert words.startswith(f"ended in step 3 {cause}") and "\n" not in words
     assert words.endswith(f"No checkpoint was finished in {tmp_path}")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
-    assert said(error).endswith(f"The last checkpoint is of step 2; megatron.load={tmp_path} goes on from there")
+    assert said(error).endswith(f"The last checkpoint is of step 2; megatron.load={tmp_path} resumes from it")
 
 
 def without_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,9 +64,9 @@ def without_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_before_megatron_has_read_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     without_arguments(monkeypatch)
     error = raised(ValueError("x"))
-    assert not has_begun(error)
-    assert before_the_first_step(error).startswith("ended before the first step by ValueError: x; ")
-    assert "because another rank" in before_the_first_step(raised(RuntimeError(CLOSED)))
+    assert not training_started(error)
+    assert describe_startup_error(error).startswith("ended before the first step by ValueError: x; ")
+    assert "because another rank" in describe_startup_error(raised(RuntimeError(CLOSED)))
 
 
 def test_an_assertion_without_words_is_quoted_with_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_an_assertion_without_words_is_quoted_with_its_values(monkeypatch: pytes
         )  # fmt: skip
     except AssertionError as caught:
         error = AssertionError().with_traceback(caught.__traceback__)  # pytest gives it words
-    said = before_the_first_step(error)
+    said = describe_startup_error(error)
     assert "config.lr_warmup_steps < args.lr_decay_iters" in said
     assert "(lr_warmup_steps is 4, lr-decay-iters is 3)" in said
 
@@ -102,9 +102,9 @@ def test_a_loop_that_is_still_preparing_has_not_begun(monkeypatch: pytest.Monkey
         try:
             train(*args, **kwargs)
         except ValueError as error:
-            return has_begun(error)
+            return training_started(error)
         raise AssertionError("not caught")
 
     assert not begun(0)
     assert begun(0, within=True) and begun(1) and begun(1, within=True)
-    assert has_begun(raised(ValueError())), "behind the loop"
+    assert training_started(raised(ValueError())), "behind the loop"

@@ -1,0 +1,69 @@
+"""README's chart of six bars, from the results of head.py and loss.py: `python benchmarks/chart.py`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+CHART = ROOT / "docs" / "benchmark.png"
+Bars = dict[str, float]
+
+
+def run_of(file: str, **settings: Any) -> dict[str, dict[str, Any]]:
+    """Return the rows of the run with these settings, by name."""
+    runs = json.loads((RESULTS / file).read_text())["runs"]
+    (run,) = [run for run in runs if all(run[key] == value for key, value in settings.items())]
+    return {row["name"]: row for row in run["rows"]}
+
+
+def memory() -> Bars:
+    """Return peak MiB of both LM heads and the loss, gradients included: 2048 tokens, V 32768, fp32, one rank."""
+    rows = run_of("head.json", tensor_parallel=1, tokens=2048, vocab=32768)
+    names = {
+        "plain autograd": "plain autograd",
+        "this plugin,\nmaterialized": "materialized",
+        "this plugin,\nfused head": "fused, gradient in forward",
+    }
+    return {label: rows[name]["peak"] / 2**20 for label, name in names.items()}
+
+
+def time() -> Bars:
+    """Return milliseconds of the loss, forward and backward: 1024 tokens, V 32768, bf16, TP 2 on CPU."""
+    rows = run_of("loss.json", tensor_parallel=2, dtype="bf16")
+    names = {
+        "ModelOpt\nforward KL": "ModelOpt LogitsKLLoss (forward KL)",
+        "Megatron\ncross entropy": "Megatron cross entropy, one tensor",
+        "this plugin, alpha-beta,\nCE and metrics": "ours, cpp: alpha-beta + CE + metrics",
+    }
+    return {label: 1000 * rows[name]["median"] for label, name in names.items()}
+
+
+def draw(path: Path) -> None:
+    """Draw both panels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 2.3))
+    for axis, bars, title in (
+        (axes[0], memory(), "peak memory of LM heads and loss, MiB"),
+        (axes[1], time(), "time of the loss at TP 2, ms (CPU)"),
+    ):
+        colors = ["#4c8c5b" if label.startswith("this") else "#9aa4b0" for label in bars]
+        drawn = axis.barh(list(bars), list(bars.values()), color=colors)
+        axis.bar_label(drawn, [f"{value:,.0f}" for value in bars.values()], padding=3, size=9)
+        axis.set_title(title, size=10)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.set_xticks([])
+        axis.tick_params(labelsize=9, length=0)
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    draw(CHART)
