@@ -341,7 +341,7 @@ ROWS = [
         "multi-token prediction (teacher)",
         2,
         {"teacher.mtp-num-layers": 1},
-        refused="predict what no loss here compares",
+        refused="no loss here compares",
     ),
     Row(
         "multi-token prediction on a separate stage, `mtp-standalone`",
