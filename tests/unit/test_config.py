@@ -273,7 +273,7 @@ def test_schedules(load):
         ("{schedule: piecewise, points: []}", "expected points"),
         ("{schedule: piecewise, points: 3}", r"points: expected pairs \[iteration, value\]"),
         ("{schedule: piecewise, points: [[1, 2, 3]]}", "expected pairs"),
-        ("{schedule: piecewise, points: [[1, 2], [0, 2]]}", "expected points of 0 or more, in order"),
+        ("{schedule: piecewise, points: [[1, 2], [0, 2]]}", "expected points at counts of 0 or more, in order"),
         ("{schedule: piecewise, points: [[1, null]]}", "points: expected a finite number, got nothing"),
         ("{schedule: linear, from: 1, from: 2}", "'from' is given twice"),
     ],
