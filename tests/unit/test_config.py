@@ -356,8 +356,11 @@ def ramp(first, last, end=10, by="iteration"):
             "distillation.beta: expected no value beside divergence: todi, .* got {schedule",
         ),
         ({"kd_weight": ramp(1, 0), "head": "fused"}, "distillation.head: .* kd_weight 0"),
-        ({"kd_weight": ramp(1, 0), "lm_weight": 0}, "distillation.kd_weight: .* both 0 at iteration 10"),
-        ({"kd_weight": ramp(1, 0), "lm_weight": ramp(1, 0, 20)}, "distillation.kd_weight: .* both 0 at iteration 20"),
+        ({"kd_weight": ramp(1, 0), "lm_weight": 0}, "distillation.kd_weight: .* both be 0, but are at iteration 10"),
+        (
+            {"kd_weight": ramp(1, 0), "lm_weight": ramp(1, 0, 20)},
+            "distillation.kd_weight: .* both be 0, but are at iteration 20",
+        ),
         (
             {"kd_weight": ramp(1, 0), "lm_weight": ramp(0, 1, by="tokens")},
             "at some step: one counts iteration, the other",
@@ -407,7 +410,7 @@ def test_unreadable_files(tmp_path):
         ("distillation", {"lm_weight": -1.0}, "distillation.lm_weight"),
         ("distillation", {"kernel": "compield"}, r"unknown distillation.kernel 'compield'.*'compiled'"),
         ("distillation", {"scale": -1.0}, "distillation.scale"),
-        ("distillation", {"kd_weight": 0.0, "lm_weight": 0.0}, "distillation.kd_weight: .* both 0"),
+        ("distillation", {"kd_weight": 0.0, "lm_weight": 0.0}, "distillation.kd_weight: .* both be 0"),
         ("distillation", {"divergence": "alpha-beta"}, "did you mean 'alpha_beta'?"),
         ("distillation", {"beta": math.nan}, "distillation.beta: .* finite number, got nan"),
         ("distillation", {"temperature": math.inf}, "distillation.temperature: .* finite number"),
