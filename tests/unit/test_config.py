@@ -360,7 +360,7 @@ def ramp(first, last, end=10, by="iteration"):
         ({"kd_weight": ramp(1, 0), "lm_weight": ramp(1, 0, 20)}, "distillation.kd_weight: .* both .* at iteration 20"),
         (
             {"kd_weight": ramp(1, 0), "lm_weight": ramp(0, 1, by="tokens")},
-            "at some step: one goes by iteration, the other",
+            "at some step: one counts iteration, the other",
         ),
         ({"alpha": ramp(0.2, 0.3), "kernel": "triton"}, "expected auto, eager or cpp while alpha glides"),
         ({"temperature": ramp(1, 2), "kernel": "compiled"}, "expected auto, eager or cpp while temperature glides"),
