@@ -208,7 +208,7 @@ MUTATIONS = [
     ),
     Mutation(
         "resumed with another teacher",
-        "hosts/run_record.py",
+        "preflight/run_record.py",
         'if on_change == "refuse":',
         "if False:",
         "tests/host/test_provenance.py",
