@@ -1,5 +1,6 @@
 """The keys of a configuration, and the rules between them; importing it does not import megatron."""
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,8 @@ from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress, Schedule
 from abkd_megatron.losses.selection import TokenSelection
 from abkd_megatron.vocab_parallel.execution import HEADS, Execution
+
+logger = logging.getLogger(__name__)
 
 type Scalar = str | int | float | bool | None
 type Value = Scalar | list[Any]
@@ -32,10 +35,8 @@ _MOST_CHARACTERS = 2000
 # The keys of `distillation` that say which divergence and not how it is used.
 _OF_DIVERGENCE = ("divergence", "alpha", "beta", "scale", "detach", "skew", "mixture", "detach_mixture", "losses")
 # And how it is used: each may be wrong together with those before it.
-_OF_OBJECTIVE = (
-    *("temperature", "temperature_squared", "lm_weight", "kd_weight", "shared_vocab", "tokens", "hidden_losses"),
-)
-_OF_EXECUTION = ("chunk_tokens", "gradient_in_place", "diagnostics", "head")
+_OF_OBJECTIVE = ("temperature", "temperature_squared", "lm_weight", "kd_weight", "shared_vocab", "tokens")
+_OF_EXECUTION = ("chunk_tokens", "gradient_in_place", "diagnostics", "kernel", "head")
 # What of `distillation` may be a schedule, and what a kernel has compiled in.
 SCHEDULED = ("alpha", "beta", "scale", "skew", "mixture", "temperature", "kd_weight", "lm_weight")
 _COMPILED_IN = {"triton": ("alpha", "beta", "scale"), "compiled": SCHEDULED[:6]}
@@ -116,17 +117,14 @@ class DistillationConfig:
         schedules = {name: it for name in SCHEDULED if isinstance(it := getattr(self, name), Schedule)}
         return ScheduledObjective(Objective(self.make_divergence(), **given), schedules)
 
-    def make_execution(self, device: str) -> Execution:
-        """Return how the objective is computed on a device of that kind.
-
-        Kernel `auto` becomes `eager` on a GPU where triton would be compiled for other numbers at every step.
+    def make_execution(self) -> Execution:
+        """Return how the objective is computed.
 
         Raises:
             ConfigError: as `Execution`.
         """
-        glides = self.kernel == "auto" and device == "cuda" and self.gliding("triton")
-        given = {name: getattr(self, name) for name in _OF_EXECUTION}
-        return Execution(**given, kernel="eager" if glides else self.kernel)
+        given: dict[str, Any] = {name: getattr(self, name) for name in _OF_EXECUTION}
+        return Execution(**given)
 
     def make_divergence(self) -> Divergence | None:
         """Return the divergence that these settings describe, of several terms their sum; schedules at their beginning.
@@ -246,6 +244,20 @@ class Config:
     origins: dict[str, str] = field(default_factory=dict)
     """Where each ``section.key`` came from: default, device: NAME, FILE:LINE or command line."""
 
+    def make_execution(self) -> Execution:
+        """Return how the objective is computed on this device.
+
+        Kernel `auto` becomes `eager` on a GPU where triton would be compiled for other numbers at every step.
+
+        Raises:
+            ConfigError: as `Execution`.
+        """
+        execution, gliding = self.distillation.make_execution(), self.distillation.gliding("triton")
+        if execution.kernel == "auto" and self.device == "cuda" and gliding:
+            logger.info("eager kernel: triton would be compiled at every step for another %s", ", ".join(gliding))
+            return replace(execution, kernel="eager")
+        return execution
+
     def check(self, job: str) -> None:
         """Reject the first of `problems`.
 
@@ -322,18 +334,17 @@ class Config:
         kd, good = self.distillation, DistillationConfig()
         chosen, losses = ("losses", kd.losses) if kd.losses else ("divergence", [{"name": kd.divergence}])
         taken = () if kd.losses else registry.parameters(kd.divergence)
-        keys = [
-            chosen,
-            *(key for key in (*taken, *_OF_OBJECTIVE, *_OF_EXECUTION) if getattr(kd, key) != getattr(good, key)),
-        ]
+        keys = [chosen, *taken, *_OF_OBJECTIVE, "hidden_losses", *_OF_EXECUTION]
+        keys = [key for key in keys if key == chosen or getattr(kd, key) != getattr(good, key)]
         if job != "distill" and any("." in str(term.get("name")) for term in losses):
             keys.remove(chosen)  # no other job imports someone's own
-        keys = [key for key in keys if key != "head" or kd.head in HEADS]
+        named = {"head": kd.head in HEADS, "kernel": kd.kernel in CHOICES}  # of others it has been said
+        keys = [key for key in keys if named.get(key, True)]
         wrong = []
         for key in keys:
             tried = replace(good, **{key: getattr(kd, key)})
             try:
-                tried.make_execution(self.device).resolve(tried.make_objective())
+                tried.make_execution().resolve(tried.make_objective())
                 good = tried
             except ConfigError as error:
                 wrong.append(key)

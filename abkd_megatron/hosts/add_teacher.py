@@ -1,4 +1,4 @@
-"""A teacher for the student that Megatron is about to build: its arguments, its objective, its place in the step."""
+"""Teacher of a run of Megatron-LM's training loop: hooks of the student's model config, and the forward step."""
 
 import logging
 from argparse import Namespace
@@ -36,30 +36,29 @@ def add_teacher(
     forward_step: Callable[..., tuple[Any, Any]],
     host: str = SCRIPT,
 ) -> DistilledStep:
-    """Have Megatron give a teacher to the student that it is about to build.
+    """Add a teacher to the student that Megatron is about to build.
 
     Args:
         config: checked for "distill"; `device`, `teacher` and `distillation` are used.
-        megatron: the student's Megatron arguments, as `to_argv` takes them: the teacher's are derived from them.
-        args: Megatron's arguments of the student, validated, with the true `vocab_size`.
-        model_config: the student's GPTModelConfig; gets hooks, in which projectors are added, the teacher is built and
-            attached, and `args` get a record of the distillation, `run_record.RECORD`, which Megatron saves with the
-            checkpoint.
-        forward_step: of Megatron's kind, with a model that is called with labels and the loss mask.
-        host: as `check_layout` takes it, for the teacher.
+        megatron: the student's Megatron arguments as `to_argv` takes them, from which the teacher's are derived.
+        args: Megatron's validated arguments of the student, with the true `vocab_size`.
+        model_config: the student's GPTModelConfig. It gets hooks that add projectors, build and attach the teacher, and
+            add a record of the distillation to `args` (`run_record.RECORD`), which Megatron saves in checkpoints.
+        forward_step: calls the model with labels and the loss mask.
+        host: of the teacher's arguments, see `check_layout`.
 
     Returns:
         The forward step for `pretrain`.
 
     Raises:
-        AbkdError: on every rank, when something cannot be run; without torch.distributed, on those that see it.
+        AbkdError: on every rank, for a job that cannot run; without torch.distributed, on the ranks that detect it.
 
-    Collectives: one all_gather_object and one broadcast_object_list where torch.distributed is initialized, else the
-    second in the hooks; there those of `TeacherCheckpoint.verify` for --verify-integrity, `check_files`,
+    Collectives: one all_gather_object and one broadcast_object_list if torch.distributed is initialized, else the
+    second in the hooks. In the hooks those of `TeacherCheckpoint.verify` for --verify-integrity, `check_files`,
     `build_teacher`, `attach` and `check_models`.
     """
     scheduled = config.distillation.make_objective()
-    objective, execution = scheduled.objective, config.distillation.make_execution(config.device)
+    objective, execution = scheduled.objective, config.make_execution()
     vocab_size, timeout = args.vocab_size, timedelta(minutes=args.distributed_timeout_minutes)
     with on_every_rank():
         teacher_args, teacher_config = teacher_arguments(megatron, config.teacher.megatron, args, host)
@@ -107,7 +106,7 @@ def add_teacher(
         record = early or from_rank_0(recorded)
         setattr(args, run_record.RECORD, record)
         pg_collection = get_attr_wrapped_model(student[0], "pg_collection")
-        # Megatron leaves a model there that it was to initialize there.
+        # Megatron leaves a model on the device where it was initialized.
         teacher_config.transformer.use_cpu_initialization = next(student[0].parameters()).device.type == "cpu"
         if teacher_args.verify_integrity:
             checkpoint.verify()

@@ -1,6 +1,6 @@
-"""Megatron Bridge's own training loop with a teacher: a container, one call, recipes, and the way to Hugging Face.
+"""Distillation in Megatron Bridge's training loop: container, `distill`, recipes, and export to Hugging Face.
 
-Importing this module takes Megatron Bridge; where that is missing or too old it raises a `HostError`.
+Importing this module needs Megatron Bridge and raises a `HostError` if it is missing or too old.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -44,7 +44,7 @@ try:
 
     from abkd_megatron.hosts.bridge_teacher import build_bridge_teacher, num_columns
 
-    # The newest of what is called below: an older Bridge is told of here, and not when its model is built.
+    # The newest API in use: an older Bridge is rejected here, not when its model is built.
     _ = ModelProviderMixin.apply_overrides_and_finalize
 except (ImportError, AttributeError) as error:
     raise HostError(
@@ -52,30 +52,30 @@ except (ImportError, AttributeError) as error:
         "megatron-bridge>=0.6,<0.7 and TransformerEngine (docs/bridge.md)"
     ) from error
 
-# So that a container which Bridge wrote as YAML can be read again by it.
+# Lets Bridge read back the YAML of our container.
 register_allowed_target_prefix("abkd_megatron.")
 
 
 @dataclass(kw_only=True)
 class TeacherConfig:
-    """The frozen teacher: one of `hf` and `load`."""
+    """The frozen teacher, from one of `hf` and `load`."""
 
     hf: str | None = None
-    """A model of Hugging Face that Bridge's AutoBridge knows: its name on the Hub, or a folder."""
+    """A Hugging Face model that AutoBridge supports: a name on the Hub, or a directory."""
     load: str | None = None
-    """A torch_dist checkpoint, of Bridge's or of Megatron-LM's; the model is built as the checkpoint describes it."""
+    """A torch_dist checkpoint of Bridge or Megatron-LM, which describes the model."""
     ckpt_step: int | None = None
     """The iteration of `load`; None takes the latest."""
     expected_loss: float | None = None
     """The teacher's cross entropy per token on the first step's batch as measured elsewhere, in nats."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """What to set of the teacher's model config after that, by name: attention_backend and the like; a function such as
-    transformer_layer_spec by its dotted path."""
+    """Overrides of the teacher's model config, such as attention_backend. Functions, such as transformer_layer_spec,
+    are given by dotted path."""
 
 
 @dataclass(kw_only=True)
 class DistillConfigContainer(ConfigContainer):
-    """Bridge's container with two sections more; all of Bridge's overrides, YAML and printing reach them."""
+    """Bridge's container with the sections `teacher` and `distillation`; overrides, YAML and printing include them."""
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -84,7 +84,7 @@ class DistillConfigContainer(ConfigContainer):
     def of(
         cls, recipe: ConfigContainer, teacher: TeacherConfig, distillation: DistillationConfig | None = None
     ) -> "DistillConfigContainer":
-        """What a recipe of Bridge's trains, with a teacher beside it. The sections are the recipe's own objects."""
+        """Add a teacher to a Bridge recipe. The sections are the recipe's own objects."""
         given = {item.name: getattr(recipe, item.name) for item in fields(recipe) if item.init}
         made = cls(**given, teacher=teacher, distillation=distillation or DistillationConfig())
         for item in fields(recipe):
@@ -96,15 +96,15 @@ class DistillConfigContainer(ConfigContainer):
 def distill(
     config: DistillConfigContainer, forward_step: Callable[..., Any] = gpt_step.forward_step, callbacks: Any = None
 ) -> None:
-    """Train with Bridge's own `pretrain`, the student beside its teacher.
+    """Train a student with its teacher in Bridge's own `pretrain`.
 
     Args:
-        config: a recipe's; its `model` gets a post-wrap hook, so it is for one call.
-        forward_step: of any kind that Bridge takes, that calls the model with labels.
-        callbacks: Bridge's.
+        config: its `model` gets a post-wrap hook, so it can be used once.
+        forward_step: any forward step of Bridge's that calls the model with labels.
+        callbacks: passed to Bridge.
 
     Raises:
-        AbkdError: on every rank, before the first step, when something cannot be run.
+        AbkdError: on every rank before the first step, for a job that cannot run.
 
     Collectives: Bridge's, and those of `check_files`, `build_teacher`, `attach` and `check_models`.
     """
@@ -114,17 +114,17 @@ def distill(
 def add_teacher(
     config: DistillConfigContainer, forward_step: Callable[..., Any] = gpt_step.forward_step
 ) -> "BridgeStep":
-    """Have Bridge give a teacher to the student that it is about to build from `config.model`.
+    """Add a teacher to the student that Bridge is about to build from `config.model`.
 
     Args:
-        config: its `model` gets a post-wrap hook, in which the teacher is built and attached.
+        config: its `model` gets a post-wrap hook that builds and attaches the teacher.
         forward_step: as in `distill`.
 
     Returns:
         The forward step for Bridge's `pretrain`.
 
     Raises:
-        ConfigError: a setting that cannot be run; more may show in the hook, when Bridge has built the student.
+        ConfigError: an unsupported setting. The hook raises more errors, after Bridge has built the student.
     """
     device = "cpu" if cpu_backend.is_installed() else "cuda"
     settings = [
@@ -169,7 +169,7 @@ def add_teacher(
             vocab_size=vocab_size,
             pg_collection=groups,
             timeout=timeout,
-            execution=ours.distillation.make_execution(device),
+            execution=ours.make_execution(),
             tokens=tokens,
         )
         check_models(
@@ -261,23 +261,23 @@ class BridgeStep:
 
 
 def export_to_hf(checkpoint: str | Path, hf_reference: str | Path, out: str | Path) -> None:
-    """Write a student that Bridge has saved as a model of Hugging Face: Bridge's `AutoBridge.export_ckpt`.
+    """Export a student that Bridge has saved to Hugging Face's format, with `AutoBridge.export_ckpt`.
 
-    In a process of its own, on the CPU: it starts torch.distributed for one rank, and ends it.
+    Run it in a separate process, on the CPU: it starts torch.distributed for one rank and ends it.
 
     Args:
-        checkpoint: the folder that `checkpoint.save` named, or one iteration in it.
-        hf_reference: a model of the student's architecture, by name or folder; its config and tokenizer are taken over.
-        out: the folder to write.
+        checkpoint: the directory of `checkpoint.save`, or one iteration in it.
+        hf_reference: name or directory of a model of the student's architecture; its config and tokenizer are copied.
+        out: the directory to write.
 
     Raises:
-        CheckpointError: there is no whole torch_dist checkpoint of Bridge's.
-        HostError: torch.distributed is initialized already.
+        CheckpointError: there is no complete torch_dist checkpoint of Bridge.
+        HostError: torch.distributed is already initialized.
     """
     if torch.distributed.is_initialized():
         raise HostError(
             "expected a process without torch.distributed, which Bridge's export starts for one rank; run the export "
-            "in a process of its own"
+            "in a separate process"
         )
     directory = TeacherCheckpoint.open(checkpoint).directory
     if not (directory / "run_config.yaml").is_file():
@@ -291,14 +291,14 @@ def export_to_hf(checkpoint: str | Path, hf_reference: str | Path, out: str | Pa
 
 
 def llama32_3b_to_1b_distill_config() -> DistillConfigContainer:
-    """Llama 3.2 1B from Llama 3.2 3B: Bridge's recipe for pretraining the 1B, with its own parallelism (1 GPU)."""
+    """Return Bridge's Llama 3.2 1B pretraining recipe (1 GPU) with Llama 3.2 3B as the teacher."""
     return _with_hf_teacher(llama3.llama32_1b_pretrain_config(), "meta-llama/Llama-3.2-3B")
 
 
 def llama31_70b_to_8b_distill_config() -> DistillConfigContainer:
-    """Llama 3.1 8B from Llama 3.1 70B: Bridge's recipe for the 8B, at tensor parallelism 8, as the teacher's size asks.
+    """Return Bridge's Llama 3.1 8B pretraining recipe at TP 8 with Llama 3.1 70B as the teacher.
 
-    Each rank then holds 17.5 GB of the teacher in bf16.
+    Each rank holds 17.5 GB of the teacher in bf16.
     """
     recipe = llama3.llama31_8b_pretrain_config()
     recipe.model.tensor_model_parallel_size = 8
@@ -308,12 +308,12 @@ def llama31_70b_to_8b_distill_config() -> DistillConfigContainer:
 
 
 def qwen3_8b_to_1p7b_distill_config() -> DistillConfigContainer:
-    """Qwen3 1.7B from Qwen3 8B: Bridge's recipe for pretraining the 1.7B, with its own parallelism (1 GPU)."""
+    """Return Bridge's Qwen3 1.7B pretraining recipe (1 GPU) with Qwen3 8B as the teacher."""
     return _with_hf_teacher(qwen3.qwen3_1p7b_pretrain_config(), "Qwen/Qwen3-8B")
 
 
 def _with_hf_teacher(recipe: ConfigContainer, hf: str) -> DistillConfigContainer:
-    # Both models' ids are the teacher's tokens; the recipe's own NullTokenizer would resize the student's vocabulary.
+    # Both models use the teacher's tokenizer; the recipe's NullTokenizer would resize the student's vocabulary.
     recipe.tokenizer = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=hf)
     return DistillConfigContainer.of(recipe, TeacherConfig(hf=hf))
 
@@ -329,7 +329,7 @@ def _source(teacher: TeacherConfig) -> str:
 
 
 def _check_host(config: DistillConfigContainer, objective: Objective) -> None:
-    """Reject what of Bridge was never run with a teacher, by name."""
+    """Reject Bridge features that are not supported with a teacher."""
     check_features(config, "student", BRIDGE)
     if objective.hidden_losses:
         raise ConfigError(

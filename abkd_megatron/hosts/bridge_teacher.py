@@ -41,7 +41,7 @@ _SHARED = (
 
 
 def num_columns(model: Any) -> int:
-    """Columns of the student's output layer, over all tensor-parallel ranks."""
+    """Return the number of columns of the student's output layer over all tensor-parallel ranks."""
     size: int = model.vocab_size
     if not model.should_pad_vocab:
         return size
@@ -57,14 +57,14 @@ def build_bridge_teacher(
     groups: ProcessGroupCollection,
     timeout: timedelta,
 ) -> Teacher:
-    """This rank's share of the teacher, loaded and frozen."""
+    """Build, load and freeze this rank's part of the teacher."""
     checkpoint = None
     with on_every_rank():
         if config.teacher.hf:
             try:
                 model = AutoBridge.from_hf_pretrained(config.teacher.hf).to_megatron_provider()
             except (OSError, ValueError) as error:
-                raise CheckpointError(f"the teacher {config.teacher.hf} cannot be had: {error}") from error
+                raise CheckpointError(f"the teacher {config.teacher.hf} cannot be loaded: {error}") from error
             _check_vocabulary(model.vocab_size, config.model.vocab_size, objective.shared_vocab)
         else:
             checkpoint = TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step)
@@ -115,7 +115,7 @@ def build_bridge_teacher(
 
 
 def _check_described(checkpoint: TeacherCheckpoint) -> None:
-    """Reject a checkpoint that Bridge cannot build a model of."""
+    """Reject a checkpoint from which Bridge cannot build a model."""
     if checkpoint.common.get("args") is None and not (checkpoint.directory / "run_config.yaml").is_file():
         raise CheckpointError(
             f"expected Megatron's arguments or Bridge's run_config.yaml in {checkpoint.directory}, from which the "
@@ -125,7 +125,7 @@ def _check_described(checkpoint: TeacherCheckpoint) -> None:
 
 
 def _as_arguments(model: Any, overrides: Mapping[str, Any], seq_length: int) -> Namespace:
-    """The model config with overrides as Megatron's arguments, to be compared with a checkpoint's."""
+    """Return the model config with overrides as Megatron's arguments, to compare with a checkpoint's."""
     transformer = getattr(model, "transformer", None)
     names = [item.name for of in (transformer, model) if of is not None for item in fields(of)]
     values = {name: getattr(model, name) for name in names if not name.startswith("_")}
@@ -135,7 +135,7 @@ def _as_arguments(model: Any, overrides: Mapping[str, Any], seq_length: int) -> 
 
 
 def _resolved(overrides: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """The overrides of a model config, with functions in place of their dotted paths."""
+    """Replace dotted paths by functions in the overrides of a model config."""
     resolved = dict(overrides)
     for name, value in overrides.items():
         if not hasattr(model, name):

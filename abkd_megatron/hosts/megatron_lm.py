@@ -1,4 +1,4 @@
-"""Megatron-LM's own training loop (`megatron.training.pretrain`), fed with our config, our data and our head."""
+"""Jobs `pretrain` and `distill`: Megatron-LM's own training loop (`megatron.training.pretrain`)."""
 
 import copy
 import json
@@ -65,7 +65,7 @@ def run(config: Config, job: str) -> None:
         job: "pretrain" (no teacher) or "distill".
 
     Raises:
-        AbkdError: before the first step, on every rank, when something cannot be run.
+        AbkdError: on every rank before the first step, for a job that cannot run.
     """
     with ExitStack() as held:
         _run(config, job, held)
@@ -130,14 +130,14 @@ def _run(config: Config, job: str, held: ExitStack) -> None:
 
 
 def job_config_from_args(args: Namespace, model_config: Any) -> Any:
-    """Make Megatron's PretrainConfigContainer of a job, and refuse what Megatron would once it has built the models.
+    """Make Megatron's PretrainConfigContainer, and reject early what Megatron rejects after it has built the models.
 
     Args:
-        args: Megatron's, validated.
-        model_config: made of them.
+        args: Megatron's validated arguments.
+        model_config: made from them.
 
     Raises:
-        ConfigError: an optimizer, a schedule or a mode that cannot be.
+        ConfigError: an invalid optimizer, schedule or rerun mode.
 
     Collectives: none.
     """
@@ -150,7 +150,7 @@ def job_config_from_args(args: Namespace, model_config: Any) -> Any:
         return pretrain_cfg_container_from_args(args, model_config)
 
 
-# Of what Megatron's scheduler asserts, by its names: the arguments that it makes them of.
+# Arguments from which Megatron's scheduler makes the values in its assertions.
 _OF_SCHEDULE = {
     "init_lr": ("lr_warmup_init",),
     "max_lr": ("lr",),
@@ -164,16 +164,16 @@ _OF_SCHEDULE = {
 
 
 def _check_schedule(args: Namespace) -> None:
-    """Have Megatron make its scheduler once before there is an optimizer: it asserts what it does not say.
+    """Build Megatron's scheduler once without an optimizer, and name the arguments of its bare assertions.
 
     Raises:
-        ConfigError: a schedule that cannot be.
+        ConfigError: an invalid schedule.
     """
     if args.lr is None:
         raise ConfigError("expected megatron.lr, the learning rate, got none; set it")
     if not (args.train_iters or args.train_samples):
         raise ConfigError("expected megatron.train-iters or megatron.train-samples, got neither; set one above 0")
-    # The same code on a copy of the arguments: it changes them, and reads them from where a dry run has none.
+    # The same code on a copy of the arguments: it changes them, and a dry run has no global ones.
     names = {"get_args": lambda: copy.copy(args), "update_train_iters": lambda _: None}
     make = FunctionType(get_optimizer_param_scheduler.__code__, get_optimizer_param_scheduler.__globals__ | names)
     try:
@@ -190,10 +190,10 @@ def _check_schedule(args: Namespace) -> None:
 
 
 def _keep_checkpoint_writer_from_signals() -> None:
-    """Start the process through which Megatron's checkpoint writer reports, deaf to SIGTERM.
+    """Start the helper process of Megatron's checkpoint writer with SIGTERM ignored.
 
-    torchrun and schedulers send the signal to a rank's children, too, and without that process, which stays from the
-    first save on, the save that the signal asks for fails.
+    torchrun and schedulers also signal a rank's children, and without that process the save that the signal requests
+    fails.
     """
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is ignored is inherited
     try:
@@ -203,16 +203,16 @@ def _keep_checkpoint_writer_from_signals() -> None:
 
 
 class _Counted:
-    """Says on a rank that reads data when none of its tokens in a step counts: its means are logged as 0."""
+    """Warns on a rank that reads data if none of its tokens in a step counts, so that means are logged as 0."""
 
     def __init__(self) -> None:
         self._step: tuple[str, int] | None = None
         self._is_empty = False
 
     def add(self, loss_mask: torch.Tensor, training: bool) -> None:
-        """Take a micro-batch's, while it is still on the host."""
+        """Add the loss mask of a micro-batch, while it is still on the host."""
         args = get_args()
-        done = getattr(args, "curr_iteration", args.iteration - 1)  # an evaluation alone has no current one
+        done = getattr(args, "curr_iteration", args.iteration - 1)  # absent in an evaluation without training
         step = "step" if training else "validation after step", done + 1
         if step != self._step:
             self.end()
@@ -220,11 +220,11 @@ class _Counted:
         self._is_empty = self._is_empty and not loss_mask.any()
 
     def end(self) -> None:
-        """The step is over."""
+        """End the step, with a warning if no token counted."""
         if self._step is not None and self._is_empty:
             logger.warning(
-                "%s %d: no token that rank %d has read counts, its loss mask is 0; where that is so on all ranks, "
-                "losses are logged as 0 and there is no gradient",
+                "%s %d: the loss mask is 0 for all tokens that rank %d has read; if so on all ranks, losses are logged "
+                "as 0 and there is no gradient",
                 *self._step,
                 torch.distributed.get_rank(),
             )
@@ -235,8 +235,8 @@ class _ForwardStep:
     """Megatron's forward step for GPT pretraining.
 
     Attributes:
-        distilled: the step around it, if there is a teacher: what that takes of a batch it is given.
-        counted: is told the loss masks that this rank reads.
+        distilled: the step that wraps this one if there is a teacher; it decides which batch keys a stage needs.
+        counted: gets the loss masks that this rank reads.
     """
 
     def __init__(self) -> None:
@@ -271,16 +271,16 @@ class _ForwardStep:
         return output, partial(self._loss, batch["loss_mask"])
 
     def needs_loss_mask(self, vp_stage: int | None) -> bool:
-        """Whether this stage is to get the loss mask even if it is not the last one."""
+        """Return whether this stage needs the loss mask even if it is not the last one."""
         attachment = self.distilled.attachment if self.distilled is not None else None
         return attachment is not None and vp_stage in attachment.needs_loss_mask
 
     def _loss(
         self, loss_mask: torch.Tensor | None, output_tensor: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        assert loss_mask is not None  # Megatron asks for the loss on the last stage alone
+        assert loss_mask is not None  # Megatron computes the loss on the last stage only
         args = get_args()
-        # With a teacher it is the step around this one that looks at the losses, and knows them by name.
+        # With a teacher the wrapping step checks the losses, by name.
         nan = args.check_for_nan_in_loss_and_grad and self.distilled is None
         checks = LossChecks(nan=nan, spikes=args.check_for_spiky_loss, save=args.save)
         return masked_loss(loss_mask, output_tensor, checks=checks)
@@ -295,11 +295,11 @@ def get_batch(
     training: bool = True,
     counted: _Counted | None = None,
 ) -> dict[str, torch.Tensor | None]:
-    """This rank's share of the next micro-batch; nothing on the pipeline stages that need none.
+    """Return this rank's part of the next micro-batch; None values on pipeline stages that need no batch.
 
-    With `tokens_on_last` the last stage gets the input tokens too, as it does with multi-token prediction. With
-    `mask_here` this stage gets all of it, whichever it is. Validation may have micro-batches of another size.
-    `counted` is told the loss mask on the rank that reads it.
+    With `tokens_on_last` the last stage also gets the input tokens, as with multi-token prediction. With `mask_here`
+    this stage gets the whole batch. Validation may use another micro-batch size. `counted` gets the loss mask on the
+    rank that reads it.
     """
     args = get_args()
     keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens")
@@ -335,7 +335,7 @@ def get_batch(
 def train_valid_test_datasets_provider(
     num_samples: Sequence[int], vp_stage: int | None = None, mask_here: bool = False
 ) -> tuple:
-    """Megatron's GPT datasets for training, validation and test, on the ranks that read data, see `get_batch`."""
+    """Build Megatron's GPT datasets for training, validation and test on the ranks that read data; see `get_batch`."""
     args = get_args()
 
     def is_built_here() -> bool:
@@ -347,7 +347,7 @@ def train_valid_test_datasets_provider(
 
 
 def datasets_config(args: Namespace) -> GPTDatasetConfig:
-    """What Megatron's arguments say of the datasets: all that its GPT datasets know, packed sequences apart."""
+    """Make the configuration of Megatron's GPT datasets; packed sequences are not supported here."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences = args.per_dataset_sequences_path
     return GPTDatasetConfig(
@@ -378,12 +378,12 @@ def datasets_config(args: Namespace) -> GPTDatasetConfig:
     )
 
 
-# Megatron then builds the datasets on every rank that needs them, not on rank 0 alone.
+# Megatron then builds the datasets on every rank that needs them, not only on rank 0.
 train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
 class _DatasetsProvider:
-    """The same, when Megatron has built the model and it is known which stages take the loss mask."""
+    """Datasets provider that knows which stages need the loss mask, once Megatron has built the model."""
 
     is_distributed = True
 

@@ -1,6 +1,6 @@
-"""A pretraining script of one's own, such as Megatron-LM's pretrain_gpt.py: an argument group, and one call.
+"""Distillation in a custom pretraining script, such as Megatron-LM's pretrain_gpt.py: an argument group and one call.
 
-Without `--kd-teacher-load` on the command line both leave the script as it is, to the bit.
+Without `--kd-teacher-load` on the command line the script trains bit for bit as before.
 """
 
 import ast
@@ -29,7 +29,7 @@ from abkd_megatron.preflight.rules import FOLDER_CHECKS, Setup, run_checks
 from abkd_megatron.preflight.run_record import check_resumed_alone
 from abkd_megatron.preflight.student_checkpoint import only_writer
 
-# By its name without the prefix: the section.key that an argument sets, its metavar and its help.
+# {name without the prefix: (section.key that the argument sets, metavar, help)}.
 _TEACHER = {
     "teacher_load": ("teacher.load", "CHECKPOINT", "The teacher's torch_dist checkpoint; without it nothing changes."),
     "teacher_step": ("teacher.ckpt-step", "ITERATION", "The iteration to load; the checkpoint's latest if left out."),
@@ -44,13 +44,13 @@ _TEACHER = {
         "The teacher's cross entropy per token on the first step's batch as measured elsewhere, in nats.",
     ),
 }
-# The lock of the folder that the script saves to, until its process ends.
+# Holds the lock of the save folder until the process ends.
 _held = ExitStack()
 _TEACHER_ARGS = "Megatron arguments in which the teacher differs from the student, such as num-layers=32 swiglu=false."
 
 
 def _settings() -> dict[str, str]:
-    """What each argument sets, by its name without the prefix: section.key."""
+    """Return {name without the prefix: section.key that the argument sets}."""
     ours = {item.name.removeprefix("kd_"): f"distillation.{item.name}" for item in fields(DistillationConfig)}
     return {name: key for name, (key, *_) in _TEACHER.items()} | ours
 
@@ -58,11 +58,10 @@ def _settings() -> dict[str, str]:
 def add_kd_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add the argument group "knowledge distillation" to Megatron's parser: an `extra_args_provider`.
 
-    There is one argument for each field of `DistillationConfig` (`--kd-weight` for `kd_weight`), its value spelled as
-    in the configuration file: `--kd-alpha '{schedule: linear, from: 0.5, to: 0.2, end: 1000}'`. Beside them
+    Each field of `DistillationConfig` has an argument (`--kd-weight` for `kd_weight`), with its value as in the
+    configuration file: `--kd-alpha '{schedule: linear, from: 0.5, to: 0.2, end: 1000}'`. The teacher has
     `--kd-teacher-load`, `--kd-teacher-step`, `--kd-teacher-declared`, `--kd-teacher-expected-loss` and
-    `--kd-teacher-args`. What is not given leaves no trace in Megatron's
-    arguments.
+    `--kd-teacher-args`. An argument that is not given does not appear in Megatron's arguments.
 
     Args:
         parser: Megatron's.
@@ -90,28 +89,29 @@ def add_kd_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 
 def distill[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_step: Step) -> Step | Callable[..., Any]:
-    """Have Megatron distill what it is about to pretrain, if the command line names a teacher.
+    """Turn a pretraining run into distillation, if the command line names a teacher.
 
-    Call it between `parse_and_validate_args` and `pretrain`. The teacher is built and attached when Megatron has built
-    the student; its arguments are the student's on this process's command line, with `--kd-teacher-args` on top.
+    Call it between `parse_and_validate_args` and `pretrain`. The teacher is built and attached after Megatron has built
+    the student. Its arguments are the student's on this process's command line, overridden by `--kd-teacher-args`.
 
     Args:
-        args: Megatron's arguments, parsed with `add_kd_arguments`. With a teacher `vocab_size` is set, the tokenizer's.
-        model_cfg: the GPTModelConfig that `pretrain` will be given; with a teacher it gets a post-wrap hook.
-        forward_step: the script's own: called as (data_iterator, model, ...), returns the model's loss a token, [b, s],
-            and a loss function of it. Batches, packed sequences among them, stay its business. It has to call the model
-            with `labels` and `loss_mask`.
+        args: Megatron's arguments, parsed with `add_kd_arguments`. With a teacher, `vocab_size` is set to the
+            tokenizer's.
+        model_cfg: the GPTModelConfig for `pretrain`; with a teacher it gets a post-wrap hook.
+        forward_step: the script's own, called as (data_iterator, model, ...). It calls the model with `labels` and
+            `loss_mask`, and returns the loss per token [b, s] and a loss function of it. It stays in charge of batches.
 
     Returns:
-        The forward step for `pretrain`: without a teacher the same object. With one, what its loss function returns
-        stays, and the report gets our numbers (docs/training.md); `lm loss` is the student's cross entropy.
+        The forward step for `pretrain`: the same object without a teacher. With one, its loss function keeps what it
+        returns, and the report gets our numbers (docs/training.md); `lm loss` is the student's cross entropy.
 
     Raises:
-        ConfigError: an argument of ours without a teacher, a value that cannot be, or a feature that is not supported.
-        CheckpointError: a teacher that is missing, damaged or not the one configured; or what Megatron is to load.
+        ConfigError: an argument of ours without a teacher, an invalid value, or an unsupported feature.
+        CheckpointError: a teacher that is missing, damaged or not the configured one, or a student's checkpoint that
+            cannot be loaded.
 
-    Collectives: without a teacher none, with one those of `add_teacher` and one all_gather_object where
-    torch.distributed is initialized. In stock scripts it is not yet: a rank then raises what it sees itself.
+    Collectives: none without a teacher; with one, those of `add_teacher`, and one all_gather_object where
+    torch.distributed is initialized. It is not yet in Megatron-LM's scripts: a rank then raises only its own errors.
     """
     given = {key: getattr(args, f"kd_{name}") for name, key in _settings().items() if hasattr(args, f"kd_{name}")}
     own: list[str] = getattr(args, "kd_teacher_args", [])
@@ -123,12 +123,12 @@ def distill[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_s
                 f"{', '.join(_option(name) for name in names)}; add it, or remove them to train without a teacher"
             )
         if (alone := check_resumed_alone(args)) is not None:
-            print_rank_0(f"WARNING: {alone}; give --kd-teacher-load to go on with a teacher")
+            print_rank_0(f"WARNING: {alone}; give --kd-teacher-load to train with a teacher")
         return forward_step
-    if args.rank != args.world_size - 1:  # the last one logs, as it does of Megatron's own numbers
+    if args.rank != args.world_size - 1:  # the last rank logs, as in Megatron
         logging.getLogger("abkd_megatron").setLevel(logging.WARNING)
     options = megatron_options()
-    with _told_as_options():
+    with _as_options():
         with on_every_rank():
             for setting in own:
                 if setting.partition("=")[0].replace("_", "-") in TEACHER_KEYS:
@@ -155,7 +155,7 @@ def distill[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_s
                     "or use `abkd-megatron distill`"
                 )
         args.vocab_size = get_tokenizer().vocab_size
-        # A script may have chosen these by itself, by args_defaults; they have to be the same for both models.
+        # A script may set these in args_defaults; they are the same for both models.
         chosen = {"tokenizer-type": args.tokenizer_type, "tokenizer-model": args.tokenizer_model}
         return add_teacher(config, chosen | from_argv(sys.argv[1:], options), args, model_cfg, forward_step)
 
@@ -175,8 +175,8 @@ def _option(dest: str) -> str:
 
 
 @contextmanager
-def _told_as_options() -> Iterator[None]:
-    """Errors name settings as the configuration file does."""
+def _as_options() -> Iterator[None]:
+    """Explain the names of settings in errors, which are those of the configuration file."""
     try:
         yield
     except AbkdError as error:
@@ -185,7 +185,7 @@ def _told_as_options() -> Iterator[None]:
 
 
 def _documented(kind: type) -> dict[str, str]:
-    """The docstrings of a dataclass's fields, which Python does not keep."""
+    """Return the docstrings of a dataclass's fields, which Python does not keep."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(body, ast.ClassDef)
     texts = {}

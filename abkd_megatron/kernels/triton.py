@@ -246,7 +246,7 @@ def local_second_record(
     dtype: torch.dtype,
     scalars: Tensor,
     value: bool,
-    slope: bool,
+    grad_log_q: bool,
 ) -> Tensor:
     """Compute `eager.local_second_record` for all rows at once; any row stride.
 
@@ -257,7 +257,7 @@ def local_second_record(
     _check(student, teacher, divergence, dtype)
     assert isinstance(divergence, ToDi)  # alpha-beta separates
     num_rows, num_columns = student.shape
-    record = torch.zeros(value + slope, num_rows, dtype=torch.float64, device=student.device)
+    record = torch.zeros(value + grad_log_q, num_rows, dtype=torch.float64, device=student.device)
     if num_rows == 0 or num_columns == 0:
         return record
     with _on(student.device):
@@ -267,7 +267,7 @@ def local_second_record(
             num_columns,
             student.dtype,
             record[0] if value else None,
-            record[-1] if slope else None,
+            record[-1] if grad_log_q else None,
             student,
             teacher,
             scalars,
@@ -278,7 +278,7 @@ def local_second_record(
             num_columns,
             1.0 / temperature,
             VALUE=value,
-            SLOPE=slope,
+            SLOPE=grad_log_q,
             AT_T=temperature != 1.0,
             SCALE=coefficient(divergence.scale, dtype),
             DETACH=divergence.detach,

@@ -1,4 +1,4 @@
-"""How it is computed where each rank of a tensor-parallel group holds a slice of the vocabulary."""
+"""Losses over a vocabulary that is sharded across a tensor-parallel group."""
 
 from abkd_megatron.vocab_parallel.fused_head import vocab_parallel_distillation_head
 from abkd_megatron.vocab_parallel.logit_loss import vocab_parallel_logit_loss

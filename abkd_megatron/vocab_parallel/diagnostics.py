@@ -1,4 +1,4 @@
-"""What a validation measures beside the training's own metrics: how the models differ and where the loss pushes.
+"""Validation diagnostics: differences between the models and the distribution of the loss's gradient.
 
 Legend: s sequence, b micro-batch, C this rank's real columns, V/TP its columns with padding.
 """
@@ -16,16 +16,16 @@ from abkd_megatron.vocab_parallel.shard import VocabShard
 NUM_BINS = 15
 """Bins of the expected calibration error (Guo et al., On Calibration of Modern Neural Networks, ICML 2017)."""
 
-_CHUNK = 2**22  # logits that are looked at together
+_CHUNK = 2**22  # logits per chunk
 
 
 def gap_name(index: int) -> str:
-    """What the calibration gap of a bin is reported under; the absolute values of all add up to the error."""
+    """Return the name of a bin's calibration gap in the log."""
     return f"calibration gap {index + 1:02}/{NUM_BINS}"
 
 
 class _TeacherWeight(Divergence):
-    """The sum over the vocabulary of p w, w = sigmoid(log p - log q): ToDi's weight where the teacher looks."""
+    """Sum over the vocabulary of p w, w = sigmoid(log p - log q): mean of ToDi's weight under the teacher."""
 
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         return log_p.exp() * log_ratio.sigmoid()
@@ -35,7 +35,7 @@ class _TeacherWeight(Divergence):
 
 
 class _Weight(Divergence):
-    """The sum over the vocabulary of w."""
+    """Sum over the vocabulary of w."""
 
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         return log_ratio.sigmoid()
@@ -52,38 +52,38 @@ def diagnose(
     confidence: Tensor,
     shard: VocabShard,
 ) -> dict[str, Tensor]:
-    """Diagnostics of every token, [s, b] fp32 each, by the name they are reported under.
+    """Compute diagnostics per token, [s, b] fp32 each, by their names in the log.
 
     - ``reverse kl to teacher``: KL(student || teacher) in nats.
-    - ``calibration gap i/15``: accuracy - confidence where the confidence lies in ((i - 1)/15, i/15], else 0. The
+    - ``calibration gap i/15``: accuracy - confidence where the confidence is in ((i - 1)/15, i/15], else 0. The
       expected calibration error is the sum over i of the absolute means.
-    - ``todi weight``, ``todi weight of teacher``: w = sigmoid(log p - log q), ToDi's weight of forward KL at scale 1
-      (arXiv 2505.16297), as a mean over the vocabulary and over the teacher's distribution. 1/2 where the models
+    - ``todi weight``, ``todi weight of teacher``: ToDi's weight of forward KL at scale 1 (arXiv 2505.16297),
+      w = sigmoid(log p - log q), averaged over the vocabulary and over the teacher's distribution. 1/2 where the models
       agree.
-    - ``hardness concentration``, ``confidence concentration``: of the push |g_k| that the trained loss has on the
-      student's logits, g its gradient, what lies where the models differ, sum |g_k| |p_k - q_k| / sum |g_k|, and what
-      lies where the student is sure, sum |g_k| q_k / sum |g_k|. Of alpha-beta g_k follows |p^alpha - q^alpha| and
-      q^beta: a smaller alpha raises the first, a larger beta the second, says ABKD (arXiv 2505.04560, section 3).
+    - ``hardness concentration``, ``confidence concentration``: with g the gradient of the trained loss with respect to
+      the student's logits, sum |g_k| |p_k - q_k| / sum |g_k| and sum |g_k| q_k / sum |g_k|. For alpha-beta, g_k is
+      governed by |p^alpha - q^alpha| and q^beta: a smaller alpha raises the first, a larger beta the second (ABKD,
+      arXiv 2505.04560, section 3).
 
-    All at temperature 1 but g, which is the trained loss's.
+    All at temperature 1, except g, which has the trained loss's.
 
     Args:
         student_logits: [s, b, V/TP].
         teacher_logits: [s, b, V/TP].
-        loss_of: the trained loss [s, b] of student logits, differentiable.
-        accuracy: [s, b], 1 where the student's likeliest token is the label.
-        confidence: [s, b], the probability it gives it.
-        shard: which columns these are.
+        loss_of: maps student logits to the trained loss [s, b]; differentiable.
+        accuracy: [s, b], 1 where the student's most likely token is the label.
+        confidence: [s, b], the student's probability of its most likely token.
+        shard: columns of the logits.
 
-    Collectives: those of `vocab_parallel_divergence` three times, those of `loss_of`, and five all-reduces a chunk of
+    Collectives: three times those of `vocab_parallel_divergence`, those of `loss_of`, and five all-reduces per chunk of
     tokens.
 
-    Memory: the student's logits once more and their gradient, and a few chunks in fp32.
+    Memory: a copy of the student's logits, their gradient, and a few fp32 chunks.
     """
     shard.check_width("logits", student_logits.shape[-1])
     with torch.enable_grad():
         leaf = student_logits.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss_of(leaf.clone()).sum(), leaf)  # which may be overwritten
+        (gradient,) = torch.autograd.grad(loss_of(leaf.clone()).sum(), leaf)  # a clone, as it may be overwritten
     student, teacher = (logits[..., : shard.num_columns].flatten(0, -2) for logits in (student_logits, teacher_logits))
     push = gradient[..., : shard.num_columns].flatten(0, -2)
     rows = max(1, _CHUNK // max(1, student.shape[-1]))
@@ -109,12 +109,12 @@ def diagnose(
 
 
 def calibration_error(report: dict[str, float]) -> float:
-    """The expected calibration error, from the mean gaps of all bins."""
+    """Compute the expected calibration error from the mean gaps of all bins."""
     return sum(abs(report[gap_name(index)]) for index in range(NUM_BINS))
 
 
 def _concentrations(student: Tensor, teacher: Tensor, gradient: Tensor, shard: VocabShard) -> Tensor:
-    """[2, n] of [n, C]: where the gradient is, weighed by |p - q| and by q; 0 where there is none."""
+    """Return the gradient's concentration by |p - q| and by q, [2, n] from [n, C]; 0 without a gradient."""
     p, q = _probabilities(teacher, shard), _probabilities(student, shard)
     push = gradient.float().abs()
     sums = torch.stack([(push * by).sum(dim=-1, dtype=torch.float64) for by in (torch.ones_like(q), (p - q).abs(), q)])

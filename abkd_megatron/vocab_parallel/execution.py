@@ -1,4 +1,4 @@
-"""How a loss is computed, as opposed to which loss it is."""
+"""Execution options of a loss: how it is computed, not which loss it is."""
 
 from dataclasses import dataclass, replace
 
@@ -12,25 +12,25 @@ HEADS = ("auto", "fused", "materialized")
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How the objective is computed. None of it changes what is trained.
+    """Execution options of an objective. They do not change what is trained.
 
     Raises:
-        ConfigError: an unknown head or kernel, or a chunk of less than one token.
+        ConfigError: for an unknown head or kernel, or a chunk of less than one token.
     """
 
     head: str = "auto"
-    """How logits are made: ``materialized`` by Megatron's output layers, ``fused`` with the loss a chunk of tokens at a
-    time, or ``auto``: fused where the output layers allow it and it saves memory."""
+    """LM head: ``materialized`` uses Megatron's output layers; ``fused`` computes logits and loss per chunk of tokens;
+    ``auto`` is fused where the output layers allow it and it saves memory."""
     chunk_tokens: int | None = None
     """Tokens per chunk of the fused head. None: sized to the device and its memory."""
     gradient_in_place: bool = False
-    """Backward overwrites the student's logits with their gradient. Megatron does not read them again; a custom hook on
-    the output layer might. The fused head always does so."""
+    """Overwrite the student's logits with their gradient in backward. Megatron does not read them again; a custom hook
+    on the output layer might. The fused head always does so."""
     kernel: str | None = None
-    """One of `kernels.CHOICES`. None: what `kernels.use` has chosen for the process."""
+    """One of `kernels.CHOICES`. None: the process's choice, set by `kernels.use`."""
     diagnostics: bool = False
-    """Validation also measures what `vocab_parallel.diagnostics` does. It then materializes logits, whatever `head`
-    is; training does not change."""
+    """Compute `vocab_parallel.diagnostics` in validation. Validation then materializes logits whatever `head` is;
+    training does not change."""
 
     def __post_init__(self) -> None:
         if self.head not in HEADS:
@@ -44,24 +44,24 @@ class Execution:
             object.__setattr__(self, "chunk_tokens", chunk_tokens)
 
     def resolve(self, objective: Objective | ScheduledObjective) -> "Execution":
-        """Return how this objective is computed: with ``materialized`` logits where a step needs Megatron's own loss.
+        """Return the options for this objective: ``materialized`` if some step needs Megatron's own loss.
 
         Raises:
-            ConfigError: ``fused`` for an objective that needs logits.
+            ConfigError: for ``fused`` with an objective that needs logits.
         """
         scheduled = objective if isinstance(objective, ScheduledObjective) else ScheduledObjective(objective, {})
         objective = scheduled.objective
         if self.head == "fused" and objective.logit_losses:
             raise ConfigError(
-                f"head: fused has no logits for {', '.join(objective.names_of_logit_losses)}; give head: auto, or "
-                "only divergences"
+                f"head: fused has no logits for {', '.join(objective.names_of_logit_losses)}; set head: auto, or "
+                "use only divergences"
             )
         if not scheduled.reaches_no_kd:
             return self
         if self.head == "fused":
             raise ConfigError(
-                "head: fused has no logits for Megatron's own cross entropy, which kd_weight 0 trains on; give head: "
+                "head: fused has no logits for Megatron's own cross entropy, which kd_weight 0 trains on; set head: "
                 "auto, or a kd_weight above 0 at every step"
             )
-        # Where kd_weight changes, the first step shows what memory the run needs.
+        # If kd_weight is scheduled, the first step then shows the memory of the run.
         return replace(self, head="materialized") if "kd_weight" in scheduled.schedules else self

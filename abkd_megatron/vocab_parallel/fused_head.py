@@ -1,15 +1,15 @@
-"""Distillation from hidden states: both LM heads and the loss between them, a chunk of tokens at a time.
+"""Distillation from hidden states: LM heads and loss fused, one chunk of tokens at a time.
 
-No tensor of [tokens, V/TP] of either model ever exists: of each chunk come both models' logits, the losses, the
-student's gradient in place of its logits, and from it the gradients of hidden states and weight. While one chunk's
-records travel between the ranks the next one's products are formed.
+No [tokens, V/TP] tensor of either model is materialized. Each chunk computes both models' logits, the losses, the
+student's gradient in place of its logits, and from it the gradients of hidden states and weight. The exchange of a
+chunk's records overlaps with the next chunk's matrix products.
 
-There are two ways to the gradients. If it is known how tokens are weighted they are formed in forward, up to the one
-factor that backward then brings; the products cost what they do with logits that exist. If not, backward forms the
-logits again: 1.6 times the products for a student as wide as its teacher. So it always does in fp16, where the factor
-has the loss scale, without which small gradients are 0.
+Gradients are computed in one of two ways. With known token weights they are computed in forward, up to one factor that
+backward applies; the matrix products then cost the same as with materialized logits. Otherwise backward recomputes the
+logits, with 1.6 times the products if student and teacher have the same width. fp16 always recomputes: the loss scale,
+without which small gradients underflow, is known only in backward.
 
-Legend: N tokens, h and H the students' and the teacher's hidden size, W the width of a rank's logits.
+Legend: N tokens, h and H hidden size of student and teacher, W width of a rank's logits.
 """
 
 import functools
@@ -24,17 +24,17 @@ from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.base import Divergence
 from abkd_megatron.tensors import Function, check_context, check_tensor, constant
 from abkd_megatron.validation import finite_number, flag, positive_number, whole_number
-from abkd_megatron.vocab_parallel.head_gradients import Gradients, Operands, misweighted
+from abkd_megatron.vocab_parallel.head_gradients import Gradients, Operands, token_weight_check
 from abkd_megatron.vocab_parallel.logits import (
-    ALONE,
     METRICS,
+    STUDENT_ONLY,
     DistillationTerms,
     check_divergence,
     check_shard,
     rows_of,
     token_terms,
 )
-from abkd_megatron.vocab_parallel.passes import Batch, Exchange, Known, Passes
+from abkd_megatron.vocab_parallel.passes import Batch, Passes, PendingRecord, TokenStats
 from abkd_megatron.vocab_parallel.shard import VocabShard
 
 
@@ -58,55 +58,54 @@ def vocab_parallel_distillation_head(
     selected: Tensor | None = None,
     select: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
 ) -> tuple[Tensor, DistillationTerms]:
-    """kd_weight * D + lm_weight * CE of every token, with logits = scale * hidden @ weight^T that never exist.
+    """Compute kd_weight * D + lm_weight * CE per token, with logits = scale * hidden @ weight^T not materialized.
 
     Args:
-        student_hidden: [..., h], every rank's the same.
-        student_weight: [W, h], this rank's rows of the LM head, of the hidden states' dtype.
+        student_hidden: [..., h], identical on every rank.
+        student_weight: [W, h], this rank's rows of the LM head, in the hidden states' dtype.
         teacher_hidden: [..., H] of the same tokens; never receives a gradient.
         teacher_weight: [W, H], rows of the same token ids; never receives a gradient.
-        divergence: as in vocab_parallel_distillation, as are `labels`, `shard` and `temperature`.
+        divergence: see `vocab_parallel_distillation`, also for `labels`, `shard` and `temperature`.
         labels: [...].
-        shard: which columns these are.
+        shard: columns of the logits.
         kd_weight: of the divergence.
         lm_weight: of the student's cross entropy.
-        temperature: T > 0, for the divergence alone.
-        token_weights: [...], what each token's loss will be multiplied by, up to one factor for all: a loss mask.
-            Gradients are then formed in forward, unless the hidden states are fp16. None forms the logits again in
-            backward, for any weights.
+        temperature: T > 0, for the divergence only.
+        token_weights: [...], the weight of each token's loss up to one common factor, such as a loss mask. Gradients
+            are then computed in forward, unless the hidden states are fp16. None recomputes the logits in backward, for
+            any weights.
         student_scale: multiplies the student's logits.
-        teacher_scale: multiplies the teacher's.
-        chunk_tokens: tokens of a chunk, the same on all ranks; None for `automatic_chunk_tokens`, which the ranks must
-            agree in: their GPUs then have to be of one kind.
-        into_main_grad: add the weight's gradient to its `main_grad`, in its dtype, as Megatron's layers do with
-            gradient accumulation fusion, if it has one; its `grad_added_to_main_grad` is set and what autograd gets
-            for it means nothing.
-        selected: [...] bool, the same on every rank: the tokens that are compared. The others have a cross entropy and
-            zeros, and no logits of the teacher are formed of them. Best on the CPU: the host waits for one on a GPU.
-            None for all.
-        select: of those compared, whose divergence counts: {name: [n]} of the terms' metrics to [n] bool, the same
-            for the same numbers. The divergence of the others is 0. None for all.
+        teacher_scale: multiplies the teacher's logits.
+        chunk_tokens: tokens per chunk, identical on all ranks. None for `automatic_chunk_tokens`, which requires GPUs
+            of one type.
+        into_main_grad: add the weight's gradient to its `main_grad`, if it has one, in that dtype, like Megatron's
+            gradient accumulation fusion. Sets `grad_added_to_main_grad`; autograd's gradient is then a placeholder.
+        selected: [...] bool, identical on every rank: tokens to compare. At the others all results but the cross
+            entropy are 0, and no teacher logits are computed. Pass it on the CPU; one on the GPU needs a
+            synchronization. None selects all.
+        select: maps metrics {name: [n]} of the compared tokens to [n] bool, deterministically. The divergence of
+            tokens that are not selected is 0. None selects all.
 
     Returns:
-        The loss, [...] fp32 (fp64 if the logits are), the same on every rank, once differentiable in
-        `student_hidden` and `student_weight`. The gradient of the hidden states is this rank's part: sum it over
-        `shard.group`. And the terms of vocab_parallel_distillation, detached.
+        The loss, [...] fp32 (fp64 if the logits are), identical on every rank, once differentiable in `student_hidden`
+        and `student_weight`. The gradient of the hidden states is this rank's part: sum it over `shard.group`. And the
+        DistillationTerms of vocab_parallel_distillation, detached.
 
     Raises:
-        ConfigError: for shapes that do not fit or chunk_tokens < 1, and as vocab_parallel_distillation.
-        RuntimeError: in backward, if the tokens were not weighted as `token_weights` said, or at a second backward
-            through gradients formed in forward. On a GPU the first is known in backward only the first time; later it
-            makes all gradients NaN, and is raised by the next call here that finds the GPU past it.
+        ConfigError: for shapes that do not match or chunk_tokens < 1, and as vocab_parallel_distillation.
+        RuntimeError: in backward, if the tokens were not weighted by `token_weights`, or at a second backward through
+            gradients computed in forward. On a GPU only the first call checks the weights in backward. Later, wrong
+            weights make all gradients NaN, and a later call of this function raises.
 
-    Collectives: those of vocab_parallel_distillation, a chunk.
+    Collectives: those of vocab_parallel_distillation per chunk.
 
     With `selected`, chunks of the selected tokens come first, then chunks of the others. Under torch.autocast products
-    are in the dtype of the hidden states all the same; where a weight has another, both are cast to autocast's.
+    are in the hidden states' dtype; if the weight has another, both are cast to autocast's.
 
-    Memory: two [chunk_tokens, W] of logits, four in a group of more than one rank; with token_weights the gradients
-    of hidden states and weight from forward on, else from backward on, the weight's in fp32 at least (on a CPU also a
-    chunk's logits and hidden states of a bf16 weight in fp32); 39 fp64 numbers per token. With `selected`, the hidden
-    states in another order.
+    Memory: two [chunk_tokens, W] of logits, four in a group of several ranks; the gradients of hidden states and
+    weight, from forward on with token_weights, else from backward on, the weight's in at least fp32 (on CPU, a bf16
+    weight also needs a chunk's logits and hidden states in fp32); 39 fp64 numbers per token. With `selected`, a
+    reordered copy of the hidden states.
     """
     owner = "vocab_parallel_distillation_head"
     check_context(owner)
@@ -155,9 +154,9 @@ def vocab_parallel_distillation_head(
                 "give one number per token, or None"
             )
     if chunk_tokens is None:
-        chunk_tokens = automatic_chunk_tokens(student_weight.device, bytes_of_a_token(student_weight, shard))
+        chunk_tokens = automatic_chunk_tokens(student_weight.device, bytes_per_token(student_weight, shard))
     chunk_tokens = whole_number(owner, "chunk_tokens", chunk_tokens, least=1)
-    misweighted.raise_if_known()
+    token_weight_check.raise_if_known()
     head = _Head(
         Passes.of(student_weight, teacher_weight, divergence, shard, temperature, has_labels=True),
         kd_weight,
@@ -171,17 +170,17 @@ def vocab_parallel_distillation_head(
         parameter,
     )
     needs_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
-    if not student_hidden.requires_grad:  # a trunk that is not trained may have run in inference mode
+    if not student_hidden.requires_grad:  # frozen layers may have run in inference mode
         student_hidden = constant(student_hidden)
     if not student_weight.requires_grad:
         student_weight = constant(student_weight)
     of_student = student_hidden.reshape(num_tokens, student_hidden.shape[-1])
     of_teacher = constant(teacher_hidden).reshape(num_tokens, teacher_hidden.shape[-1])
     of_labels = constant(labels).reshape(num_tokens)
-    # What loss scaling is to save of fp16 must be scaled before it is rounded, and backward has the scale.
+    # In fp16 the loss scale must be applied before rounding, and only backward has it.
     in_forward = token_weights is not None and student_hidden.dtype != torch.float16
     weights = constant(token_weights).reshape(num_tokens) if token_weights is not None and in_forward else None
-    # Nothing in it, but its graph: a second derivative has to find its way to hidden states that are not kept.
+    # Empty, but keeps the graph: a double backward must reach the hidden states, which are not saved, to be rejected.
     anchor = of_student[:0].clone() if weights is not None and needs_gradient else None
     back = None
     if selected is not None:
@@ -191,8 +190,8 @@ def vocab_parallel_distillation_head(
         back[order] = torch.arange(num_tokens, device=order.device)
         of_student, of_teacher, of_labels = of_student[order], of_teacher[chosen], of_labels[order]
         weights = weights[order] if weights is not None else None
-        alone = Passes.of(student_weight, student_weight, ALONE, shard, 1.0, has_labels=True)
-        head = replace(head, num_compared=len(chosen), alone=alone)
+        student_only = Passes.of(student_weight, student_weight, STUDENT_ONLY, shard, 1.0, has_labels=True)
+        head = replace(head, num_compared=len(chosen), student_only=student_only)
     loss, value, cross_entropy, metrics = _DistillationHead.apply(
         of_student,
         student_weight,
@@ -212,7 +211,7 @@ def vocab_parallel_distillation_head(
 
 
 def _as_under_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in autocast's dtype if it is on and they differ, as torch's own linear layers have it."""
+    """Cast both to autocast's dtype if it is enabled and their dtypes differ, like torch's linear layers."""
     if not (isinstance(hidden, Tensor) and isinstance(weight, Tensor)) or hidden.dtype == weight.dtype:
         return hidden, weight
     device = weight.device.type
@@ -222,20 +221,20 @@ def _as_under_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.to(dtype), weight.to(dtype)
 
 
-def bytes_of_a_token(weight: Tensor, shard: VocabShard) -> int:
-    """What a token of a chunk takes with an LM head's weight [W, h]: both models' logits.
+def bytes_per_token(weight: Tensor, shard: VocabShard) -> int:
+    """Return the bytes of both models' logits per token of a chunk, for an LM head weight [W, h].
 
-    In a group of several ranks two chunks are under way at a time.
+    In a group of several ranks two chunks are alive at a time.
     """
     return 2 * weight.shape[0] * weight.dtype.itemsize * (2 if shard.num_ranks > 1 else 1)
 
 
 def automatic_chunk_tokens(device: torch.device, of_token: int) -> int:
-    """Tokens of a chunk, a power of 2 whose logits, `of_token` bytes per token, fit a share of the device's memory.
+    """Return the tokens per chunk: a power of 2 whose logits, `of_token` bytes per token, fit a share of the memory.
 
-    On a GPU up to 2048 tokens, whose products keep its matrix units busy, and at most a 64th of its memory; on a CPU
-    up to 512 tokens and 64 MiB, of which the caches hold a good part. What is free has no say: it differs between
-    ranks, which must have chunks of one size, and between a run and its resume.
+    On GPU at most 2048 tokens, which saturate the tensor cores, and a 64th of the memory. On CPU at most 512 tokens and
+    64 MiB, for the caches. Free memory is not considered: it differs between ranks, which must agree on the chunk size,
+    and between a run and its resume.
     """
     most, least, room = 512, 16, 2**26
     if device.type == "cuda":
@@ -246,7 +245,7 @@ def automatic_chunk_tokens(device: torch.device, of_token: int) -> int:
 
 @dataclass(frozen=True)
 class _Head:
-    """What stays the same from chunk to chunk."""
+    """Parameters that all chunks share."""
 
     passes: Passes
     kd_weight: float
@@ -255,15 +254,15 @@ class _Head:
     teacher_scale: float
     chunk_tokens: int
     num_compared: int
-    """The first tokens, which the teacher's hidden states are of."""
-    alone: Passes | None
-    """Of the student with itself, for the tokens after those, if there are any."""
+    """Number of leading tokens, for which there are teacher hidden states."""
+    student_only: Passes | None
+    """Passes of the student with itself, for the remaining tokens, if any."""
     select: Callable[[Mapping[str, Tensor]], Tensor] | None
     parameter: Any
-    """The weight if it has a `main_grad` to take its gradient, else None."""
+    """The weight if its gradient goes to its `main_grad`, else None."""
 
     def chunks(self, num_tokens: int) -> list[slice]:
-        """The tokens of each chunk; none has both compared ones and others."""
+        """Return the chunks; none mixes compared tokens and others."""
         return [
             slice(first, min(first + self.chunk_tokens, end))
             for begin, end in ((0, self.num_compared), (self.num_compared, num_tokens))
@@ -271,14 +270,14 @@ class _Head:
         ]
 
     def passes_of(self, chunk: slice) -> Passes:
-        """What is done with a chunk."""
+        """Return the passes of a chunk."""
         if chunk.start < self.num_compared:
             return self.passes
-        assert self.alone is not None
-        return self.alone
+        assert self.student_only is not None
+        return self.student_only
 
     def batch(self, operands: "Operands", chunk: slice) -> Batch:
-        """A chunk's logits."""
+        """Compute a chunk's logits."""
         student = operands.student_hidden[chunk] @ operands.student_weight.t()
         if self.student_scale != 1.0:
             student.mul_(self.student_scale)
@@ -289,29 +288,29 @@ class _Head:
                 teacher.mul_(self.teacher_scale)
         return self.passes_of(chunk).batch(student, teacher, operands.labels[chunk])
 
-    def terms(self, chunk: slice, known: Known, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The divergence as it counts, the cross entropy and the metrics of a chunk."""
+    def terms(self, chunk: slice, token_stats: TokenStats, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a chunk's divergence after selection, cross entropy and metrics."""
         dtype = self.passes.dtype
-        cross_entropy, metrics = token_terms(known, labels, dtype)
+        cross_entropy, metrics = token_terms(token_stats, labels, dtype)
         if chunk.start >= self.num_compared:
             return torch.zeros_like(cross_entropy), cross_entropy, torch.zeros_like(metrics)
-        value = known.value.to(dtype)
+        value = token_stats.value.to(dtype)
         if self.select is not None:
             value = torch.where(self._selected(metrics), value, 0.0)
         return value, cross_entropy, metrics
 
-    def gradient(self, chunk: slice, batch: Batch, known: Known, token_weights: Tensor) -> Tensor:
-        """Of a loss weighted so, with respect to hidden @ weight^T; overwrites the student's logits."""
+    def gradient(self, chunk: slice, batch: Batch, token_stats: TokenStats, token_weights: Tensor) -> Tensor:
+        """Compute the gradient with respect to hidden @ weight^T in place of the student's logits."""
         of_loss = token_weights.to(self.passes.dtype) * self.student_scale
         of_divergence: Tensor | None = None
         if chunk.start < self.num_compared:
             of_divergence = of_loss * self.kd_weight
             if self.select is not None:
                 assert batch.labels is not None
-                metrics = token_terms(known, batch.labels, self.passes.dtype)[1]
+                metrics = token_terms(token_stats, batch.labels, self.passes.dtype)[1]
                 of_divergence = torch.where(self._selected(metrics), of_divergence, 0.0)
         logits = batch.student.logits
-        self.passes_of(chunk).write_gradient(logits, batch, known, of_divergence, of_loss * self.lm_weight)
+        self.passes_of(chunk).write_gradient(logits, batch, token_stats, of_divergence, of_loss * self.lm_weight)
         return logits
 
     def _selected(self, metrics: Tensor) -> Tensor:
@@ -320,7 +319,7 @@ class _Head:
 
 
 def _without_autocast[F: Callable[..., Any]](function: F) -> F:
-    """Decorate a forward or backward, (ctx, tensor, ...), whose products are in their operands' dtype."""
+    """Decorate a forward or backward, (ctx, tensor, ...), to compute products in their operands' dtype."""
 
     @functools.wraps(function)
     def call(ctx: Any, first: Tensor, *others: Any) -> Any:
@@ -334,7 +333,7 @@ def _without_autocast[F: Callable[..., Any]](function: F) -> F:
 
 
 class _DistillationHead(Function):
-    """(loss, divergence, cross entropy, metrics [len(METRICS), N]), of which only the loss is differentiable."""
+    """Return (loss, divergence, cross entropy, metrics [len(METRICS), N]); only the loss is differentiable."""
 
     title = "the fused head"
 
@@ -356,35 +355,35 @@ class _DistillationHead(Function):
         in_forward = needs_gradient and token_weights is not None
         gradients = Gradients(operands, *ctx.needs_input_grad[:2]) if in_forward else None
         result = student_hidden.new_empty(3 + len(METRICS), labels.numel(), dtype=head.passes.dtype)
-        known_of_chunks: list[Known] = []
+        stats_of_chunks: list[TokenStats] = []
 
-        def finish(chunk: slice, batch: Batch, exchange: Exchange) -> None:
-            known = head.passes_of(chunk).conclude(batch, exchange, needs_gradient)
-            value, cross_entropy, metrics = head.terms(chunk, known, labels[chunk])
+        def finish(chunk: slice, batch: Batch, pending_record: PendingRecord) -> None:
+            token_stats = head.passes_of(chunk).conclude(batch, pending_record, needs_gradient)
+            value, cross_entropy, metrics = head.terms(chunk, token_stats, labels[chunk])
             result[0, chunk] = head.kd_weight * value + head.lm_weight * cross_entropy
             result[1, chunk], result[2, chunk], result[3:, chunk] = value, cross_entropy, metrics
             if gradients is not None and token_weights is not None:
-                gradients.add(chunk, head.gradient(chunk, batch, known, token_weights[chunk]))
+                gradients.add(chunk, head.gradient(chunk, batch, token_stats, token_weights[chunk]))
             elif needs_gradient:
-                known_of_chunks.append(known)
+                stats_of_chunks.append(token_stats)
 
-        before: tuple[slice, Batch, Exchange] | None = None
+        before: tuple[slice, Batch, PendingRecord] | None = None
         for chunk in head.chunks(labels.numel()):
             batch = head.batch(operands, chunk)
             started = chunk, batch, head.passes_of(chunk).start(batch, async_op=True)
             if before is not None:
                 finish(*before)
             before = started
-            if head.passes.shard.num_ranks == 1:  # nothing travels, so nothing has to be kept meanwhile
+            if head.passes.shard.num_ranks == 1:  # no exchange to overlap
                 finish(*before)
                 before = None
             del batch, started
         if before is not None:
             finish(*before)
 
-        ctx.head, ctx.gradients, ctx.known_of_chunks = head, gradients, known_of_chunks
+        ctx.head, ctx.gradients, ctx.stats_of_chunks = head, gradients, stats_of_chunks
         if gradients is not None:
-            gradients.operands = None  # type: ignore[assignment]  # only the results are needed from here on
+            gradients.operands = None  # type: ignore[assignment]  # frees memory; only the results are needed
             ctx.save_for_backward(student_weight, token_weights, anchor)
         elif needs_gradient:
             ctx.save_for_backward(*vars(operands).values())
@@ -400,15 +399,15 @@ class _DistillationHead(Function):
         if ctx.gradients is None:
             operands = Operands(*ctx.saved_tensors)
             gradients = Gradients(operands, *ctx.needs_input_grad[:2])
-            for chunk, known in zip(head.chunks(of_loss.numel()), ctx.known_of_chunks, strict=True):
-                gradients.add(chunk, head.gradient(chunk, head.batch(operands, chunk), known, of_loss[chunk]))
+            for chunk, token_stats in zip(head.chunks(of_loss.numel()), ctx.stats_of_chunks, strict=True):
+                gradients.add(chunk, head.gradient(chunk, head.batch(operands, chunk), token_stats, of_loss[chunk]))
             of_hidden, of_weight = gradients.of_hidden, gradients.of_weight
             dtype = operands.student_weight.dtype
         else:
             weight, token_weights, _ = ctx.saved_tensors
             of_hidden, of_weight, dtype = ctx.gradients.of_hidden, ctx.gradients.of_weight, weight.dtype
             if of_hidden is None and of_weight is None:
-                raise RuntimeError("the gradients that forward had formed are used up: a second backward has none")
+                raise RuntimeError("the gradients computed in forward are used up: call backward only once")
             ctx.gradients.of_hidden = ctx.gradients.of_weight = None
             factor = _factor(of_loss, token_weights)
             for gradient in (of_hidden, of_weight):
@@ -421,20 +420,20 @@ class _DistillationHead(Function):
             return of_hidden, of_weight.to(dtype), *nothing
         parameter.main_grad.add_(of_weight)
         parameter.grad_added_to_main_grad = True
-        # Something has to arrive, or Megatron's hooks do not run; it looks at it only if told to.
+        # Megatron's hooks run only if autograd receives a gradient; they read it only with zero_out_wgrad.
         like = torch.zeros_like if getattr(parameter, "zero_out_wgrad", False) else torch.empty_like
         return of_hidden, like(of_weight, dtype=dtype), *nothing
 
 
 def _factor(of_loss: Tensor, token_weights: Tensor) -> Tensor:
-    """The c in of_loss = c * token_weights; NaN, on a GPU, if there is none."""
+    """Return c in of_loss = c * token_weights; NaN, on a GPU, if there is none."""
     weights = token_weights.to(of_loss.dtype)
     if not weights.numel():
         return weights.sum()
-    at = weights.abs().argmax(dim=0, keepdim=True)  # the largest; an index of one number would be read by the host
+    at = weights.abs().argmax(dim=0, keepdim=True)  # of the largest; keepdim, as indexing by a scalar synchronizes
     largest = weights.gather(0, at)
     factor = torch.where(largest != 0, of_loss.gather(0, at) / largest, 0.0).squeeze(0)
     off = (of_loss - factor * weights).abs().amax()
     is_off = off > 1e-5 * of_loss.abs().amax()
-    misweighted.watch(is_off)
+    token_weight_check.watch(is_off)
     return torch.where(is_off, torch.nan, factor)

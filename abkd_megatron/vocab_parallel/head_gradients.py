@@ -1,4 +1,4 @@
-"""Gradients of hidden states and LM head, a chunk of tokens at a time."""
+"""Gradients of hidden states and LM head, accumulated per chunk of tokens."""
 
 import functools
 from collections import deque
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Operands:
-    """Hidden states and LM heads of both models, and labels, over all tokens."""
+    """Hidden states and LM head weights of both models, and labels, for all tokens."""
 
     student_hidden: Tensor
     student_weight: Tensor
@@ -21,7 +21,7 @@ class Operands:
 
 
 class Gradients:
-    """Of hidden states [N, h] and weight [W, h], as the chunks bring them; the weight's in fp32 at least."""
+    """Gradients of hidden states [N, h] and weight [W, h], accumulated over chunks; the weight's in at least fp32."""
 
     def __init__(self, operands: Operands, of_hidden: bool, of_weight: bool) -> None:
         self.operands = operands
@@ -31,7 +31,7 @@ class Gradients:
         self.of_weight = torch.zeros_like(weight, dtype=accumulated) if of_weight else None
 
     def add(self, chunk: slice, of_logits: Tensor) -> None:
-        """Take in those of a chunk's logits."""
+        """Accumulate the gradient of a chunk's logits."""
         if self.of_hidden is not None:
             torch.mm(of_logits, self.operands.student_weight, out=self.of_hidden[chunk])
         if self.of_weight is not None:
@@ -39,7 +39,7 @@ class Gradients:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to `total`, whose dtype the product is summed in, whatever the factors' is."""
+    """Add left @ right to `total`, accumulating in the dtype of `total`."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     elif total.device.type == "cpu":
@@ -52,7 +52,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @functools.cache
 def _accumulates_in_place(device: torch.device, of_sum: torch.dtype, of_factors: torch.dtype) -> bool:
-    """Whether this torch adds a product of one dtype to a sum of another; some want the sum in the factors' dtype."""
+    """Return True if this torch version supports addmm with an output dtype other than the factors'."""
     total = torch.zeros(16, 16, device=device, dtype=of_sum)
     factor = torch.zeros(16, 16, device=device, dtype=of_factors)
     try:
@@ -62,11 +62,11 @@ def _accumulates_in_place(device: torch.device, of_sum: torch.dtype, of_factors:
     return True
 
 
-class Misweighted:
-    """Raises where gradients were formed for other weights of the tokens than the loss has.
+class TokenWeightCheck:
+    """Check that the loss of each token was weighted as forward was told.
 
-    On a CPU at once. For a GPU the host waits only the first time, which finds a training script that does so always;
-    after that what the GPU finds is copied to the host and looked at when it has arrived.
+    On CPU the check is immediate. On GPU only the first check synchronizes, which finds a script that is always wrong.
+    Later results are copied to the host asynchronously and raised once available.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Misweighted:
         self._awaited: deque[tuple[Tensor, Any]] = deque()
 
     def watch(self, is_off: Tensor) -> None:
-        """Raise if `is_off`, a bool on any device, is known to hold."""
+        """Raise if `is_off`, a bool on any device, is known to be true."""
         if is_off.device.type == "cpu":
             self._raise_if(is_off)
         elif is_off.is_cuda:
@@ -85,7 +85,7 @@ class Misweighted:
             self.expect(found, arrived)
 
     def expect(self, found: Tensor, arrived: Any) -> None:
-        """Look at `found` when the event `arrived` has happened; the first time wait for it."""
+        """Check `found` once the event `arrived` has completed; the first call waits for it."""
         self._awaited.append((found, arrived))
         if not self._has_waited:
             self._has_waited = True
@@ -93,7 +93,7 @@ class Misweighted:
         self.raise_if_known()
 
     def raise_if_known(self) -> None:
-        """Raise if what has arrived says so; without waiting for what has not."""
+        """Raise if a completed check failed; do not wait for pending ones."""
         while self._awaited and self._awaited[0][1].query():
             self._raise_if(self._awaited.popleft()[0])
 
@@ -101,10 +101,10 @@ class Misweighted:
         if bool(is_off):
             self._awaited.clear()
             raise RuntimeError(
-                "vocab_parallel_distillation_head: the loss of each token was not multiplied by its token weight times "
-                "one factor for all, so the gradients formed in forward are not its: pass the weights that are used (a "
-                "loss mask), or None"
+                "vocab_parallel_distillation_head: expected the gradient of each token's loss to be its token weight "
+                "times one common factor, got other weights than those that forward used: pass the loss mask that is "
+                "applied to the loss as token_weights, or None"
             )
 
 
-misweighted = Misweighted()
+token_weight_check = TokenWeightCheck()

@@ -1,10 +1,10 @@
-"""Losses that are no sums over the vocabulary, where each rank of a tensor-parallel group holds a slice of it.
+"""Losses that are not sums over the vocabulary, on logits sharded across a tensor-parallel group.
 
-A chunk of tokens at a time: forward computes the loss and keeps the few numbers a token that the ranks told each other;
-backward computes the chunk anew, with a graph, and takes those numbers from there. So no graph, and nothing of the
-logits' size but the gradient, outlives its chunk, and backward has no collective.
+Tokens are processed in chunks. Forward computes the loss without a graph and keeps the results of the collectives, a
+few numbers per token. Backward recomputes the chunk with a graph and reuses those results. So no graph and no temporary
+of the logits' size outlives a chunk, except the gradient, and backward has no collective.
 
-Legend: N tokens, n those of a chunk, C this rank's real columns.
+Legend: N tokens, n tokens of a chunk, C this rank's real columns.
 """
 
 import math
@@ -23,7 +23,7 @@ from abkd_megatron.vocab_parallel.logits import check_logits, check_shard
 from abkd_megatron.vocab_parallel.passes import PendingSum, Rows, all_gather, unravel
 from abkd_megatron.vocab_parallel.shard import VocabShard
 
-# Numbers of a chunk on each rank: 32 MiB of each fp32 temporary.
+# Logits per chunk on each rank: 32 MiB per fp32 temporary.
 CHUNK_SIZE = 2**23
 
 
@@ -35,32 +35,32 @@ def vocab_parallel_logit_loss(
     temperature: float = 1.0,
     counted: Tensor | None = None,
 ) -> Tensor:
-    """A logit loss of every token, over a vocabulary sharded across the group of `shard`.
+    """Compute a logit loss per token, over a vocabulary sharded across the group of `shard`.
 
     Args:
-        student_logits: [..., s, V/TP], any floating dtype, this rank's columns. s are the tokens of one sequence, if
-            the loss is one of several tokens together.
+        student_logits: [..., s, V/TP], any floating dtype, this rank's columns. If the loss depends on groups of
+            tokens, s must be the tokens of one sequence.
         teacher_logits: [..., s, V/TP], the same columns; never receives a gradient.
         loss: for example AdaptiveKL().
-        shard: which columns these are; the padded ones beyond take part in nothing.
-        temperature: T > 0; divides the logits of both, whatever the loss. There is no factor T^2.
-        counted: [..., s] bool; a token that does not count has a loss of 0, no gradient whatever its logits hold, and
-            takes part in nothing. None if all do.
+        shard: columns of the logits; padding beyond them is ignored.
+        temperature: T > 0; divides both logits. There is no factor T^2.
+        counted: [..., s] bool; tokens that are not counted have loss 0, no gradient, and no influence on others, even
+            if their logits are NaN. None counts all.
 
     Returns:
-        [..., s], fp32 (fp64 if either input is), the same bits on every rank of the group. Once differentiable, in the
-        student's logits; each rank receives the gradient of its own shard. A token whose loss is weighted by 0 passes
-        on a gradient of exactly 0.
+        [..., s], fp32 (fp64 if either input is), bitwise identical on every rank of the group. Once differentiable in
+        the student's logits; each rank receives the gradient of its own shard. A token whose loss is weighted by 0 has
+        a gradient of exactly 0.
 
     Raises:
         ConfigError: for shapes that differ, a dtype that is not floating, a temperature that is not finite and > 0, a
-            shard wider than the logits, a `loss` that is none, or `counted` of another shape or dtype.
+            shard wider than the logits, a `loss` that is not a LogitLoss, or `counted` of another shape or dtype.
 
-    Collectives: forward, for each chunk of about 2^23 / (V/TP) tokens, `loss.num_collectives` (more for
-    fp64 logits where the loss says so). Backward: none. None at all on one rank.
+    Collectives: forward: `loss.num_collectives` (for some losses more with fp64 logits) per chunk of about
+    2^23 / (V/TP) tokens. Backward: none. A single rank has none.
 
-    Memory: references to both logits and what the ranks told each other (5 to 100 fp64 numbers a token) until backward;
-    some ten fp32 temporaries of a chunk's size while it runs; one gradient in the student's dtype.
+    Memory: references to both logits and the collectives' results (5 to 100 fp64 numbers per token) until backward;
+    about ten fp32 temporaries of a chunk's size while running; one gradient in the student's dtype.
     """
     check_context("vocab_parallel_logit_loss")
     check_logits(student_logits, teacher_logits)
@@ -68,7 +68,7 @@ def vocab_parallel_logit_loss(
     temperature = positive_number("the losses", "temperature", temperature, "1.0 leaves the logits as they are")
     if not isinstance(loss, LogitLoss):
         raise ConfigError(
-            f"expected a LogitLoss such as AdaptiveKL(), got {loss!r}: build one, or derive your own from "
+            f"expected a LogitLoss such as AdaptiveKL(), got {loss!r}: build one, or derive a custom one from "
             "abkd_megatron.losses.LogitLoss"
         )
     shard.check_width("logits", student_logits.shape[-1])
@@ -77,7 +77,7 @@ def vocab_parallel_logit_loss(
         check_tensor("counted", counted, dtype=torch.bool, like=student_logits)
         if counted.shape != tokens:
             raise ConfigError(
-                f"expected counted of shape {list(tokens)}, got {list(counted.shape)}: give one for each row of "
+                f"expected counted of shape {list(tokens)}, got {list(counted.shape)}: give one bool per row of "
                 "logits, such as loss_mask != 0"
             )
         counted = constant(counted)
@@ -92,14 +92,14 @@ def vocab_parallel_logit_loss(
 
 
 class _ShardColumns(Columns):
-    """The columns of a shard, and what the ranks have told each other about one chunk of tokens."""
+    """Columns of a shard, with cached results of the collectives for one chunk of tokens."""
 
     def __init__(self, shard: VocabShard, device: torch.device) -> None:
         self.ids = torch.arange(shard.start, shard.stop, device=device)
         self.size = shard.size
         self._shard = shard
-        self._told: list[Tensor] = []
-        self._again: Iterator[Tensor] | None = None
+        self._cached: list[Tensor] = []
+        self._replayed: Iterator[Tensor] | None = None
 
     def total(self, local: Tensor) -> Tensor:
         if self._shard.num_ranks == 1:
@@ -113,20 +113,20 @@ class _ShardColumns(Columns):
         return every.view(-1, *local.shape)
 
     def once(self, compute: Callable[[], Tensor]) -> Tensor:
-        if self._again is not None:
-            return next(self._again).detach()
+        if self._replayed is not None:
+            return next(self._replayed).detach()
         with torch.no_grad():
-            self._told.append(compute())
-        return self._told[-1].detach()
+            self._cached.append(compute())
+        return self._cached[-1].detach()
 
-    def recall(self) -> "_ShardColumns":
-        """From here on `once` returns what it returned before, in the same order."""
-        self._again = iter(self._told)
+    def replay(self) -> "_ShardColumns":
+        """Let `once` return the cached results again, in the same order."""
+        self._replayed = iter(self._cached)
         return self
 
 
 class _Chunks:
-    """Both models' rows of [..., s, W] logits, a chunk at a time, as a loss takes them."""
+    """Both models' rows of [..., s, W] logits in chunks of the loss's groups."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class _Chunks:
         self.counted = counted.reshape(-1) if counted is not None else None
 
     def slices(self) -> list[slice]:
-        """The same on every rank, whatever the width of its shard."""
+        """Return the chunks, identical on every rank whatever the width of its shard."""
         tokens, size = self.student.tokens, self.loss.group_size
         sequence = tokens[-1] if size > 1 and tokens else max(self.num_tokens, 1)
         width = math.ceil(self.shard.size / self.shard.num_ranks)
@@ -156,12 +156,12 @@ class _Chunks:
         ]
 
     def __getitem__(self, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [n, C] of both, divided by the temperature, and which tokens count, [n]."""
+        """Return both models' logits [n, C], divided by the temperature, and which tokens are counted, [n]."""
         student, teacher = (rows[chunk].to(self.dtype) / self.temperature for rows in (self.student, self.teacher))
         if self.counted is None:
             return student, teacher, torch.ones(len(student), dtype=torch.bool, device=student.device)
         counted = self.counted[chunk]
-        # Whatever it holds, an uncounted token must not spread it; this likeliest column costs no search for a head.
+        # Uncounted logits may be NaN, which must not spread.
         instead = -torch.arange(self.shard.start, self.shard.stop, device=student.device, dtype=self.dtype)
         student, teacher = (logits.where(counted.unsqueeze(-1), instead) for logits in (student, teacher))
         return student, teacher, counted
@@ -205,7 +205,7 @@ class _LogitLoss(Function):
             weights = of_loss[chunk].masked_fill(~counts, 0.0)
             with torch.enable_grad():
                 of_student.requires_grad_()
-                values = loss(of_student, of_teacher, columns.recall(), counts)
+                values = loss(of_student, of_teacher, columns.replay(), counts)
                 (gradient,) = torch.autograd.grad(values, of_student, weights.to(values.dtype))
             gradient = (gradient / ctx.temperature).masked_fill((weights == 0).unsqueeze(-1), 0.0)
             rows = torch.arange(chunk.start, chunk.stop, device=student.device)

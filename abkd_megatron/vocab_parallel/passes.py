@@ -1,7 +1,7 @@
-"""The passes over a batch of sharded logits, and what the ranks tell each other between them.
+"""Passes over a batch of sharded logits, and the collectives between them.
 
-The first pass makes a record of this rank's columns; the ranks exchange records; the second pass writes the gradient.
-Where the divergence does not separate there is one more pass and one more exchange in between.
+The first pass computes a record of this rank's columns, the ranks exchange records, and the last pass writes the
+gradient. A divergence that does not separate needs another pass and another exchange in between.
 
 Legend: N tokens, C this rank's real columns, W the width of its logits, R ranks.
 """
@@ -18,18 +18,18 @@ from abkd_megatron.kernels.record import Layout
 from abkd_megatron.losses.base import Divergence
 from abkd_megatron.vocab_parallel import stats
 from abkd_megatron.vocab_parallel.shard import VocabShard
-from abkd_megatron.vocab_parallel.stats import Whole
+from abkd_megatron.vocab_parallel.stats import GlobalStats
 
-# torch renamed the one to the other.
+# Renamed by torch.
 _all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# The largest group that gathers its records; the bytes of a gathering grow with the group, those of a reduction do
-# not.
+# Largest group that all-gathers its records. The traffic of an all-gather grows with the group, that of an all-reduce
+# does not.
 GATHER_UP_TO = 16
 
 
 def unravel(rows: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
-    """As torch.unravel_index, which copies the shape to the GPU, and so has the host wait for it."""
+    """Compute torch.unravel_index without its copy of the shape to the GPU, which synchronizes."""
     coordinates = []
     for size in reversed(shape):
         coordinates.append(rows % size)
@@ -38,10 +38,10 @@ def unravel(rows: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 class Rows:
-    """The rows of [..., W] logits, flattened to [N, W] a chunk at a time, real columns only; never a copy of more.
+    """Rows of [..., W] logits as [N, W], one chunk at a time, real columns only; at most a chunk is copied.
 
-    Contiguous unless the kernel is strided, so that equal logits give equal sums whatever their layouts. With `index`,
-    [N], only those rows, in its order.
+    Contiguous unless the kernel accepts strides, so that equal logits give equal sums in any memory layout. With
+    `index`, [N], only those rows, in that order.
     """
 
     def __init__(self, logits: Tensor, num_columns: int, strided: bool, index: Tensor | None = None) -> None:
@@ -52,12 +52,12 @@ class Rows:
         self.index = index
         try:
             self.flat: Tensor | None = logits.view(self.tokens.numel(), logits.shape[-1])
-        except RuntimeError:  # not one stride over the tokens, as after a transposition
+        except RuntimeError:  # no single stride over the tokens, as after a transposition
             self.flat = None
 
     @property
     def copied(self) -> bool:
-        """Whether rows have to be copied together."""
+        """True if rows have to be copied."""
         return self.flat is None or self.index is not None
 
     @property
@@ -77,10 +77,10 @@ class Rows:
 
 
 class Batch:
-    """Student and teacher logits [..., W] of the same tokens on this rank, and labels [N] of them or None.
+    """Student and teacher logits [..., W] of the same tokens on this rank, and their labels [N] or None.
 
-    With `rows`, [N], the student's are the rows of that index of the flattened logits; the teacher's logits are of
-    these alone, [N, W], or the student's own.
+    With `rows`, [N], the student's rows are those of the flattened logits, and the teacher's logits are either [N, W]
+    for these rows or the student's.
     """
 
     def __init__(
@@ -100,20 +100,20 @@ class Batch:
         self.num_tokens = self.student.num_rows
 
     def chunks(self, kernel: kernels.Kernel, overlap: bool = True) -> list[slice]:
-        """The kernel's chunks."""
+        """Return the kernel's chunks."""
         copied = self.student.copied or self.teacher.copied
         return kernel.chunks(self.num_tokens, self.student.num_columns, self.student.logits.device, copied, overlap)
 
 
 @dataclass(frozen=True)
 class Passes:
-    """What is computed, of which columns, and how."""
+    """Specification of the passes: divergence, columns, dtype and kernel."""
 
     divergence: Divergence
     shard: VocabShard
     temperature: float
     dtype: torch.dtype
-    """Of the arithmetic on logits."""
+    """Dtype of the arithmetic on logits."""
     kernel: kernels.Kernel
     layout: Layout
 
@@ -127,19 +127,19 @@ class Passes:
         temperature: float,
         has_labels: bool,
     ) -> "Passes":
-        """For logits of these dtypes, on these devices."""
+        """Select dtype and kernel for these logits."""
         dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
         kernel = kernels.select(divergence, student, teacher)
         return cls(divergence, shard, temperature, dtype, kernel, Layout(divergence, has_labels, temperature))
 
     def batch(self, student: Tensor, teacher: Tensor, labels: Tensor | None, rows: Tensor | None = None) -> Batch:
-        """Of [..., W] logits and [...] labels; of the tokens `rows` alone, if given, as `Batch` says."""
+        """Build a batch of [..., W] logits and [...] labels; only the tokens `rows` if given, see `Batch`."""
         if labels is not None:
             labels = labels.reshape(-1) if rows is None else labels.reshape(-1)[rows]
         return Batch(student, teacher, labels, self.shard, self.kernel, rows)
 
-    def start(self, batch: Batch, async_op: bool = False) -> "Exchange":
-        """The first pass; the records are then on their way to all ranks."""
+    def start(self, batch: Batch, async_op: bool = False) -> "PendingRecord":
+        """Run the first pass and start to exchange the records."""
         record = batch.student.logits.new_empty(self.layout.size, batch.num_tokens, dtype=torch.float64)
         for chunk in batch.chunks(self.kernel):
             record[:, chunk] = self.kernel.local_record(
@@ -151,12 +151,12 @@ class Passes:
                 self.layout,
                 self.dtype,
             )
-        return Exchange(self, record, async_op)
+        return PendingRecord(self, record, async_op)
 
-    def conclude(self, batch: Batch, exchange: "Exchange", needs_gradient: bool) -> "Known":
-        """What is known once the records have arrived, after a second exchange if the divergence takes one."""
-        whole = stats.conclude(exchange.result(), self.divergence, self.layout)
-        q, p, value, slope_sum, _ = whole
+    def conclude(self, batch: Batch, pending_record: "PendingRecord", needs_gradient: bool) -> "TokenStats":
+        """Return the token statistics after waiting for the records, and a second exchange if needed."""
+        global_stats = stats.conclude(pending_record.result(), self.divergence, self.layout)
+        q, p, value, slope_sum, _ = global_stats
         pending = None
         ask_value, ask_slope = value is None, slope_sum is None and needs_gradient
         if ask_value or ask_slope:
@@ -169,36 +169,36 @@ class Passes:
                     self.divergence,
                     self.temperature,
                     self.dtype,
-                    scalars[:, chunk].contiguous(),  # a stride that depends on N would be compiled for
+                    scalars[:, chunk].contiguous(),  # a stride that depends on N would trigger a recompilation
                     ask_value,
                     ask_slope,
                 )
-            # Nothing needs H before the gradient, so that it alone may still be on its way.
+            # Only the gradient needs H, so its exchange may stay pending.
             pending = PendingSum(record, self.shard, async_op=not ask_value)
             if ask_value:
                 value = pending.result()[0]
         assert value is not None
         scalars = torch.stack([q.maximum, q.log_z, q.log_z_at_1, p.maximum, p.log_z])
-        return Known(whole, value, scalars, slope_sum, pending)
+        return TokenStats(global_stats, value, scalars, slope_sum, pending)
 
     def write_gradient(
         self,
         out: Tensor,
         batch: Batch,
-        known: "Known",
+        token_stats: "TokenStats",
         of_divergence: Tensor | None,
         of_cross_entropy: Tensor | None,
     ) -> None:
-        """The last pass: the gradient of the student's logits into `out`, contiguous [..., W], padding included.
+        """Write the gradient of the student's logits into `out`, contiguous [..., W], padding included.
 
-        `out` may be the student's logits. `of_divergence` and `of_cross_entropy` are [...], or None for 0. Of a batch
-        of some rows only these are written, and the gradients are [N].
+        `out` may be the student's logits. `of_divergence` and `of_cross_entropy` are [...], or None for 0. For a batch
+        with `rows`, only these are written, and the gradients are [N].
         """
-        slope_sum = known.slope_sum
+        slope_sum = token_stats.slope_sum
         if slope_sum is None:
-            assert known.pending is not None
-            slope_sum = known.pending.result()[-1]
-        scalars = torch.cat([known.scalars, slope_sum.unsqueeze(0)])
+            assert token_stats.pending is not None
+            slope_sum = token_stats.pending.result()[-1]
+        scalars = torch.cat([token_stats.scalars, slope_sum.unsqueeze(0)])
         out_rows = out.view(batch.student.tokens.numel(), out.shape[-1])
         columns = slice(0, self.shard.num_columns)
         in_place = out.data_ptr() == batch.student.logits.data_ptr()
@@ -228,10 +228,10 @@ class Passes:
 
 
 @dataclass
-class Known:
-    """Of every token, [N] fp64."""
+class TokenStats:
+    """Statistics per token that the losses and their gradient need, [N] fp64."""
 
-    whole: Whole
+    global_stats: GlobalStats
     value: Tensor
     """D."""
     scalars: Tensor
@@ -242,15 +242,15 @@ class Known:
 
 
 def all_gather(record: Tensor, shard: VocabShard, async_op: bool) -> tuple[Tensor, dist.Work | None]:
-    """Every rank's record, [R, fields, N], in rank order; if async, not before the work is waited for."""
+    """All-gather records, [R, fields, N] in rank order; valid only after waiting for the work if async."""
     num_fields, num_tokens = record.shape
     records = record.new_empty(shard.num_ranks * num_fields, num_tokens)
     work = _all_gather_tensor(records, record, group=shard.group, async_op=async_op)
     return records.view(shard.num_ranks, num_fields, num_tokens), work
 
 
-class Exchange:
-    """Every rank's record [fields, N] on its way to being that of the whole vocabulary, the same bits on each."""
+class PendingRecord:
+    """Record [fields, N] being merged over the ranks; bitwise identical on every rank."""
 
     def __init__(self, passes: Passes, record: Tensor, async_op: bool) -> None:
         self.passes = passes
@@ -260,7 +260,7 @@ class Exchange:
         shard = passes.shard
         if shard.num_ranks == 1 or record.numel() == 0:
             return
-        # The id of an fp64 maximum has no room beside it.
+        # Packing an id needs zero bits, which an fp64 maximum does not have.
         if shard.num_ranks <= GATHER_UP_TO or passes.dtype == torch.float64:
             self.gathered, self.work = all_gather(record, shard, async_op)
             if not async_op:
@@ -270,7 +270,7 @@ class Exchange:
             self.work = dist.all_reduce(self.packed, dist.ReduceOp.MAX, group=shard.group, async_op=async_op)
 
     def result(self) -> Tensor:
-        """[fields, N], once it has arrived."""
+        """Wait for the merged record, [fields, N]."""
         if self.work is not None:
             self.work.wait()
         shard, divergence, layout = self.passes.shard, self.passes.divergence, self.passes.layout
@@ -287,7 +287,7 @@ class Exchange:
 
 
 class PendingSum:
-    """Records [fields, N] on their way to being summed over the ranks, the same bits on each."""
+    """Records [fields, N] being summed over the ranks; bitwise identical on every rank."""
 
     def __init__(self, record: Tensor, shard: VocabShard, async_op: bool) -> None:
         self.records = record.unsqueeze(0)
@@ -300,7 +300,7 @@ class PendingSum:
             self.work = dist.all_reduce(record, group=shard.group, async_op=async_op)
 
     def result(self) -> Tensor:
-        """[fields, N], once it has arrived."""
+        """Wait for the sum, [fields, N]."""
         if self.work is not None:
             self.work.wait()
             self.work = None

@@ -1,4 +1,4 @@
-"""Which columns of the vocabulary a rank holds."""
+"""Column range of the vocabulary on a rank."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ from abkd_megatron.validation import whole_number
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank holds the real columns [start, stop) of a vocabulary of `size` real tokens.
+    """This rank's real columns [start, stop) of a vocabulary of `size` real tokens.
 
-    They come first in the local logits; whatever columns follow them there are padding, of no probability.
-    The shards of a group may differ in width, and may be empty.
+    They come first in the local logits; any further local columns are padding with probability 0. The shards of a group
+    may differ in width and may be empty.
 
     Args:
         start: global id of the first column.
         stop: one past the global id of the last real column.
         size: number of real tokens over all ranks.
-        group: the ranks that share the vocabulary; None for one rank that holds it all (not for the default
-            group).
-        width: columns of the local logits, padding included; other logits are then rejected. None if it is not known.
+        group: ranks that share the vocabulary; None for a single rank (not the default group).
+        width: columns of the local logits, padding included; logits of another width are rejected. None if unknown.
 
     Raises:
-        ConfigError: unless 0 <= start <= stop <= size and size >= 1, `width` has room for these columns, and this rank
-            is in the group.
+        ConfigError: unless 0 <= start <= stop <= size and size >= 1, `width` >= stop - start, and this rank is in the
+            group.
     """
 
     start: int
@@ -61,15 +60,15 @@ class VocabShard:
         return self.stop - self.start
 
     def check_width(self, what: str, width: int) -> None:
-        """Reject what does not have this shard's columns.
+        """Reject a tensor that cannot have this shard's columns.
 
         Args:
-            what: how a message names it.
-            width: its columns.
+            what: name of the tensor in the message.
+            width: its number of columns.
 
         Raises:
-            ConfigError: for fewer than the real columns or other than `width`; without a `width`, for the whole
-                vocabulary where this rank holds a part of it.
+            ConfigError: for fewer columns than the real ones or other than `width`; without a `width`, also for the
+                whole vocabulary if this rank holds only a part.
         """
         columns = f"the shard's [{self.start}, {self.stop})"
         if width < self.num_columns:
@@ -79,27 +78,27 @@ class VocabShard:
             )
         if self.width is not None and width != self.width:
             raise ConfigError(
-                f"expected {what} of {self.width} columns, those of one of {self.num_ranks} ranks, got {width}: pass "
-                "this rank's own columns, not gathered ones (parallel_output=True), or build the shard from their width"
+                f"expected {what} of {self.width} columns, one of {self.num_ranks} ranks' width, got {width}: pass "
+                "this rank's columns, not gathered ones (parallel_output=True), or build the shard from their width"
             )
         if self.width is None and self.num_ranks > 1 and self.num_columns < self.size == width:
             raise ConfigError(
                 f"expected {what} of one of {self.num_ranks} ranks ({columns}), got {width} columns, the whole "
-                f"vocabulary: pass this rank's own; if the others are padding, give the shard width={width}"
+                f"vocabulary: pass this rank's columns; if the others are padding, give the shard width={width}"
             )
 
     @classmethod
     def megatron(cls, width: int, group: dist.ProcessGroup | None = None, vocab_size: int | None = None) -> VocabShard:
-        """Megatron's layout: `width` columns a rank, rank r from r * width on, the padding at the very end.
+        """Build a shard in Megatron's layout: rank r has columns from r * width on, with padding at the very end.
 
         Args:
             width: columns of the local logits, padding included.
-            group: the tensor-parallel group, None for one rank.
+            group: tensor-parallel group; None for one rank.
             vocab_size: number of real tokens; None if no column is padding.
 
         Raises:
-            ConfigError: if a number is not a whole one, vocab_size is not in 1 .. width * number of ranks, or this rank
-                is not in the group.
+            ConfigError: for a number that is not whole, a vocab_size not in 1 .. width * number of ranks, or a group
+                without this rank.
         """
         rank, num_ranks = _rank_and_size(group)
         width = _whole("width", width)
@@ -125,7 +124,7 @@ def _rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
     rank = dist.get_rank(group)
     if rank < 0:
         raise ConfigError(
-            "VocabShard: expected a group that this rank is in, got one that it is not: pass this rank's own "
+            "VocabShard: expected a group that contains this rank, got one that does not: pass this rank's "
             "tensor-parallel group"
         )
     return rank, dist.get_world_size(group)

@@ -1,7 +1,7 @@
-"""What all ranks know together from the records of their shards: sums a token, in fp64.
+"""Per-token statistics over the whole vocabulary, in fp64, merged from the records of all ranks.
 
-What a shard's sums are relative to is known from its record. Relative to the whole vocabulary's instead, which is
-exact, they add up: a divergence that separates needs no second look at the logits.
+A record contains the maxima that its sums are relative to. Shifting the sums to the global maxima is exact and makes
+them additive, so a divergence that separates needs no second pass over the logits.
 
 Legend: N tokens, R ranks.
 """
@@ -15,12 +15,12 @@ from torch import Tensor
 from abkd_megatron.kernels.record import Layout, Model, View, base
 from abkd_megatron.losses.base import Divergence, weigh
 
-# An id takes the bits of an fp64 number that an fp32 one leaves 0.
+# In a packed number the id takes the low bits of the fp64 mantissa, which are 0 for fp32 values.
 _ID_BITS = 29
 
 
 class Distribution(NamedTuple):
-    """One model over the whole vocabulary, [N] fp64 each."""
+    """One model's distribution over the whole vocabulary, [N] fp64 each."""
 
     maximum: Tensor  # of the raw logits
     log_z: Tensor  # log sum_k exp((logit_k - maximum) / T)
@@ -29,23 +29,23 @@ class Distribution(NamedTuple):
     top: Tensor | None  # the lowest id of the maximum
 
     def cross_entropy(self) -> Tensor:
-        """On the labels, in nats at T = 1."""
+        """Return the cross entropy on the labels, in nats at T = 1."""
         assert self.target is not None
         return self.log_z_at_1 - (self.target - self.maximum)
 
 
-class Whole(NamedTuple):
-    """What all records together say, [N] fp64 each."""
+class GlobalStats(NamedTuple):
+    """Statistics from the records of all ranks, [N] fp64 each."""
 
     q: Distribution
     p: Distribution
     value: Tensor | None  # D; None unless the divergence separates
-    slope_sum: Tensor | None  # H; likewise
+    slope_sum: Tensor | None  # H; None unless it separates
     metrics: list[Tensor]  # with labels: KL(p || q) and the entropies of p and q at T = 1
 
 
 def merge(records: Tensor, divergence: Divergence, layout: Layout) -> Tensor:
-    """The record of the whole vocabulary from every rank's; the same bits wherever it is done.
+    """Merge the records of all ranks; bitwise identical on every rank.
 
     Args:
         records: [R, fields, N] fp64, in the order of `layout`.
@@ -55,9 +55,9 @@ def merge(records: Tensor, divergence: Divergence, layout: Layout) -> Tensor:
     Returns:
         [fields, N].
     """
-    whole = records.amax(dim=0)  # right for the maxima and the labels' logits
+    whole = records.amax(dim=0)  # valid for the maxima and the labels' logits; the rest is overwritten
     if layout.has_labels:
-        # The smallest id among the ranks that hold the maximum, whatever their order.
+        # The smallest id among the ranks that hold the maximum.
         beaten = records[:, layout.maxima] != whole[layout.maxima]
         whole[layout.tops] = records[:, layout.tops].masked_fill(beaten, math.inf).amin(dim=0)
     first, *others = records.unbind(0)
@@ -69,7 +69,7 @@ def merge(records: Tensor, divergence: Divergence, layout: Layout) -> Tensor:
 
 
 def shift_max(record: Tensor, whole: Tensor, divergence: Divergence, layout: Layout) -> Tensor:
-    """`Layout.additive` of a shard's record, relative to the maxima in the whole's."""
+    """Return `Layout.additive` of a shard's record, relative to the maxima in `whole`."""
     ours, theirs = (tuple(of[layout.maxima].unbind(0)) for of in (record, whole))
     q_rise, p_rise = (base(mine) - base(other) for mine, other in zip(ours, theirs, strict=True))
     no_q, no_p = (maximum == -math.inf for maximum in ours)
@@ -80,8 +80,8 @@ def shift_max(record: Tensor, whole: Tensor, divergence: Divergence, layout: Lay
     return layout.additive(_relative(record, shift_by(layout.temperature), shift_by(1.0), divergence, layout))
 
 
-def conclude(whole: Tensor, divergence: Divergence, layout: Layout) -> Whole:
-    """What the record of the whole vocabulary, [fields, N], says."""
+def conclude(whole: Tensor, divergence: Divergence, layout: Layout) -> GlobalStats:
+    """Compute the statistics from the merged record, [fields, N]."""
     models = [Model.of(list(whole[fields]), layout) for fields in (layout.student, layout.teacher)]
     q, p = (
         Distribution(model.maximum, model.sum_exp.log(), model.sum_exp_at_1.log(), model.target, model.top)
@@ -96,18 +96,18 @@ def conclude(whole: Tensor, divergence: Divergence, layout: Layout) -> Whole:
     if layout.has_labels:
         kl, negative_p, negative_q = fields[layout.metrics]
         metrics = [kl, -negative_p, -negative_q]
-    return Whole(q, p, value, slope_sum, metrics)
+    return GlobalStats(q, p, value, slope_sum, metrics)
 
 
 def _shift(log_q: Tensor, log_p: Tensor, log_ratio: Tensor, no_q: Tensor, no_p: Tensor) -> View:
-    """What to add to log q, log p and log p/q to be relative to something else; a model that is not there is 0."""
+    """Return the shifts of log p, log q and log p/q; a model that excludes the whole shard has probability 0."""
     log_q, log_p = log_q.masked_fill(no_q, -math.inf), log_p.masked_fill(no_p, -math.inf)
     log_ratio = log_ratio.masked_fill(no_q, math.inf).masked_fill(no_p, -math.inf)
     return View(log_p, log_q, log_ratio, no_p & no_q)
 
 
 def _relative(record: Tensor, shift: View, shift_at_1: View, divergence: Divergence, layout: Layout) -> Tensor:
-    """A record whose additive fields are shifted; [fields, N]."""
+    """Shift the additive fields of a record; [fields, N]."""
     result = record.clone()
     for model, at_t, at_1 in (
         (layout.student, shift.log_q, shift_at_1.log_q),
@@ -133,22 +133,22 @@ def _relative(record: Tensor, shift: View, shift_at_1: View, divergence: Diverge
 
 
 def pack(record: Tensor, layout: Layout) -> Tensor:
-    """The fields of a record of fp32 logits that are no sums, such that the largest of all ranks is the whole's.
+    """Pack the non-additive fields of a record of fp32 logits, so that a MAX all-reduce merges them.
 
-    A maximum's id is in bits that the maximum leaves 0, so that of equal maxima the lowest id is the largest number.
+    The id of a maximum is stored in its zero bits, such that among equal maxima the lowest id is the largest number.
     """
     maxima = record[layout.maxima]
     if not layout.has_labels:
-        return maxima.clone()  # it is reduced in place, and the record is needed
+        return maxima.clone()  # it is reduced in place, and the record is still needed
     ids = record[layout.tops].clamp_max(2.0**_ID_BITS - 1).long()
-    bits = (maxima + 0.0).view(torch.int64)  # + 0.0: -0.0 is as large as 0.0
+    bits = (maxima + 0.0).view(torch.int64)  # + 0.0 turns -0.0 into 0.0
     bits = bits | torch.where(maxima >= 0, 2**_ID_BITS - 1 - ids, ids)
     packed = torch.where(maxima.isfinite(), bits.view(torch.float64), maxima)
     return torch.cat([packed, record[layout.targets]])
 
 
 def unpack(packed: Tensor, layout: Layout) -> Tensor:
-    """A record of the whole vocabulary, its sums missing, from `pack`ed numbers."""
+    """Build a merged record, without its sums, from packed numbers."""
     whole = packed.new_zeros(layout.size, packed.shape[-1])
     whole[layout.maxima] = packed[:2]
     if layout.has_labels:

@@ -1,12 +1,12 @@
-"""Copies between the host and a GPU."""
+"""Copies from host to GPU."""
 
 import torch
 from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on `device`; the host does not wait for the GPU's queue, as `Tensor.to` would have it."""
+    """Copy to `device` without waiting for the GPU's queue, unlike `Tensor.to`."""
     if tensor.device.type == "cpu" and device.type != "cpu":
-        # Contiguous, for a tensor that was expanded cannot be pinned as it is.
+        # Contiguous, because an expanded tensor cannot be pinned.
         return tensor.contiguous().pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -21,7 +21,7 @@ from abkd_megatron.losses import AlphaBeta
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.preflight.first_step import LARGEST, check_batch, check_fp32_range, check_teacher_loss, digest
 from abkd_megatron.preflight.models import wrong_losses
-from abkd_megatron.preflight.rules import CHECKS, Phase
+from abkd_megatron.preflight.rules import CHECKS, EARLY_CHECKS, Check, Finding, Phase, Verdict, run_checks
 from abkd_megatron.vocab_parallel import VocabShard
 
 TEMPERATURE = 0.08  # at which Neyman's chi-square of these models is beyond fp32's digits, and not infinite
@@ -226,3 +226,24 @@ def test_a_teacher_is_refused_above_guessing_and_warned_of_near_it(caplog: pytes
         assert not caplog.records
         check_teacher_loss(math.log(400) + 0.4, 400)
     assert "it has learned next to nothing" in caplog.text
+
+
+def test_check_runs_the_early_phases() -> None:
+    assert {check.phase for check in EARLY_CHECKS} == {Phase.CONFIG, Phase.FILES}
+    assert {check.phase for check in CHECKS if check not in EARLY_CHECKS} == {Phase.MODELS, Phase.FIRST_STEP}
+
+
+def test_a_failed_check_names_the_setting_that_skips_it(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(_: None) -> None:
+        raise ConfigError("expected A, got B")
+
+    checks = [
+        Check("loss", Phase.CONFIG, lambda _: Finding("something differs", Verdict.WARNING)),
+        Check("memory", Phase.MODELS, fail),
+    ]
+    with pytest.raises(ConfigError, match=r"^expected A, got B; .*distillation\.skip_preflight=\[memory\]$"):
+        run_checks(checks, None)
+    assert "WARNING: something differs" in capsys.readouterr().out
+    assert list(run_checks(checks, None, ["memory"])) == ["loss"]
+    with pytest.raises(ConfigError, match=r"^expected A, got B$"):
+        run_checks([Check("student's checkpoint", Phase.FILES, fail)], None)

@@ -65,7 +65,7 @@ def test_what_is_recorded(begun: Path, teacher: Path) -> None:
 CASES = {
     "another loss": (
         ["distillation.kd_weight=0.5", "distillation.alpha=0.5"],
-        r"go on from \S*iter_0000004.*\n  distillation\.alpha: \{schedule: linear.*\} in the checkpoint, 0\.5 in this"
+        r"resume from \S*iter_0000004.*\n  distillation\.alpha: \{schedule: linear.*\} in the checkpoint, 0\.5 in this"
         r".*\n  distillation\.kd_weight: 1\.0 in the checkpoint, 0\.5 in.*on_change=warn.*megatron\.finetune=true",
     ),
     "another divergence": (["distillation.divergence=todi"], r"divergence: alpha_beta in the checkpoint, todi in this"),

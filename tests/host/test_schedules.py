@@ -7,7 +7,7 @@ import pytest
 from launch import run_job, scalars
 
 from abkd_megatron import AlphaBeta, ToDi
-from abkd_megatron.config.schema import DistillationConfig
+from abkd_megatron.config.schema import Config, DistillationConfig
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress, Schedule
@@ -141,7 +141,7 @@ def test_auto_takes_no_kernel_that_each_step_would_compile() -> None:
         ("cuda", {"alpha": gliding, "kernel": "eager"}, "eager"),
         ("cpu", {"alpha": gliding}, "auto"),
     ):
-        assert DistillationConfig(**settings).make_execution(device).kernel == wanted
+        assert Config(device=device, distillation=DistillationConfig(**settings)).make_execution().kernel == wanted
 
 
 @pytest.mark.parametrize(
@@ -150,9 +150,14 @@ def test_auto_takes_no_kernel_that_each_step_would_compile() -> None:
         (OBJECTIVE, "gamma", Schedule.of(1.0), "temperature, kd_weight, lm_weight, alpha, beta .*got one of gamma"),
         (Objective(ToDi()), "detach", Schedule.of(1.0), "temperature, kd_weight, lm_weight, scale .*got one of detach"),
         (Objective(ToDi()), "scale", Schedule.linear(1.0, -1.0, end=5), "expected scale >= 0, got -1.0"),
-        (OBJECTIVE, "temperature", Schedule.linear(1.0, 0.0, end=5), "temperature must be positive at every step"),
+        (OBJECTIVE, "temperature", Schedule.linear(1.0, 0.0, end=5), "temperature must be above 0 at every step"),
         (OBJECTIVE, "kd_weight", Schedule.linear(1.0, -0.5, end=5), "kd_weight must be at least 0 at every step"),
-        (Objective(ToDi(), lm_weight=0.0), "kd_weight", Schedule.linear(1.0, 0.0, end=5), "both 0 at iteration 5"),
+        (
+            Objective(ToDi(), lm_weight=0.0),
+            "kd_weight",
+            Schedule.linear(1.0, 0.0, end=5),
+            "not both be 0, but are at iteration 5",
+        ),
     ],
 )
 def test_refused(objective: Objective, name: str, schedule: Schedule, message: str) -> None:

@@ -72,12 +72,12 @@ def test_a_reader_may_leave(words: list[str]) -> None:
     ("environment", "message"),
     [
         ({"RANK": "first", "WORLD_SIZE": "2"}, r"whole numbers in RANK and WORLD_SIZE, got RANK=first, WORLD_SIZE=2"),
-        ({"WORLD_SIZE": "2"}, r"expected RANK beside WORLD_SIZE=2, got none; start ranks by torchrun"),
+        ({"WORLD_SIZE": "2"}, r"expected RANK together with WORLD_SIZE=2, got none; start ranks by torchrun"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, r"expected RANK below WORLD_SIZE, got RANK=2, WORLD_SIZE=2"),
         ({"RANK": "1"}, r"expected RANK below WORLD_SIZE, got RANK=1; "),
         (
             {"RANK": "0", "WORLD_SIZE": "2"},
-            r"expected MASTER_ADDR and MASTER_PORT beside RANK=0, WORLD_SIZE=2, got none",
+            r"expected MASTER_ADDR and MASTER_PORT together with RANK=0, WORLD_SIZE=2, got none",
         ),
     ],
 )

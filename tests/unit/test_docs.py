@@ -143,6 +143,28 @@ def test_quoted_messages_are_in_the_sources() -> None:
     assert not stale
 
 
+def rooms() -> list[tuple[str, str]]:
+    """Return the rows of CONTRIBUTING's table of rooms: a path, and the text on it."""
+    rows = re.findall(r"^\| (`[a-z_]+(?:/|\.py)`.*?) \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    return [(path, text) for paths, text in rows for path in re.findall(r"`(.+?)`", paths)]
+
+
+@pytest.mark.parametrize(("path", "text"), rooms(), ids=[path for path, _ in rooms()])
+def test_a_room_has_the_named_modules(path: str, text: str) -> None:
+    place = ROOT / "abkd_megatron" / path
+    assert place.exists()
+    if path.endswith("/"):
+        modules = {file.stem for file in place.iterdir()}
+        assert set(re.findall(r"`([a-z_]+)`", text)) <= modules
+
+
+def test_every_room_is_in_contributing() -> None:
+    package = {
+        file.name for file in (ROOT / "abkd_megatron").iterdir() if not file.name.startswith(("__init", "__pyc"))
+    }
+    assert {path.rstrip("/") for path, _ in rooms()} == package - {"py.typed"}
+
+
 def anchors(page: Path) -> set[str]:
     """Return the anchors that GitHub makes from headings."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
