@@ -1,11 +1,10 @@
-"""The stand-in that lets the real Megatron train where there is no GPU: for tests, demos and debugging.
+"""CPU backend that lets Megatron train without a GPU, for tests, demos and debugging.
 
-Megatron asks torch.cuda for devices, streams and random states all over its code. `install` answers those questions
-with the CPU: every tensor that asks for CUDA lands in main memory, streams and events do nothing, and the GPU's random
-generator is the CPU's. It changes torch for the whole process, so it is opt-in (`device: cpu`), happens once, and
-refuses to start beside a GPU.
+Megatron calls torch.cuda for devices, streams and random states. `install` redirects these calls to the CPU: tensors
+requested on CUDA are created in main memory, streams and events do nothing, and the GPU random generator is the CPU's.
+It changes torch for the whole process. It is therefore opt-in (`device: cpu`) and rejected on machines with a GPU.
 
-A script of one's own runs on it as it stands: `python -m abkd_megatron.cpu_backend SCRIPT [ARGUMENTS]`.
+To run any script on it, unmodified: `python -m abkd_megatron.cpu_backend SCRIPT [ARGUMENTS]`.
 """
 
 import copy
@@ -29,7 +28,7 @@ from abkd_megatron.errors import HostError
 
 _installed = False
 
-# What Megatron's command line needs on a CPU: every fused kernel off, and no work for processes that do not exist.
+# Megatron arguments for a CPU: no fused kernels, no data-loader workers.
 MEGATRON_DEFAULTS: Mapping[str, Any] = {
     "transformer-impl": "local",
     "distributed-backend": "gloo",
@@ -50,7 +49,7 @@ MEGATRON_DEFAULTS: Mapping[str, Any] = {
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites every request for a CUDA device to the CPU, and `Tensor.type()` to the name Megatron checks for."""
+    """Redirect CUDA devices to the CPU, and return from `Tensor.type()` the CUDA name that Megatron checks for."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -63,7 +62,7 @@ class _CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(args[0]).replace("torch.", "torch.cuda.", 1)
         if func is torch.distributed.all_to_all_single:
-            # Megatron turns split sizes into numbers where they are on a GPU; here they never were.
+            # Megatron converts split sizes to lists only if they are on a GPU.
             for name in ("output_split_sizes", "input_split_sizes"):
                 if isinstance(kwargs.get(name), torch.Tensor):
                     kwargs[name] = kwargs[name].tolist()
@@ -83,7 +82,7 @@ def _is_cuda(value: object) -> bool:
 
 
 class _Idle:
-    """A stream or an event of a device that has no queue: everything it is asked for has already happened."""
+    """Stream or event of a device without a queue: all work is already complete."""
 
     cuda_stream = 0
 
@@ -119,27 +118,27 @@ class _Idle:
 
 
 def install() -> None:
-    """Answer Megatron's questions about the GPU with the CPU, in this process, for the rest of its life.
+    """Redirect Megatron's use of the GPU to the CPU, for the lifetime of this process.
 
     Raises:
-        HostError: beside a real GPU.
+        HostError: if there is a GPU.
     """
     global _installed
     if _installed:
         return
     if torch.cuda.is_available():
         raise HostError(
-            "device: cpu was asked for, but this machine has a GPU; the stand-in would hide it from the whole process. "
-            "Use `device: cuda`, or hide the GPU yourself with CUDA_VISIBLE_DEVICES=''"
+            "device: cpu was requested, but this machine has a GPU, which it would hide from the whole process. "
+            "Use `device: cuda`, or hide the GPU with CUDA_VISIBLE_DEVICES=''"
         )
     _installed = True
 
-    # First, because importing Megatron makes torch.compile look at torch.cuda, which must still be the real one.
+    # First, because importing Megatron makes torch.compile inspect torch.cuda, which must not be patched yet.
     import megatron.core.datasets.utils
     import megatron.core.tensor_parallel.random as megatron_random
     import megatron.training
 
-    # Megatron insists on it for tensor parallelism; without a GPU it means nothing.
+    # Required by Megatron for tensor parallelism; no effect without a GPU.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu, generator, stream = torch.device("cpu"), torch.default_generator, _Idle()
 
@@ -170,7 +169,7 @@ def install() -> None:
             name="cpu", major=8, minor=0, total_memory=0, multi_processor_count=1
         ),
         "is_bf16_supported": lambda *_, **__: True,
-        "default_generators": defaultdict(lambda: generator),  # asked with whatever current_device says
+        "default_generators": defaultdict(lambda: generator),  # indexed by current_device
         "_lazy_init": nothing,
         "_lazy_call": lambda call, **_: call(),
         "Stream": _Idle,
@@ -179,7 +178,7 @@ def install() -> None:
         "current_stream": lambda *_: stream,
         "default_stream": lambda *_: stream,
         "set_stream": nothing,
-        "is_current_stream_capturing": lambda: False,  # torch's optimizers ask here up to 2.11, and below after it
+        "is_current_stream_capturing": lambda: False,  # for torch's optimizers up to 2.11; later ones, see below
         "synchronize": nothing,
         "empty_cache": nothing,
         "memory_allocated": zero,
@@ -187,38 +186,38 @@ def install() -> None:
         "memory_reserved": zero,
         "max_memory_reserved": zero,
         "reset_peak_memory_stats": nothing,
-        "memory_stats": lambda *_: defaultdict(int),  # whichever number is asked for
+        "memory_stats": lambda *_: defaultdict(int),  # any key
         "mem_get_info": lambda *_: (0, 0),
         "device_memory_used": zero,
         **dict.fromkeys(("utilization", "temperature", "power_draw", "clock_rate"), zero),
         "check_error": nothing,
         "cudart": lambda: SimpleNamespace(cudaProfilerStart=lambda: 0, cudaProfilerStop=lambda: 0),
     }.items():
-        setattr(torch.cuda, name, _of_its_own(answer))
-    # torch's newer optimizers ask here whether a graph is being captured, once they believe in a GPU.
+        setattr(torch.cuda, name, _copy_of(answer))
+    # Newer torch optimizers query this for graph capture when a GPU seems available.
     torch.accelerator.current_stream = lambda *_: stream  # type: ignore[assignment]
     for name in ("Float", "Double", "Half", "BFloat16", "Int", "Long", "Byte", "Bool"):
         setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
     for name in ("range_push", "range_pop", "mark"):
-        setattr(torch.cuda.nvtx, name, _of_its_own(nothing))
+        setattr(torch.cuda.nvtx, name, _copy_of(nothing))
     for name, answer in {
         "get_rng_state": get_rng_state,
         "set_rng_state": set_rng_state,
         "manual_seed": manual_seed,
-        # torch.manual_seed seeds the CPU itself and then calls this for the GPUs: there is none left to seed.
+        # torch.manual_seed seeds the CPU, then calls this for the GPUs.
         "manual_seed_all": nothing,
     }.items():
-        own = _of_its_own(answer)
+        own = _copy_of(answer)
         setattr(torch.cuda, name, own)
         setattr(torch.cuda.random, name, own)
     _CudaMeansCpu().__enter__()
-    # Megatron compiled its small fusions when it was imported; the compiler cannot look through this stand-in.
+    # Megatron decorated its small fusions with torch.compile, which cannot trace through this mode.
     torch.compiler.set_stance("force_eager")
 
-    # Runs `make` where the wheel, which ships the compiled helper, has no Makefile; a checkout has one to run.
+    # It would run `make`. The wheel has the compiled helper but no Makefile; a source checkout has one.
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
         megatron.core.datasets.utils.compile_helpers = nothing
-    # This module copied the names out of torch.cuda when it was imported.
+    # This module imported the names from torch.cuda before they were patched.
     megatron_random._lazy_call = torch.cuda._lazy_call
     megatron_random._lazy_init = torch.cuda._lazy_init
     _fix_resumed_adam()
@@ -226,8 +225,8 @@ def install() -> None:
     _keep_data_loaders_from_the_generator()
 
 
-def _of_its_own(answer: Any) -> Any:
-    """A function that is nobody else's: torch.compile refuses a table in which one stands under two names."""
+def _copy_of(answer: Any) -> Any:
+    """Copy a function, because torch.compile rejects a table that has one function under two names."""
     if not isinstance(answer, FunctionType):
         return answer
     own = FunctionType(answer.__code__, answer.__globals__, answer.__name__, answer.__defaults__, answer.__closure__)
@@ -236,14 +235,14 @@ def _of_its_own(answer: Any) -> Any:
 
 
 def is_installed() -> bool:
-    """Whether this process has the stand-in for a GPU."""
+    """Return True if the CPU backend is installed in this process."""
     return _installed
 
 
 def init_process_group(timeout: timedelta) -> None:
-    """Start torch.distributed over gloo, as torchrun's environment says; Megatron then finds it started."""
+    """Initialize torch.distributed over gloo from torchrun's environment, before Megatron does."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:  # not by torchrun: one rank, and there may be another such job here
+    if "MASTER_PORT" not in os.environ:  # not under torchrun: one rank, on a free port, as other jobs may be running
         with socket.socket() as probe:
             probe.bind((os.environ["MASTER_ADDR"], 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
@@ -256,10 +255,10 @@ def init_process_group(timeout: timedelta) -> None:
 
 
 def _let_torch_norms_be_sequence_parallel() -> None:
-    """Let torch's norms, which step in here for TransformerEngine's and apex's, work on a part of the sequence.
+    """Allow sequence parallelism with torch's norms, which are used here instead of TransformerEngine's and apex's.
 
-    Megatron refuses that, since torch would not tell it to sum their gradients over the tensor-parallel ranks: the mark
-    on their parameters, which the other norms set by themselves, does.
+    Megatron rejects it, because torch's norms do not mark their parameters for the all-reduce of gradients over
+    tensor-parallel ranks. This sets the mark.
     """
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
@@ -277,10 +276,10 @@ def _let_torch_norms_be_sequence_parallel() -> None:
 
 
 def _keep_data_loaders_from_the_generator() -> None:
-    """Let an iterator of a data loader leave the random generator as it was, which here is the GPU's, too.
+    """Keep data-loader iterators from advancing the random generator, which here is also the GPU's.
 
-    It draws a seed for its workers when it is made, on the ranks that read data alone and again after resuming. Dropout
-    outside of attention, which has to be the same on all tensor-parallel ranks, would then differ between them.
+    Each iterator draws a seed for its workers when created, only on ranks that read data, and again after a resume.
+    Dropout outside attention, which must agree on all tensor-parallel ranks, would then differ between them.
     """
     from torch.utils.data import DataLoader
 
@@ -294,13 +293,15 @@ def _keep_data_loaders_from_the_generator() -> None:
 
 
 def _fix_resumed_adam() -> None:
-    """Let torch's Adam, which steps in here for TransformerEngine's and apex's, be resumed exactly.
+    """Make torch's Adam, which is used here instead of TransformerEngine's and apex's, resume exactly.
 
-    Four faults of megatron-core 0.19's DistributedOptimizer without either of the two: it asserts that there is a step
-    counter when it describes what it wants to load, and before the first step there is none; in fp32 it copies into
-    parameters while autograd watches; it leaves the parameters one `step` tensor between them, which torch's Adam
-    advances in place, once a parameter, so that from the second step on the bias correction is silently wrong; and the
-    fully reshardable format holds no `step` to copy, though one is looked for.
+    Works around four faults of megatron-core 0.19's DistributedOptimizer without TransformerEngine and apex:
+
+    - Describing the state to load asserts a step counter, which does not exist before the first step.
+    - In fp32 it copies into parameters while autograd is enabled.
+    - After loading, all parameters share one `step` tensor. torch's Adam advances it in place once per parameter, so
+      the bias correction is wrong from the second step on.
+    - The fully reshardable format has no `step`, but its copy is attempted.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -322,7 +323,7 @@ def _fix_resumed_adam() -> None:
                 self.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
 
     def set_without_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        set_states(self, model_param, {"step": None, **tensors})  # what is no tensor is not copied
+        set_states(self, model_param, {"step": None, **tensors})  # only tensors are copied
 
     DistributedOptimizer._set_main_param_and_optimizer_states = set_without_step
     DistributedOptimizer.sharded_state_dict = sharded_with_state
@@ -332,21 +333,20 @@ def _fix_resumed_adam() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a Megatron training script on CPU: ``python -m abkd_megatron.cpu_backend SCRIPT [ARGUMENTS]``.
 
-    The script finds torch.distributed started over gloo, and on its command line what Megatron needs on a CPU in front
-    of its own arguments.
+    Initializes torch.distributed over gloo and prepends the Megatron arguments that a CPU needs.
 
     Args:
         argv: the script and its arguments; None takes the process's.
 
     Returns:
-        2 where no script is named; otherwise the script ends as it likes.
+        2 if the script does not exist; otherwise 0 when the script returns.
 
     Raises:
-        HostError: beside a real GPU.
+        HostError: if there is a GPU.
 
-    Collectives: those of starting torch.distributed.
+    Collectives: from initializing torch.distributed.
     """
-    script, *words = (sys.argv[1:] if argv is None else argv) or [""]
+    script, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
     if not Path(script).is_file():
         print(
             f"usage: python -m abkd_megatron.cpu_backend SCRIPT [ARGUMENTS]; no such script: {script!r}",
@@ -358,16 +358,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     from abkd_megatron.config.megatron_args import megatron_options
 
     options = megatron_options()
-    minutes = from_argv(words, options).get("distributed-timeout-minutes", 10)
+    minutes = from_argv(arguments, options).get("distributed-timeout-minutes", 10)
     init_process_group(timedelta(minutes=float(str(minutes))))
-    sys.argv = [script, *to_argv(MEGATRON_DEFAULTS, options), *words]
-    sys.path.insert(0, str(Path(script).resolve().parent))  # as Python itself does for a script
+    sys.argv = [script, *to_argv(MEGATRON_DEFAULTS, options), *arguments]
+    sys.path.insert(0, str(Path(script).resolve().parent))  # as Python does for a script
     runpy.run_path(script, run_name="__main__")
     return 0
 
 
 if __name__ == "__main__":
-    # This module once more, under its own name, where others find what it has installed.
+    # Import the module under its own name, where others find the installed state.
     from abkd_megatron import cpu_backend
 
     sys.exit(cpu_backend.main())

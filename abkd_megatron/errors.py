@@ -1,4 +1,4 @@
-"""What can go wrong before the first step, by cause. Each message says what was expected, what was got, the remedy."""
+"""Exceptions, and helpers to raise them on every rank. Messages state what was expected, what was found, and a fix."""
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator
@@ -7,39 +7,39 @@ from typing import Any
 
 
 class AbkdError(Exception):
-    """The base of every error this package raises on purpose; the command line prints it without a traceback."""
+    """Base of all errors that this package raises on purpose; the command line prints them without a traceback."""
 
 
 class ConfigError(AbkdError, ValueError):
-    """A setting, or a pair of settings, that cannot be run."""
+    """Invalid setting, or invalid combination of settings."""
 
 
 class CheckpointError(AbkdError):
-    """A checkpoint that is missing, damaged, or of another model than the configuration says."""
+    """Checkpoint that is missing, damaged, or does not match the configuration."""
 
 
 class DataError(AbkdError):
-    """Text, tokenizer or prepared data that cannot be used as it stands."""
+    """Text, tokenizer or prepared data that cannot be used."""
 
 
 class NumericalError(AbkdError, ArithmeticError):
-    """A loss that is NaN or infinite before Megatron's own checks have begun."""
+    """NaN or Inf loss before Megatron's own checks."""
 
 
 class HostError(AbkdError):
-    """The installed Megatron, or this machine, lacks what the job needs."""
+    """Missing requirement of the installed Megatron or this machine."""
 
 
 @contextmanager
 def on_every_rank() -> Iterator[None]:
-    """Run the block on every rank of the job; if it raises an `AbkdError` on any of them, raise it on all.
+    """Run the block on every rank; if it raises an `AbkdError` on any rank, raise it on all.
 
-    Without this the healthy ranks would go on into a collective that the failed one never joins. The block itself
-    must not hold a collective that a failing rank could skip.
+    This keeps the other ranks from waiting in a collective that the failed rank never enters. The block must not
+    contain a collective that a failing rank could skip.
 
-    Collectives: one all_gather_object over the whole job; none where torch.distributed is not initialized.
+    Collectives: one all_gather_object over the whole job; none if torch.distributed is not initialized.
     """
-    import torch.distributed as dist  # only here: `env` says what is missing even where torch is
+    import torch.distributed as dist  # deferred: `env` works without torch
 
     error: AbkdError | None = None
     try:
@@ -61,36 +61,36 @@ def on_every_rank() -> Iterator[None]:
 
 
 def from_rank_0[T](function: Callable[[], T]) -> T:
-    """What `function` returns on rank 0, on every rank of the job; so an `AbkdError` that it raises there.
+    """Return the result of `function` on rank 0, or raise its `AbkdError`, on every rank.
 
-    For what is read from files that all ranks see: at thousands of ranks the file system is spared.
+    Use it to read shared files once instead of on thousands of ranks.
 
-    Collectives: one broadcast_object_list over the whole job. torch.distributed has to be initialized.
+    Collectives: one broadcast_object_list over the whole job. torch.distributed must be initialized.
     """
     import torch.distributed as dist
 
-    told: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            told[0] = function()
+            outcome[0] = function()
         except AbkdError as error:
-            told[1] = type(error), str(error)
-    dist.broadcast_object_list(told, src=0)
-    if told[1] is not None:
-        kind, message = told[1]
+            outcome[1] = type(error), str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        kind, message = outcome[1]
         raise kind(message)
-    result: T = told[0]
+    result: T = outcome[0]
     return result
 
 
 def check_name(name: object, known: Iterable[str], origin: str, what: str) -> None:
-    """Refuse a name that is none of the known ones, and say which may have been meant.
+    """Reject an unknown name and suggest a known one.
 
     Args:
-        name: as it was given.
-        known: what it may be.
+        name: the given name.
+        known: valid names.
         origin: where it was given.
-        what: the kind of thing it names.
+        what: kind of name, for the message.
 
     Raises:
         ConfigError: if it is unknown.
@@ -106,7 +106,7 @@ def check_name(name: object, known: Iterable[str], origin: str, what: str) -> No
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it."""
+    """Format a value for a message."""
     if isinstance(value, dict):
         return "a nested mapping"
     if isinstance(value, bool):
@@ -115,7 +115,7 @@ def shown(value: object) -> str:
 
 
 def brief(text: str, most: int = 400) -> str:
-    """Someone's text as a message can hold it: what is too long without its middle, what is not printable escaped."""
+    """Shorten text for a message by removing its middle, and escape it unless printable."""
     if len(text) > most:
         text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")

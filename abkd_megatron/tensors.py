@@ -1,6 +1,6 @@
-"""Validation of the tensors that a user gives, and the base of the autograd functions that take them.
+"""Validation of tensors from users, and the base of the autograd functions that take them.
 
-Numbers are checked in `arguments`.
+Numbers are checked in `validation`.
 """
 
 import functools
@@ -15,9 +15,9 @@ from abkd_megatron.errors import ConfigError
 
 
 def check_context(owner: str) -> None:
-    """Reject a call from where the loss cannot be differentiated or captured.
+    """Reject a call from a context in which the loss cannot be differentiated or captured.
 
-    Within torch.compile this is a graph break, and an error with `fullgraph=True`.
+    Within torch.compile this is a graph break, or an error with `fullgraph=True`.
 
     Raises:
         ConfigError: within a transform of torch.func (grad, vmap, jvp, functionalize), torch.export or
@@ -40,17 +40,17 @@ def check_context(owner: str) -> None:
 
 
 def check_tensor(what: str, tensor: object, *, dtype: torch.dtype | None = None, like: Tensor | None = None) -> None:
-    """Reject what is not a plain tensor of numbers in one piece of memory.
+    """Reject anything but a dense, local tensor.
 
     Args:
-        what: how a message names it.
-        tensor: as it was given.
-        dtype: that it must have; None for any floating one.
-        like: a tensor on whose device it must be; None for any device.
+        what: name of the tensor in messages.
+        tensor: the value to check.
+        dtype: required dtype; None for any floating one.
+        like: a tensor on the required device; None for any device.
 
     Raises:
-        ConfigError: for anything but a tensor (a NumPy array, a list), a DTensor, a sparse or nested tensor, another
-            dtype or another device.
+        ConfigError: for a non-tensor (NumPy array, list), a DTensor, a sparse or nested tensor, another dtype or
+            another device.
     """
     if not isinstance(tensor, Tensor):
         raise ConfigError(
@@ -59,8 +59,8 @@ def check_tensor(what: str, tensor: object, *, dtype: torch.dtype | None = None,
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(tensor, distributed.DTensor):
         raise ConfigError(
-            f"expected {what} to be this rank's own tensor, got a DTensor: pass its to_local(), and the process group "
-            "over which the vocabulary is sharded"
+            f"expected {what} to be this rank's local tensor, got a DTensor: pass its to_local(), and the process "
+            "group over which the vocabulary is sharded"
         )
     if tensor.layout != torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else str(tensor.layout)
@@ -70,16 +70,16 @@ def check_tensor(what: str, tensor: object, *, dtype: torch.dtype | None = None,
     if dtype is not None and tensor.dtype != dtype:
         raise ConfigError(f"expected {what} of dtype {dtype}, got {tensor.dtype}: convert it with .to({dtype})")
     if dtype is None and not tensor.dtype.is_floating_point:
-        raise ConfigError(f"expected {what} of a floating dtype, got {tensor.dtype}: pass a model's own")
+        raise ConfigError(f"expected {what} of a floating dtype, got {tensor.dtype}: pass a model's output")
     if like is not None and tensor.device != like.device:
         raise ConfigError(f"expected {what} on {like.device}, got {tensor.device}: move it with .to('{like.device}')")
 
 
 def constant(tensor: Tensor) -> Tensor:
-    """`tensor` as autograd may keep it for backward, without a gradient and without a copy.
+    """Return `tensor` in a form that autograd can save for backward, without gradient and without a copy.
 
-    One that was made in torch.inference_mode is given a tensor of its own on the same memory. Nothing then notices
-    that it is overwritten before backward: autograd does not count versions of inference tensors.
+    An inference tensor is replaced by an alias of its memory. Autograd does not track versions of inference tensors, so
+    overwriting it before backward goes undetected.
     """
     tensor = tensor.detach().resolve_neg()
     if not tensor.is_inference() or torch.is_inference_mode_enabled():
@@ -91,10 +91,10 @@ def constant(tensor: Tensor) -> Tensor:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether the numbers of a tensor are where its pointer and strides say, as native code assumes.
+    """Return True if a tensor's data is where its pointer and strides say, as native code assumes.
 
-    False for fake and meta tensors, wrappers such as DTensor, tensors within torch.func's transforms, freed storages
-    and lazy negations. An empty tensor has no numbers, so it is True.
+    False for fake and meta tensors, wrappers such as DTensor, tensors within torch.func transforms, freed storages and
+    lazy negations. True for empty tensors.
     """
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # a wrapper, such as FakeTensor
         return False
@@ -114,20 +114,20 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def is_traced() -> bool:
-    """Whether torch operations are being recorded or faked, so that what native code writes would not be seen."""
+    """Return True if torch operations are being traced or faked, which would miss writes by native code."""
     keys = torch._C._TorchDispatchModeKey
     return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
 
 
 class Function(torch.autograd.Function):
-    """An autograd function that can be differentiated once, in reverse mode; everything else raises by name.
+    """Autograd function that is differentiable once, in reverse mode; any other derivative raises.
 
-    torch's `once_differentiable` gives a gradient that looks like a constant where no gradient of an output has a
-    graph itself, which is so for every sum of a loss: its second derivatives are then silently 0.
+    torch's `once_differentiable` returns a constant gradient if no output gradient has a graph, which is the case for
+    every sum of a loss. Second derivatives would then silently be 0.
     """
 
     title: ClassVar[str] = ""
-    """What it computes, for messages."""
+    """Name of the result, for messages."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -135,7 +135,7 @@ class Function(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        """Forward-mode differentiation."""
+        """Reject forward-mode differentiation."""
         raise ConfigError(
             "forward-mode differentiation (torch.autograd.forward_ad) of the distillation losses is not supported: use "
             "torch.autograd.grad or backward()"
@@ -147,7 +147,7 @@ def _once(backward: Callable[..., Any], title: str) -> Callable[..., Any]:
     def call(ctx: Any, *gradients: Tensor | None) -> Any:
         if not torch.is_grad_enabled():
             return backward(ctx, *gradients)
-        # With create_graph=True: the results depend on these, so whoever differentiates them comes by here.
+        # With create_graph=True: attach the results to these, so that differentiating them reaches _Twice.
         depends_on = [it for it in (*gradients, *ctx.saved_tensors) if it is not None and it.requires_grad]
         with torch.no_grad():
             results = backward(ctx, *gradients)
@@ -166,7 +166,7 @@ def _twice(title: str, result: Tensor, depends_on: list[Tensor]) -> Tensor:
 
 
 class _Twice(torch.autograd.Function):
-    """A first derivative; its own derivative raises."""
+    """Identity on a first derivative whose derivative raises."""
 
     @staticmethod
     def forward(ctx: Any, title: str, result: Tensor, *depends_on: Tensor) -> Tensor:
@@ -176,6 +176,6 @@ class _Twice(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         raise ConfigError(
-            f"{ctx.title}: expected to be differentiated once, got a derivative of its gradient (create_graph=True): "
-            "second derivatives are not implemented; use abkd_megatron.losses.reference, which is plain autograd"
+            f"{ctx.title}: expected to be differentiated once, got a derivative of its gradient (create_graph=True), "
+            "which is not implemented: use abkd_megatron.losses.reference, which is plain autograd"
         )

@@ -1,6 +1,6 @@
-"""Validation of the numbers that a user gives; tensors are checked in `tensors`. Does not import torch.
+"""Validation of numbers from users; tensors are checked in `tensors`. Does not import torch.
 
-A number is anything that Python's `numbers` calls one: int, float, Fraction and the scalars of NumPy. A bool is not.
+A number is any instance of Python's `numbers`: int, float, Fraction and NumPy scalars. A bool is not a number.
 """
 
 import math
@@ -11,21 +11,21 @@ from abkd_megatron.errors import ConfigError
 
 
 def _real(number: object) -> float:
-    """`number` as a float; NaN for whatever is not a finite real number."""
+    """Return `number` as a float, or NaN if it is not a finite real number."""
     if not isinstance(number, numbers.Real) or isinstance(number, bool):
         return math.nan
     try:
         result = float(number)
-    except OverflowError:  # an int or a fraction beyond every float
+    except OverflowError:  # an int or Fraction out of range
         return math.nan
     return result if math.isfinite(result) else math.nan
 
 
 def finite_number(owner: str, name: str, number: object) -> float:
-    """`number` as a float.
+    """Return `number` as a float.
 
     Raises:
-        ConfigError: if it is not a finite real number (a bool is not).
+        ConfigError: if it is not a finite real number.
     """
     if math.isnan(result := _real(number)):
         raise ConfigError(
@@ -35,7 +35,7 @@ def finite_number(owner: str, name: str, number: object) -> float:
 
 
 def positive_number(owner: str, name: str, number: object, remedy: str = "give a number such as 1.0") -> float:
-    """`number` as a float.
+    """Return `number` as a float.
 
     Raises:
         ConfigError: if it is not a finite real number above 0.
@@ -46,7 +46,7 @@ def positive_number(owner: str, name: str, number: object, remedy: str = "give a
 
 
 def weight_number(owner: str, name: str, number: object) -> float:
-    """`number` as a float.
+    """Return `number` as a float.
 
     Raises:
         ConfigError: if it is not a finite real number of at least 0.
@@ -57,7 +57,7 @@ def weight_number(owner: str, name: str, number: object) -> float:
 
 
 def share_of_mass(owner: str, name: str, number: object) -> float:
-    """`number` as a float.
+    """Return `number` as a float.
 
     Raises:
         ConfigError: if it is not between 0 and 1, both excluded.
@@ -69,7 +69,7 @@ def share_of_mass(owner: str, name: str, number: object) -> float:
 
 
 def whole_number(owner: str, name: str, number: object, least: int, remedy: str = "") -> int:
-    """`number` as an int; a float without a fraction is one.
+    """Return `number` as an int; floats without a fractional part are accepted.
 
     Raises:
         ConfigError: if it is not a whole number, or below `least`.
@@ -85,12 +85,12 @@ def whole_number(owner: str, name: str, number: object, least: int, remedy: str 
 
 
 def flag(owner: str, name: str, value: object) -> bool:
-    """`value` as a bool.
+    """Return `value` as a bool.
 
     Raises:
-        ConfigError: if it is neither true nor false; 0 and 1 are not.
+        ConfigError: if it is not a bool; 0 and 1 are not.
     """
-    numpy = sys.modules.get("numpy")  # only whoever has imported it has such bools
+    numpy = sys.modules.get("numpy")  # without it there are no NumPy bools
     if isinstance(value, bool) or (numpy is not None and isinstance(value, numpy.bool_)):
         return bool(value)
     raise ConfigError(f"{owner}: expected {name} to be true or false, got {value!r}: give a bool")

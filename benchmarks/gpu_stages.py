@@ -454,7 +454,7 @@ def head(report: Report, place: Place, given: argparse.Namespace) -> None:
     from loss import DTYPES
 
     from abkd_megatron.vocab_parallel import VocabShard
-    from abkd_megatron.vocab_parallel.fused_head import automatic_chunk_tokens, bytes_of_a_token
+    from abkd_megatron.vocab_parallel.fused_head import automatic_chunk_tokens, bytes_per_token
 
     start_ranks(place)
     vocab, tokens, (h, wide) = VOCABULARIES[place.size][0], TOKENS[place.size], HIDDEN[place.size]
@@ -472,7 +472,7 @@ def head(report: Report, place: Place, given: argparse.Namespace) -> None:
             VocabShard.megatron(vocab),
         )
         del hidden, weight
-    of_token = bytes_of_a_token(case.student_weight, case.shard)
+    of_token = bytes_per_token(case.student_weight, case.shard)
     chunk = 4 if place.is_tiny else automatic_chunk_tokens(case.student_weight.device, of_token)
     heads = {
         MATERIALIZED: materialized(in_place=False),

@@ -316,7 +316,7 @@ def layout_of(name: str) -> dict[str, Any]:
 
     Returns:
         "groups" over the whole job, "own", of which so many have this rank in them, and "members" of the largest;
-        "seconds" of the layout; "cell", its ranks.
+        "seconds" of the layout; "sharing group", its ranks.
     """
     from abkd_megatron.teacher.layout import RankCoords, TeacherLayout
 
@@ -329,18 +329,18 @@ def layout_of(name: str) -> dict[str, Any]:
     seconds = time.perf_counter() - begun
     # Of each kind of group: how many ranks one has, and how many groups there are.
     sizes = [(len(layout.pipeline), world // len(layout.pipeline))] if layout.pipeline_parallel > 1 else []
-    if not layout.is_students:
+    if not layout.matches_student:
         share = layout.tensor_parallel * layout.pipeline_parallel
-        pipelines, cells = world // layout.pipeline_parallel, world // len(layout.cell)
+        pipelines, sharing_groups = world // layout.pipeline_parallel, world // len(layout.sharing_group)
         sizes += [(world // share, share), (layout.tensor_parallel, world // layout.tensor_parallel)]
-        sizes += [(layout.pipeline_parallel, pipelines), *[(len(layout.cell), cells)] * 2]
-        sizes += [(len(layout.cell) // layout.student_stages, cells)]
+        sizes += [(layout.pipeline_parallel, pipelines), *[(len(layout.sharing_group), sharing_groups)] * 2]
+        sizes += [(len(layout.sharing_group) // layout.student_stages, sharing_groups)]
     return {
         "case": name,
         "seconds": round(seconds, 3),
-        "cell": len(layout.cell),
+        "sharing group": len(layout.sharing_group),
         "groups": sum(number for _, number in sizes),
-        "own": len(sizes) - (not layout.is_students and layout.place.pp > 0),
+        "own": len(sizes) - (not layout.matches_student and layout.coords.pp > 0),
         "members": max((members for members, _ in sizes), default=0),
     }
 
@@ -380,8 +380,8 @@ def table(rows: list[dict[str, Any]], layouts: list[dict[str, Any]]) -> list[str
     lines = [f"| layout | rank | {' | '.join(kinds)} | waiting |", "|---" * (len(kinds) + 3) + "|"]
     for row in rows:
         found = (of_micro_batch(row, kind) for kind in kinds)
-        cells = [f"{times:g}: {size / MIB:.3g}" if times else "" for times, size in found]
-        lines.append(f"| {row['case']} | {row['kind']} | {' | '.join(cells)} | {row['waiting'] / MIB:.3g} |")
+        sharing_groups = [f"{times:g}: {size / MIB:.3g}" if times else "" for times, size in found]
+        lines.append(f"| {row['case']} | {row['kind']} | {' | '.join(sharing_groups)} | {row['waiting'] / MIB:.3g} |")
     lines += ["", "| layout | groups of the job | of a rank | ranks of the largest |", "|---|---|---|---|"]
     lines += [f"| {of['case']} | {of['groups']} | {of['own']} | {of['members']} |" for of in layouts]
     return lines

@@ -131,7 +131,7 @@ UNSUPPORTED = (
     Feature(
         "mtp_num_layers",
         "multi-token prediction",
-        "no loss here compares what its layers predict",
+        "its layers predict what no loss here compares",
         _ANYWHERE,
         ("teacher",),
         remedy="remove mtp-num-layers from `teacher:` (the checkpoint may have them)",

@@ -225,24 +225,24 @@ def local_second_record(
     dtype: torch.dtype,
     scalars: Tensor,
     value: bool,
-    slope: bool,
+    grad_log_q: bool,
 ) -> Tensor:
     """Compute `eager.local_second_record` for all rows at once; any row stride.
 
     Raises:
-        ConfigError: for a divergence other than ToDi, or logits other than fp32 and bf16.
-        HostError: for tensors without CPU memory, or if the kernel cannot be built.
+        ConfigError: for a divergence other than ToDi, and as `local_record`.
+        HostError: as `local_record`.
     """
     _check(student, teacher, divergence)
     assert isinstance(divergence, ToDi)  # alpha-beta separates
     num_rows, num_columns = student.shape
-    record = torch.zeros(value + slope, num_rows, dtype=torch.float64, device="cpu")
+    record = torch.zeros(value + grad_log_q, num_rows, dtype=torch.float64, device="cpu")
     if num_rows == 0 or num_columns == 0:
         return record
     settings = _settings([], temperature, **_todi(divergence))
     _library().abkd_second_record(
         _pointer(record[0] if value else None),
-        _pointer(record[-1] if slope else None),
+        _pointer(record[-1] if grad_log_q else None),
         _Logits.of(student),
         _Logits.of(teacher),
         *(ctypes.c_int64(number) for number in (num_rows, num_columns)),
@@ -268,8 +268,8 @@ def local_gradient(
     """Compute `eager.local_gradient` for all rows at once; any row stride, and `out` may be the student.
 
     Raises:
-        ConfigError: for a divergence other than AlphaBeta and ToDi, or logits other than fp32 and bf16.
-        HostError: for tensors without CPU memory, or if the kernel cannot be built.
+        ConfigError: as `local_record`.
+        HostError: as `local_record`.
     """
     _check(student, teacher, divergence)
     num_rows, num_columns = student.shape

@@ -141,7 +141,7 @@ class Columns(ABC):
 
         def compute() -> Tensor:
             search = _Search(self, teacher, pair.log_p)
-            bound = round(mass * _WHOLE) + (-_SLACK if crossing_in_head else _SLACK)
+            bound = round(mass * _ONE) + (-_SLACK if crossing_in_head else _SLACK)
             level = search.last_below(bound, crossing_in_head)
             return torch.stack([level.double(), search.ties_within(level, bound, crossing_in_head)])
 
@@ -203,7 +203,7 @@ def _top_indices(ranked: Tensor, k: int) -> Tensor:
 
 # Probabilities are integer multiples of 2^-52, so that sums are exact in any order and over any number of ranks.
 # torch's float cumsum is not deterministic on GPUs.
-_WHOLE = 2**52
+_ONE = 2**52  # probability 1
 _SLACK = 2**12
 _DIGIT = 8  # bits per round of the search
 
@@ -217,7 +217,7 @@ class _Search:
     def __init__(self, columns: Columns, teacher: Tensor, log_p: Tensor) -> None:
         self.columns = columns
         self.order = (-teacher).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
-        self.units = (log_p.double().exp() * _WHOLE).nan_to_num_(0.0).round_().long()
+        self.units = (log_p.double().exp() * _ONE).nan_to_num_(0.0).round_().long()
         self.sorted, index = self.order.sort(dim=-1)
         self.before = torch.nn.functional.pad(self.units.gather(-1, index).cumsum(dim=-1), (1, 0))
         self.integer = torch.int64 if teacher.dtype == torch.float64 else torch.int32

@@ -50,7 +50,7 @@ class HiddenLoss:
         return f"hidden loss {self.pair}"
 
 
-def refuse_twins(losses: Sequence[HiddenLoss]) -> None:
+def reject_duplicate_pairs(losses: Sequence[HiddenLoss]) -> None:
     """Reject two losses for one pair of layers: they would share a name and a projector.
 
     Raises:

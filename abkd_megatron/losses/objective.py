@@ -7,7 +7,7 @@ from typing import Any
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.alpha_beta import AlphaBeta
 from abkd_megatron.losses.base import Divergence, LogitLoss
-from abkd_megatron.losses.hidden import HiddenLoss, refuse_twins
+from abkd_megatron.losses.hidden import HiddenLoss, reject_duplicate_pairs
 from abkd_megatron.losses.schedule import Progress, Schedule, both_zero
 from abkd_megatron.losses.selection import TokenSelection
 from abkd_megatron.validation import flag, positive_number, weight_number, whole_number
@@ -72,7 +72,7 @@ class Objective:
                 f"{', '.join(self.names_of_logit_losses)}: they need the teacher's logits at every token; select by "
                 "teacher_entropy or disagreement, or remove the losses"
             )
-        refuse_twins(self.hidden_losses)
+        reject_duplicate_pairs(self.hidden_losses)
         if self.kd_weight == 0 and self.lm_weight == 0:
             raise ConfigError("kd_weight and lm_weight must not both be 0; raise one of them")
 

@@ -136,13 +136,13 @@ def _checked_student(
     for who, config in (("student", chunks[0].config), ("teacher", teacher.model.config)):
         check_features(config, who, MODEL)
         check_stages(config, who)
-    if teacher.layout.neighbors > 1 and chunks[0].config.variable_seq_lengths:
+    if teacher.layout.num_dp_replicas > 1 and chunks[0].config.variable_seq_lengths:
         raise ConfigError(
             "variable_seq_lengths is not supported with a teacher that spans several DP replicas, whose micro-batches "
             "it runs together: turn it off, or give the teacher the student's tensor parallelism"
         )
     if chunks[0].config.variable_seq_lengths and teacher.layout.student_stages > 1:
-        if not teacher.layout.is_students:
+        if not teacher.layout.matches_student:
             raise ConfigError(
                 "variable_seq_lengths over pipeline stages is not supported with independent teacher parallelism: its "
                 "messages pass stages that do not know their length; pad micro-batches to one length, or remove the "

@@ -109,7 +109,7 @@ def check_pairs(
             of micro-batches.
     """
     config, theirs = chunks[0].config, teacher.model.config
-    same_layout = teacher.layout.is_students and theirs.sequence_parallel == config.sequence_parallel
+    same_layout = teacher.layout.matches_student and theirs.sequence_parallel == config.sequence_parallel
     check_layers(losses, stages, same_layout=same_layout, sizes=(config.hidden_size, theirs.hidden_size))
     for loss in losses:
         chunk = _chunk_of(chunks, loss)
@@ -277,7 +277,7 @@ class HiddenLosses:
                 self._watch(_Chunk(chunk, pairs), teacher)
 
         names = {stage: [x.name for x in losses if x.student_layer in of.student] for stage, of in stages.items()}
-        self._stage, self._last, pipeline = teacher.layout.place.pp, max(stages), teacher.layout.pipeline
+        self._stage, self._last, pipeline = teacher.layout.coords.pp, max(stages), teacher.layout.pipeline
         self._last_rank = pipeline[-1]
         # (rank, names of the losses it sends) of the earlier stages, in order.
         self._sources = [(pipeline[at], names[at]) for at in sorted(stages) if at < self._last and names[at]]

@@ -15,7 +15,7 @@ from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_divergence
 from abkd_megatron.vocab_parallel.execution import Execution
-from abkd_megatron.vocab_parallel.fused_head import automatic_chunk_tokens, bytes_of_a_token
+from abkd_megatron.vocab_parallel.fused_head import automatic_chunk_tokens, bytes_per_token
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def propose_plan(
     check_fused(execution, reasons)
     with kernels.using(execution.kernel) as choice:
         name = try_kernel(objective, weight)
-    of_token = bytes_of_a_token(weight, shard)
+    of_token = bytes_per_token(weight, shard)
     chunk_tokens = execution.chunk_tokens or automatic_chunk_tokens(weight.device, of_token)
     whole = f"{weight.shape[0]} logits of both models"
     if tokens is not None:

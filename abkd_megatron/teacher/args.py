@@ -20,7 +20,7 @@ from abkd_megatron.config.values import MegatronOptions
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.inherited import declared_vocabulary, inherited_architecture, of_checkpoint, teacher_settings
-from abkd_megatron.teacher.layout import neighbors_of
+from abkd_megatron.teacher.layout import sharing_group_shape
 
 # What teacher and student share: they see the same tokens, each on the rank that holds them.
 _SHARED = ("context_parallel_size", "seq_length", "micro_batch_size", "tokenizer_type", "tokenizer_model")
@@ -56,7 +56,7 @@ def teacher_arguments(
                 "remove it from `teacher:`"
             )
     students, teachers = ((of.tensor_model_parallel_size, of.pipeline_model_parallel_size) for of in (student, args))
-    neighbors_of(students, student.data_parallel_size, teachers, has_experts=args.num_experts is not None)
+    sharing_group_shape(students, student.data_parallel_size, teachers, has_experts=args.num_experts is not None)
     if student.create_attention_mask_in_dataloader and students != teachers:
         raise ConfigError(
             "a teacher in a layout of its own is sent tokens, not attention masks; give "

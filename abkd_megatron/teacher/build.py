@@ -1,4 +1,4 @@
-"""The teacher: built in its own layout, loaded from its own checkpoint, then frozen."""
+"""Construction of the teacher: built in its own layout, loaded from its checkpoint, frozen."""
 
 import copy
 import random
@@ -30,33 +30,36 @@ class Teacher:
     """This rank's share of a frozen teacher."""
 
     model: GPTModel
-    """Its stage, in eval mode, without gradients. Its forward ends with hidden states where the head is apart."""
+    """This rank's stage, in eval mode, without gradients. With a separate head its forward returns hidden states."""
     layout: TeacherLayout
     pg_collection: ProcessGroupCollection
-    """The teacher's own process groups."""
+    """The teacher's process groups."""
     head: Any
-    """The output layer, sharded as the student's: a module on the student's last stage, elsewhere None."""
+    """Output layer, sharded like the student's: a module on the student's last stage, elsewhere None."""
 
     @classmethod
     def of(cls, model: GPTModel, pg_collection: ProcessGroupCollection) -> "Teacher":
-        """A teacher that lies as the student does, from a model that is built and loaded; it is frozen here.
+        """Wrap and freeze a built and loaded model that has the student's layout.
 
         Args:
             model: this rank's stage.
-            pg_collection: its process groups and the student's: `tp`, `pp`, `cp` and `dp` are used.
+            pg_collection: process groups of teacher and student: `tp`, `pp`, `cp` and `dp` are used.
+
+        Raises:
+            ConfigError: if its tensor or pipeline parallelism differs from the student's.
 
         Collectives: one all_gather_object.
         """
-        layout = _layout(model.config, _places(pg_collection))
-        if not layout.is_students:
+        layout = _layout(model.config, _gather_coords(pg_collection))
+        if not layout.matches_student:
             raise ConfigError(
-                "the teacher has another tensor or pipeline parallelism than the student: build_teacher()"
+                "expected a teacher with the student's tensor and pipeline parallelism, got another; use build_teacher"
             )
         _freeze(model)
         return cls(model, layout, pg_collection, model.output_layer if model.post_process else None)
 
     def output_layer(self, hidden_states: torch.Tensor) -> OutputLayer:
-        """What the loss makes of the teacher's last hidden states."""
+        """Return the output layer applied to the teacher's last hidden states."""
         assert self.head is not None
         tied = None
         if self.model.share_embeddings_and_output_weights:
@@ -64,7 +67,7 @@ class Teacher:
         return OutputLayer(hidden_states, self.head, tied, self.model._scale_logits)
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """All parameters on this rank."""
+        """Iterate over all parameters on this rank."""
         yield from self.model.parameters()
         if self.head is not None and self.head is not getattr(self.model, "output_layer", None):
             yield from self.head.parameters()
@@ -80,49 +83,49 @@ def build_teacher(
 ) -> Teacher:
     """Build this rank's share of the teacher, load it and freeze it.
 
-    The teacher is never a submodule of the student: it stays out of the student's state dict, optimizer, gradient
-    buffers and parameter count. Random states are left as they were found, so a run with a teacher draws the same
-    numbers as one without.
+    The teacher is not a submodule of the student, so it is absent from the student's state dict, optimizer, gradient
+    buffers and parameter count. Random states are restored, so a run with a teacher draws the same numbers as one
+    without.
 
-    Its tensor, pipeline and expert parallelism are the config's. Where they are the student's, so are its process
-    groups. Where not, it gets groups of its own over the same ranks (see `TeacherLayout`), its body ends with the last
-    norm, and its output layer is made apart, sharded as the student's, on the ranks that take the loss.
+    If the teacher has the student's tensor, pipeline and expert parallelism, it uses the student's process groups.
+    Otherwise it gets new groups over the same ranks (see `TeacherLayout`), its body ends with the final norm, and a
+    separate output layer, sharded like the student's, is built on the ranks that compute the loss.
 
     Args:
-        config: Megatron's model config, from the teacher's arguments; without virtual pipeline stages.
+        config: Megatron's model config, from the teacher's arguments; no virtual pipeline stages.
         checkpoint: opened and checked against those arguments.
-        pg_collection: the process groups of the student: `tp`, `pp`, `cp`, `dp` and `dp_cp` are used, with experts
-            `ep`, too.
-        sequence_parallel: whether the student is; None for as the teacher is.
-        timeout: of groups made here.
+        pg_collection: the student's process groups: `tp`, `pp`, `cp`, `dp` and `dp_cp` are used; with experts also
+            `ep`.
+        sequence_parallel: whether the student is sequence parallel; None if as the teacher.
+        timeout: of groups created here.
 
     Raises:
-        CheckpointError: on every rank, when the checkpoint does not fit on any.
-        ConfigError: on every rank, for a layout that cannot be had on these ranks, see `TeacherLayout`.
+        CheckpointError: on every rank, if the checkpoint does not match on any.
+        ConfigError: on every rank, for a layout that these ranks do not allow, see `TeacherLayout`.
 
-    Collectives: those of building a Megatron model and of a distributed load; a few all_gather_object.
+    Collectives: from building a Megatron model and a distributed load; a few all_gather_object.
     """
-    transformer, places = config.transformer, _places(pg_collection)
-    layout = _layout(transformer, places)
-    students_scatter = transformer.sequence_parallel if sequence_parallel is None else sequence_parallel
-    apart = not layout.is_students or students_scatter != transformer.sequence_parallel
-    groups = _process_groups(config, layout, places, pg_collection, timeout)
-    if apart:
+    transformer, all_coords = config.transformer, _gather_coords(pg_collection)
+    layout = _layout(transformer, all_coords)
+    student_sequence_parallel = transformer.sequence_parallel if sequence_parallel is None else sequence_parallel
+    separate_head = not layout.matches_student or student_sequence_parallel != transformer.sequence_parallel
+    groups = _process_groups(config, layout, all_coords, pg_collection, timeout)
+    if separate_head:
         config = copy.copy(config)
-        config.share_embeddings_and_output_weights = False  # the body needs no second copy of the embedding
+        config.share_embeddings_and_output_weights = False  # avoids a second copy of the embedding
     with random_states_kept():
         (model,) = config.get_builder_cls()(config).build_distributed_models(
             groups, wrap_with_ddp=False, mixed_precision_wrapper=None
         )
         head = getattr(model, "output_layer", None)
-        if apart:
-            head = _head_apart(config, students_scatter, pg_collection)
-    if apart and model.post_process:
-        model.post_process = False  # of the model, not of its decoder: the last norm stays
+        if separate_head:
+            head = _build_separate_head(config, student_sequence_parallel, pg_collection)
+    if separate_head and model.post_process:
+        model.post_process = False  # of the model only: its decoder keeps the final norm
         del model.output_layer
     wanted = model.sharded_state_dict(metadata=checkpoint.metadata(groups.dp_cp))
     model.load_state_dict(checkpoint.load(wanted, groups.dp_cp))
-    if apart:
+    if separate_head:
         _load_head(head, checkpoint, pg_collection)
     for module in (model, head):
         if module is not None:
@@ -131,10 +134,10 @@ def build_teacher(
 
 
 def to_params_dtype(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """Cast a loaded model as Megatron casts one for training: all of it but the biases of MoE routers.
+    """Cast a loaded model as Megatron does for training: everything except the biases of MoE routers.
 
-    Float16Module casts parameters and buffers. Routers then make their biases fp32 again, since top-k routing depends
-    on their last bits. Megatron loads them after that; here they are loaded already and keep every bit.
+    Float16Module casts parameters and buffers. Routers then restore fp32 biases, because top-k routing depends on their
+    last bits. Megatron loads weights after that; here they are already loaded, so the biases are copied back unrounded.
 
     Args:
         module: changed in place.
@@ -157,25 +160,25 @@ def to_params_dtype(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Mod
 def _process_groups(
     config: GPTModelConfig,
     layout: TeacherLayout,
-    places: Sequence[RankCoords],
-    students: ProcessGroupCollection,
+    all_coords: Sequence[RankCoords],
+    student_groups: ProcessGroupCollection,
     timeout: timedelta,
 ) -> ProcessGroupCollection:
-    """The teacher's process groups; the student's where they serve."""
+    """Return the teacher's process groups, reusing the student's where they match."""
     transformer = config.transformer
-    groups = copy.copy(students)
-    if not layout.is_students:
-        shares: list[tuple[int, int]] = [(0, 0)] * len(places)
+    groups = copy.copy(student_groups)
+    if not layout.matches_student:
+        shares: list[tuple[int, int]] = [(0, 0)] * len(all_coords)
         dist.all_gather_object(shares, (layout.stage, layout.index))
-        # Of a large job they are many ranks in few groups: who is in one is not told again, by each to each.
+        # In a large job these are few groups of many ranks, so their members are not exchanged as lists.
         same: dict[tuple[int, int], list[int]] = defaultdict(list)
         for rank, share in enumerate(shares):
             same[share].append(rank)
         copies = new_group_of(map(tuple, same.values()), same[layout.stage, layout.index], timeout)
         groups = ProcessGroupCollection(
-            tp=new_group(layout.host, timeout),
+            tp=new_group(layout.stage_group, timeout),
             pp=new_group(layout.pipeline, timeout),
-            cp=students.cp,
+            cp=student_groups.cp,
             dp=copies,
             dp_cp=copies,
             embd=None,
@@ -183,9 +186,9 @@ def _process_groups(
         )
     experts = transformer.expert_model_parallel_size
     tensor = transformer.expert_tensor_parallel_size or transformer.tensor_model_parallel_size
-    if transformer.num_moe_experts and (experts, tensor) != (students.ep.size(), students.expt_tp.size()):
-        # As Megatron lays them out: expert-tensor ranks side by side, then experts, within a pipeline stage.
-        stage = sorted((p.dp, p.cp, p.tp, rank) for rank, p in enumerate(places) if p.pp == layout.place.pp)
+    if transformer.num_moe_experts and (experts, tensor) != (student_groups.ep.size(), student_groups.expt_tp.size()):
+        # Megatron's order within a pipeline stage: expert-tensor ranks, then experts.
+        stage = sorted((p.dp, p.cp, p.tp, rank) for rank, p in enumerate(all_coords) if p.pp == layout.coords.pp)
         ranks = [rank for *_, rank in stage]
         check_experts(len(ranks), experts, tensor)
         me = ranks.index(dist.get_rank())
@@ -202,7 +205,7 @@ def _process_groups(
 
 
 def check_experts(num_ranks: int, experts: int, tensor: int) -> None:
-    """Refuse expert groups of the teacher that do not fit its ranks.
+    """Reject expert groups of the teacher that do not fit its ranks.
 
     Args:
         num_ranks: of one pipeline stage.
@@ -210,23 +213,23 @@ def check_experts(num_ranks: int, experts: int, tensor: int) -> None:
         tensor: expert-tensor-parallel-size.
 
     Raises:
-        ConfigError: naming all three.
+        ConfigError: with all three numbers.
     """
     if num_ranks % (tensor * experts):
         raise ConfigError(
-            f"teacher.expert-model-parallel-size {experts} x expert-tensor-parallel-size {tensor} does not divide "
-            f"the {num_ranks} ranks of a pipeline stage; make one of them smaller"
+            f"expected teacher.expert-model-parallel-size {experts} x expert-tensor-parallel-size {tensor} to divide "
+            f"the {num_ranks} ranks of a pipeline stage; lower one of them"
         )
 
 
-def _head_apart(
-    config: GPTModelConfig, sequence_parallel: bool, students: ProcessGroupCollection
+def _build_separate_head(
+    config: GPTModelConfig, sequence_parallel: bool, student_groups: ProcessGroupCollection
 ) -> ColumnParallelLinear | None:
-    """The teacher's output layer in the student's layout, on the student's last stage."""
-    if students.pp.rank() + 1 < students.pp.size():
+    """Build the teacher's output layer in the student's layout, on the student's last stage."""
+    if student_groups.pp.rank() + 1 < student_groups.pp.size():
         return None
     transformer = copy.copy(config.transformer)
-    transformer.tensor_model_parallel_size = students.tp.size()
+    transformer.tensor_model_parallel_size = student_groups.tp.size()
     transformer.sequence_parallel = sequence_parallel
     return ColumnParallelLinear(
         transformer.hidden_size,
@@ -235,39 +238,39 @@ def _head_apart(
         init_method=transformer.init_method,
         bias=False,
         gather_output=False,
-        tp_group=students.tp,
+        tp_group=student_groups.tp,
     )
 
 
 def _load_head(
-    head: ColumnParallelLinear | None, checkpoint: TeacherCheckpoint, students: ProcessGroupCollection
+    head: ColumnParallelLinear | None, checkpoint: TeacherCheckpoint, student_groups: ProcessGroupCollection
 ) -> None:
-    """Read the output layer's weight; that of a tied teacher is saved as its embedding's."""
+    """Load the output layer's weight; for a tied teacher from its embedding."""
     wanted = {}
     if head is not None:
-        metadata = checkpoint.metadata(students.dp_cp)
+        metadata = checkpoint.metadata(student_groups.dp_cp)
         weight = head.sharded_state_dict("output_layer.", metadata=metadata)["output_layer.weight"]
-        weight.allow_shape_mismatch = True  # as GPTModel marks it: the padding depends on the layout
+        weight.allow_shape_mismatch = True  # as in GPTModel: the padding depends on the layout
         if not checkpoint.has("output_layer.weight"):
             weight.key = "embedding.word_embeddings.weight"
         wanted["weight"] = weight
-    loaded = checkpoint.load(wanted, students.dp_cp)
+    loaded = checkpoint.load(wanted, student_groups.dp_cp)
     if head is not None:
         with torch.no_grad():
             head.weight.copy_(loaded["weight"])
 
 
-def _places(pg_collection: ProcessGroupCollection) -> list[RankCoords]:
-    """Where every rank of the job is in the student's layout."""
+def _gather_coords(pg_collection: ProcessGroupCollection) -> list[RankCoords]:
+    """Gather the coordinates of every rank in the student's layout."""
     groups = (getattr(pg_collection, name) for name in ("pp", "dp", "cp", "tp"))
-    places: list[RankCoords] = [RankCoords(0, 0, 0, 0)] * dist.get_world_size()
-    dist.all_gather_object(places, RankCoords(*(0 if group is None else group.rank() for group in groups)))
-    return places
+    all_coords: list[RankCoords] = [RankCoords(0, 0, 0, 0)] * dist.get_world_size()
+    dist.all_gather_object(all_coords, RankCoords(*(0 if group is None else group.rank() for group in groups)))
+    return all_coords
 
 
-def _layout(config: TransformerConfig, places: Sequence[RankCoords]) -> TeacherLayout:
+def _layout(config: TransformerConfig, all_coords: Sequence[RankCoords]) -> TeacherLayout:
     sizes = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    return TeacherLayout(places, dist.get_rank(), *sizes, has_experts=bool(config.num_moe_experts))
+    return TeacherLayout(all_coords, dist.get_rank(), *sizes, has_experts=bool(config.num_moe_experts))
 
 
 def _freeze(module: torch.nn.Module) -> None:
@@ -277,7 +280,7 @@ def _freeze(module: torch.nn.Module) -> None:
 
 @contextmanager
 def random_states_kept() -> Iterator[None]:
-    """Run the block, and put every random state back: what is drawn in it, nobody outside sees."""
+    """Restore all random states after the block."""
     tracker = get_cuda_rng_tracker()
     states = (random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state())
     tracked = tracker.get_states()

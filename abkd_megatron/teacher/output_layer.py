@@ -1,4 +1,4 @@
-"""A model's last hidden states and output layer, from which the loss makes logits.
+"""Last hidden states and output layer of a model, from which the loss computes logits.
 
 Legend: s sequence, b micro-batch, h hidden size, V/TP vocabulary columns of a rank.
 """
@@ -17,13 +17,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class OutputLayer:
-    """A model's last hidden states and what Megatron makes logits of them with."""
+    """A model's last hidden states, with the layer and weight that map them to logits."""
 
     hidden_states: Tensor
     """[s, b, h]; [s/TP, b, h] with sequence parallelism."""
     layer: torch.nn.Module
     tied_weight: Tensor | None
-    """[V/TP, h] if the embedding's weight is the output layer's too."""
+    """[V/TP, h] if the output layer shares the embedding's weight."""
     scale_logits: Callable[[Tensor], Tensor]
 
     @property
@@ -35,25 +35,25 @@ class OutputLayer:
         return self.layer.weight
 
     def logits(self) -> Tensor:
-        """[s, b, V/TP], as Megatron's own."""
+        """Compute logits, [s, b, V/TP], as Megatron does."""
         return self.scale_logits(self.layer(self.hidden_states, weight=self.tied_weight)[0])
 
     def logits_of(self, rows: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
-        """[n, V/TP] of these [n] of the s * b tokens; the others do not go through the layer. Without a gradient.
+        """Compute logits, [n, V/TP], of the tokens `rows`, [n] indices of the s * b, without gradient.
 
         Collectives: with sequence parallelism two all-gathers of hidden states, of all tokens and of these.
         """
         hidden_states = self.whole_hidden_states(tp_group).detach().flatten(0, 1)[rows]
         if len(rows) == 0:
             return hidden_states.new_empty(0, self.weight.shape[0])
-        if getattr(self.layer, "sequence_parallel", False):  # the layer gathers equal parts of them, this being ours
+        if getattr(self.layer, "sequence_parallel", False):  # the layer all-gathers equal parts; pass this rank's
             filled = torch.nn.functional.pad(hidden_states, (0, 0, 0, -len(rows) % tp_group.size()))
             hidden_states = filled.chunk(tp_group.size())[tp_group.rank()].contiguous()
         logits: Tensor = self.layer(hidden_states.unsqueeze(1), weight=self.tied_weight)[0]
         return self.scale_logits(logits)[: len(rows), 0]
 
     def whole_hidden_states(self, tp_group: dist.ProcessGroup) -> Tensor:
-        """[s, b, h]; their gradient, of which each rank has a part, is summed over the ranks (and scattered)."""
+        """Return all hidden states, [s, b, h]; backward sums their partial gradients over the ranks (and scatters)."""
         if getattr(self.layer, "sequence_parallel", False):
             gathered: Tensor = gather_from_sequence_parallel_region(self.hidden_states, group=tp_group)
             return gathered
@@ -61,5 +61,5 @@ class OutputLayer:
         return copied
 
     def scale(self) -> float:
-        """What the logits are multiplied by, MuP's factor."""
+        """Return the factor of the logits (MuP)."""
         return float(self.scale_logits(torch.ones((), dtype=torch.float64, device="cpu")))

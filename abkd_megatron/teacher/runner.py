@@ -1,4 +1,4 @@
-"""The teacher's forward pass on the student's micro-batches: who runs which stage, and what travels where."""
+"""Forward pass of the teacher on the student's micro-batches, with the messages between ranks."""
 
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
@@ -20,41 +20,41 @@ from abkd_megatron.teacher.channel import Channel, Outbox, batched_p2p, new_grou
 _Expected = tuple[Sequence[int], torch.dtype]
 """Shape and dtype of a message."""
 
-# Ahead of a message whose shape the receiver cannot know: its three sizes.
+# Sent before a message whose shape the receiver cannot know: its three sizes.
 _HEADER: _Expected = (3,), torch.int64
 
 
 def hidden_between_stages(config: TransformerConfig, length: int, size: int, tensor_parallel: int) -> _Expected:
-    """Shape and dtype of what two stages of a model exchange: as Megatron's own, fp32 with fp32-residual-connection."""
+    """Return shape and dtype of hidden states between stages, as in Megatron (fp32 with fp32-residual-connection)."""
     length = length // tensor_parallel if config.sequence_parallel else length
     return (length, size, config.hidden_size), config.pipeline_dtype or config.params_dtype
 
 
 class TeacherRunner:
-    """Runs this rank's stage of the teacher, once per micro-batch, wherever `TeacherLayout` has put it.
+    """Runs this rank's stage of the teacher, once per micro-batch, in any `TeacherLayout`.
 
-    Everything happens within the student's forward step, one micro-batch at a time, so nothing has to be known ahead:
-    tokens go from the student's first stage to the first stage of the replica whose turn it is, hidden states from
-    stage to stage of that replica, and the last ones to the student's last stage. With a teacher in the student's
-    layout only the second of the three travels.
+    All work is done within the student's forward step of one micro-batch, so nothing must be known in advance. Tokens
+    go from the student's first stage to the first stage of the replica for this micro-batch, hidden states from stage
+    to stage of that replica, and the last ones to the student's last stage. A teacher in the student's layout only
+    sends hidden states.
 
-    Order of messages. Ranks of one student stage exchange theirs within the forward step of the same micro-batch, where
-    Megatron synchronizes nothing. What goes to a later stage waits in the `Outbox` for Megatron's own send of this
-    micro-batch, and goes one stage at a time; the stages between receive it and pass it on. All of it moves forward, to
-    a later stage or along data-parallel neighbors, so no rank waits for one that waits for it, and stage i is received
-    from no later than stage i + 1 runs the micro-batch: the pipeline is not serialized.
+    Order of messages: ranks of one student stage exchange messages within the forward step, where Megatron does not
+    synchronize. Messages to a later stage wait in the `Outbox` for Megatron's send of this micro-batch and advance one
+    stage at a time; the stages in between relay them. All messages move to a later stage or between DP replicas, so
+    there is no circular wait. Messages from stage i are received no later than stage i + 1 runs the micro-batch, so the
+    pipeline is not serialized.
 
-    By both schedules, when a stage runs micro-batch m, the next stage has received its messages of the micro-batch
-    `max_lead` earlier. Sends older than that are waited for, which blocks nothing, and their tensors are freed: not
-    every backend says by itself that a message has left.
+    In both schedules, when a stage runs micro-batch m, the next stage has received the messages of micro-batch
+    m - `max_lead`. Waiting for older sends therefore never blocks, and frees their tensors; not every backend reports
+    completed sends by itself.
 
     Args:
         chunks: the student's model chunks on this rank.
-        teacher: this rank's stage.
+        teacher: this rank's share of the teacher.
         timeout: for messages.
 
-    Collectives: making it creates a group per pipeline or cell of ranks for each kind of message there is, and connects
-    all pairs of ranks that will exchange messages.
+    Collectives: the constructor creates a group per kind of message and pipeline or sharing group, and connects all
+    pairs of ranks that will exchange messages.
     """
 
     def __init__(self, chunks: Sequence[GPTModel], teacher: Teacher, timeout: timedelta) -> None:
@@ -65,9 +65,9 @@ class TeacherRunner:
         self._extent: tuple[int, int] | None = None
         self._device = next(parameter.device for parameter in (*student.parameters(), *teacher.parameters()))
         self._num_chunks = len(chunks)
-        self._in_a_row = config.microbatch_group_size_per_vp_stage or layout.student_stages
-        max_lead = 2 * len(chunks) * max(layout.student_stages, self._in_a_row) + 2
-        per_micro_batch = layout.neighbors * max(layout.tensor_parallel, layout.student_tensor_parallel)
+        self._microbatch_group_size = config.microbatch_group_size_per_vp_stage or layout.student_stages
+        max_lead = 2 * len(chunks) * max(layout.student_stages, self._microbatch_group_size) + 2
+        per_micro_batch = layout.num_dp_replicas * max(layout.tensor_parallel, layout.student_tensor_parallel)
 
         def channel(kind: str, ranks: Sequence[int]) -> Channel | None:
             group = new_group(ranks, timeout)
@@ -75,16 +75,18 @@ class TeacherRunner:
                 return None
             return Channel(group, layout.links(kind), self._device, max_lead * per_micro_batch)
 
-        # A group for each kind, or two kinds could be mistaken for each other, or wait for each other: some links have
-        # states in one direction and results in the other.
-        cell = () if layout.is_students else layout.cell
+        # One group per kind: some links have hidden states in one direction and results in the other, which could be
+        # confused or wait for each other.
+        sharing_group = () if layout.matches_student else layout.sharing_group
         self._stages = channel("hidden", layout.pipeline if layout.pipeline_parallel > 1 else ())
-        self._tokens, self._results = channel("tokens", cell), channel("results", cell)
-        # Ranks of the first stage exchange tokens at one time.
-        first = [rank for rank in cell if layout.student_stage_of(rank) == 0]
-        self._now = new_group(first if layout.place.pp == 0 else (), timeout)
-        if self._now is not None:
-            dist.barrier(group=self._now)  # NCCL wants all of a group in its first call; exchanges are of some
+        self._tokens, self._results = channel("tokens", sharing_group), channel("results", sharing_group)
+        # Ranks of the first stage exchange tokens in one batch.
+        first = [rank for rank in sharing_group if layout.student_stage_of(rank) == 0]
+        self._first_stage = new_group(first if layout.coords.pp == 0 else (), timeout)
+        if self._first_stage is not None:
+            dist.barrier(
+                group=self._first_stage
+            )  # NCCL needs all ranks in a group's first call; exchanges involve only some
         self._outbox = Outbox(config, self._post_ahead)
         self._posted: dict[tuple[Channel, int], deque[tuple[dist.Work, torch.Tensor]]] = defaultdict(deque)
         self._passes = self._posted_for = 0
@@ -92,30 +94,30 @@ class TeacherRunner:
         if layout.student_stages > 1:
             self._outbox.watch()
             if config.variable_seq_lengths:
-                # NCCL wants all ranks of Megatron's group in its first call, and a stage waits for a header before its.
+                # NCCL needs all ranks in the first call of Megatron's group, but a stage waits for a header before it.
                 dist.barrier(group=teacher.pg_collection.pp)
             if len(chunks) > 1:
                 self._counters = [chunk.register_forward_pre_hook(self._count) for chunk in chunks]
 
     def run(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
-        """Run this rank's share of the cell's next micro-batches.
+        """Run this rank's stage on its share of the sharing group's next micro-batches.
 
         Args:
-            batch: the arguments of the student's forward on this micro-batch.
+            batch: arguments of the student's forward on this micro-batch.
 
         Returns:
-            On the student's last stage, the teacher's last hidden states for this rank's own micro-batch: [s, b, H],
-            or [s/TP, b, H] if the student is sequence parallel. Elsewhere None.
+            On the student's last stage, the teacher's last hidden states for this rank's micro-batch: [s, b, H], or
+            [s/TP, b, H] if the student is sequence parallel. None on other stages.
         """
         layout = self._layout
-        self._outbox.release()  # a schedule without Megatron's P2PCommunicator has let none of them go
+        self._outbox.release()  # needed by schedules without Megatron's P2PCommunicator
         if layout.student_stages > 1:
             self._outbox.watch()
         number, self._micro_batch = self._micro_batch, self._micro_batch + 1
         length, size = self._extent_of(batch)
-        if self._student.training:  # validation may have micro-batches of another size
+        if self._student.training:  # validation may use other sizes
             self._extent = length, size
-        work = [n for n in range(layout.neighbors) if layout.replica_for(number, n) == layout.replica]
+        work = [n for n in range(layout.num_dp_replicas) if layout.replica_for(number, n) == layout.replica]
         tokens = self._distribute_tokens(batch, number, work, (size, length))
 
         model, mine = self._teacher.model, None
@@ -141,12 +143,12 @@ class TeacherRunner:
                     self._send(self._stages, header, to)
                 self._send(self._stages, output, to, between)
             else:
-                kept = self._hand_over(output, n, result)
+                kept = self._send_results(output, n, result)
                 mine = kept if kept is not None else mine
         return self._distribute_results(number, mine, result)
 
     def _extent_of(self, batch: Mapping[str, Any]) -> tuple[int, int]:
-        """Tokens of a sequence on this context-parallel rank, and sequences."""
+        """Return the tokens per sequence on this context-parallel rank, and the number of sequences."""
         if self._student.pre_process:
             size, length = batch["input_ids"].shape
             return length, size
@@ -158,15 +160,15 @@ class TeacherRunner:
         return hidden_between_stages(self._teacher.model.config, length, size, self._layout.tensor_parallel)
 
     def _expected_result(self, length: int, size: int) -> _Expected:
-        """The last hidden states, as the last norm gives them to the output layer, for one of the student's ranks."""
+        """Return shape and dtype of the hidden states after the final norm, for one of the student's ranks."""
         config = self._teacher.model.config
         length = length // self._layout.student_tensor_parallel if self._student.config.sequence_parallel else length
         return (length, size, config.hidden_size), config.params_dtype
 
     def _send(self, channel: Channel, tensor: torch.Tensor, to: int, expected: _Expected | None = None) -> None:
-        """Send at once within the stage, else with the student's activation."""
+        """Send immediately within the stage; otherwise with the student's activation."""
         send = partial(channel.send, tensor, to, expected)
-        if self._layout.student_stage_of(to) > self._layout.place.pp:
+        if self._layout.student_stage_of(to) > self._layout.coords.pp:
             self._outbox.add(send)
         else:
             send()
@@ -177,43 +179,42 @@ class TeacherRunner:
         if not posted:
             if self._student.config.variable_seq_lengths and self._layout.student_stages > 1:
                 raise ConfigError(
-                    "variable_seq_lengths over pipeline stages: expected Megatron's receive to be seen by its timer, "
-                    "but config.timers was replaced since the last micro-batch, as Megatron's evaluate() does; pad "
-                    "micro-batches to one length"
+                    "variable_seq_lengths with pipeline stages: expected Megatron's receive to start a timer of this "
+                    "package, but config.timers was replaced since the last micro-batch, as Megatron's evaluate() "
+                    "does; pad micro-batches to one length"
                 )
             return channel.receive(*expected, source)
         work, received = posted.popleft()
         work.wait()
         if (tuple(received.shape), received.dtype) != (tuple(expected[0]), expected[1]):
             raise RuntimeError(
-                f"expected a message of the teacher of {list(expected[0])} {expected[1]}, got one of "
-                f"{list(received.shape)} {received.dtype}: micro-batches changed their size between steps; set "
-                "timing-log-level below 2"
+                f"message of the teacher: expected {list(expected[0])} {expected[1]}, got {list(received.shape)} "
+                f"{received.dtype}, because micro-batches changed size between steps; set timing-log-level below 2"
             )
         return received
 
     def _post_ahead(self, name: str) -> None:
-        """Post what arrives for the next micro-batch within Megatron's receive of its activation, where it has to be.
+        """Post the receives of the next micro-batch within Megatron's receive of its activation, where required.
 
-        It has to be where Megatron synchronizes after a stage's send and before the next stage's forward step: with
+        This is required if Megatron synchronizes after a stage's send and before the next stage's forward step: with
         variable_seq_lengths (between shapes and activations), and with virtual stages at timing-log-level 2 (the next
         stage runs a backward pass in between, whose gradient the waiting stage would have to receive).
         """
-        if self._layout.place.pp == 0:
+        if self._layout.coords.pp == 0:
             return
         if self._student.config.variable_seq_lengths:
             assert self._stages is not None
             source = self._layout.pipeline[self._layout.stage - 1]
-            sizes = self._stages.receive(*_HEADER, source).tolist()  # waits on the host, as Megatron does for its own
+            sizes = self._stages.receive(*_HEADER, source).tolist()  # synchronizes, as Megatron does for its shapes
             dtype = self._expected_hidden(1, 1)[1]
             self._posted[self._stages, source].append(self._stages.post(sizes, dtype, source))
             return
         if self._num_chunks == 1 or self._outbox.log_level < 2 or not torch.is_grad_enabled() or self._extent is None:
             return
-        if name == "forward-recv":  # once, at the beginning of the interleaved schedule
+        if name == "forward-recv":  # once per step, at the start of the interleaved schedule
             self._passes, self._posted_for = 0, -1
-        # The forward passes of a stage, as get_schedule_table orders them: groups of micro-batches, chunk by chunk.
-        batches, group = get_num_microbatches(), self._in_a_row
+        # A stage's forward passes in the order of get_schedule_table: groups of micro-batches, chunk by chunk.
+        batches, group = get_num_microbatches(), self._microbatch_group_size
         done, within = divmod(self._passes, group * self._num_chunks)
         is_first_chunk = within < min(group, batches - done * group)
         if self._passes < batches * self._num_chunks and is_first_chunk and self._posted_for != self._passes:
@@ -225,24 +226,24 @@ class TeacherRunner:
         self._passes += torch.is_grad_enabled()
 
     def _incoming(self, micro_batch: int, length: int, size: int) -> list[tuple[Channel, _Expected, int]]:
-        """What this rank will receive from the stage before within one micro-batch, in the order of each link."""
-        layout, rank = self._layout, self._layout.host[self._layout.index]
+        """Return the messages from the previous stage within one micro-batch, in the order of each link."""
+        layout, rank = self._layout, self._layout.stage_group[self._layout.index]
         found = []
-        if layout.stage > 0 and layout.student_stage_of(layout.pipeline[layout.stage - 1]) < layout.place.pp:
+        if layout.stage > 0 and layout.student_stage_of(layout.pipeline[layout.stage - 1]) < layout.coords.pp:
             assert self._stages is not None
-            for n in range(layout.neighbors):
+            for n in range(layout.num_dp_replicas):
                 if layout.replica_for(micro_batch, n) == layout.replica:
                     found.append((self._stages, self._expected_hidden(length, size), layout.pipeline[layout.stage - 1]))
         for channel, ends_of, expected in (
             (self._tokens, layout.tokens_of, ((2, size, length), torch.int64)),
             (self._results, layout.results_of, self._expected_result(length, size)),
         ):
-            for n in range(layout.neighbors) if channel is not None else ():
+            for n in range(layout.num_dp_replicas) if channel is not None else ():
                 assert channel is not None
                 for source, to in ends_of(layout.replica_for(micro_batch, n), n):
                     route = layout.route(source, to)
                     if rank in route[1:] and layout.student_stage_of(before := route[route.index(rank) - 1]) < (
-                        layout.place.pp
+                        layout.coords.pp
                     ):
                         found.append((channel, expected, before))
         return found
@@ -250,32 +251,32 @@ class TeacherRunner:
     def _distribute_tokens(
         self, batch: Mapping[str, Any], micro_batch: int, work: list[int], shape: tuple[int, int]
     ) -> dict[int, Mapping[str, Any]]:
-        """Give tokens to the replicas that work on them; return what this rank got, by neighbor."""
+        """Send tokens to the replicas that process them; return the tokens for this rank, by DP replica."""
         layout = self._layout
-        if layout.is_students:
+        if layout.matches_student:
             return {}
         assert self._tokens is not None
-        here, rank = layout.place.pp, layout.host[layout.index]
+        here, rank = layout.coords.pp, layout.stage_group[layout.index]
         found: dict[int, torch.Tensor] = {}
         outgoing: list[tuple[torch.Tensor, int]] = []
         awaited: list[tuple[torch.Tensor, int]] = []
         mine: torch.Tensor | None = None
         if here == 0:
-            for name in ("attention_mask", "packed_seq_params")[: 1 + (layout.neighbors > 1)]:
+            for name in ("attention_mask", "packed_seq_params")[: 1 + (layout.num_dp_replicas > 1)]:
                 if batch.get(name) is not None:
                     raise ConfigError(
-                        f"a teacher in a layout of its own is sent tokens and positions, not {name}; leave the teacher "
-                        "in the student's layout, or for masks give no-create-attention-mask-in-dataloader"
+                        f"a teacher with independent parallelism supports no {name}, only tokens and positions; use "
+                        "the student's parallelism for it, or for masks set no-create-attention-mask-in-dataloader"
                     )
             mine = torch.stack([batch["input_ids"], batch["position_ids"]])
         expected = (2, *shape), torch.int64
-        for n in range(layout.neighbors):
+        for n in range(layout.num_dp_replicas):
             for source, to in layout.tokens_of(layout.replica_for(micro_batch, n), n):
                 if source == to == rank:
                     assert mine is not None
                     found[n] = mine
                 elif layout.student_stage_of(to) > 0:
-                    arrived = self._pass_on(self._tokens, source, to, mine, expected)
+                    arrived = self._relay(self._tokens, source, to, mine, expected)
                     if arrived is not None:
                         found[n] = arrived
                 elif rank == source:
@@ -284,12 +285,12 @@ class TeacherRunner:
                 elif rank == to:
                     found[n] = torch.empty(expected[0], dtype=torch.int64, device=self._device)
                     awaited.append((found[n], source))
-        if self._now is not None:
-            batched_p2p(outgoing, awaited, self._now)
-        # A stage without tokens must not take the neighbor's for its own.
+        if self._first_stage is not None:
+            batched_p2p(outgoing, awaited, self._first_stage)
+        # A stage without tokens must not fall back to this rank's batch.
         return {n: dict(zip(("input_ids", "position_ids"), found[n], strict=True)) if n in found else {} for n in work}
 
-    def _pass_on(
+    def _relay(
         self,
         channel: Channel,
         source: int,
@@ -297,8 +298,8 @@ class TeacherRunner:
         own: torch.Tensor | None,
         expected: _Expected,
     ) -> torch.Tensor | None:
-        """Do this rank's part of a message's way; return it if this is where it ends."""
-        route, rank = self._layout.route(source, to), self._layout.host[self._layout.index]
+        """Relay a message along its route; return it on its destination."""
+        route, rank = self._layout.route(source, to), self._layout.stage_group[self._layout.index]
         if rank not in route:
             return None
         at = route.index(rank)
@@ -309,8 +310,8 @@ class TeacherRunner:
         self._send(channel, tensor, route[at + 1], expected)
         return None
 
-    def _hand_over(self, hidden: torch.Tensor, neighbor: int, expected: _Expected) -> torch.Tensor | None:
-        """Send the teacher's last hidden states to where the loss is; return them if that is here."""
+    def _send_results(self, hidden: torch.Tensor, dp_replica: int, expected: _Expected) -> torch.Tensor | None:
+        """Send the teacher's last hidden states to the rank that computes the loss; return them if it is this rank."""
         layout = self._layout
         parallel = layout.student_tensor_parallel
         scattered, wanted = (m.config.sequence_parallel for m in (self._teacher.model, self._student))
@@ -319,10 +320,10 @@ class TeacherRunner:
             whole = hidden
             if scattered:
                 whole = gather_from_sequence_parallel_region(hidden, group=self._teacher.pg_collection.tp)
-            # Cloned, since a part that waits would keep the whole.
+            # Cloned, because a pending view would keep the whole tensor alive.
             parts = [part.clone() for part in whole.chunk(parallel)] if wanted else [whole] * parallel
-        kept, rank = None, layout.host[layout.index]
-        for tp, (source, to) in enumerate(layout.results_of(layout.replica, neighbor)):
+        kept, rank = None, layout.stage_group[layout.index]
+        for tp, (source, to) in enumerate(layout.results_of(layout.replica, dp_replica)):
             if source != rank:
                 continue
             if to == rank:
@@ -335,15 +336,15 @@ class TeacherRunner:
     def _distribute_results(
         self, micro_batch: int, mine: torch.Tensor | None, expected: _Expected
     ) -> torch.Tensor | None:
-        """Pass on what goes to later stages; on the last stage, return this rank's own."""
-        layout, rank = self._layout, self._layout.host[self._layout.index]
+        """Relay results to later stages; on the last stage, return this rank's."""
+        layout, rank = self._layout, self._layout.stage_group[self._layout.index]
         if self._results is not None:
-            for n in range(layout.neighbors):
+            for n in range(layout.num_dp_replicas):
                 for source, to in layout.results_of(layout.replica_for(micro_batch, n), n):
                     if rank != source and source != to:
-                        arrived = self._pass_on(self._results, source, to, None, expected)
+                        arrived = self._relay(self._results, source, to, None, expected)
                         mine = arrived if arrived is not None else mine
-        if layout.place.pp + 1 < layout.student_stages:
+        if layout.coords.pp + 1 < layout.student_stages:
             return None
         assert mine is not None
         return mine
@@ -352,15 +353,15 @@ class TeacherRunner:
         return [channel for channel in (self._stages, self._tokens, self._results) if channel is not None]
 
     def drain(self) -> None:
-        """Wait until every message has left. Only between steps, or in the first forward pass of one."""
+        """Wait for all sends. Call it only between steps, or in the first forward pass of one."""
         self._outbox.release()
-        # Not seen at the start of a step that follows validation: Megatron's evaluate() has replaced the timers.
+        # Reset here, because the step after validation does not start our timers: evaluate() has replaced them.
         self._passes = self._posted_for = 0
         for channel in self._channels():
             channel.drain()
 
     def close(self) -> None:
-        """Drain, and give Megatron its timers back."""
+        """Drain, and restore Megatron's timers."""
         self.drain()
         self._outbox.unwatch()
         for counter in self._counters:
@@ -368,10 +369,10 @@ class TeacherRunner:
 
     @property
     def num_in_flight(self) -> int:
-        """Messages started here that are not known to have arrived."""
+        """Number of sends from this rank that are not known to be complete."""
         return sum(channel.num_in_flight for channel in self._channels())
 
 
 def _hidden_states(*, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
-    """The teacher's output: not its logits, before the student's head asks for them."""
+    """Return the hidden states as the model's output; logits are computed later, by the student's head."""
     return hidden_states

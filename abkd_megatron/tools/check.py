@@ -290,6 +290,6 @@ def _teachers_layout(student: Namespace, teacher: Namespace) -> str:
     tensor, pipeline = teacher.tensor_model_parallel_size, teacher.pipeline_model_parallel_size
     layout = TeacherLayout(places, 0, tensor, pipeline, has_experts=bool(teacher.num_experts))
     shown = "the student's"
-    if not layout.is_students:
-        shown = f"TP {tensor} x PP {pipeline}: {layout.replicas} of it over each {layout.neighbors} of DP"
+    if not layout.matches_student:
+        shown = f"TP {tensor} x PP {pipeline}: {layout.num_replicas} of it over each {layout.num_dp_replicas} of DP"
     return f"{shown}, EP {teacher.expert_model_parallel_size}" if teacher.num_experts else shown

@@ -52,7 +52,7 @@ from abkd_megatron.hosts.megatron_lm import job_config_from_args
 from abkd_megatron.teacher.args import teacher_arguments
 from abkd_megatron.teacher.build import check_experts
 from abkd_megatron.teacher.inherited import teacher_settings
-from abkd_megatron.teacher.layout import neighbors_of
+from abkd_megatron.teacher.layout import sharing_group_shape
 
 # What a job on GPUs is taken to have, where this machine has no GPU (an H100) or no TransformerEngine (the newest
 # version that megatron-core 0.19 asks for).
@@ -151,7 +151,7 @@ def smallest_world_size(student: Namespace, teacher: Namespace | None = None) ->
         # It says how many neighbors it takes; a layout that no number of them makes possible is refused later on.
         with contextlib.suppress(ConfigError):
             multiples.append(
-                ranks * math.prod(neighbors_of(shares, 0, teachers, has_experts=bool(teacher.num_experts)))
+                ranks * math.prod(sharing_group_shape(shares, 0, teachers, has_experts=bool(teacher.num_experts)))
             )
     return math.lcm(*multiples)
 

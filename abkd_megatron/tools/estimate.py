@@ -199,7 +199,7 @@ def kinds_of_ranks(student: Namespace, teacher: Namespace) -> dict[str, int]:
         name = f"stage {place.pp + 1} of {stages}"
         if place.pp == 1 and stages > 3 and len(seen) < stages:
             name = f"stages 2 to {stages - 1} of {stages}"
-        if not layout.is_students:
+        if not layout.matches_student:
             name += f", teacher's {layout.stage + 1} of {layout.pipeline_parallel}"
         found.setdefault(name, rank)
     return found
@@ -241,7 +241,7 @@ class _Measured:
         layout = TeacherLayout(
             places_of(student), 0, teacher.tensor_model_parallel_size, teacher.pipeline_model_parallel_size
         )
-        return cls(pool, config, student, memory, 0 if layout.is_students else layout.replicas)
+        return cls(pool, config, student, memory, 0 if layout.matches_student else layout.num_replicas)
 
     def start(self, rank: int) -> Future:
         """Look at a rank."""

@@ -24,17 +24,17 @@ from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.base import Divergence
 from abkd_megatron.tensors import Function, check_context, check_tensor, constant
 from abkd_megatron.validation import finite_number, flag, positive_number, whole_number
-from abkd_megatron.vocab_parallel.head_gradients import Gradients, Operands, misweighted
+from abkd_megatron.vocab_parallel.head_gradients import Gradients, Operands, token_weight_check
 from abkd_megatron.vocab_parallel.logits import (
-    ALONE,
     METRICS,
+    STUDENT_ONLY,
     DistillationTerms,
     check_divergence,
     check_shard,
     rows_of,
     token_terms,
 )
-from abkd_megatron.vocab_parallel.passes import Batch, Exchange, Known, Passes
+from abkd_megatron.vocab_parallel.passes import Batch, Passes, PendingRecord, TokenStats
 from abkd_megatron.vocab_parallel.shard import VocabShard
 
 
@@ -97,7 +97,7 @@ def vocab_parallel_distillation_head(
             gradients computed in forward. On a GPU only the first call checks the weights in backward. Later, wrong
             weights make all gradients NaN, and a later call of this function raises.
 
-    Collectives: those of vocab_parallel_distillation per chunk.
+    Collectives: per chunk, as vocab_parallel_distillation.
 
     With `selected`, chunks of the selected tokens come first, then chunks of the others. Under torch.autocast products
     are in the hidden states' dtype; if the weight has another, both are cast to autocast's.
@@ -154,9 +154,9 @@ def vocab_parallel_distillation_head(
                 "give one number per token, or None"
             )
     if chunk_tokens is None:
-        chunk_tokens = automatic_chunk_tokens(student_weight.device, bytes_of_a_token(student_weight, shard))
+        chunk_tokens = automatic_chunk_tokens(student_weight.device, bytes_per_token(student_weight, shard))
     chunk_tokens = whole_number(owner, "chunk_tokens", chunk_tokens, least=1)
-    misweighted.raise_if_known()
+    token_weight_check.raise_if_known()
     head = _Head(
         Passes.of(student_weight, teacher_weight, divergence, shard, temperature, has_labels=True),
         kd_weight,
@@ -190,8 +190,8 @@ def vocab_parallel_distillation_head(
         back[order] = torch.arange(num_tokens, device=order.device)
         of_student, of_teacher, of_labels = of_student[order], of_teacher[chosen], of_labels[order]
         weights = weights[order] if weights is not None else None
-        alone = Passes.of(student_weight, student_weight, ALONE, shard, 1.0, has_labels=True)
-        head = replace(head, num_compared=len(chosen), alone=alone)
+        student_only = Passes.of(student_weight, student_weight, STUDENT_ONLY, shard, 1.0, has_labels=True)
+        head = replace(head, num_compared=len(chosen), student_only=student_only)
     loss, value, cross_entropy, metrics = _DistillationHead.apply(
         of_student,
         student_weight,
@@ -221,7 +221,7 @@ def _as_under_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.to(dtype), weight.to(dtype)
 
 
-def bytes_of_a_token(weight: Tensor, shard: VocabShard) -> int:
+def bytes_per_token(weight: Tensor, shard: VocabShard) -> int:
     """Return the bytes of both models' logits per token of a chunk, for an LM head weight [W, h].
 
     In a group of several ranks two chunks are alive at a time.
@@ -255,7 +255,7 @@ class _Head:
     chunk_tokens: int
     num_compared: int
     """Number of leading tokens, for which there are teacher hidden states."""
-    alone: Passes | None
+    student_only: Passes | None
     """Passes of the student with itself, for the remaining tokens, if any."""
     select: Callable[[Mapping[str, Tensor]], Tensor] | None
     parameter: Any
@@ -273,8 +273,8 @@ class _Head:
         """Return the passes of a chunk."""
         if chunk.start < self.num_compared:
             return self.passes
-        assert self.alone is not None
-        return self.alone
+        assert self.student_only is not None
+        return self.student_only
 
     def batch(self, operands: "Operands", chunk: slice) -> Batch:
         """Compute a chunk's logits."""
@@ -288,18 +288,18 @@ class _Head:
                 teacher.mul_(self.teacher_scale)
         return self.passes_of(chunk).batch(student, teacher, operands.labels[chunk])
 
-    def terms(self, chunk: slice, known: Known, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def terms(self, chunk: slice, token_stats: TokenStats, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return a chunk's divergence after selection, cross entropy and metrics."""
         dtype = self.passes.dtype
-        cross_entropy, metrics = token_terms(known, labels, dtype)
+        cross_entropy, metrics = token_terms(token_stats, labels, dtype)
         if chunk.start >= self.num_compared:
             return torch.zeros_like(cross_entropy), cross_entropy, torch.zeros_like(metrics)
-        value = known.value.to(dtype)
+        value = token_stats.value.to(dtype)
         if self.select is not None:
             value = torch.where(self._selected(metrics), value, 0.0)
         return value, cross_entropy, metrics
 
-    def gradient(self, chunk: slice, batch: Batch, known: Known, token_weights: Tensor) -> Tensor:
+    def gradient(self, chunk: slice, batch: Batch, token_stats: TokenStats, token_weights: Tensor) -> Tensor:
         """Compute the gradient with respect to hidden @ weight^T in place of the student's logits."""
         of_loss = token_weights.to(self.passes.dtype) * self.student_scale
         of_divergence: Tensor | None = None
@@ -307,10 +307,10 @@ class _Head:
             of_divergence = of_loss * self.kd_weight
             if self.select is not None:
                 assert batch.labels is not None
-                metrics = token_terms(known, batch.labels, self.passes.dtype)[1]
+                metrics = token_terms(token_stats, batch.labels, self.passes.dtype)[1]
                 of_divergence = torch.where(self._selected(metrics), of_divergence, 0.0)
         logits = batch.student.logits
-        self.passes_of(chunk).write_gradient(logits, batch, known, of_divergence, of_loss * self.lm_weight)
+        self.passes_of(chunk).write_gradient(logits, batch, token_stats, of_divergence, of_loss * self.lm_weight)
         return logits
 
     def _selected(self, metrics: Tensor) -> Tensor:
@@ -355,19 +355,19 @@ class _DistillationHead(Function):
         in_forward = needs_gradient and token_weights is not None
         gradients = Gradients(operands, *ctx.needs_input_grad[:2]) if in_forward else None
         result = student_hidden.new_empty(3 + len(METRICS), labels.numel(), dtype=head.passes.dtype)
-        known_of_chunks: list[Known] = []
+        stats_of_chunks: list[TokenStats] = []
 
-        def finish(chunk: slice, batch: Batch, exchange: Exchange) -> None:
-            known = head.passes_of(chunk).conclude(batch, exchange, needs_gradient)
-            value, cross_entropy, metrics = head.terms(chunk, known, labels[chunk])
+        def finish(chunk: slice, batch: Batch, pending_record: PendingRecord) -> None:
+            token_stats = head.passes_of(chunk).conclude(batch, pending_record, needs_gradient)
+            value, cross_entropy, metrics = head.terms(chunk, token_stats, labels[chunk])
             result[0, chunk] = head.kd_weight * value + head.lm_weight * cross_entropy
             result[1, chunk], result[2, chunk], result[3:, chunk] = value, cross_entropy, metrics
             if gradients is not None and token_weights is not None:
-                gradients.add(chunk, head.gradient(chunk, batch, known, token_weights[chunk]))
+                gradients.add(chunk, head.gradient(chunk, batch, token_stats, token_weights[chunk]))
             elif needs_gradient:
-                known_of_chunks.append(known)
+                stats_of_chunks.append(token_stats)
 
-        before: tuple[slice, Batch, Exchange] | None = None
+        before: tuple[slice, Batch, PendingRecord] | None = None
         for chunk in head.chunks(labels.numel()):
             batch = head.batch(operands, chunk)
             started = chunk, batch, head.passes_of(chunk).start(batch, async_op=True)
@@ -381,7 +381,7 @@ class _DistillationHead(Function):
         if before is not None:
             finish(*before)
 
-        ctx.head, ctx.gradients, ctx.known_of_chunks = head, gradients, known_of_chunks
+        ctx.head, ctx.gradients, ctx.stats_of_chunks = head, gradients, stats_of_chunks
         if gradients is not None:
             gradients.operands = None  # type: ignore[assignment]  # frees memory; only the results are needed
             ctx.save_for_backward(student_weight, token_weights, anchor)
@@ -399,8 +399,8 @@ class _DistillationHead(Function):
         if ctx.gradients is None:
             operands = Operands(*ctx.saved_tensors)
             gradients = Gradients(operands, *ctx.needs_input_grad[:2])
-            for chunk, known in zip(head.chunks(of_loss.numel()), ctx.known_of_chunks, strict=True):
-                gradients.add(chunk, head.gradient(chunk, head.batch(operands, chunk), known, of_loss[chunk]))
+            for chunk, token_stats in zip(head.chunks(of_loss.numel()), ctx.stats_of_chunks, strict=True):
+                gradients.add(chunk, head.gradient(chunk, head.batch(operands, chunk), token_stats, of_loss[chunk]))
             of_hidden, of_weight = gradients.of_hidden, gradients.of_weight
             dtype = operands.student_weight.dtype
         else:
@@ -435,5 +435,5 @@ def _factor(of_loss: Tensor, token_weights: Tensor) -> Tensor:
     factor = torch.where(largest != 0, of_loss.gather(0, at) / largest, 0.0).squeeze(0)
     off = (of_loss - factor * weights).abs().amax()
     is_off = off > 1e-5 * of_loss.abs().amax()
-    misweighted.watch(is_off)
+    token_weight_check.watch(is_off)
     return torch.where(is_off, torch.nan, factor)

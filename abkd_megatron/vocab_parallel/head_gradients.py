@@ -62,8 +62,8 @@ def _accumulates_in_place(device: torch.device, of_sum: torch.dtype, of_factors:
     return True
 
 
-class Misweighted:
-    """Check that the loss of each token was weighted as forward was told.
+class TokenWeightCheck:
+    """Check that backward weights each token's loss by the token weights of forward.
 
     On CPU the check is immediate. On GPU only the first check synchronizes, which finds a script that is always wrong.
     Later results are copied to the host asynchronously and raised once available.
@@ -107,4 +107,4 @@ class Misweighted:
             )
 
 
-misweighted = Misweighted()
+token_weight_check = TokenWeightCheck()

@@ -98,8 +98,8 @@ class _ShardColumns(Columns):
         self.ids = torch.arange(shard.start, shard.stop, device=device)
         self.size = shard.size
         self._shard = shard
-        self._told: list[Tensor] = []
-        self._again: Iterator[Tensor] | None = None
+        self._cached: list[Tensor] = []
+        self._replayed: Iterator[Tensor] | None = None
 
     def total(self, local: Tensor) -> Tensor:
         if self._shard.num_ranks == 1:
@@ -113,15 +113,15 @@ class _ShardColumns(Columns):
         return every.view(-1, *local.shape)
 
     def once(self, compute: Callable[[], Tensor]) -> Tensor:
-        if self._again is not None:
-            return next(self._again).detach()
+        if self._replayed is not None:
+            return next(self._replayed).detach()
         with torch.no_grad():
-            self._told.append(compute())
-        return self._told[-1].detach()
+            self._cached.append(compute())
+        return self._cached[-1].detach()
 
-    def recall(self) -> "_ShardColumns":
+    def replay(self) -> "_ShardColumns":
         """Let `once` return the cached results again, in the same order."""
-        self._again = iter(self._told)
+        self._replayed = iter(self._cached)
         return self
 
 
@@ -205,7 +205,7 @@ class _LogitLoss(Function):
             weights = of_loss[chunk].masked_fill(~counts, 0.0)
             with torch.enable_grad():
                 of_student.requires_grad_()
-                values = loss(of_student, of_teacher, columns.recall(), counts)
+                values = loss(of_student, of_teacher, columns.replay(), counts)
                 (gradient,) = torch.autograd.grad(values, of_student, weights.to(values.dtype))
             gradient = (gradient / ctx.temperature).masked_fill((weights == 0).unsqueeze(-1), 0.0)
             rows = torch.arange(chunk.start, chunk.stop, device=student.device)

@@ -26,14 +26,14 @@ from abkd_megatron.losses.alpha_beta import AlphaBeta
 from abkd_megatron.losses.base import Divergence
 from abkd_megatron.tensors import Function, check_context, check_tensor, constant
 from abkd_megatron.validation import flag, positive_number
-from abkd_megatron.vocab_parallel.passes import Batch, Known, Passes
+from abkd_megatron.vocab_parallel.passes import Batch, Passes, TokenStats
 from abkd_megatron.vocab_parallel.shard import VocabShard
 from abkd_megatron.vocab_parallel.transfer import to_device
 
 _CONTIGUOUS = torch.contiguous_format
 
 # For tokens without a teacher: a pass of the student with itself, which yields its cross entropy.
-ALONE = AlphaBeta(1.0, 0.0)
+STUDENT_ONLY = AlphaBeta(1.0, 0.0)
 
 METRICS = (
     *("teacher lm loss", "kl to teacher", "teacher entropy", "student entropy"),
@@ -128,22 +128,21 @@ def vocab_parallel_distillation(
         cross_entropy = -log q_label,  d cross_entropy/ds_j = q_j - [j = label],  q = softmax(student)
 
     Args:
-        student_logits: [..., V/TP], any floating dtype, this rank's columns.
-        teacher_logits: [..., V/TP], the same columns; never receives a gradient.
+        student_logits: as in `vocab_parallel_divergence`, like `teacher_logits`, `divergence` and `gradient_in_place`.
+        teacher_logits: [..., V/TP].
         divergence: for example AlphaBeta(0.2, 0.7).
         labels: [...], int64, global token ids in 0 .. shard.size - 1. Negative ids are ignored: their cross entropies
             are 0, without a gradient. An id beyond the vocabulary gives inf.
         shard: columns of the logits.
         temperature: T > 0, for the divergence only.
-        gradient_in_place: see `vocab_parallel_divergence`.
+        gradient_in_place: overwrite the student's logits with their gradient.
         selected: [...] bool, identical on every rank: tokens to compare. `teacher_logits` are then [n, V/TP], for these
             tokens only, in order; at the others all results but the cross entropy are 0. Pass it on the CPU; one on the
             GPU needs a synchronization. None selects all.
 
     Returns:
-        DistillationTerms of [...], fp32 (fp64 if either input is), bitwise identical on every rank of the group. Once
-        differentiable in the student's logits; each rank receives the gradient of its own shard, of both terms in one
-        buffer.
+        DistillationTerms of [...], with dtype and gradients as in `vocab_parallel_divergence`; the gradients of both
+        terms share one buffer.
 
     Raises:
         ConfigError: as vocab_parallel_divergence, for labels of another shape or dtype, a selection of another shape or
@@ -206,11 +205,7 @@ def check_dtypes(student_logits: Tensor, teacher_logits: Tensor) -> None:
 
 
 def check_shard(shard: object) -> None:
-    """Reject anything but a VocabShard.
-
-    Raises:
-        ConfigError: unless it is a VocabShard.
-    """
+    """Raise ConfigError unless `shard` is a VocabShard."""
     if not isinstance(shard, VocabShard):
         raise ConfigError(f"expected a VocabShard, got {shard!r}: build one, VocabShard.megatron(width, group, size)")
 
@@ -262,11 +257,7 @@ def _apply(
 
 
 def check_divergence(divergence: object) -> None:
-    """Reject anything but a Divergence.
-
-    Raises:
-        ConfigError: unless it is a Divergence.
-    """
+    """Raise ConfigError unless `divergence` is a Divergence."""
     if not isinstance(divergence, Divergence):
         raise ConfigError(
             f"expected a Divergence such as AlphaBeta(0.2, 0.7), got {divergence!r}: build one, or derive "
@@ -292,14 +283,16 @@ def _check_in_place(student_logits: Tensor, teacher_logits: Tensor) -> None:
         )
 
 
-def token_terms(known: Known, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def token_terms(token_stats: TokenStats, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the student's cross entropy, [N], and the metrics, [len(METRICS), N], for labels [N]; both in `dtype`."""
-    whole = known.whole
-    assert whole.p.top is not None and whole.q.top is not None
-    agreement = (whole.p.top == whole.q.top) & whole.p.top.isfinite()
-    accuracy, confidence = whole.q.top == labels, (-whole.q.log_z_at_1).exp()
-    of_teacher, of_student = (side.cross_entropy().masked_fill_(labels < 0, 0.0) for side in (whole.p, whole.q))
-    metrics = [of_teacher, *whole.metrics, agreement.double(), accuracy.double(), confidence]
+    global_stats = token_stats.global_stats
+    assert global_stats.p.top is not None and global_stats.q.top is not None
+    agreement = (global_stats.p.top == global_stats.q.top) & global_stats.p.top.isfinite()
+    accuracy, confidence = global_stats.q.top == labels, (-global_stats.q.log_z_at_1).exp()
+    of_teacher, of_student = (
+        side.cross_entropy().masked_fill_(labels < 0, 0.0) for side in (global_stats.p, global_stats.q)
+    )
+    metrics = [of_teacher, *global_stats.metrics, agreement.double(), accuracy.double(), confidence]
     return of_student.to(dtype), torch.stack(metrics).to(dtype)
 
 
@@ -341,34 +334,34 @@ class _Distillation(Function):
         passes = Passes.of(student_logits, teacher_logits, divergence, shard, temperature, labels is not None)
         parts = [_Part(passes, None, True)]
         if rows is not None:
-            alone = Passes.of(student_logits, student_logits, ALONE, shard, 1.0, labels is not None)
-            parts = [_Part(passes, rows[0], True), _Part(alone, rows[1], False)]
+            student_only = Passes.of(student_logits, student_logits, STUDENT_ONLY, shard, 1.0, labels is not None)
+            parts = [_Part(passes, rows[0], True), _Part(student_only, rows[1], False)]
         batches = [part.batch(student_logits, teacher_logits, labels) for part in parts]
-        exchanges = [part.passes.start(batch) for part, batch in zip(parts, batches, strict=True)]
-        knowns = [
-            part.passes.conclude(batch, exchange, needs_gradient)
-            for part, batch, exchange in zip(parts, batches, exchanges, strict=True)
+        pending_records = [part.passes.start(batch) for part, batch in zip(parts, batches, strict=True)]
+        stats_of_parts = [
+            part.passes.conclude(batch, pending_record, needs_gradient)
+            for part, batch, pending_record in zip(parts, batches, pending_records, strict=True)
         ]
 
         ctx.set_materialize_grads(False)
         ctx.parts, ctx.in_place = parts, gradient_in_place
         if needs_gradient:
             ctx.save_for_backward(student_logits, teacher_logits, labels)
-            ctx.knowns = knowns
+            ctx.stats_of_parts = stats_of_parts
 
         tokens = student_logits.shape[:-1]
-        known, batch = knowns[0], batches[0]
-        result = known.value.to(passes.dtype)
+        token_stats, batch = stats_of_parts[0], batches[0]
+        result = token_stats.value.to(passes.dtype)
         if batch.labels is None:
             nothing, nothing_either = result.new_empty(0), result.new_empty(0)
             ctx.mark_non_differentiable(nothing, nothing_either)
             return result.view(tokens), nothing, nothing_either
-        cross_entropy, metrics = token_terms(known, batch.labels, passes.dtype)
+        cross_entropy, metrics = token_terms(token_stats, batch.labels, passes.dtype)
         if rows is not None:
             assert batches[1].labels is not None
             whole = result.new_zeros(2 + len(METRICS), tokens.numel())
             whole[:, rows[0]] = torch.cat([torch.stack([result, cross_entropy]), metrics])
-            whole[1, rows[1]] = token_terms(knowns[1], batches[1].labels, passes.dtype)[0]
+            whole[1, rows[1]] = token_terms(stats_of_parts[1], batches[1].labels, passes.dtype)[0]
             result, cross_entropy, metrics = whole[0], whole[1], whole[2:]
         metrics = metrics.view(len(METRICS), *tokens)
         ctx.mark_non_differentiable(metrics)
@@ -382,13 +375,13 @@ class _Distillation(Function):
             return None, *nothing
         student_logits, teacher_logits, labels = ctx.saved_tensors
         out = student_logits.detach() if ctx.in_place else torch.empty_like(student_logits, memory_format=_CONTIGUOUS)
-        for part, known in zip(ctx.parts, ctx.knowns, strict=True):
+        for part, token_stats in zip(ctx.parts, ctx.stats_of_parts, strict=True):
             batch = part.batch(student_logits, teacher_logits, labels)
             of_value, of_own = part.of(of_divergence), part.of(of_cross_entropy)
             if not part.has_teacher:
                 of_value = None
                 of_own = out.new_zeros(batch.num_tokens, dtype=part.passes.dtype) if of_own is None else of_own
-            part.passes.write_gradient(out, batch, known, of_value, of_own)
+            part.passes.write_gradient(out, batch, token_stats, of_value, of_own)
         if ctx.in_place:  # makes autograd reject a later backward that saved the logits, this one included
             torch.autograd.graph.increment_version(student_logits)
         return out, *nothing

@@ -18,13 +18,12 @@ from abkd_megatron.kernels.record import Layout
 from abkd_megatron.losses.base import Divergence
 from abkd_megatron.vocab_parallel import stats
 from abkd_megatron.vocab_parallel.shard import VocabShard
-from abkd_megatron.vocab_parallel.stats import Whole
+from abkd_megatron.vocab_parallel.stats import GlobalStats
 
 # Renamed by torch.
 _all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# Largest group that all-gathers its records. The traffic of an all-gather grows with the group, that of an all-reduce
-# does not.
+# Largest group that all-gathers its records: all-gather traffic grows with the group, all-reduce traffic does not.
 GATHER_UP_TO = 16
 
 
@@ -79,8 +78,8 @@ class Rows:
 class Batch:
     """Student and teacher logits [..., W] of the same tokens on this rank, and their labels [N] or None.
 
-    With `rows`, [N], the student's rows are those of the flattened logits, and the teacher's logits are either [N, W]
-    for these rows or the student's.
+    With `rows`, [N], the student's logits are indexed after flattening; the teacher's logits are [N, W] for these
+    rows, or the student's.
     """
 
     def __init__(
@@ -138,7 +137,7 @@ class Passes:
             labels = labels.reshape(-1) if rows is None else labels.reshape(-1)[rows]
         return Batch(student, teacher, labels, self.shard, self.kernel, rows)
 
-    def start(self, batch: Batch, async_op: bool = False) -> "Exchange":
+    def start(self, batch: Batch, async_op: bool = False) -> "PendingRecord":
         """Run the first pass and start to exchange the records."""
         record = batch.student.logits.new_empty(self.layout.size, batch.num_tokens, dtype=torch.float64)
         for chunk in batch.chunks(self.kernel):
@@ -151,12 +150,12 @@ class Passes:
                 self.layout,
                 self.dtype,
             )
-        return Exchange(self, record, async_op)
+        return PendingRecord(self, record, async_op)
 
-    def conclude(self, batch: Batch, exchange: "Exchange", needs_gradient: bool) -> "Known":
+    def conclude(self, batch: Batch, pending_record: "PendingRecord", needs_gradient: bool) -> "TokenStats":
         """Return the token statistics after waiting for the records, and a second exchange if needed."""
-        whole = stats.conclude(exchange.result(), self.divergence, self.layout)
-        q, p, value, slope_sum, _ = whole
+        global_stats = stats.conclude(pending_record.result(), self.divergence, self.layout)
+        q, p, value, slope_sum, _ = global_stats
         pending = None
         ask_value, ask_slope = value is None, slope_sum is None and needs_gradient
         if ask_value or ask_slope:
@@ -179,13 +178,13 @@ class Passes:
                 value = pending.result()[0]
         assert value is not None
         scalars = torch.stack([q.maximum, q.log_z, q.log_z_at_1, p.maximum, p.log_z])
-        return Known(whole, value, scalars, slope_sum, pending)
+        return TokenStats(global_stats, value, scalars, slope_sum, pending)
 
     def write_gradient(
         self,
         out: Tensor,
         batch: Batch,
-        known: "Known",
+        token_stats: "TokenStats",
         of_divergence: Tensor | None,
         of_cross_entropy: Tensor | None,
     ) -> None:
@@ -194,11 +193,11 @@ class Passes:
         `out` may be the student's logits. `of_divergence` and `of_cross_entropy` are [...], or None for 0. For a batch
         with `rows`, only these are written, and the gradients are [N].
         """
-        slope_sum = known.slope_sum
+        slope_sum = token_stats.slope_sum
         if slope_sum is None:
-            assert known.pending is not None
-            slope_sum = known.pending.result()[-1]
-        scalars = torch.cat([known.scalars, slope_sum.unsqueeze(0)])
+            assert token_stats.pending is not None
+            slope_sum = token_stats.pending.result()[-1]
+        scalars = torch.cat([token_stats.scalars, slope_sum.unsqueeze(0)])
         out_rows = out.view(batch.student.tokens.numel(), out.shape[-1])
         columns = slice(0, self.shard.num_columns)
         in_place = out.data_ptr() == batch.student.logits.data_ptr()
@@ -228,10 +227,10 @@ class Passes:
 
 
 @dataclass
-class Known:
+class TokenStats:
     """Statistics per token that the losses and their gradient need, [N] fp64."""
 
-    whole: Whole
+    global_stats: GlobalStats
     value: Tensor
     """D."""
     scalars: Tensor
@@ -249,7 +248,7 @@ def all_gather(record: Tensor, shard: VocabShard, async_op: bool) -> tuple[Tenso
     return records.view(shard.num_ranks, num_fields, num_tokens), work
 
 
-class Exchange:
+class PendingRecord:
     """Record [fields, N] being merged over the ranks; bitwise identical on every rank."""
 
     def __init__(self, passes: Passes, record: Tensor, async_op: bool) -> None:

@@ -34,7 +34,7 @@ class Distribution(NamedTuple):
         return self.log_z_at_1 - (self.target - self.maximum)
 
 
-class Whole(NamedTuple):
+class GlobalStats(NamedTuple):
     """Statistics from the records of all ranks, [N] fp64 each."""
 
     q: Distribution
@@ -80,7 +80,7 @@ def shift_max(record: Tensor, whole: Tensor, divergence: Divergence, layout: Lay
     return layout.additive(_relative(record, shift_by(layout.temperature), shift_by(1.0), divergence, layout))
 
 
-def conclude(whole: Tensor, divergence: Divergence, layout: Layout) -> Whole:
+def conclude(whole: Tensor, divergence: Divergence, layout: Layout) -> GlobalStats:
     """Compute the statistics from the merged record, [fields, N]."""
     models = [Model.of(list(whole[fields]), layout) for fields in (layout.student, layout.teacher)]
     q, p = (
@@ -96,7 +96,7 @@ def conclude(whole: Tensor, divergence: Divergence, layout: Layout) -> Whole:
     if layout.has_labels:
         kl, negative_p, negative_q = fields[layout.metrics]
         metrics = [kl, -negative_p, -negative_q]
-    return Whole(q, p, value, slope_sum, metrics)
+    return GlobalStats(q, p, value, slope_sum, metrics)
 
 
 def _shift(log_q: Tensor, log_p: Tensor, log_ratio: Tensor, no_q: Tensor, no_p: Tensor) -> View:

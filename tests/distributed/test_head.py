@@ -15,8 +15,8 @@ from abkd_megatron import AlphaBeta, ToDi
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses import Divergence
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation, vocab_parallel_distillation_head
-from abkd_megatron.vocab_parallel.fused_head import automatic_chunk_tokens, bytes_of_a_token
-from abkd_megatron.vocab_parallel.head_gradients import Misweighted, add_product
+from abkd_megatron.vocab_parallel.fused_head import automatic_chunk_tokens, bytes_per_token
+from abkd_megatron.vocab_parallel.head_gradients import TokenWeightCheck, add_product
 
 WORLDS = [1, 2, 4]
 TOKENS = (5, 3)
@@ -260,7 +260,7 @@ class Event:
 def test_of_a_gpu_other_weights_are_waited_for_once_and_then_looked_at_when_they_are_known():
     right, wrong = torch.tensor(False), torch.tensor(True)
     first, second, third = Event(), Event(), Event()
-    watch = Misweighted()
+    watch = TokenWeightCheck()
     watch.expect(right, first)
     watch.expect(right, second)
     watch.expect(wrong, third)
@@ -273,7 +273,7 @@ def test_of_a_gpu_other_weights_are_waited_for_once_and_then_looked_at_when_they
         watch.raise_if_known()
     watch.raise_if_known()
     with pytest.raises(RuntimeError, match="not multiplied by its token weight times one factor"):
-        Misweighted().expect(wrong, Event())
+        TokenWeightCheck().expect(wrong, Event())
 
 
 def test_gradients_of_forward_are_given_once():
@@ -294,7 +294,7 @@ def test_chunks_are_sized_to_memory(of_token, chunk_tokens):
 
 
 def test_a_token_takes_the_logits_of_both_models():
-    assert bytes_of_a_token(torch.ones(10, 4, dtype=torch.bfloat16), VocabShard.megatron(10)) == 40
+    assert bytes_per_token(torch.ones(10, 4, dtype=torch.bfloat16), VocabShard.megatron(10)) == 40
 
 
 def test_without_gradients_none_are_formed():

@@ -6,7 +6,7 @@ import torch
 import abkd_megatron.vocab_parallel.fused_head as head
 from abkd_megatron import ToDi
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation_head
-from abkd_megatron.vocab_parallel.head_gradients import Misweighted
+from abkd_megatron.vocab_parallel.head_gradients import TokenWeightCheck
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -31,7 +31,7 @@ def loss_of(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_host_does_not_wait_and_other_weights_are_told(monkeypatch):
-    monkeypatch.setattr(head, "misweighted", Misweighted())
+    monkeypatch.setattr(head, "token_weight_check", TokenWeightCheck())
     hidden = torch.randn(64, 8, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(32, 8, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     loss_of(hidden, weight).sum().backward()  # the first is waited for

@@ -327,7 +327,7 @@ ROWS = [
         "teacher's tensor parallelism no multiple of the student's",
         2,
         TP | teacher(tensor=1),
-        refused="teacher.tensor-model-parallel-size is 1, which is no multiple of the student's 2",
+        refused="teacher.tensor-model-parallel-size: expected a multiple of the student's 2, got 1",
     ),
     Row(
         "independent teacher parallelism with experts",
@@ -341,7 +341,7 @@ ROWS = [
         "multi-token prediction (teacher)",
         2,
         {"teacher.mtp-num-layers": 1},
-        refused="predict what no loss here compares",
+        refused="no loss here compares",
     ),
     Row(
         "multi-token prediction on a separate stage, `mtp-standalone`",

@@ -214,7 +214,7 @@ OF_LLAMA: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a teacher of fewer columns": (
         ["teacher.tensor-model-parallel-size=4"],
-        [r"rejected +teacher: .*is 4, which is no multiple of the student's 8"],
+        [r"rejected +teacher: .*multiple of the student's 8, got 4"],
     ),
     "attention masks": (
         ["megatron.no-create-attention-mask-in-dataloader=false"],

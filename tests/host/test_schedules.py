@@ -150,9 +150,14 @@ def test_auto_takes_no_kernel_that_each_step_would_compile() -> None:
         (OBJECTIVE, "gamma", Schedule.of(1.0), "temperature, kd_weight, lm_weight, alpha, beta .*got one of gamma"),
         (Objective(ToDi()), "detach", Schedule.of(1.0), "temperature, kd_weight, lm_weight, scale .*got one of detach"),
         (Objective(ToDi()), "scale", Schedule.linear(1.0, -1.0, end=5), "expected scale >= 0, got -1.0"),
-        (OBJECTIVE, "temperature", Schedule.linear(1.0, 0.0, end=5), "temperature must be positive at every step"),
+        (OBJECTIVE, "temperature", Schedule.linear(1.0, 0.0, end=5), "temperature must be above 0 at every step"),
         (OBJECTIVE, "kd_weight", Schedule.linear(1.0, -0.5, end=5), "kd_weight must be at least 0 at every step"),
-        (Objective(ToDi(), lm_weight=0.0), "kd_weight", Schedule.linear(1.0, 0.0, end=5), "both 0 at iteration 5"),
+        (
+            Objective(ToDi(), lm_weight=0.0),
+            "kd_weight",
+            Schedule.linear(1.0, 0.0, end=5),
+            "not both be 0, but are at iteration 5",
+        ),
     ],
 )
 def test_refused(objective: Objective, name: str, schedule: Schedule, message: str) -> None:

@@ -49,16 +49,16 @@ def test_every_rank_holds_one_share(student: tuple, teacher: tuple) -> None:
     assert found is not None
     tensor, pipeline = teacher
     for rank, layout in enumerate(found):
-        assert layout.host[layout.index] == rank and len(layout.host) == tensor
+        assert layout.stage_group[layout.index] == rank and len(layout.stage_group) == tensor
         assert layout.pipeline[layout.stage] == rank and len(layout.pipeline) == pipeline
-        assert len(layout.cell) == layout.replicas * tensor * pipeline
-        for other in layout.host:
-            assert found[other].host == layout.host
-            assert found[other].place.pp == layout.place.pp  # they run at one time
+        assert len(layout.sharing_group) == layout.num_replicas * tensor * pipeline
+        for other in layout.stage_group:
+            assert found[other].stage_group == layout.stage_group
+            assert found[other].coords.pp == layout.coords.pp  # they run at one time
         for stage, other in enumerate(layout.pipeline):
             assert (found[other].stage, found[other].replica) == (stage, layout.replica)
             assert found[other].pipeline == layout.pipeline
-    assert found[0].is_students == (tensor == student[3] and pipeline == student[0])
+    assert found[0].matches_student == (tensor == student[3] and pipeline == student[0])
 
 
 @pytest.mark.parametrize(("student", "teacher"), POSSIBLE, ids=str)
@@ -68,20 +68,20 @@ def test_messages_are_awaited_by_whom_they_are_sent_to_and_move_forward(student:
     last = student[0] - 1
     tensor_parallel = student[3]
     directions: dict[str, set[tuple[int, int]]] = defaultdict(set)
-    for micro_batch in range(2 * found[0].replicas):
+    for micro_batch in range(2 * found[0].num_replicas):
         sent: dict[str, list] = defaultdict(list)
         awaited: dict[str, list] = defaultdict(list)
         for rank, layout in enumerate(found):
-            for n in range(layout.neighbors):
+            for n in range(layout.num_dp_replicas):
                 replica = layout.replica_for(micro_batch, n)
-                if layout.place.pp == 0 and n == layout.neighbor:
-                    for index, to in enumerate(layout.first_host(replica)):
+                if layout.coords.pp == 0 and n == layout.dp_replica:
+                    for index, to in enumerate(layout.first_stage_group(replica)):
                         if layout.source_of_tokens(n, index) == rank != to:
                             kind = "tokens now" if layout.student_stage_of(to) == 0 else "tokens"
                             sent[kind].append((rank, to, n))
                 if replica == layout.replica:
                     if layout.stage == 0 and (source := layout.source_of_tokens(n, layout.index)) != rank:
-                        awaited["tokens now" if layout.place.pp == 0 else "tokens"].append((source, rank, n))
+                        awaited["tokens now" if layout.coords.pp == 0 else "tokens"].append((source, rank, n))
                     if layout.stage + 1 < len(layout.pipeline):
                         sent["states"].append((rank, layout.pipeline[layout.stage + 1], n))
                     else:
@@ -92,8 +92,8 @@ def test_messages_are_awaited_by_whom_they_are_sent_to_and_move_forward(student:
                         ]
                     if layout.stage > 0:
                         awaited["states"].append((layout.pipeline[layout.stage - 1], rank, n))
-            if layout.place.pp == last:
-                n, tp = layout.neighbor, layout.place.tp
+            if layout.coords.pp == last:
+                n, tp = layout.dp_replica, layout.coords.tp
                 source = layout.source_of_result(layout.replica_for(micro_batch, n), n, tp)
                 assert layout.destination(n, tp) == rank
                 if source != rank:
@@ -103,7 +103,7 @@ def test_messages_are_awaited_by_whom_they_are_sent_to_and_move_forward(student:
             directions[kind] |= {(source, to) for source, to, _ in sent[kind]}
     for kind, pairs in directions.items():
         for source, to in pairs:
-            ahead, behind = found[source].place, found[to].place
+            ahead, behind = found[source].coords, found[to].coords
             if kind == "tokens now":
                 assert ahead.pp == behind.pp == 0
             else:
@@ -116,17 +116,17 @@ def test_a_round_gives_every_replica_as_much_to_do() -> None:
         found = layouts(student, teacher)
         assert found is not None
         one = found[0]
-        work = [one.replica_for(i, n) for i in range(one.replicas) for n in range(one.neighbors)]
-        assert {work.count(replica) for replica in range(one.replicas)} == {one.neighbors}
+        work = [one.replica_for(i, n) for i in range(one.num_replicas) for n in range(one.num_dp_replicas)]
+        assert {work.count(replica) for replica in range(one.num_replicas)} == {one.num_dp_replicas}
 
 
 @pytest.mark.parametrize(
     ("student", "teacher", "message"),
     [
-        ((1, 2, 1, 2), (1, 1), "is 1, which is no multiple of the student's 2"),
-        ((1, 2, 1, 2), (3, 1), "no multiple"),
-        ((1, 1, 1, 2), (4, 1), "spans 2 data-parallel ranks of the student, whose 1"),
-        ((2, 3, 1, 1), (1, 4), "spans 2 data-parallel ranks of the student, whose 3"),
+        ((1, 2, 1, 2), (1, 1), "multiple of the student's 2, got 1"),
+        ((1, 2, 1, 2), (3, 1), "multiple of the student's 2, got 3"),
+        ((1, 1, 1, 2), (4, 1), "divisible by 2, got 1"),
+        ((2, 3, 1, 1), (1, 4), "divisible by 2, got 3"),
     ],
 )
 def test_what_cannot_be_laid_out(student: tuple, teacher: tuple, message: str) -> None:

@@ -698,7 +698,7 @@ def test_input_that_cannot_be_right_is_refused():
     for start, stop, size in ((-1, 3, 8), (4, 3, 8), (0, 9, 8), (0, 0, 0)):
         with pytest.raises(ConfigError, match="VocabShard: expected"):
             VocabShard(start, stop, size)
-    with pytest.raises(ConfigError, match="reference twin"):
+    with pytest.raises(ConfigError, match="with a reference"):
         reference_divergence(FrozenWeights(ToDi(), student, teacher), student, teacher)
 
 

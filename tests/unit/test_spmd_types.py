@@ -451,7 +451,7 @@ def refused(match: str) -> Any:
     return pytest.raises(spmd.SpmdTypeError, match=match)
 
 
-class Unreduced(passes.Exchange):
+class Unreduced(passes.PendingRecord):
     """An exchange that was forgotten."""
 
     def __init__(self, of: passes.Passes, record: Tensor, async_op: bool) -> None:
@@ -462,7 +462,7 @@ class Unreduced(passes.Exchange):
 
 
 def test_loss_that_is_not_reduced(bodies, monkeypatch):
-    monkeypatch.setattr(passes, "Exchange", Unreduced)
+    monkeypatch.setattr(passes, "PendingRecord", Unreduced)
     with refused("tensor has .*V, expected .*[IR]"):
         check_engine(bodies, AlphaBeta(0.2, 0.7))
     with refused("tensor has .*V, expected .*[IR]"):

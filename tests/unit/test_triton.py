@@ -210,7 +210,7 @@ def test_tiles_are_tuned_fixed_or_set(tmp_path):
     assert len(launched["the only one"]) == 4, "in place, the gradient is tuned on a copy"
     assert said["not tuned"] == said["other width"] == {**first, "record": None}
     assert said["tuned"] == {**first, "record": {"WIDE": 2048, "BLOCK": 512, "num_warps": 8}}
-    assert found["equal"] and "got record: {'BLOCK': 17}; give what tiles() returns" in found["no"]
+    assert found["equal"] and "got record: {'BLOCK': 17}; pass the result of tiles()" in found["no"]
 
 
 def test_says_where_it_cannot_run(tmp_path):
