@@ -255,7 +255,7 @@ def init_process_group(timeout: timedelta) -> None:
 
 
 def _let_torch_norms_be_sequence_parallel() -> None:
-    """Allow sequence parallelism with torch's norms, which replace those of TransformerEngine and apex here.
+    """Allow sequence parallelism with torch's norms, which are used here instead of TransformerEngine's and apex's.
 
     Megatron rejects it, because torch's norms do not mark their parameters for the all-reduce of gradients over
     tensor-parallel ranks. This sets the mark.
@@ -293,7 +293,7 @@ def _keep_data_loaders_from_the_generator() -> None:
 
 
 def _fix_resumed_adam() -> None:
-    """Make torch's Adam, which replaces that of TransformerEngine and apex here, resume exactly.
+    """Make torch's Adam, which is used here instead of TransformerEngine's and apex's, resume exactly.
 
     Works around four faults of megatron-core 0.19's DistributedOptimizer without TransformerEngine and apex:
 
@@ -344,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         HostError: if there is a GPU.
 
-    Collectives: those of initializing torch.distributed.
+    Collectives: from initializing torch.distributed.
     """
     script, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
     if not Path(script).is_file():

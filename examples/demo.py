@@ -1,15 +1,14 @@
-"""Distillation from beginning to end on the CPU, in about ten minutes: ``python examples/demo.py``.
+"""End-to-end distillation demo on CPU, about ten minutes: ``python examples/demo.py``.
 
-It prepares the text that ships with Python, trains a teacher on it (two processes, data parallel), distills a
-smaller student from the teacher with the alpha-beta divergence (four processes, tensor-parallel 2 x
-pipeline-parallel 2), trains the same student without a teacher (same initial weights, batches and layout),
-and evaluates both students beside the teacher on documents that none of them was trained on.
+It prepares the text that ships with Python, trains a teacher on it (two processes, data parallel), and distills a
+smaller student with the alpha-beta divergence (four processes, TP 2 x PP 2). It then trains the same student without a
+teacher (same initial weights, batches and layout), and evaluates both students and the teacher on held-out documents.
 
-Sizes and settings stand in ``configs/tiny_cpu_teacher.yaml`` and ``configs/tiny_cpu.yaml``.
+Sizes and settings are in ``configs/tiny_cpu_teacher.yaml`` and ``configs/tiny_cpu.yaml``.
 
-Into the output directory go ``report.json`` (numbers, settings, times), ``curves.png``, a ``.log`` of each
-stage, and the directories ``data``, ``teacher``, ``student`` and ``student-alone`` (checkpoints and
-TensorBoard events). Nothing that exists is overwritten or deleted.
+The output directory gets ``report.json`` (numbers, settings, times), ``curves.png``, a ``.log`` per stage, and the
+directories ``data``, ``teacher``, ``student`` and ``student-alone`` (checkpoints and TensorBoard events). Existing
+files are never overwritten or deleted.
 """
 
 import argparse
@@ -34,7 +33,7 @@ from abkd_megatron.errors import HostError
 from abkd_megatron.tools.runs import SHORT_NAMES, Line, Pace, Progress, clock, end, evaluated, last_lines, progress
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # after the choice of Agg, which needs no screen
+from matplotlib import pyplot  # after selecting Agg, which needs no display
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDENT = "configs/tiny_cpu.yaml"
@@ -42,29 +41,29 @@ TEACHER = "configs/tiny_cpu_teacher.yaml"
 
 
 class DemoError(Exception):
-    """What the user has to know; the text is all that is shown."""
+    """Error for the user, shown without a traceback."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; returns the exit code."""
+    """Run the demo; return the exit code."""
     parser = argparse.ArgumentParser(description="Train a teacher, distill a student from it, compare.")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
-    parser.add_argument("--fast", action="store_true", help="only a few steps a stage")
+    parser.add_argument("--fast", action="store_true", help="run only a few steps per stage")
     arguments = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the children end with us
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that child processes are ended, too
     try:
         run_demo(arguments.out.expanduser().resolve(), arguments.fast)
     except (DemoError, HostError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ninterrupted; what is done so far stays in {arguments.out}", file=sys.stderr)
+        print(f"\ninterrupted; finished stages remain in {arguments.out}", file=sys.stderr)
         return 130
     return 0
 
 
 def run_demo(out: Path, fast: bool) -> None:
-    """All stages, then the table, the report and the picture."""
+    """Run all stages, then write table, report and figure."""
     check_output(out)
     out.mkdir(parents=True, exist_ok=True)
     print(f"writing to {out}; each stage's own output is in its .log", flush=True)
@@ -92,14 +91,14 @@ def run_demo(out: Path, fast: bool) -> None:
 
 
 def check_output(out: Path) -> None:
-    """Refuse a directory that holds more than prepared data, which `prepare` compares before reusing."""
+    """Reject a directory with anything but prepared data, which `prepare` compares before reuse."""
     if out.exists() and not out.is_dir():
         raise DemoError(f"{out} is a file; choose another --out")
     found = sorted(path.name for path in out.iterdir() if path.name != "data") if out.exists() else []
     if found:
         raise DemoError(
-            f"{out} is not empty (it holds {', '.join(found)}), and nothing is overwritten or deleted; "
-            "choose another --out, or remove these by hand (`data` may stay)"
+            f"{out} is not empty (it has {', '.join(found)}), and nothing is overwritten or deleted; "
+            "choose another --out, or remove these (`data` may stay)"
         )
 
 
@@ -111,15 +110,15 @@ class Stage:
     """One run of `python -m abkd_megatron`."""
 
     name: str
-    """Of its log, its entry in the report and on the screen."""
+    """Name of the log and of the entry in report and display."""
     job: str
     config: str
     processes: int
     settings: dict[str, object]
-    """What differs from the configuration file."""
+    """Overrides of the configuration file."""
 
     def command(self) -> list[str]:
-        """The command line, without the interpreter."""
+        """Return the command line, without the interpreter."""
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes)]
         overrides = [f"{key}={value}" for key, value in self.settings.items()]
         job = ["-m", "abkd_megatron", self.job, "--config", self.config, *overrides]
@@ -127,7 +126,7 @@ class Stage:
 
 
 def training_stages(out: Path, fast: bool) -> list[Stage]:
-    """Data, teacher, and the student with and without its teacher."""
+    """Return the stages for data, teacher, and the student with and without teacher."""
     data = {"data.dir": out / "data"}
     few = {"train-iters": 4, "lr-warmup-iters": 1, "eval-interval": 2, "eval-iters": 1, "log-interval": 1}
     steps = {f"megatron.{key}": value for key, value in few.items()} if fast else {}
@@ -146,7 +145,7 @@ def training_stages(out: Path, fast: bool) -> list[Stage]:
 
 
 def evaluation_stages(out: Path, fast: bool, test_tokens: int) -> list[Stage]:
-    """Both students beside the teacher, on the same batches: as many whole ones as the test split holds."""
+    """Return the evaluations of both students against the teacher, on all whole batches of the test split."""
     megatron = yaml.safe_load((ROOT / STUDENT).read_text())["megatron"]
     batches = (test_tokens - 1) // int(megatron["seq-length"]) // int(megatron["global-batch-size"])
     settings = {
@@ -158,7 +157,7 @@ def evaluation_stages(out: Path, fast: bool, test_tokens: int) -> list[Stage]:
         "megatron.save": "null",
         "megatron.tensorboard-dir": "null",
         "megatron.eval-iters": 2 if fast else batches,
-        "distillation.alpha": 1,  # the forward KL divergence
+        "distillation.alpha": 1,  # forward KL
         "distillation.beta": 0,
         "distillation.temperature": 1,
     }
@@ -169,8 +168,8 @@ def evaluation_stages(out: Path, fast: bool, test_tokens: int) -> list[Stage]:
 
 
 def run_stage(stage: Stage, out: Path, number: int) -> dict[str, Any]:
-    """Run a stage to its end and show how it goes; returns its entry in the report."""
-    # One thread a process, since they share the cores; a GPU stays out of it; output reaches the log at once.
+    """Run a stage to completion and show its progress; return its entry in the report."""
+    # One thread per process, because they share the cores; no GPU; unbuffered, for the log.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
     log, started = out / f"{stage.name}.log", time.monotonic()
     display = Display(f"[{number}/6] {stage.name:18}")
@@ -181,7 +180,7 @@ def run_stage(stage: Stage, out: Path, number: int) -> dict[str, Any]:
             stderr=subprocess.STDOUT,
             cwd=ROOT,
             env=environment,
-            start_new_session=True,  # Ctrl-C reaches us alone, and we end it in order
+            start_new_session=True,  # Ctrl-C reaches only this process, which ends the child in order
         )
     try:
         while child.poll() is None:
@@ -191,29 +190,29 @@ def run_stage(stage: Stage, out: Path, number: int) -> dict[str, Any]:
         end(child)
     seconds = round(time.monotonic() - started, 1)
     if child.returncode != 0:
-        failure = f"stage {stage.name} failed (exit code {child.returncode}); whole log: {log}"
+        failure = f"stage {stage.name} failed (exit code {child.returncode}); full log: {log}"
         raise DemoError(f"{last_lines(log_of(out, stage.name))}\n\n{failure}")
     display.finish(progress(log_of(out, stage.name)))
     return {"name": stage.name, "seconds": seconds, "processes": stage.processes, "command": stage.command()}
 
 
 def log_of(out: Path, stage: str) -> str:
-    """The log of a stage, as far as it is written."""
+    """Read the log of a stage, as far as it is written."""
     return (out / f"{stage}.log").read_text(errors="replace")
 
 
 class Display:
-    """How far a stage is."""
+    """Progress line of a stage."""
 
     def __init__(self, title: str) -> None:
         self._title, self._line, self._pace = title, Line(), Pace()
 
     def show(self, progress: Progress) -> None:
-        """Show it."""
+        """Update the line."""
         self._line.show(self._text(progress))
 
     def finish(self, progress: Progress) -> None:
-        """Leave the last state standing."""
+        """Print the final state."""
         self._line.finish(self._text(progress))
 
     def _text(self, progress: Progress) -> str:
@@ -229,10 +228,10 @@ class Display:
 
 
 def make_rows(out: Path) -> dict[str, dict[str, float]]:
-    """The three models on the test split."""
+    """Read the three models' results on the test split."""
     distilled, alone = (evaluated(log_of(out, f"evaluate-{name}")) for name in ("distilled", "alone"))
     if distilled["teacher lm loss"] != alone["teacher lm loss"]:
-        raise DemoError("the two evaluations differ in the teacher's cross entropy: not the same batches")
+        raise DemoError("the teacher's cross entropy differs between the two evaluations: they used different batches")
 
     def row(of: dict[str, float], directory: str) -> dict[str, float]:
         return {
@@ -257,7 +256,7 @@ def make_rows(out: Path) -> dict[str, dict[str, float]]:
 
 
 def count_parameters(directory: Path) -> int:
-    """Parameters of the model in a checkpoint; those that several ranks hold count once."""
+    """Count the parameters of the model in a checkpoint; replicated ones count once."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -268,18 +267,18 @@ def count_parameters(directory: Path) -> int:
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """The comparison as text."""
+    """Format the comparison."""
     lines = [f"{'':18}{'cross entropy':>15}{'KL to teacher':>15}{'top-1 agreement':>17}{'parameters':>12}"]
     for name, row in rows.items():
         lines.append(
             f"{name:18}{row['cross entropy']:15.4f}{row['kl to teacher']:15.4f}"
             f"{row['top-1 agreement']:17.1%}{row['parameters']:12,}"
         )
-    return "\n".join([*lines, "on held-out text; cross entropy and KL in nats a token"])
+    return "\n".join([*lines, "on held-out text; cross entropy and KL in nats per token"])
 
 
 def verdict(alone: dict[str, float], distilled: dict[str, float]) -> str:
-    """What came out, in words."""
+    """Summarize the comparison in a sentence."""
 
     def compare(key: str, lower: str, higher: str) -> str:
         ours, theirs = distilled[key], alone[key]
@@ -294,22 +293,22 @@ def verdict(alone: dict[str, float], distilled: dict[str, float]) -> str:
 
 
 def draw_curves(out: Path, rows: dict[str, dict[str, float]]) -> None:
-    """Write curves.png: cross entropy of both students, and the distilled one's way to its teacher."""
+    """Write curves.png: cross entropy of both students, and divergence and agreement of the distilled one."""
     colors = {"student alone": "tab:orange", "student distilled": "tab:blue", "teacher": "black"}
     alone, distilled = (read_events(out / name / "tensorboard") for name in ("student-alone", "student"))
     figure, axes = pyplot.subplots(1, 3, figsize=(16, 5), layout="constrained")
 
     draw_curve(axes[0], alone, "lm loss", "student alone", colors["student alone"])
     draw_curve(axes[0], distilled, "lm loss", "student distilled", colors["student distilled"])
-    axes[0].set(title="Cross entropy with the text", ylabel="nats a token")
-    draw_curve(axes[1], distilled, "kd loss", "divergence trained on", "tab:green")
+    axes[0].set(title="Cross entropy on the text", ylabel="nats per token")
+    draw_curve(axes[1], distilled, "kd loss", "training divergence", "tab:green")
     draw_curve(axes[1], distilled, "kl to teacher", "KL", colors["student distilled"])
-    axes[1].set(title="From the teacher to the distilled student", ylabel="nats a token")
+    axes[1].set(title="Divergence of the distilled student from the teacher", ylabel="nats per token")
     draw_curve(axes[2], distilled, "top-1 agreement", "student distilled", colors["student distilled"])
     axes[2].set(title="Top-1 agreement with the teacher", ylabel="share of tokens")
 
     for axis, column in zip(axes, ("cross entropy", "kl to teacher", "top-1 agreement"), strict=True):
-        if axis is not axes[2]:  # the first steps, far above all others, would flatten the picture
+        if axis is not axes[2]:  # cut off the much higher values of the first steps
             axis.set_ylim(top=np.quantile(np.concatenate([line.get_ydata() for line in axis.lines]), 0.93))
         for name in colors if column == "cross entropy" else ("student alone", "student distilled"):
             label = f"{name}, test" if axis is not axes[1] else f"KL of the {name}, test"
@@ -322,18 +321,18 @@ def draw_curves(out: Path, rows: dict[str, dict[str, float]]) -> None:
 
 
 def read_events(directory: Path) -> Any:
-    """All TensorBoard events of a training run."""
+    """Read all TensorBoard events of a training run."""
     return event_accumulator.EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
 
 
 def draw_curve(axis: Any, events: Any, scalar: str, name: str, color: str) -> None:
-    """One training curve, faint by step and bold as a mean over ten, with its validation points."""
+    """Draw a training curve, faint per step and bold as a mean over ten, with its validation points."""
     steps, values = np.array([(event.step, event.value) for event in events.Scalars(scalar)]).T
     axis.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
     width = min(10, len(values))
     means = np.convolve(values, np.ones(width) / width, "valid")
     axis.plot(steps[width - 1 :], means, color=color, label=f"{name}, training")
-    # At the last step Megatron writes test results under this name too, after validation's: keep the first.
+    # At the last step Megatron also writes test results under this name, after validation: keep the first.
     validation = {event.step: event.value for event in reversed(events.Scalars(f"{scalar} validation"))}
     axis.plot(*zip(*sorted(validation.items()), strict=True), "o", color=color, label=f"{name}, validation")
 

@@ -1,10 +1,10 @@
-"""A pretraining script like Megatron-LM's pretrain_gpt.py, with the three lines that make it distill.
+"""Pretraining script like Megatron-LM's pretrain_gpt.py, with three more lines for distillation.
 
     torchrun --nproc-per-node 4 examples/pretrain_gpt.py MEGATRON ARGUMENTS
     torchrun --nproc-per-node 4 examples/pretrain_gpt.py MEGATRON ARGUMENTS --kd-teacher-load CHECKPOINT
 
-The three lines are the import and the two that use it; without a teacher they change nothing. On a machine
-without a GPU put `-m abkd_megatron.cpu_backend` in front of the script.
+The three lines are an import and its two uses. Without a teacher they change nothing. To run on CPU, prefix the script
+with `-m abkd_megatron.cpu_backend`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,13 +29,13 @@ KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_s
 
 
 def takes_part(vp_stage: int | None) -> tuple[bool, bool]:
-    """Whether this pipeline stage takes part of a batch, and whether it predicts further tokens."""
+    """Return whether this pipeline stage needs batches, and whether it has multi-token prediction."""
     ahead = mtp_on_this_rank(None, get_args().mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage)
     return is_first_or_last_pipeline_stage(vp_stage) or ahead, ahead
 
 
 def get_batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
-    """This rank's share of the next micro-batch."""
+    """Return this rank's part of the next micro-batch."""
     args = get_args()
     batch: dict[str, torch.Tensor | None] = dict.fromkeys(KEYS)
     needed, ahead = takes_part(vp_stage)
@@ -65,8 +65,8 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str,
 
 
 def loss_func(loss_mask: torch.Tensor | None, output_tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """The sum of the loss over the tokens that count, their number, and what to log."""
-    assert loss_mask is not None  # Megatron asks for the loss on the last stage alone
+    """Return the loss summed over counted tokens, their number, and the values to log."""
+    assert loss_mask is not None  # Megatron computes the loss only on the last stage
     mask = loss_mask.reshape(-1).float()
     loss = (output_tensor.reshape(-1).float() * mask).sum()
     num_tokens = mask.sum().detach().clone().to(torch.int)
@@ -79,7 +79,7 @@ def loss_func(loss_mask: torch.Tensor | None, output_tensor: torch.Tensor) -> tu
 
 
 def forward_step(data_iterator: Iterator | None, model: torch.nn.Module) -> tuple[torch.Tensor, partial]:
-    """One micro-batch through the model, and the loss function of what comes out."""
+    """Run the model on one micro-batch; return its output and the loss function."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
@@ -95,7 +95,7 @@ def forward_step(data_iterator: Iterator | None, model: torch.nn.Module) -> tupl
 
 
 def train_valid_test_datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -> tuple:
-    """Megatron's GPT datasets for training, validation and test, on the ranks that read data."""
+    """Build Megatron's GPT datasets for training, validation and test, on the ranks that read data."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
@@ -130,14 +130,14 @@ def train_valid_test_datasets_provider(num_samples: Sequence[int], vp_stage: int
 
 
 if __name__ == "__main__":
-    # Every rank builds the datasets that it needs, not rank 0 alone.
+    # Every rank builds the datasets that it needs, not only rank 0.
     train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
     args = parse_and_validate_args(
         extra_args_provider=add_kd_arguments,
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
     )
     model_cfg = gpt_config_from_args(args)
-    model_cfg.rope_scaling_factor = args.rope_scaling_factor  # which that leaves out
+    model_cfg.rope_scaling_factor = args.rope_scaling_factor  # missing in gpt_config_from_args
     forward_step = distill(args, model_cfg, forward_step)
     pretrain(
         pretrain_cfg_container_from_args(args, model_cfg),
@@ -146,4 +146,4 @@ if __name__ == "__main__":
         forward_step,
     )
     if (writer := get_tensorboard_writer()) is not None:
-        writer.flush()  # its thread ends with the process and what is still in its queue
+        writer.flush()  # otherwise queued events are lost when the process ends

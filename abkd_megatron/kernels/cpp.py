@@ -230,8 +230,8 @@ def local_second_record(
     """Compute `eager.local_second_record` for all rows at once; any row stride.
 
     Raises:
-        ConfigError: for a divergence other than ToDi, or logits other than fp32 and bf16.
-        HostError: for tensors without CPU memory, or if the kernel cannot be built.
+        ConfigError: for a divergence other than ToDi, and as `local_record`.
+        HostError: as `local_record`.
     """
     _check(student, teacher, divergence)
     assert isinstance(divergence, ToDi)  # alpha-beta separates
@@ -268,8 +268,8 @@ def local_gradient(
     """Compute `eager.local_gradient` for all rows at once; any row stride, and `out` may be the student.
 
     Raises:
-        ConfigError: for a divergence other than AlphaBeta and ToDi, or logits other than fp32 and bf16.
-        HostError: for tensors without CPU memory, or if the kernel cannot be built.
+        ConfigError: as `local_record`.
+        HostError: as `local_record`.
     """
     _check(student, teacher, divergence)
     num_rows, num_columns = student.shape

@@ -56,8 +56,7 @@ _set: dict[str, Tiles] = {}
 def tiles(num_columns: int, dtype: torch.dtype) -> dict[str, Tiles | None]:
     """Return the tiles of each kernel for student logits [n, num_columns] of this dtype, by the kernel's name.
 
-    They are those of `use_tiles`, fixed under torch's deterministic algorithms, or autotuned; None for a kernel that is
-    yet to be tuned, at its first launch.
+    Set by `use_tiles`, fixed under torch's deterministic algorithms, or autotuned at the first launch; None before.
     """
     return {name: _tiles_of(name, num_columns, dtype) or _found(name, num_columns, dtype) for name in _choices}
 
@@ -251,8 +250,8 @@ def local_second_record(
     """Compute `eager.local_second_record` for all rows at once; any row stride.
 
     Raises:
-        ConfigError: for a divergence other than ToDi, arithmetic other than fp32, or columns that are not contiguous.
-        HostError: without Triton, or for logits that are not on a GPU.
+        ConfigError: for a divergence other than ToDi, and as `local_record`.
+        HostError: as `local_record`.
     """
     _check(student, teacher, divergence, dtype)
     assert isinstance(divergence, ToDi)  # alpha-beta separates
@@ -305,9 +304,8 @@ def local_gradient(
     `out` may be the student. It is then tuned on a copy, because tuning writes it several times.
 
     Raises:
-        ConfigError: for a divergence other than AlphaBeta and ToDi, arithmetic other than fp32, or columns that are
-            not contiguous.
-        HostError: without Triton, or for logits that are not on a GPU.
+        ConfigError: as `local_record`.
+        HostError: as `local_record`.
     """
     _check(student, teacher, divergence, dtype)
     num_rows, num_columns = student.shape

@@ -64,11 +64,11 @@ class AlphaBeta(Divergence):
         return 3
 
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """Return F = q^lam phi(rho)."""
+        """Return F."""
         return self.partial_sums(log_p, log_q, log_ratio)[2]
 
     def grad_log_q(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """Return h = -q^lam expm1(alpha rho) / alpha = -(p^alpha q^beta - q^lam) / alpha."""
+        """Return h = -(p^alpha q^beta - q^lam) / alpha."""
         a, b, lam = self._coefficients(log_ratio.dtype)
         at_zero, at_alpha = _exponent(0.0, log_p, lam, log_q), _exponent(a, log_p, b, log_q)
         return _difference(at_zero.exp(), at_alpha, a, log_ratio).neg_()

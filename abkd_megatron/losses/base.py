@@ -48,9 +48,8 @@ class Divergence(LossTerm, ABC):
     def partial_sums(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> tuple[Tensor, ...]:
         """Return the elementwise terms whose sums over the vocabulary determine D, and possibly H.
 
-        Implemented only by divergences that separate, which need a single collective for D. The arguments are those of
-        `value`, but relative to the shard's normalizers instead of the whole vocabulary's. Other divergences return ()
-        and are summed once the global normalizers are known.
+        Only for divergences that separate, which need a single collective for D. The arguments are as for `value`, but
+        relative to the shard's normalizers. Other divergences return (), and are summed with the global normalizers.
         """
         return ()
 

@@ -45,11 +45,11 @@ class SkewForwardKL(Divergence):
         object.__setattr__(self, "skew", _share("SkewForwardKL", "skew", self.skew, "forward_kl is the limit at 0"))
 
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """Return F = p log(p/M) - p + M."""
+        """Return F."""
         return _to_mixture(log_p, log_q, log_ratio, self.skew)
 
     def grad_log_q(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """Return h = -(1 - skew)^2 (p - q) q/M."""
+        """Return h."""
         rest = 1.0 - self.skew
         mixture_over_q = log_ratio.exp().mul_(self.skew).add_(rest)
         return difference(log_p, log_q, log_ratio).mul_(-(rest**2)).div_(mixture_over_q)
@@ -89,11 +89,11 @@ class SkewReverseKL(Divergence):
         object.__setattr__(self, "detach_mixture", flag("SkewReverseKL", "detach_mixture", self.detach_mixture))
 
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """Return F = q log(q/M) - q + M."""
+        """Return F."""
         return _to_mixture(log_q, log_p, -log_ratio, self.skew)
 
     def grad_log_q(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """Return h = q log(q/M) + skew (1 - skew) (p - q) q/M; only the first term with `detach_mixture`."""
+        """Return h; with `detach_mixture` only its first term."""
         rest = 1.0 - self.skew
         of_own = weigh(log_q.exp(), _log_mixture(rest, log_ratio))
         if self.detach_mixture:
@@ -138,7 +138,7 @@ class JensenShannon(Divergence):
         return of_teacher.add_(_to_mixture(log_q, log_p, -log_ratio, rest), alpha=rest)
 
     def grad_log_q(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """Return h = (1 - b) q log(q/M)."""
+        """Return h."""
         return weigh(log_q.exp(), _log_mixture(self.mixture, log_ratio)).mul_(self.mixture - 1.0)
 
 

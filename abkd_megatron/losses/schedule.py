@@ -30,8 +30,8 @@ class Progress:
 class Schedule:
     """Number as a function of iteration, samples or tokens: linear or cosine between points, constant outside.
 
-    Values are clamped to those of the two surrounding points and exact at a point. Two points at one count are a jump:
-    the first ends the previous segment, the second begins the next.
+    A value is between the values of the two surrounding points, and exact at a point. Two points at one count are a
+    jump: the first ends the previous segment, the second begins the next.
 
     Args:
         kind: one of `KINDS`.
@@ -128,7 +128,7 @@ def both_zero(one: Schedule, other: Schedule) -> str | None:
         return None
     counted = {schedule.by for schedule in (one, other) if len(schedule.points) > 1}
     if len(counted) > 1:
-        return "at some step: one goes by " + ", the other by ".join(sorted(counted))
+        return "at some step: one counts " + ", the other ".join(sorted(counted))
     # Neither is negative, so an interval where both are 0 begins at 0 or at a point of one of them.
     for count in sorted({0, *(count for schedule in (one, other) for count, _ in schedule.points)}):
         if one.value(count) == other.value(count) == 0:

@@ -59,7 +59,7 @@ class ToDi(Divergence):
         return weigh(self._excess(w, log_p.exp(), reverse, log_ratio), log_ratio)
 
     def grad_log_q(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """Return h = -w p + (1 - w) q (1 - rho), with -scale w (1 - w) rho (p + q) added unless `detach`."""
+        """Return h, with the gradient through w unless `detach`."""
         w, reverse = self._weights(log_q, log_ratio)
         p = log_p.exp()
         h = self._excess(w, p, reverse, log_ratio).neg_().sub_(weigh(reverse, log_ratio))

@@ -23,9 +23,9 @@ class TotalVariation(Divergence):
     """
 
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """Return F = |p - q| / 2."""
+        """Return F."""
         return difference(log_p, log_q, log_ratio).abs_().mul_(0.5)
 
     def grad_log_q(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        """Return h = -q sign(p - q) / 2; the sign of the log-ratio is more accurate than that of p - q."""
+        """Return h; the log-ratio has a more accurate sign than p - q."""
         return log_ratio.sign().mul_(log_q.exp()).mul_(-0.5)

@@ -103,7 +103,7 @@ def build_teacher(
         CheckpointError: on every rank, if the checkpoint does not match on any.
         ConfigError: on every rank, for a layout that these ranks do not allow, see `TeacherLayout`.
 
-    Collectives: those of building a Megatron model and of a distributed load; a few all_gather_object.
+    Collectives: from building a Megatron model and a distributed load; a few all_gather_object.
     """
     transformer, all_coords = config.transformer, _gather_coords(pg_collection)
     layout = _layout(transformer, all_coords)

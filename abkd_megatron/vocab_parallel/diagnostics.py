@@ -75,7 +75,7 @@ def diagnose(
         confidence: [s, b], the student's probability of its most likely token.
         shard: columns of the logits.
 
-    Collectives: three times those of `vocab_parallel_divergence`, those of `loss_of`, and five all-reduces per chunk of
+    Collectives: from three calls of `vocab_parallel_divergence` and one of `loss_of`, and five all-reduces per chunk of
     tokens.
 
     Memory: a copy of the student's logits, their gradient, and a few fp32 chunks.

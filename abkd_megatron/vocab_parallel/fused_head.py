@@ -97,7 +97,7 @@ def vocab_parallel_distillation_head(
             gradients computed in forward. On a GPU only the first call checks the weights in backward. Later, wrong
             weights make all gradients NaN, and a later call of this function raises.
 
-    Collectives: those of vocab_parallel_distillation per chunk.
+    Collectives: per chunk, as vocab_parallel_distillation.
 
     With `selected`, chunks of the selected tokens come first, then chunks of the others. Under torch.autocast products
     are in the hidden states' dtype; if the weight has another, both are cast to autocast's.

@@ -63,7 +63,7 @@ def _accumulates_in_place(device: torch.device, of_sum: torch.dtype, of_factors:
 
 
 class TokenWeightCheck:
-    """Check that the loss of each token was weighted as forward was told.
+    """Check that backward weights each token's loss by the token weights of forward.
 
     On CPU the check is immediate. On GPU only the first check synchronizes, which finds a script that is always wrong.
     Later results are copied to the host asynchronously and raised once available.

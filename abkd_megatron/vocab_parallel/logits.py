@@ -128,22 +128,21 @@ def vocab_parallel_distillation(
         cross_entropy = -log q_label,  d cross_entropy/ds_j = q_j - [j = label],  q = softmax(student)
 
     Args:
-        student_logits: [..., V/TP], any floating dtype, this rank's columns.
-        teacher_logits: [..., V/TP], the same columns; never receives a gradient.
+        student_logits: as in `vocab_parallel_divergence`, like `teacher_logits`, `divergence` and `gradient_in_place`.
+        teacher_logits: [..., V/TP].
         divergence: for example AlphaBeta(0.2, 0.7).
         labels: [...], int64, global token ids in 0 .. shard.size - 1. Negative ids are ignored: their cross entropies
             are 0, without a gradient. An id beyond the vocabulary gives inf.
         shard: columns of the logits.
         temperature: T > 0, for the divergence only.
-        gradient_in_place: see `vocab_parallel_divergence`.
+        gradient_in_place: overwrite the student's logits with their gradient.
         selected: [...] bool, identical on every rank: tokens to compare. `teacher_logits` are then [n, V/TP], for these
             tokens only, in order; at the others all results but the cross entropy are 0. Pass it on the CPU; one on the
             GPU needs a synchronization. None selects all.
 
     Returns:
-        DistillationTerms of [...], fp32 (fp64 if either input is), bitwise identical on every rank of the group. Once
-        differentiable in the student's logits; each rank receives the gradient of its own shard, of both terms in one
-        buffer.
+        DistillationTerms of [...], with dtype and gradients as in `vocab_parallel_divergence`; the gradients of both
+        terms share one buffer.
 
     Raises:
         ConfigError: as vocab_parallel_divergence, for labels of another shape or dtype, a selection of another shape or
@@ -206,11 +205,7 @@ def check_dtypes(student_logits: Tensor, teacher_logits: Tensor) -> None:
 
 
 def check_shard(shard: object) -> None:
-    """Reject anything but a VocabShard.
-
-    Raises:
-        ConfigError: unless it is a VocabShard.
-    """
+    """Raise ConfigError unless `shard` is a VocabShard."""
     if not isinstance(shard, VocabShard):
         raise ConfigError(f"expected a VocabShard, got {shard!r}: build one, VocabShard.megatron(width, group, size)")
 
@@ -262,11 +257,7 @@ def _apply(
 
 
 def check_divergence(divergence: object) -> None:
-    """Reject anything but a Divergence.
-
-    Raises:
-        ConfigError: unless it is a Divergence.
-    """
+    """Raise ConfigError unless `divergence` is a Divergence."""
     if not isinstance(divergence, Divergence):
         raise ConfigError(
             f"expected a Divergence such as AlphaBeta(0.2, 0.7), got {divergence!r}: build one, or derive "

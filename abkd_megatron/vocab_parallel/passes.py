@@ -23,8 +23,7 @@ from abkd_megatron.vocab_parallel.stats import GlobalStats
 # Renamed by torch.
 _all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# Largest group that all-gathers its records. The traffic of an all-gather grows with the group, that of an all-reduce
-# does not.
+# Largest group that all-gathers its records: all-gather traffic grows with the group, all-reduce traffic does not.
 GATHER_UP_TO = 16
 
 
@@ -79,8 +78,8 @@ class Rows:
 class Batch:
     """Student and teacher logits [..., W] of the same tokens on this rank, and their labels [N] or None.
 
-    With `rows`, [N], the student's rows are those of the flattened logits, and the teacher's logits are either [N, W]
-    for these rows or the student's.
+    With `rows`, [N], the student's logits are indexed after flattening; the teacher's logits are [N, W] for these
+    rows, or the student's.
     """
 
     def __init__(

@@ -43,7 +43,10 @@ def test_what_the_models_say(rule, wanted):
         ({"select": "every", "n": 0}, "n to be a whole number of at least 2, got 0"),
         ({"select": "every", "n": 2.5}, "n to be a whole number .* got 2.5"),
         ({"select": "every", "n": True}, "n to be a whole number .* got True"),
-        ({"select": "every", "n": 2, "at_least": 1.0}, "no at_least with select: every, which takes n, got 1.0; leave"),
+        (
+            {"select": "every", "n": 2, "at_least": 1.0},
+            "no at_least with select: every, which takes n, got 1.0; remove",
+        ),
         ({"select": "disagreement", "n": 2}, "no n with select: disagreement, which takes kl_at_least"),
         ({"select": "disagreement", "kl_at_least": 0.0}, "kl_at_least to be a finite number above 0, got 0.0"),
         ({"select": "teacher_entropy"}, "at_least or at_most .* got neither; give one"),
