@@ -37,7 +37,10 @@ SLOW = {
     r"unit/test_docs_examples\.py::test_the_walk": "a walk-through of half a minute",
     r"unit/test_benchmark_head\.py::test_the_command_line": "a benchmark",
 }
-FAST = r"tests/(unit/|distributed/|host/test_(step|teacher_layout|hidden_distance|head_choice)\.py)"
+FAST = (
+    r"tests/(unit/(?!test_(host_waits|gpu_acceptance|benchmark_|docs_examples))|distributed/"
+    r"|host/test_(step|teacher_layout|hidden_distance|head_choice)\.py)"
+)
 _ROW = re.compile(r"^tests/host/test_matrix\.py::test_trains_as_on_one_rank\[(.*) \((.*)\)\d*\]$")
 
 

@@ -195,7 +195,7 @@ MUTATIONS = [
     Mutation(
         "a replica of the teacher has all the work",
         "teacher/layout.py",
-        "return (micro_batch * self.neighbors + neighbor) % self.replicas",
+        "return (micro_batch * self.num_dp_replicas + dp_replica) % self.num_replicas",
         "return 0",
         "tests/host/test_teacher_layout.py",
     ),
@@ -208,7 +208,7 @@ MUTATIONS = [
     ),
     Mutation(
         "resumed with another teacher",
-        "hosts/run_record.py",
+        "preflight/run_record.py",
         'if on_change == "refuse":',
         "if False:",
         "tests/host/test_provenance.py",

@@ -48,7 +48,7 @@ def command_line(arguments: Mapping[str, Value]) -> Iterator[None]:
     """
     saved, sys.argv = sys.argv, [sys.argv[0], *to_argv(arguments, megatron_options())]
     try:
-        with megatron_refusals_named():
+        with megatron_errors_as_config_error():
             yield
     finally:
         sys.argv = saved
@@ -96,14 +96,14 @@ def checked_model_config(args: Namespace, who: str, host: str) -> GPTModelConfig
         ConfigError: as `check_layout` and `check_stages`, and what Megatron rejects of them.
     """
     check_layout(args, who, host, megatron_options())
-    with megatron_refusals_named():
+    with megatron_errors_as_config_error():
         config = model_config(args)
         check_stages(config.transformer, who)
     return config
 
 
 @contextmanager
-def megatron_refusals_named() -> Iterator[None]:
+def megatron_errors_as_config_error() -> Iterator[None]:
     """Raise what Megatron rejects as a ConfigError, whichever of Python's exceptions it does it with.
 
     An exception that is no rejection, such as the TypeError of a setting that Megatron's validation does not expect,
@@ -115,7 +115,7 @@ def megatron_refusals_named() -> Iterator[None]:
         raise
     except (AssertionError, ValueError, RuntimeError) as error:
         reason = str(error) or assertion(error)
-        raise ConfigError(f"Megatron refuses these arguments: {reason}") from error
+        raise ConfigError(f"Megatron rejects these arguments: {reason}") from error
     except Exception as error:
         raise ConfigError(
             f"Megatron cannot take these arguments, its own code fails: {type(error).__name__}: {error}, in "

@@ -10,8 +10,8 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from abkd_megatron.config.megatron_args import (
     checked_model_config,
+    megatron_errors_as_config_error,
     megatron_options,
-    megatron_refusals_named,
     parse_model,
 )
 from abkd_megatron.config.schema import Config
@@ -83,7 +83,7 @@ def teacher_arguments(
 def _inheritance_named(inherited: Mapping[str, str]) -> Iterator[None]:
     """Raise what Megatron rejects of a teacher's arguments, naming those that it has from the student."""
     try:
-        with megatron_refusals_named():
+        with megatron_errors_as_config_error():
             yield
     except ConfigError as error:
         if error.__cause__ is None or not inherited:

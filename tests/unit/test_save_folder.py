@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import forked
 import pytest
 
 pytest.importorskip("megatron.training")
@@ -36,7 +37,7 @@ def hold(folder: Path, ready: Connection) -> None:
 @pytest.fixture
 def other_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[multiprocessing.process.BaseProcess]:
     monkeypatch.setattr(module, "_SECONDS_FOR_THE_LAST_WRITER", 0.3)
-    context = multiprocessing.get_context("spawn")
+    context = forked.context()
     ready, there = context.Pipe()
     process = context.Process(target=hold, args=(tmp_path, there))
     process.start()

@@ -1,12 +1,12 @@
 """A rank that fails before torch.distributed is there ends the others by torchrun's store; a job that trains, none."""
 
-import multiprocessing
 import os
 import time
 from argparse import Namespace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import forked
 import pytest
 from torch.distributed import TCPStore
 
@@ -44,7 +44,7 @@ def be_rank(rank: int, port: int, out: str, ready: Connection) -> None:
 
 def test_a_rank_that_waits_ends_with_the_message_of_the_one_that_failed(tmp_path: Path) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
+    context = forked.context()
     pipes = [context.Pipe() for _ in range(3)]
     ranks = [
         context.Process(target=be_rank, args=(rank, store.port, str(tmp_path), there))
