@@ -3,8 +3,8 @@
     python tests/mutations.py          # all of them
     python tests/mutations.py KL mask  # those whose names contain one of these
 
-Each fault is one edit of a copy of the tree. Tests named for it that pass without it have to fail with it. The result is
-a table of faults and of how many tests found each; the exit code is 1 if one was not found.
+Each fault is one edit of a copy of the tree. Some of the tests named for it, which pass without it, have to fail. The
+result is a table of faults and of how many tests found each; the exit code is 1 if one was not found.
 """
 
 import re
