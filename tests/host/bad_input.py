@@ -586,7 +586,7 @@ ALONE: dict[str, Case] = {
         "data", "prepare", ["data.dir={workspace}/new", "data.vocab_size=10"], r"expected 300 or more"
     ),
     "all held out": Case("data", "prepare", ["data.dir={workspace}/new", "data.held_out=1"], r"0.*0.5"),
-    "no folder to write": Case("data", "prepare", ["device=cpu"], r"expected the directory to write"),
+    "no folder to write": Case("data", "prepare", ["device=cpu"], r"expected an output directory"),
     "folder of other data": Case(
         "data",
         "prepare",

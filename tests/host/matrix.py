@@ -341,7 +341,7 @@ ROWS = [
         "multi-token prediction (teacher)",
         2,
         {"teacher.mtp-num-layers": 1},
-        refused="no loss here compares",
+        refused="no loss here uses",
     ),
     Row(
         "multi-token prediction on a separate stage, `mtp-standalone`",

@@ -287,7 +287,7 @@ def test_prefixes_of_a_job(tmp_path):
 def test_lists_of_datasets_that_are_none(tmp_path, content):
     file = tmp_path / "list"
     file.write_bytes(content)
-    with pytest.raises(DataError, match=r"list: expected prefixes of datasets.*mend the list"):
+    with pytest.raises(DataError, match=r"list: expected dataset prefixes"):
         prefixes_of(arguments(per_split_data_args_path=str(file)))
     with pytest.raises(DataError, match=r"nowhere: expected prefixes of datasets"):
         prefixes_of(arguments(data_args_path=str(tmp_path / "nowhere")))
