@@ -391,7 +391,7 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(ConfigError, match="expected a readable YAML file"):
         load_config(tmp_path, [], OPTIONS)
     (tmp_path / "latin.yaml").write_bytes(b"data: {dir: \xe9}")
-    with pytest.raises(ConfigError, match=r"expected a readable YAML file in UTF-8.*save it as UTF-8"):
+    with pytest.raises(ConfigError, match=r"expected a readable YAML file in UTF-8"):
         load_config(tmp_path / "latin.yaml", [], OPTIONS)
 
 
@@ -438,7 +438,7 @@ def test_check_of_one_section(section, values, message):
         ("{skew: 0.1}", "distillation.skew: expected no value with divergence: alpha_beta, which takes alpha, beta"),
         (
             "{divergence: jeffreys, mixture: 0.3}",
-            "beside divergence: jeffreys, which takes no parameters here, got 0.3",
+            "with divergence: jeffreys, which takes no parameters here, got 0.3",
         ),
         (
             "{divergence: jensen_shannon, mixture: 1}",
@@ -453,8 +453,8 @@ def test_check_of_one_section(section, values, message):
         ("{losses: [{weight: 1}]}", "distillation.losses: unknown divergence ''"),
         ("{losses: [{name: todi, weight: 0}]}", "distillation.losses: WeightedSum: expected a weight above 0, got 0.0"),
         ("{losses: [{name: todi, weight: .nan}]}", "expected weight to be a finite number, got '.nan'"),
-        ("{losses: [{name: todi, scale: [1]}]}", "distillation.losses: expected a plain value of scale, got"),
-        ("{divergence: preference, beta: 0.1}", "beside divergence: preference, which takes no parameters here"),
+        ("{losses: [{name: todi, scale: [1]}]}", "distillation.losses: expected a scalar for scale, got"),
+        ("{divergence: preference, beta: 0.1}", "with divergence: preference, which takes no parameters here"),
         ("{divergence: clipped_kl}", "distillation.divergence: clipped_kl: expected either top_k or mass"),
         ("{losses: [{name: akl, weight: 0}]}", "distillation.losses: .*AdaptiveKL.* above 0, got 0.0"),
         ("{losses: [{name: akl, mu: 1}]}", "distillation.losses: akl: expected mu between 0 and 1"),

@@ -273,7 +273,7 @@ def test_too_little(tmp_path, config):
     for source, remedy in (
         ("nowhere", "check the path"),
         (str(tmp_path / "*.txt"), "check the path"),
-        (str(tmp_path), "by a glob"),  # which is there
+        (str(tmp_path), "a glob"),  # which is there
     ):
         with pytest.raises(DataError, match=f"got nothing to read; .*{remedy}"):
             prepare(replace(config, source=[source]), quiet)
@@ -283,7 +283,7 @@ def test_too_little(tmp_path, config):
     with pytest.raises(DataError, match=r"data.dir: expected an output directory"):
         prepare(replace(config, dir=None), quiet)
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="expected a directory that can be written"):
+    with pytest.raises(DataError, match="expected a writable directory"):
         prepare(replace(config, dir=str(tmp_path / "file" / "d")), quiet)
     assert not (tmp_path / "d").exists()
 
