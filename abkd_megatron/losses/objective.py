@@ -74,7 +74,7 @@ class Objective:
             )
         reject_duplicate_pairs(self.hidden_losses)
         if self.kd_weight == 0 and self.lm_weight == 0:
-            raise ConfigError("kd_weight and lm_weight must not both be 0; raise one of them")
+            raise ConfigError("kd_weight and lm_weight are both 0; raise one of them")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -109,7 +109,7 @@ class Objective:
         return tuple(f"{name} {count + 1}" if count else name for name, count in zip(names, before, strict=True))
 
     def shares_part_of(self, vocab_size: int) -> bool:
-        """Return True if a student of that vocabulary size has tokens that the teacher does not know."""
+        """Return True if a student of this vocabulary size has tokens that the teacher cannot read."""
         return self.shared_vocab is not None and self.shared_vocab < vocab_size
 
 
@@ -154,7 +154,7 @@ class ScheduledObjective:
             Schedule.of(self.schedules.get(name, getattr(self.objective, name))) for name in ("kd_weight", "lm_weight")
         )
         if nothing := both_zero(kd_weight, lm_weight):
-            raise ConfigError(f"kd_weight and lm_weight must not both be 0, but are {nothing}; raise one of them")
+            raise ConfigError(f"kd_weight and lm_weight are both 0 {nothing}; raise one of them")
 
     @property
     def reaches_no_kd(self) -> bool:

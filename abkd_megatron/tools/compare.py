@@ -311,8 +311,8 @@ def summarize(results: Sequence[Mapping[str, Any]], losses: Sequence[str]) -> di
                 "std within seeds": correction * statistics.stdev(within) if complete else None,
             }
     names = {"cross entropy": "teacher lm loss", "entropy": "teacher entropy"}
-    tests = next(iter(by_loss.values())).values()
-    summary["teacher"] = {title: {"mean": statistics.fmean(it[name] for it in tests)} for title, name in names.items()}
+    first = next(iter(by_loss.values())).values()
+    summary["teacher"] = {title: {"mean": statistics.fmean(it[name] for it in first)} for title, name in names.items()}
     return summary
 
 
