@@ -171,7 +171,7 @@ class Sampler:
 
 
 def counts() -> dict[str, int]:
-    """What this process holds; after a garbage collection, so that what waits for one is not taken for a leak."""
+    """Return the counts of this process, after a garbage collection."""
     import psutil
     import torch
 
@@ -179,7 +179,7 @@ def counts() -> dict[str, int]:
 
     gc.collect()
     objects = gc.get_objects()
-    # By type(): isinstance() would ask lazy objects of other libraries for their class, which makes them load.
+    # type(), because isinstance() would load lazy objects of other libraries.
     tensors = [it for it in objects if issubclass(type(it), torch.Tensor)]
     attachments = [it for it in objects if type(it) is Attachment]
     process = psutil.Process()

@@ -106,7 +106,7 @@ CASES: dict[str, Case] = {
         "config",
         "distill",
         [PIPELINE, "megatron.num-layers=4", "megatron.decoder-first-pipeline-num-layers=5"],
-        r"student: expected each of 4 layers on one pipeline stage, got 5, 0 layers",
+        r"student: expected each of 4 layers on one pipeline stage, got layers 5, 0",
     ),
     "more teacher layers on the last stage than there are": Case(
         "config",
@@ -193,7 +193,7 @@ CASES: dict[str, Case] = {
         "config",
         "pretrain",
         ["megatron.global-batch-size=7"],
-        r"global-batch-size 7 does not divide into micro-batches of 2 on 2 data-parallel ranks; give a multiple of 4",
+        r"global-batch-size 7 does not divide into micro-batches of 2 on 2 data-parallel ranks; use a multiple of 4",
     ),
     "micro-batch of nothing": Case("config", "pretrain", ["megatron.micro-batch-size=0"], r"micro-batch-size is 0"),
     "divergence of a module that is not there": Case(
