@@ -597,7 +597,7 @@ ALONE: dict[str, Case] = {
         "environment",
         "prepare",
         ["{config}", "data.dir={workspace}/file/data"],
-        r"expected a directory that can be written",
+        r"expected a writable directory",
     ),
     "GPU asked for where there is none": Case(
         "environment", "pretrain", ["{config}", "device=cuda"], r"expected an NVIDIA GPU, found none; set `device: cpu`"
