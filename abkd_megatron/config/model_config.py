@@ -3,7 +3,7 @@
 from argparse import Namespace
 from typing import Any, TypeAlias
 
-from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.extensions import transformer_engine
 from megatron.core.ssm import gated_delta_net, mamba_mixer
 from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 from megatron.training.models import GPTModelConfig, HybridModelConfig
@@ -66,7 +66,7 @@ def check_layers_here(config: Any, who: str) -> None:
     pattern, spec = getattr(config, "hybrid_layer_pattern", None), getattr(config, "hybrid_stack_spec", None)
     if pattern is None or (spec is not None and spec is not local_hybrid_stack_spec):
         return
-    if spec is None and not HAVE_TE:
+    if spec is None and not transformer_engine.HAVE_TE:
         raise HostError(
             f"{who}: the layers of a HybridModel are TransformerEngine's, which is not installed; install it, or give "
             "transformer-impl=local (a script: --spec abkd_megatron.local_hybrid_spec local_hybrid_stack_spec)"
