@@ -391,7 +391,7 @@ JOBS = {
     ),
     "distill": Job(
         _train,
-        "train a student beside its teacher",
+        "train a student with a teacher",
         (
             f"{_TORCHRUN.format(4)} distill configs/tiny_cpu.yaml",
             f"{_TORCHRUN.format(4)} distill configs/tiny_cpu.yaml distillation.alpha=0.3 megatron.train-iters=100",

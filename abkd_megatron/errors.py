@@ -27,7 +27,7 @@ class NumericalError(AbkdError, ArithmeticError):
 
 
 class HostError(AbkdError):
-    """Missing requirement of the installed Megatron or this machine."""
+    """Requirement of the job that the installed Megatron or this machine lacks."""
 
 
 @contextmanager

@@ -1,20 +1,20 @@
-"""Errors of the losses against fp64 on logits that are hard to get right: ``python benchmarks/accuracy.py``.
+"""Numerical errors of the losses on difficult logits, compared with fp64: ``python benchmarks/accuracy.py``.
 
-Both models' logits are made once, as numbers that bf16 holds exactly, so that only arithmetic is left to differ; what
-is exact is the dense fp64 definition (losses/reference.py) and autograd through it. In every case, the loss takes
-the logits twice, stored as bf16 and as the same numbers in fp32. What is measured, of each kernel:
+The logits of both models are exactly representable in bf16, so only arithmetic differs. The reference is the dense fp64
+definition (losses/reference.py) with autograd. Each case runs with the logits in bf16 and in fp32. Measured per kernel:
 
-- loss: its largest |D - D64| / (1e-6 + 1e-5 D64) over the tokens, which is to be at most 1, on either dtype; beside
-  it the largest error as it is and relative to D64, on fp32. Of losses far below 1e-6 only the last tells anything,
-  and of the smallest not even that: the definition's terms cancel in fp64 too, and leave D64 few digits.
-- gradient: its largest error relative to the largest of the same row, which is to be at most 1e-5. On fp32 alone: into
-  bf16 it is rounded as it is written, by up to 2^-8 of itself.
+- loss: the largest |D - D64| / (1e-6 + 1e-5 D64) over the tokens, for both dtypes; the limit is 1. For fp32 also the
+  largest absolute error, and relative to D64. For losses far below 1e-6 only the relative error is meaningful. For the
+  smallest not even this one is, because the terms cancel in fp64 too.
+- gradient: the largest error relative to the row's largest element, for fp32 only; the limit is 1e-5. In bf16, rounding
+  of the result alone costs up to 2^-8.
 
-With equal models both are to be 0 to the bit. Beside ours stands plain autograd in fp32 from both log-softmaxes.
+With equal models, loss and gradient must be exactly 0. For comparison, the table has plain fp32 autograd from both
+log-softmaxes.
 
-Whatever is above its limit is marked and listed below the table. A student that is sure of one token has gradients
-h_j - q_j H that are far smaller than h and H. That is given as the reason where it is: where the error is at most a few
-times what a single fp32 rounding of H does to that token, all else exact.
+Values above a limit are marked and listed below the table. For a student that is certain of one token, gradients
+h_j - q_j H are far smaller than h and H. This is reported as the reason if the error is at most a few times the effect
+of a single fp32 rounding of H.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from abkd_megatron.losses import Divergence, reference_divergence
 
 Row = dict[str, Any]
 Loss = Callable[[Tensor, Tensor, Divergence], Tensor]
-"""Of student logits, teacher logits [N, V]: one number a token, [N]."""
+"""Loss per token [N] of student and teacher logits [N, V]."""
 
 LOSSES: dict[str, Divergence] = {
     "alpha-beta 0.2, 0.7": AlphaBeta(0.2, 0.7),
@@ -50,7 +50,7 @@ ROUNDING, FEW = 2.0**-24, 8
 
 
 def cases(tokens: int, vocab: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Student and teacher logits [N, V] of each case, bf16."""
+    """Return {case: student and teacher logits [N, V] in bf16}."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(deviation: float) -> Tensor:
@@ -75,7 +75,7 @@ def cases(tokens: int, vocab: int) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def from_logs(log_q: Tensor, log_p: Tensor, divergence: Divergence) -> Tensor:
-    """The loss as one would write it from log-probabilities, in their dtype, for autograd."""
+    """Return the loss from log-probabilities, in their dtype, for autograd."""
     rho = log_p - log_q
     if isinstance(divergence, ToDi):
         w = torch.sigmoid(divergence.scale * rho)
@@ -92,17 +92,17 @@ def from_logs(log_q: Tensor, log_p: Tensor, divergence: Divergence) -> Tensor:
 
 
 def dense(student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
-    """The definition."""
+    """Return the loss by its dense definition."""
     return reference_divergence(divergence, student, teacher)
 
 
 def autograd_loss(student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
-    """The peer."""
+    """Return the peer's loss."""
     return from_logs(student.float().log_softmax(-1), teacher.float().log_softmax(-1), divergence)
 
 
 def ours(kernel: str) -> Loss:
-    """This package's losses on one of its kernels."""
+    """Return a function for this package's losses with a kernel."""
 
     def loss(student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
         kernels.use(kernel)
@@ -112,32 +112,32 @@ def ours(kernel: str) -> Loss:
 
 
 def differentiated(loss: Loss, student: Tensor, teacher: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
-    """Loss [N] and gradient [N, V]."""
+    """Return loss [N] and gradient [N, V]."""
     leaf = student.clone().requires_grad_()
     value = loss(leaf, teacher, divergence)
     return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
 
 
 class Exact:
-    """Loss and gradient of a pair in fp64, and what others are away from them."""
+    """Loss and gradient of a pair in fp64, and errors relative to them."""
 
     def __init__(self, divergence: Divergence, student: Tensor, teacher: Tensor) -> None:
         self.divergence, self.student, self.teacher = divergence, student.float(), teacher.float()
         self.loss, self.gradient = differentiated(dense, student.double(), teacher.double(), divergence)
-        if torch.equal(student, teacher):  # the definition, written out, cancels to a little more or less than 0
+        if torch.equal(student, teacher):  # the definition cancels to almost 0
             self.loss, self.gradient = torch.zeros_like(self.loss), torch.zeros_like(self.gradient)
         self.largest = self.gradient.abs().amax(-1)
 
     def of_loss(self, loss: Tensor) -> Tensor:
-        """The error in units of what is allowed, [N]."""
+        """Return the error divided by its limit, [N]."""
         return (loss - self.loss).abs() / (1e-6 + 1e-5 * self.loss)
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
-        """The error relative to the row's largest, [N]; as it is where that is 0."""
+        """Return the error relative to the row's largest element, [N]; absolute if that is 0."""
         return (gradient - self.gradient).abs().amax(-1) / self.largest.where(self.largest > 0, 1.0)
 
     def result(self, loss: Loss, limits: dict[str, float]) -> Row:
-        """Errors of a loss, the largest of any token, and what is above its limit."""
+        """Return the largest errors of a loss over the tokens, and those above a limit."""
         value, gradient = differentiated(loss, self.student, self.teacher, self.divergence)
         with torch.no_grad():
             of_bf16 = self.of_loss(loss(self.student.bfloat16(), self.teacher.bfloat16(), self.divergence))
@@ -151,7 +151,7 @@ class Exact:
         return result
 
     def finding(self, name: str, token: int, error: float) -> Row:
-        """An error above its limit: where, and why if the experiment tells."""
+        """Describe an error above its limit: the token, and the reason if it is known."""
         found: Row = {"what": name, "error": error, "token": token, "loss": self.loss[token].item()}
         largest = found["largest gradient"] = self.largest[token].item()
         if name == "gradient" and largest > 0:
@@ -161,9 +161,9 @@ class Exact:
         return found
 
     def of_rounded_sum(self, token: int) -> float:
-        """What an H that is off by one fp32 rounding does to the gradient h_j - q_j H, the largest of the row.
+        """Return the largest effect of one fp32 rounding of H on a row's gradients h_j - q_j H.
 
-        A multiple of q in h changes nothing but H; ours is the h that is 0 between equal models.
+        A multiple of q in h changes H only. The h here is 0 for equal models.
         """
         log_q, log_p = (x[token].double().log_softmax(-1) for x in (self.student, self.teacher))
         h = differentiated(from_logs, log_q, log_p, self.divergence)[1]
@@ -172,7 +172,7 @@ class Exact:
 
 
 def measure(contestants: dict[str, Loss], tokens: int, vocab: int) -> list[Row]:
-    """A row for each case and loss, with the results of every contestant."""
+    """Return one row per case and loss, with the results of every contestant."""
     rows: list[Row] = []
     for case, (student, teacher) in cases(tokens, vocab).items():
         limits = dict.fromkeys(LIMITS, 0.0) if case == EQUAL else LIMITS
@@ -185,13 +185,13 @@ def measure(contestants: dict[str, Loss], tokens: int, vocab: int) -> list[Row]:
 
 
 def cells(result: Row, names: tuple[str, ...]) -> str:
-    """Numbers of a result, with a mark on each that is above its limit."""
+    """Format the numbers of a result, marking those above a limit."""
     above = {found["what"] for found in result["above"]}
     return "".join(f"{result[name]:>13.1e}{'!' if name in above else ' '}" for name in names)
 
 
 def table(rows: list[Row], contestant: str) -> str:
-    """Rows as text, of one contestant beside the peer, and what is above its limit."""
+    """Format the rows of one contestant next to the peer, and list errors above a limit."""
     names, of_peer = ("loss", "loss, bf16", "absolute", "relative", "gradient"), ("loss", "gradient")
     heads = ["largest D64", *names, "largest g64", *(f"peer {name}" for name in of_peer)]
     text = f"{contestant}; peer: {PEER}\n{'':38}" + "".join(f"{head:>13} " for head in heads)
@@ -208,7 +208,7 @@ def table(rows: list[Row], contestant: str) -> str:
 
 
 def main() -> None:
-    """Makes the tables and the report."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = [name for name in kernels.NAMES if name != "triton"]
     parser.add_argument("--kernels", nargs="+", choices=kernels.NAMES, default=default)

@@ -1,4 +1,4 @@
-"""README's chart of six bars, from the results of head.py and loss.py: `python benchmarks/chart.py`."""
+"""Bar chart of README from the results of head.py and loss.py: `python benchmarks/chart.py`."""
 
 import json
 from pathlib import Path

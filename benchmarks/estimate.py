@@ -1,12 +1,12 @@
-"""What `estimate` says of a job's memory, beside what the job takes: python benchmarks/estimate.py.
+"""Memory of a job as estimated and as measured: python benchmarks/estimate.py.
 
-Each case is a real `distill` job of the command line on CPU ranks. On every rank all tensors that any operator of torch
-takes or gives are followed by their storages, from before the model is built until each is freed, by whichever thread;
-what operators take for themselves is not seen. Beside the peak within a step stands what is held when the step begins.
-The estimate comes from `abkd_megatron.tools.estimate`, which has neither the job's data nor its ranks.
+Each case is a real `distill` job on CPU ranks. On every rank, the storages of all inputs and outputs of torch operators
+are tracked from before the model is built, in all threads. Temporaries inside operators are not tracked. Reported are
+the peak within a step and the bytes at its start. The estimate is from `abkd_megatron.tools.estimate`, which uses
+neither data nor other ranks.
 
-The process's resident memory is written beside it as a cross-check: it has Python, the libraries and what the C
-library's allocator keeps.
+As a cross-check, the resident memory of the process is recorded. It includes Python, libraries and the memory that the
+C allocator keeps.
 
 Writes OUT/estimate.json and OUT/estimate.png, and prints a table.
 """
@@ -59,7 +59,7 @@ def _sizes(layers: int, hidden: int, ffn: int, heads: int) -> dict[str, Any]:
     return {"num-layers": layers, "hidden-size": hidden, "ffn-hidden-size": ffn, "num-attention-heads": heads}
 
 
-# By name: ranks, the student's arguments, what differs in the teacher's, and of the distillation.
+# {name: (ranks, student arguments, teacher arguments that differ, `distillation` settings)}.
 CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "TP 2 x PP 2, fp32": (
         4,
@@ -87,7 +87,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 
 
 def settings_of(name: str, teacher: Path) -> list[str]:
-    """The command line's settings of a case's `distill` job."""
+    """Return the overrides of a case's `distill` job."""
     _, student, theirs, distillation = CASES[name]
     settings = {"device": "cpu", "teacher.load": teacher}
     settings |= {f"megatron.{key}": value for key, value in {**COMMON, **student}.items()}
@@ -97,7 +97,7 @@ def settings_of(name: str, teacher: Path) -> list[str]:
 
 
 def teacher_settings_of(name: str, teacher: Path) -> list[str]:
-    """The settings of the `pretrain` job, on one rank, that writes a case's teacher."""
+    """Return the overrides of the single-rank `pretrain` job that writes a case's teacher."""
     _, student, theirs, _ = CASES[name]
     saved = {"save": teacher, "save-interval": 1, "train-iters": 1, "micro-batch-size": 1, "global-batch-size": 1}
     of = {**COMMON, "vocab-size": student["vocab-size"], **theirs, **saved}
@@ -105,7 +105,7 @@ def teacher_settings_of(name: str, teacher: Path) -> list[str]:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Follows the storages of all tensors, in bytes."""
+    """Dispatch mode that tracks the storages of all tensors, in bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def run_rank(out: Path, words: list[str]) -> int:
-    """Run a job of the command line on this rank and write what its tensors took to OUT/RANK.json."""
+    """Run a job on this rank and write its tensor memory to OUT/RANK.json."""
     from megatron.training import training
 
     from abkd_megatron.__main__ import main as command_line
@@ -145,7 +145,7 @@ def run_rank(out: Path, words: list[str]) -> int:
     tensors, step, found = LiveTensors(), training.train_step, []
 
     def followed(*args: Any, **kwargs: Any) -> Any:
-        gc.collect()  # what is garbage already would go at any moment
+        gc.collect()  # garbage could be freed at any time
         tensors.peak = kept = tensors.held
         result = step(*args, **kwargs)
         found.append({"kept": kept, "peak": tensors.peak})
@@ -159,13 +159,13 @@ def run_rank(out: Path, words: list[str]) -> int:
 
 
 def read(out: Path, ranks: int) -> list[dict[str, Any]]:
-    """Of each rank its last step's numbers, in bytes."""
+    """Return the last step's numbers of each rank, in bytes."""
     found = [json.loads((out / f"{rank}.json").read_text()) for rank in range(ranks)]
     return [{**of["steps"][-1], "resident": of["resident"]} for of in found]
 
 
 def estimated(name: str) -> dict[int, dict[str, Any]]:
-    """By rank that was looked at: its kind, the peak, what is kept between steps, and the peak by part."""
+    """Return the estimate by simulated rank: kind, peak, bytes kept between steps, and peak by part."""
     from abkd_megatron import cpu_backend
     from abkd_megatron.config.load import load_config
     from abkd_megatron.config.megatron_args import megatron_options
@@ -190,7 +190,7 @@ def estimated(name: str) -> dict[int, dict[str, Any]]:
 
 
 def compared(name: str, measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a kind of rank."""
+    """Return one row per kind of rank."""
     return [
         {"case": name, "rank": rank, "estimated": estimate, "measured": measured[rank]}
         for rank, estimate in estimated(name).items()
@@ -198,7 +198,7 @@ def compared(name: str, measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def launch(words: list[str], ranks: int) -> None:
-    """Run `python WORDS` on so many ranks."""
+    """Run `python WORDS` on `ranks` ranks."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     ended = subprocess.run(
         [*launcher, *words],
@@ -244,7 +244,7 @@ def main() -> int:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Peaks and what is kept, and their ratios."""
+    """Print peaks, kept bytes and their ratios."""
     print(f"{'':40}{'':14}{'peak MiB':>10}{'estimated':>11}{'ratio':>7}{'kept MiB':>11}{'estimated':>11}{'ratio':>7}")
     for row in rows:
         ours, theirs = row["estimated"], row["measured"]
@@ -256,7 +256,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """The parts of each estimate on top of each other, beside the measured peak."""
+    """Draw the parts of each estimate as stacked bars, next to the measured peak."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -273,7 +273,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axis.plot([], [], "k-", linewidth=2, label="measured")
     axis.set_yticks(range(len(rows)), [f"{row['case']}\n{row['estimated']['kind']}" for row in rows], size=8)
     axis.invert_yaxis()
-    axis.set_xlabel("MiB at the peak of a step, a rank on the CPU stand-in")
+    axis.set_xlabel("MiB per rank at the peak of a step, CPU backend")
     axis.legend(fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)

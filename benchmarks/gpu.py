@@ -1,16 +1,16 @@
 """Acceptance run on a machine with NVIDIA GPUs: ``make gpu``, or ``python benchmarks/gpu.py``.
 
-Each stage runs in a process of its own under a time limit, so that a crash, a hang or an out-of-memory error costs only
-that stage. The whole run keeps a time budget: a stage that it leaves no time for is skipped, and reported as such.
+Each stage runs in a separate process with a time limit, so a crash, hang or out-of-memory error affects that stage
+only. The run has a time budget; stages beyond it are reported as skipped.
 
-Prints one table and writes one JSON file. Without a GPU, or with ``--dry-run``, prints what would run instead.
+Prints a table and writes a JSON file. Without a GPU, or with ``--dry-run``, it prints the plan only.
 
 Exit status:
-    0: every stage that can run on this machine passed; or nothing ran (no GPU, ``--dry-run``).
+    0: all stages that can run on this machine passed, or nothing ran (no GPU, ``--dry-run``).
     1: a stage failed, timed out, or was not started for lack of time.
-    2: the command line is wrong; or there may be a GPU, but torch cannot be imported or does not find it.
+    2: the command line is invalid; or torch cannot be imported, or does not find an existing GPU.
 
-This file imports neither torch nor the package, so that a broken installation is a result too. The stages are in
+This file imports neither torch nor the package, so that a broken installation can be reported. The stages are in
 ``gpu_stages.py``.
 """
 
@@ -37,9 +37,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = Path(__file__).with_name("gpu_stages.py")
 PASSED, FAILED, TIMED_OUT, SKIPPED = "passed", "failed", "timed out", "skipped"
-# Seconds of the whole run, by whether there are several GPUs.
+# Seconds of the run, with one GPU and with several.
 BUDGET_OF_ONE, BUDGET_OF_SEVERAL = 600.0, 1500.0
-# A stage is not started with less than this left: importing torch and Megatron alone takes most of it.
+# Minimum time left to start a stage; importing torch and Megatron takes most of it.
 LEAST_SECONDS = 20.0
 LINES_OF_OUTPUT = 40
 NO_TIME = "out of time"
@@ -55,32 +55,32 @@ class Stage:
 
     name: str
     shows: str
-    """What is known once it has passed."""
+    """What it tests, for the table."""
     limit: float
     """Seconds after which it is killed."""
     words: tuple[str, ...] = ()
-    """What follows `gpu_stages.py` on its command line."""
+    """Arguments of `gpu_stages.py`."""
     gpus: int = 1
     ranks: int = 1
-    """Processes that torchrun starts the stage in. A stage that trains starts torchrun itself, and is one process."""
+    """Number of torchrun processes. A training stage is one process that starts torchrun itself."""
     modules: tuple[str, ...] = ()
-    """What has to be installed, by the name it is imported by."""
+    """Modules that must be installed."""
     after: tuple[str, ...] = ()
-    """Stages that have to have passed before, since this one uses what they wrote."""
+    """Stages that must have passed, because this one uses their output."""
 
 
 @dataclass
 class Outcome:
-    """What became of a stage."""
+    """Outcome of a stage."""
 
     name: str
     shows: str
     result: str
     seconds: float = 0.0
     why: str = ""
-    """Why it did not pass, or was skipped."""
+    """Reason if it was skipped or did not pass."""
     summary: str = ""
-    """Its numbers, in a few words."""
+    """Its main numbers."""
     numbers: dict[str, Any] = field(default_factory=dict)
     output: list[str] = field(default_factory=list)
     """Its last lines, if it failed or timed out."""
@@ -88,13 +88,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run finds."""
+    """Hardware of this machine."""
 
     device: str
     gpus: tuple[str, ...]
     """Their names."""
     problem: str = ""
-    """What is wrong, if that is why no GPU was found."""
+    """The error, if GPUs could not be queried."""
 
 
 TRAINING = ("megatron.training", "sentencepiece", "psutil")
@@ -102,7 +102,7 @@ TE = "transformer_engine"
 
 
 def stages() -> list[Stage]:
-    """The whole run, in order: what a first GPU is most needed for comes first."""
+    """Return all stages, the most important first."""
     kernel = {
         name: Stage(
             f"kernel {name}",
@@ -173,7 +173,7 @@ def stages() -> list[Stage]:
 def run_stage(
     stage: Stage, seconds: float, work: Path, device: str, size: str, python: str = sys.executable
 ) -> Outcome:
-    """Run a stage in a process group of its own; kill all of it after `seconds`."""
+    """Run a stage in a separate process group; kill the group after `seconds`."""
     outcome = Outcome(stage.name, stage.shows, FAILED)
     name = re.sub(r"\W+", "-", stage.name)
     result, log = work / f"{name}.json", work / f"{name}.log"
@@ -189,7 +189,7 @@ def run_stage(
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        # Megatron asks for it with tensor parallelism on GPUs before Blackwell.
+        # Required by Megatron for tensor parallelism on GPUs before Blackwell.
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
     start = time.monotonic()
@@ -208,7 +208,7 @@ def run_stage(
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            kill_tree(child)  # also what a stage that has ended left behind
+            kill_tree(child)  # including processes that outlive the stage
     outcome.seconds = time.monotonic() - start
     with suppress(OSError, ValueError):
         said = json.loads(result.read_text())
@@ -229,7 +229,7 @@ def run_stage(
 
 
 def ended_by(code: int) -> str:
-    """An exit code in words."""
+    """Describe an exit code."""
     if code == 0:
         return "ended without a result"
     if code < 0:
@@ -239,13 +239,13 @@ def ended_by(code: int) -> str:
 
 
 def last_lines(log: str) -> list[str]:
-    """The end of a log, without torchrun's own report on processes that failed."""
+    """Return the last lines of a log, without torchrun's report on failed processes."""
     own = re.split(r"^E\d{4} .* failed \(exitcode: ", log, maxsplit=1, flags=re.MULTILINE)[0]
     return own.splitlines()[-LINES_OF_OUTPUT:]
 
 
 def kill_tree(child: subprocess.Popen) -> None:
-    """Kill a child that still runs, and all that descends from it: torchrun's ranks have sessions of their own."""
+    """Kill a child and its descendants; torchrun's ranks are in other sessions."""
     for pid in [*descendants(child.pid), child.pid]:
         if pid == child.pid and child.poll() is not None:
             continue
@@ -257,11 +257,11 @@ def kill_tree(child: subprocess.Popen) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes below this one, as /proc has them now; none where there is no /proc."""
+    """Return the descendants of a process from /proc; none without /proc."""
     children: dict[int, list[int]] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError, IndexError):
-            # The name, in parentheses, may have anything in it.
+            # The name, in parentheses, may have any characters.
             parent = int(status.read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(status.parent.name))
     found: list[int] = []
@@ -277,13 +277,13 @@ def descendants(pid: int) -> list[int]:
 
 
 def why_not(stage: Stage, machine: Machine, done: dict[str, str], chosen: Collection[str]) -> str:
-    """Why a stage cannot run here; empty if it can.
+    """Return the reason why a stage cannot run here; empty if it can.
 
     Args:
-        stage: the one in question.
-        machine: what was found.
-        done: results of the stages before, by name.
-        chosen: names of all that are to run.
+        stage: the stage.
+        machine: this machine.
+        done: results of earlier stages, by name.
+        chosen: names of all stages of this run.
     """
     if stage.gpus > len(machine.gpus):
         return f"needs {stage.gpus} GPUs, found {len(machine.gpus)}"
@@ -296,7 +296,7 @@ def why_not(stage: Stage, machine: Machine, done: dict[str, str], chosen: Collec
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module can be found; only its parents are imported."""
+    """Return whether a module can be found; imports its parents only."""
     try:
         return importlib.util.find_spec(module) is not None
     except Exception:  # a broken parent
@@ -311,7 +311,7 @@ def run_all(
     size: str,
     after_each: Callable[[list[Outcome]], None] = lambda outcomes: None,
 ) -> list[Outcome]:
-    """Run stages one after the other for at most `budget` seconds."""
+    """Run stages in order for at most `budget` seconds."""
     end = time.monotonic() + budget
     outcomes: list[Outcome] = []
     for number, stage in enumerate(chosen, 1):
@@ -335,21 +335,21 @@ def run_all(
 
 
 def exit_status(outcomes: Sequence[Outcome]) -> int:
-    """As the module says."""
+    """Return the exit status, see the module."""
     bad = [one for one in outcomes if one.result in (FAILED, TIMED_OUT) or one.why.startswith(NO_TIME)]
     return 1 if bad else 0
 
 
-# ---- what is shown and written
+# ---- output
 
 
 def say(text: str) -> None:
-    """Progress, on stderr."""
+    """Print progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def table(rows: Sequence[tuple[str, str, str, str]], titles: tuple[str, str, str, str], width: int = 120) -> str:
-    """Four columns as text, the last one wrapped."""
+    """Format four columns; the last one is wrapped."""
     widths = [max(len(row[index]) for row in [titles, *rows]) for index in range(3)]
     indent = sum(widths) + 2 * 3
     lines = []
@@ -362,7 +362,7 @@ def table(rows: Sequence[tuple[str, str, str, str]], titles: tuple[str, str, str
 
 
 def result_table(outcomes: Sequence[Outcome]) -> str:
-    """What became of the stages."""
+    """Format the outcomes of the stages."""
     rows = []
     for one in outcomes:
         text = "; ".join(filter(None, [one.why, one.summary])) or one.shows
@@ -371,7 +371,7 @@ def result_table(outcomes: Sequence[Outcome]) -> str:
 
 
 def plan_table(chosen: Sequence[Stage]) -> str:
-    """What would run on a machine with GPUs, and what of it this one lacks."""
+    """Format the plan for a machine with GPUs, with the modules that are missing here."""
     rows = []
     for stage in chosen:
         absent = [name for name in stage.modules if not is_installed(name)]
@@ -382,7 +382,7 @@ def plan_table(chosen: Sequence[Stage]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that are here."""
+    """Return the versions of Python and of installed packages."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -391,7 +391,7 @@ def versions() -> dict[str, str]:
 
 
 def look(device: str) -> Machine:
-    """The GPUs that torch finds, asked in a process of its own: a broken driver may end it."""
+    """Return the GPUs that torch finds, queried in a separate process because a broken driver may crash it."""
     if device == "cpu":
         return Machine("cpu", ("cpu rank", "cpu rank"))
     code = "import torch; print([torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())])"
@@ -408,7 +408,7 @@ def look(device: str) -> Machine:
 
 
 def listed_by_driver() -> str:
-    """The GPUs that nvidia-smi lists; empty without any."""
+    """Return the GPUs that nvidia-smi lists; empty without any."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return ""
@@ -420,10 +420,10 @@ def listed_by_driver() -> str:
 
 
 def choose(names: Sequence[str] | None) -> list[Stage]:
-    """The named stages and what they need; all without names.
+    """Return the named stages and their dependencies; all stages without names.
 
     Raises:
-        ValueError: for a name that no stage has.
+        ValueError: a name is unknown.
     """
     every = {stage.name: stage for stage in stages()}
     if not names:
@@ -488,7 +488,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "stages": [asdict(one) for one in outcomes],
             "complete": len(outcomes) == len(chosen),
         }
-        # Whole or not at all: the run may be ended at any time.
+        # Atomic, because the run may be interrupted at any time.
         partial = out.with_suffix(".partial")
         partial.write_text(json.dumps(report, indent=1) + "\n")
         partial.replace(out)

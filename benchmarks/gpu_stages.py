@@ -1,10 +1,10 @@
-"""The stages of ``gpu.py``, each run as ``python benchmarks/gpu_stages.py STAGE --device ... --result FILE``.
+"""Stages of ``gpu.py``: ``python benchmarks/gpu_stages.py STAGE --device ... --result FILE``.
 
-A stage leaves FILE with its numbers, a summary in a few words and what is wrong, and ends with 1 if anything is. Under
-torchrun every rank runs the stage and the first one writes FILE, with the problems of all.
+A stage writes its numbers, a summary and its problems to FILE, and exits with 1 if there are problems. Under torchrun
+all ranks run the stage, and the first one writes FILE with the problems of all ranks.
 
-On ``--device cpu`` the same code runs on CPU ranks over gloo, for the tests of these scripts; ``--size tiny`` goes with
-it. Times from there mean nothing.
+With ``--device cpu --size tiny`` the same code runs on CPU ranks over gloo, for tests of these scripts. These times are
+meaningless.
 """
 
 import argparse

@@ -1,25 +1,24 @@
-"""Time and memory of the fused LM head beside heads whose logits exist: ``python benchmarks/head.py``.
+"""Time and memory of the fused LM head, compared with materialized logits: ``python benchmarks/head.py``.
 
 From hidden states and weights of both models to the gradients of the student's, of the sum over tokens of
 mask * (alpha-beta + cross entropy), in fp32. The contestants:
 
 - plain autograd: products, alpha-beta in log space and torch's cross entropy, on one rank;
 - materialized: products, then vocab_parallel_distillation; and with the gradient written in place of the logits;
-- fused: vocab_parallel_distillation_head, its gradients formed in forward or from logits that backward forms again.
+- fused: vocab_parallel_distillation_head, with gradients computed in forward, or from logits recomputed in backward.
 
-One that cannot run keeps its row, which says why. What is measured, of each:
+The row of a contestant that cannot run has the reason. Measured per contestant:
 
-- time: of forward, backward and, on several ranks, the all-reduce of the hidden states' gradient; one thread a rank; of
-  the slowest rank. Rounds, ratios and malloc are those of loss.py. Where there are more ranks than cores they take
-  turns, and times are only indicative.
-- peak: the most that torch's CPU allocator had handed out at any one time since the call, the gradients included, the
-  hidden states and weights not. Beside it what the model on paper predicts.
-- error: of the two gradients, the largest relative to the same gradient's largest element in "materialized".
+- time: forward, backward and, on several ranks, the all-reduce of the hidden states' gradient; one thread per rank, the
+  slowest rank. Rounds, ratios and malloc are as in loss.py. With more ranks than cores, times are only indicative.
+- peak: the peak of torch's CPU allocator during the call, including gradients, excluding hidden states and weights. The
+  table also has the prediction of the analytical model.
+- error: the largest error of the two gradients, relative to the largest element of the gradient in "materialized".
 
-The picture is of memory alone, on one rank, with narrow hidden states: against the vocabulary and against the tokens.
+The figure shows memory on one rank with narrow hidden states, over the vocabulary size and over the tokens.
 
-The model on paper counts operations and bytes of the products, for sizes that no machine is needed for. Ranks are
-processes of this machine, over gloo. Tables go to stdout, ``head.json`` and ``head.png`` into the output directory.
+The analytical model counts operations and bytes of the products, for any sizes. Ranks are processes on this machine,
+over gloo. Tables go to stdout, ``head.json`` and ``head.png`` to the output directory.
 """
 
 import argparse

@@ -1,30 +1,30 @@
-"""Time, memory, communication and accuracy of the losses, beside what others offer: ``python benchmarks/loss.py``.
+"""Time, memory, communication and accuracy of the losses, compared with others: ``python benchmarks/loss.py``.
 
-The contestants, on logits of 1024 tokens x 32768 vocabulary columns (over all ranks) unless told otherwise:
+Contestants, by default on logits of 1024 tokens x 32768 vocabulary columns (over all ranks):
 
 - ours, by each kernel: alpha-beta with cross entropy and metrics, into a buffer and in place; alpha-beta, forward KL
   and ToDi alone;
 - Megatron's vocabulary-parallel cross entropy: of one tensor, where a divergence reads two;
 - ModelOpt's LogitsKLLoss: a forward KL;
-- alpha-beta by autograd, on one rank: in log space, and as the textbook writes it, by powers of a softmax;
-- the limit: what it takes to read both logits twice and write one gradient at the speed of a plain copy.
+- alpha-beta by autograd, on one rank: in log space, and in textbook form with powers of a softmax;
+- the limit: the time to read both logits twice and write one gradient at the speed of a copy.
 
-One that cannot run keeps its row, which says why. What is measured, of each:
+The row of a contestant that cannot run has the reason. Measured per contestant:
 
-- time: forward, sum and backward, to the gradient of the logits; one thread a rank; of the slower rank. Every round
-  runs every contestant once, beginning with another each time, so that a noisy moment hits all; a ratio is the
-  median of its rounds' ratios. Logits are a fresh copy (Megatron's fp32 form overwrites them), made untimed. malloc
-  is told to keep what it once had, as the CUDA caching allocator does: fresh pages would cost more than the losses.
-- bytes a logit: the most that torch's CPU allocator had handed out at any one time since the call, over the rank's
-  number of logits; the gradient and what operators allocate inside themselves count, the logits do not.
-- collectives and the bytes that one rank puts into them (all-gather brings that back times the ranks). ModelOpt
-  leaves the sum of the ranks' shares of the loss to its caller; that one is not counted.
-- errors, on a few rows of the full vocabulary where the student is the teacher plus noise: of the loss, relative,
-  and of the gradient, relative to the row's largest, against the dense fp64 definition. A gradient in bf16 is
-  rounded as it is written, by up to 2^-8 of itself.
+- time: forward, sum and backward to the gradient of the logits; one thread per rank, the slower rank. Every round runs
+  every contestant once, in rotating order, so that noise affects all. A ratio is the median over rounds. Logits are
+  copied before each run, untimed, because Megatron overwrites fp32 logits. malloc keeps freed memory, as the CUDA
+  caching allocator does; fresh pages would cost more than the losses.
+- bytes per logit: the peak of torch's CPU allocator during the call, divided by the rank's number of logits. It
+  includes the gradient and operator temporaries, not the logits.
+- collectives, and the bytes that one rank sends (an all-gather returns this times the ranks). ModelOpt leaves the sum
+  of the loss over ranks to its caller; it is not counted.
+- errors against the dense fp64 definition, on some rows of the full vocabulary with the student equal to the teacher
+  plus noise: relative for the loss, relative to the row's largest element for the gradient. In bf16, rounding of the
+  gradient costs up to 2^-8.
 
-Ranks are processes of this machine, over gloo. A table of each (dtype, tensor parallel size) goes to stdout,
-``loss.json`` and ``loss.png`` into the output directory.
+Ranks are processes on this machine, over gloo. A table per (dtype, tensor parallel size) goes to stdout, ``loss.json``
+and ``loss.png`` to the output directory.
 """
 
 import argparse

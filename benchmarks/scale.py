@@ -1,12 +1,11 @@
-"""What ranks tell each other for the teacher, from four ranks to ten thousand: python benchmarks/scale.py.
+"""Communication for the teacher, from four to ten thousand ranks: python benchmarks/scale.py.
 
-One rank of each kind of a `distill` job runs its first two steps without data and without the others
-(`abkd_megatron.tools.meta_run`), and every collective and message that it starts is written down with the file of this
-package that it is started for, the size of its group and the bytes that this rank gives. What Megatron starts for the
-student counts as Megatron's. `tests/host/test_scale.py` holds the cases of four ranks to what a real job on CPU ranks
-starts.
+One rank of each kind of a `distill` job is simulated for two steps without data and without other ranks
+(`abkd_megatron.tools.meta_run`). Every collective and message is recorded with the file of this package that starts it,
+the size of its group and the bytes that this rank sends. Communication of the student counts as Megatron's.
+`tests/host/test_scale.py` compares the cases of four ranks with a real job on CPU ranks.
 
-Writes OUT/scale.json and prints a table. A time here is this machine's.
+Writes OUT/scale.json and prints a table. Times depend on this machine.
 """
 
 import argparse
@@ -31,13 +30,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 sys.path.insert(0, str(Path(__file__).parent))
-import estimate as memory  # the cases' common settings, and how a job is launched
+import estimate as memory  # common settings and launcher
 
 MIB = 2**20
 MICRO_BATCHES = 4
 TP, PP, CP = "tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size"
 
-# What each file starts collectives for; what others start belongs to Megatron and the student.
+# Purpose of the collectives that a file starts. Other files belong to Megatron and the student.
 KINDS = {
     "teacher/channel.py": "teacher's messages",
     "teacher/runner.py": "teacher's pass",
@@ -55,7 +54,7 @@ KINDS = {
 
 
 def _gpus(student: tuple[int, ...], teacher: tuple[int, ...], layout: dict[str, Any], ranks: int) -> dict[str, Any]:
-    """A case on GPUs: (layers, hidden, ffn, heads) of both models."""
+    """Return a case on GPUs from (layers, hidden, ffn, heads) of both models."""
     return {
         "ranks": ranks,
         "device": "cuda",
@@ -98,7 +97,7 @@ SMALL = [name for name, case in CASES.items() if case["device"] == "cpu"]
 
 
 def settings_of(name: str, teacher: Path) -> list[str]:
-    """The command line's settings of a case's `distill` job."""
+    """Return the overrides of a case's `distill` job."""
     case = CASES[name]
     student = {**memory.COMMON, **case["student"]}
     model_parallel = student.get(TP, 1) * student.get(PP, 1) * student.get(CP, 1)
@@ -111,7 +110,7 @@ def settings_of(name: str, teacher: Path) -> list[str]:
 
 
 def config_of(name: str) -> Any:
-    """A case's configuration, whose teacher is nowhere."""
+    """Return a case's configuration, with a nonexistent teacher checkpoint."""
     from abkd_megatron import cpu_backend
     from abkd_megatron.config.load import load_config
     from abkd_megatron.config.megatron_args import megatron_options
@@ -121,7 +120,7 @@ def config_of(name: str) -> Any:
 
 
 def teacher_settings_of(name: str, teacher: Path) -> list[str]:
-    """The settings of the `pretrain` job, on one rank, that writes a case's teacher."""
+    """Return the overrides of the single-rank `pretrain` job that writes a case's teacher."""
     case = CASES[name]
     saved = {"save": teacher, "save-interval": 1, "train-iters": 1, "micro-batch-size": 1, "global-batch-size": 1}
     sizes = {key: value for key, value in case["teacher"].items() if key != TP}
@@ -130,19 +129,19 @@ def teacher_settings_of(name: str, teacher: Path) -> list[str]:
 
 
 class Traffic:
-    """What one rank starts: {part of the run: {(kind, operation, ranks of the group): [times, bytes given]}}."""
+    """Communication of one rank: {part of the run: {(kind, operation, group size): [count, bytes sent]}}."""
 
     def __init__(self) -> None:
         self.part = "start-up"
         self.found: dict[str, Counter[tuple[str, str, int]]] = {}
         self.bytes: dict[str, Counter[tuple[str, str, int]]] = {}
         self.groups = [0, 0]
-        """Process groups that were made for the teacher: over all ranks, and with this rank in them."""
+        """Process groups created for the teacher: all, and those that include this rank."""
         self.seconds_of_groups = 0.0
         self._within = False
 
     def note(self, operation: str, group: Any, size: int) -> None:
-        """Write one down."""
+        """Record one operation."""
         kind = _kind()
         if self._within or (kind is None and self.part == "start-up"):
             return
@@ -152,7 +151,7 @@ class Traffic:
         self.bytes.setdefault(self.part, Counter())[key] += size
 
     def note_op(self, func: Any, args: tuple) -> None:
-        """Write down an operator of torch's c10d."""
+        """Record an operator of torch's c10d."""
         names = [argument.name for argument in func._schema.arguments]
         given = next((number for number, name in enumerate(names) if name.startswith("input")), 0)
         size = sum(it.nbytes for it in tree_iter(args[given]) if isinstance(it, torch.Tensor))
@@ -160,7 +159,7 @@ class Traffic:
         self.note(func._schema.name.split("::")[1].strip("_"), dist.ProcessGroup.unbox(boxed), size)
 
     def of_objects(self, function: Any, operation: str, place: int) -> Any:
-        """A collective of Python objects, written down as one of as many bytes as this rank's pickle has."""
+        """Wrap a collective of Python objects and record it with the size of this rank's pickle."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             group = kwargs.get("group") or next((it for it in args[1:] if isinstance(it, dist.ProcessGroup)), None)
@@ -174,7 +173,7 @@ class Traffic:
         return call
 
     def new_group(self, function: Any) -> Any:
-        """`dist.new_group`, counted."""
+        """Wrap `dist.new_group` and count its calls."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if _kind() is None:
@@ -189,7 +188,7 @@ class Traffic:
         return call
 
     def step(self, function: Any) -> Any:
-        """Megatron's `train_step`."""
+        """Wrap Megatron's `train_step`."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self.part = "step"
@@ -203,7 +202,7 @@ class Traffic:
         return call
 
     def report(self) -> dict[str, Any]:
-        """In plain values."""
+        """Return the records as plain values."""
         rows = {
             part: [[*key, times, self.bytes[part][key]] for key, times in sorted(found.items())]
             for part, found in self.found.items()
@@ -213,7 +212,7 @@ class Traffic:
 
 
 class _Watched(TorchDispatchMode):
-    """Tells `Traffic` of the operators of a real job."""
+    """Dispatch mode that records the operators of a real job in `Traffic`."""
 
     def __init__(self, traffic: Traffic) -> None:
         super().__init__()
@@ -226,7 +225,7 @@ class _Watched(TorchDispatchMode):
 
 
 def _kind() -> str | None:
-    """What is going on, by the innermost frame of this package."""
+    """Return the current purpose, from the innermost frame of this package."""
     frame = sys._getframe(1)
     while frame is not None:
         _, found, file = frame.f_code.co_filename.rpartition("/abkd_megatron/")
@@ -237,7 +236,7 @@ def _kind() -> str | None:
 
 
 def run_rank(out: Path, words: list[str]) -> int:
-    """Run a job of the command line on this rank and write what it starts to OUT/RANK.json."""
+    """Run a job on this rank and write its communication to OUT/RANK.json."""
     from megatron.training import training
 
     from abkd_megatron.__main__ import main as command_line
@@ -258,7 +257,7 @@ def run_rank(out: Path, words: list[str]) -> int:
 
 
 def count_rank(name: str, rank: int) -> dict[str, Any]:
-    """The same of a rank that has neither data nor others beside it; in a process of its own."""
+    """Return the same for a simulated rank. Call in a separate process."""
     from megatron.training import training
 
     from abkd_megatron.tools import memory_tracker, meta_run
@@ -291,12 +290,12 @@ def count_rank(name: str, rank: int) -> dict[str, Any]:
 
 
 def counted(names: Sequence[str]) -> list[dict[str, Any]]:
-    """A row a case and kind of rank."""
+    """Return one row per case and kind of rank."""
     from abkd_megatron.tools.dry_run import megatron_arguments
     from abkd_megatron.tools.estimate import kinds_of_ranks
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["abkd_megatron.tools.meta_run"])  # which takes longer than a rank
+    context.set_forkserver_preload(["abkd_megatron.tools.meta_run"])  # import takes longer than a rank
     ranks = []
     for name in names:
         student, teacher = megatron_arguments(config_of(name), CASES[name]["ranks"])
@@ -312,11 +311,11 @@ def counted(names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def layout_of(name: str) -> dict[str, Any]:
-    """The layout of the rank in the middle: its seconds, and the process groups that all ranks make for the teacher.
+    """Build the teacher layout of the middle rank, and count the process groups for the teacher.
 
     Returns:
-        "groups" over the whole job, "own", of which so many have this rank in them, and "members" of the largest;
-        "seconds" of the layout; "sharing group", its ranks.
+        "groups": of the job; "own": groups that include this rank; "members": size of the largest; "seconds": to build
+        the layout; "sharing group": its ranks.
     """
     from abkd_megatron.teacher.layout import RankCoords, TeacherLayout
 
@@ -327,7 +326,7 @@ def layout_of(name: str) -> dict[str, Any]:
     begun = time.perf_counter()
     layout = TeacherLayout(places, world // 2, teacher.get(TP, tensor), teacher.get(PP, stages))
     seconds = time.perf_counter() - begun
-    # Of each kind of group: how many ranks one has, and how many groups there are.
+    # (ranks per group, number of groups) of each kind.
     sizes = [(len(layout.pipeline), world // len(layout.pipeline))] if layout.pipeline_parallel > 1 else []
     if not layout.matches_student:
         share = layout.tensor_parallel * layout.pipeline_parallel
@@ -349,7 +348,7 @@ def main() -> int:
     """Run the benchmark."""
     if sys.argv[1:2] == ["--rank"]:
         return run_rank(Path(sys.argv[2]), sys.argv[3:])
-    parser = argparse.ArgumentParser(description="Count what ranks tell each other for the teacher.")
+    parser = argparse.ArgumentParser(description="Count the communication for the teacher.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     rows = counted(list(CASES))
@@ -369,13 +368,13 @@ def main() -> int:
 
 
 def of_micro_batch(row: dict[str, Any], kind: str) -> tuple[float, float]:
-    """Times and bytes of a kind in a step, by micro-batch."""
+    """Return the count and bytes of a kind per micro-batch."""
     found = [it for it in row.get("step", ()) if it[0] == kind]
     return sum(it[3] for it in found) / MICRO_BATCHES, sum(it[4] for it in found) / MICRO_BATCHES
 
 
 def table(rows: list[dict[str, Any]], layouts: list[dict[str, Any]]) -> list[str]:
-    """The lines of docs/scale.md's tables: what a rank starts for a micro-batch, and the groups of a job."""
+    """Return the lines of the tables in docs/scale.md: communication per micro-batch, and process groups."""
     kinds = ("teacher's messages", "loss", "LM heads", "teacher's pass", "Megatron's")
     lines = [f"| layout | rank | {' | '.join(kinds)} | waiting |", "|---" * (len(kinds) + 3) + "|"]
     for row in rows:

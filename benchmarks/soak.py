@@ -1,17 +1,16 @@
-"""Whether a job that runs long holds more and more: python benchmarks/soak.py --minutes 8.
+"""Soak test for growth of memory and descriptors: python benchmarks/soak.py --minutes 8.
 
-A student of two pipeline stages trains on two CPU ranks through the command line, with its teacher and, as the control,
-without it. Each job validates, saves checkpoints, logs to TensorBoard, and is ended and resumed from its checkpoint in
-processes of its own, several times. Every so many steps each rank counts, behind its optimizer's step:
+A student with two pipeline stages trains on two CPU ranks, with its teacher and, as a control, without. Each job
+validates, saves checkpoints and logs to TensorBoard, and is repeatedly stopped and resumed in new processes. Every N
+steps each rank counts, after the optimizer step:
 
-- live tensors, their bytes, and all objects that Python's garbage collector knows;
-- the heap in use: what malloc has given and not got back (mallinfo2 of glibc), which has what C++ alone holds, too, as
-  graphs of autograd are, and leaves out what fragmentation costs;
-- resident memory without what is mapped from files; open descriptors; threads;
-- the teacher's messages in flight, and the most micro-batches that have waited for their student at a time.
+- live tensors, their bytes, and all objects known to Python's garbage collector;
+- heap in use (mallinfo2 of glibc), which includes C++ objects such as autograd graphs and excludes fragmentation;
+- anonymous resident memory, open descriptors, threads;
+- the teacher's messages in flight, and the maximum number of queued micro-batches.
 
 Writes OUT/soak.json and OUT/soak.png and prints a table: values after a warm-up and at the end of each process, and the
-slope of a straight line through all of them. `tests/host/test_soak.py` sees with the same samples that a leak is found.
+slope of a linear fit. `tests/host/test_soak.py` checks that the same samples reveal a leak.
 """
 
 import argparse
@@ -72,10 +71,10 @@ COUNTS = {
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description="Train long, and look whether anything grows.")
-    parser.add_argument("--minutes", type=int, default=8, help="a process, with the teacher")
-    parser.add_argument("--control", type=int, default=4, help="minutes a process without the teacher")
-    parser.add_argument("--parts", type=int, default=2, help="processes one after another, each resuming the last")
+    parser = argparse.ArgumentParser(description="Train for a long time and measure growth.")
+    parser.add_argument("--minutes", type=int, default=8, help="per process, with the teacher")
+    parser.add_argument("--control", type=int, default=4, help="minutes per process without the teacher")
+    parser.add_argument("--parts", type=int, default=2, help="consecutive processes, each resuming the last")
     parser.add_argument("--every", type=int, default=100, help="steps between two samples")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
@@ -118,7 +117,7 @@ def main() -> None:
 
 
 def run(job: str, megatron: Mapping[str, Any], overrides: Mapping[str, Any], samples: Path, every: int) -> None:
-    """One job of the command line over two processes that write samples."""
+    """Run a job on two ranks that write samples."""
     settings = {"device": "cpu", **{f"megatron.{key}": value for key, value in megatron.items()}, **overrides}
     log = samples.with_suffix(".log")
     with log.open("w") as sink:
@@ -141,27 +140,27 @@ def run(job: str, megatron: Mapping[str, Any], overrides: Mapping[str, Any], sam
 
 
 def rank(arguments: Sequence[str]) -> int:
-    """`soak.py rank SAMPLES EVERY JOB ...`: the command line's JOB, which writes SAMPLES/RANK.jsonl on its way."""
+    """Run `soak.py rank SAMPLES EVERY JOB ...`: a job that also writes SAMPLES/RANK.jsonl."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     from abkd_megatron.__main__ import main as command_line
 
     samples, every, *words = arguments
     Path(samples).mkdir(parents=True, exist_ok=True)
-    # torch's own hook, of every optimizer there is: Megatron has one a rank here.
+    # A hook of all torch optimizers; here Megatron has one per rank.
     register_optimizer_step_post_hook(Sampler(Path(samples) / f"{os.environ['RANK']}.jsonl", int(every)))
     return command_line(words)
 
 
 class Sampler:
-    """Writes a line of JSON every so many steps."""
+    """Optimizer hook that writes a line of JSON every `every` steps."""
 
     def __init__(self, path: Path, every: int) -> None:
         self._path, self._every = path, every
         self._steps, self._since = 0, time.perf_counter()
 
     def __call__(self, *_: object) -> None:
-        """After an optimizer's step."""
+        """Count after an optimizer step."""
         self._steps += 1
         if self._steps % self._every:
             return
@@ -172,7 +171,7 @@ class Sampler:
 
 
 def counts() -> dict[str, int]:
-    """What this process holds; after a garbage collection, so that what waits for one is not taken for a leak."""
+    """Return the counts of this process, after a garbage collection."""
     import psutil
     import torch
 
@@ -180,7 +179,7 @@ def counts() -> dict[str, int]:
 
     gc.collect()
     objects = gc.get_objects()
-    # By type(): isinstance() would ask lazy objects of other libraries for their class, which makes them load.
+    # type(), because isinstance() would load lazy objects of other libraries.
     tensors = [it for it in objects if issubclass(type(it), torch.Tensor)]
     attachments = [it for it in objects if type(it) is Attachment]
     process = psutil.Process()
@@ -204,7 +203,7 @@ class _Mallinfo2(ctypes.Structure):
 
 
 def heap_in_use() -> int:
-    """Bytes that malloc has given and not got back, in all of its arenas; glibc >= 2.33."""
+    """Return the bytes allocated by malloc in all arenas; needs glibc >= 2.33."""
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = _Mallinfo2
     found = mallinfo2()
@@ -215,12 +214,12 @@ def heap_in_use() -> int:
 
 
 def read(folder: Path) -> dict[str, list[dict[str, float]]]:
-    """{rank: its samples in the order of their steps}."""
+    """Return {rank: samples ordered by step}."""
     return {path.stem: [json.loads(line) for line in path.open()] for path in sorted(folder.glob("*.jsonl"))}
 
 
 def summary(samples: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Values after the warm-up and at the end, and the slope in 1000 steps."""
+    """Return the values after the warm-up and at the end, and the slope per 1000 steps."""
     after = warmed_up(samples)
     steps = [it["step"] for it in after]
     found = {"steps": {"start": steps[0], "end": steps[-1]}}
@@ -235,18 +234,18 @@ def summary(samples: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float
 
 
 def warmed_up(samples: Sequence[Mapping[str, float]]) -> Sequence[Mapping[str, float]]:
-    """Without the first fifth, which has validations and checkpoints in it."""
+    """Drop the first fifth, which includes validation and checkpoints."""
     return samples[len(samples) // 5 :]
 
 
 def thinned(samples: Sequence[Mapping[str, float]], most: int = 100) -> list[Mapping[str, float]]:
-    """Evenly spaced ones, the last among them."""
+    """Return evenly spaced samples, including the last."""
     every = -(-len(samples) // most)
     return list(samples[::-1][::every][::-1])
 
 
 def table(summaries: Mapping[str, Any]) -> str:
-    """All processes as Markdown: after the warm-up -> at the end, and the slopes in KiB."""
+    """Format all processes as Markdown: after the warm-up -> at the end, and the slopes in KiB."""
     head = [
         "process",
         "steps",
@@ -276,7 +275,7 @@ def _change(of: Mapping[str, float], unit: float, format: str) -> str:
 
 
 def draw(samples: Mapping[str, Any], path: Path) -> None:
-    """What each process held, by its steps, less what it held after its warm-up."""
+    """Draw the counts of each process over its steps, relative to the end of its warm-up."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,12 +1,12 @@
-"""What a teacher adds to a whole training step, through the real Megatron on CPU ranks: python benchmarks/step.py.
+"""Time of a complete training step with and without a teacher, in Megatron on CPU ranks: python benchmarks/step.py.
 
-For each layout (tensor-, pipeline- and data-parallel 2) jobs of the command line run in turn, round after round: the
-student alone, the teacher's forward pass alone (Megatron's own evaluation of it), the student distilled, and distilled
-beside a teacher in a layout of its own. The plugin's own cost is what the distilled step takes beyond the other two
-together: the second set of logits, the loss between them, the lane, the report.
+For each layout (tensor, pipeline or data parallelism of 2) these jobs run in turn for several rounds: the student only,
+the teacher's forward pass only (Megatron's evaluation), distillation, and distillation with another teacher layout. The
+overhead of the plugin is the time of the distilled step minus the first two: second logits, loss, communication,
+report.
 
-Times are Megatron's own, the median over iterations after the first few, then over rounds. Writes OUT/step.json and
-prints a table. Sizes are small; the ratios, not the seconds, are what it is for.
+Times are measured by Megatron: the median over iterations after a warm-up, then over rounds. Writes OUT/step.json and
+prints a table. The models are small, so only ratios are meaningful.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TP, PP = "tensor-model-parallel-size", "pipeline-model-parallel-size"
-# The student's, and those that its teacher is given beside it.
+# {name: (student layout, {name: other teacher layout})}.
 LAYOUTS: dict[str, tuple[dict[str, int], dict[str, dict[str, int]]]] = {
     "TP 2": ({TP: 2}, {}),
     "PP 2": ({PP: 2}, {"teacher PP 1": {PP: 1}}),
@@ -56,7 +56,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description="Time whole training steps with and without a teacher.")
     parser.add_argument("--vocab", type=int, default=8191, help="true vocabulary size")
-    parser.add_argument("--iterations", type=int, default=12, help="a job, after the warm-up")
+    parser.add_argument("--iterations", type=int, default=12, help="per job, after the warm-up")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
@@ -91,7 +91,7 @@ def measure(
     teacher: Path,
     arguments: argparse.Namespace,
 ) -> dict[str, list[float]]:
-    """Seconds a step of the jobs in one layout, one number a round."""
+    """Return the seconds per step of the jobs in one layout, one number per round."""
     steps = WARM_UP + arguments.iterations
     training = {**layout, **STUDENT, "train-iters": steps, "eval-iters": 0}
     evaluation = {**layout, **TEACHER, "load": teacher, "skip-train": "true", "train-iters": 1, "eval-iters": steps}
@@ -109,7 +109,7 @@ def measure(
 
 
 def run(job: str, megatron: dict[str, Any], overrides: dict[str, Any], num_ranks: int = 2) -> str:
-    """One job of the command line over `num_ranks` processes; its output."""
+    """Run a job on `num_ranks` processes and return its output."""
     settings = {"device": "cpu", **{f"megatron.{key}": value for key, value in megatron.items()}, **overrides}
     ended = subprocess.run(
         [
@@ -129,20 +129,20 @@ def run(job: str, megatron: dict[str, Any], overrides: dict[str, Any], num_ranks
 
 
 def step_seconds(output: str) -> float:
-    """Median of Megatron's own time an iteration, past the warm-up."""
+    """Return the median of Megatron's times per iteration after the warm-up."""
     times = [float(found) for found in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", output)]
     return statistics.median(times[WARM_UP:]) / 1000
 
 
 def evaluation_seconds(output: str, steps: int) -> float:
-    """Megatron's own time of an evaluation, a step; the shortest of the splits, for the first one warms up."""
+    """Return Megatron's time per evaluation step: the shortest of the splits, because the first one warms up."""
     times = re.findall(r"evaluate \.+: \([\d.]+, ([\d.]+)\)", output)
     return min(map(float, times)) / 1000 / steps
 
 
 def print_table(results: dict[str, dict[str, list[float]]]) -> None:
-    """The medians with their range, and the plugin's share."""
-    print(f"{'':8}{'job':26}{'ms a step':>10}{'min':>9}{'max':>9}")
+    """Print the medians with their ranges, and the plugin's share."""
+    print(f"{'':8}{'job':26}{'ms/step':>10}{'min':>9}{'max':>9}")
     for layout, jobs in results.items():
         for job, times in jobs.items():
             numbers = (statistics.median(times), min(times), max(times))

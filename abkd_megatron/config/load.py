@@ -1,7 +1,7 @@
-"""Configurations in files and on command lines: YAML, ``section.key=value`` overrides, and Megatron's own arguments.
+"""Loading of configurations from YAML and ``section.key=value`` overrides, and conversion to Megatron's command line.
 
-Megatron's arguments keep Megatron's names and are checked against the actions of Megatron's own parser, which the
-caller hands in: importing this module does not import megatron.
+Megatron's arguments keep their names and are checked against the actions of Megatron's parser, which the caller passes.
+Importing this module does not import megatron.
 """
 
 import argparse
@@ -16,26 +16,26 @@ from abkd_megatron.config.values import Given, MegatronOptions, Options, field_v
 from abkd_megatron.config.yaml import LineMapping, flow, load_yaml
 from abkd_megatron.errors import ConfigError, brief, check_name, shown
 
-# The sections whose keys are fields.
+# Sections whose keys are dataclass fields.
 _FIELDS = ("distillation", "data", "compare")
-# What a job's own configuration is called in TensorBoard.
+# Tag of a job's configuration in TensorBoard.
 CONFIG_TEXT = "abkd_megatron/config"
 
 
 def _read_file(path: Path) -> list[Given]:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: not in UTF-8, or no path at all
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or an invalid path
         raise ConfigError(
             f"{path}: expected a readable YAML file in UTF-8, got: {getattr(error, 'strerror', None) or error}; check "
-            "the path, or save it as UTF-8 (a setting is section.key=value, in one word)"
+            "the path or the encoding (a setting is section.key=value, without spaces)"
         ) from error
     top = load_yaml(text, path.name)
     if not isinstance(top, LineMapping):
         got = "an empty file" if top is None else f"a {'list' if isinstance(top, list) else 'single value'}"
         raise ConfigError(
-            f"{path}: expected the sections {', '.join(SECTIONS)}, got {got}; write `section:` and below it, indented, "
-            "`key: value`"
+            f"{path}: expected the sections {', '.join(SECTIONS)}, got {got}; write `section:` followed by "
+            "indented lines `key: value`"
         )
     given = []
     for section, value in top.items():
@@ -70,20 +70,19 @@ def load_config(
     megatron_options: Options,
     device_defaults: Callable[[str], Mapping[str, Value]] = lambda device: {},
 ) -> Config:
-    """Read a configuration: defaults, then what the device implies, then the YAML file, then the overrides.
+    """Load a configuration. Later layers override earlier ones: defaults, device defaults, YAML file, overrides.
 
     Args:
-        path: the YAML file; None for none.
-        overrides: ``section.key=value`` (or ``device=NAME``), the value a YAML scalar or list; of two for
-            the same key the last one counts.
-        megatron_options: the action of each Megatron option, keyed by its spelling without leading dashes.
-        device_defaults: the Megatron arguments that a device implies.
+        path: the YAML file, or None.
+        overrides: ``section.key=value`` or ``device=NAME``, where the value is YAML. The last one of a key counts.
+        megatron_options: the action of each Megatron option, keyed by its name without leading dashes.
+        device_defaults: returns the Megatron arguments that a device implies.
 
     Returns:
-        The configuration, each value of its field's or action's type; `Config.check` is left to the caller.
+        The configuration, with values in the types of their fields or actions. The caller calls `Config.check`.
 
     Raises:
-        ConfigError: anything unknown, given twice or of the wrong type.
+        ConfigError: a key is unknown or given twice, or a value has the wrong type.
     """
     from_file = _read_file(path) if path is not None else []
     from_command_line = [_read_override(text) for text in overrides]
@@ -100,7 +99,7 @@ def load_config(
     ]
     options = MegatronOptions(megatron_options)
     for layer in (implied, from_file, from_command_line):
-        # Another divergence than a file's comes with its own parameters; the file's cannot be taken out of it.
+        # An override of the divergence drops the parameters of the file's divergence.
         kd, given = config.distillation, {item.key: item.value for item in layer if item.section == "distillation"}
         if given.get("losses") or ("divergence" in given and (kd.losses or given["divergence"] != kd.divergence)):
             config.forget_divergence()
@@ -126,7 +125,7 @@ def _set_option(config: Config, item: Given, options: MegatronOptions, twins: di
             f"{item.origin}: '{item.key}' and '{twin.key}' ({twin.origin}) are two spellings of one Megatron argument; "
             "remove one"
         )
-    # A later layer may spell the argument otherwise; it replaces it all the same.
+    # A later layer replaces an argument even with another spelling.
     for key in [key for key in arguments if key != item.key and options.dest(key) == action.dest]:
         del arguments[key], config.origins[f"{item.section}.{key}"]
     arguments[item.key] = option_value(item, action)
@@ -134,7 +133,7 @@ def _set_option(config: Config, item: Given, options: MegatronOptions, twins: di
 
 
 def _sections(config: Config) -> dict[str, dict[str, Any]]:
-    """Return the values of each section by key, but for the device."""
+    """Return {section: {key: value}}, without the device."""
     teacher = {key: getattr(config.teacher, key.replace("-", "_")) for key in TEACHER_KEYS} | config.teacher.megatron
     ours = {name: getattr(config, name) for name in _FIELDS}
     ours = {name: {item.name: getattr(values, item.name) for item in fields(values)} for name, values in ours.items()}
@@ -142,18 +141,18 @@ def _sections(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def to_argv(values: Mapping[str, Value], megatron_options: Options) -> list[str]:
-    """Megatron's command line for these arguments.
+    """Convert arguments to a Megatron command line.
 
     Args:
-        values: Megatron arguments, keyed by option name without the leading dashes. None, and false for a
-            plain flag, leave the argument out.
-        megatron_options: as in `load_config`.
+        values: Megatron arguments, keyed by option name without leading dashes. None, and false for a plain flag, omit
+            the argument.
+        megatron_options: see `load_config`.
 
     Returns:
         The words of the command line.
 
     Raises:
-        ConfigError: an unknown argument, or a value that its action does not take.
+        ConfigError: an argument is unknown, or its action rejects the value.
     """
     options = MegatronOptions(megatron_options)
     argv: list[str] = []
@@ -170,7 +169,7 @@ def to_argv(values: Mapping[str, Value], megatron_options: Options) -> list[str]
         elif action.nargs == 0:
             argv += [flag] if value else []
         elif action.type is bool:
-            # argparse calls bool() on the text: only the empty one is false.
+            # argparse calls bool() on the text, so only the empty text is false.
             argv.append(f"{flag}={value or ''}")
         elif isinstance(value, list):
             argv += [flag, *(_word(item, entry) for entry in value)]
@@ -181,15 +180,15 @@ def to_argv(values: Mapping[str, Value], megatron_options: Options) -> list[str]
 
 
 def from_argv(argv: Sequence[str], megatron_options: Options) -> dict[str, Value]:
-    """The Megatron arguments of a command line that Megatron has taken: the inverse of `to_argv`.
+    """Convert a valid Megatron command line to arguments; the inverse of `to_argv`.
 
     Args:
-        argv: the words. Options that are not Megatron's are passed over with their values.
-        megatron_options: as in `load_config`.
+        argv: the words. Options unknown to Megatron are skipped with their values.
+        megatron_options: see `load_config`.
 
     Returns:
-        The arguments that are there, keyed by their spelling without the leading dashes; of an argument given twice the
-        last. Values are text, lists of text, or true for a plain flag: `to_argv` gives them their types.
+        The arguments, keyed by their spelling without leading dashes. The last one counts if an argument is repeated.
+        Values are text, lists of text, or true for a plain flag; `to_argv` converts them to their types.
     """
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for action in {id(action): action for action in megatron_options.values()}.values():
@@ -202,7 +201,7 @@ _RECORDED = "what was given"
 
 
 class _Record(argparse.Action):
-    """Keeps of each argument the spelling and the words that were given last."""
+    """Records the last spelling and words of each argument."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
@@ -212,7 +211,7 @@ class _Record(argparse.Action):
 
 
 def _word(item: Given, value: Scalar) -> str:
-    """One of several values; argparse takes a leading dash only from plain decimals."""
+    """Return one of several values as a word. With a leading dash, argparse accepts plain decimals only."""
     if isinstance(value, float) and value < 0:
         return format(Decimal(repr(value)), "f")
     text = str(value)
@@ -222,12 +221,12 @@ def _word(item: Given, value: Scalar) -> str:
 
 
 def render(config: Config, shown: Sequence[str] = SECTIONS, origins: bool = True) -> str:
-    """The configuration as YAML, each value with its origin as a comment; it loads again as the same one.
+    """Return the configuration as YAML that `load_config` can load again.
 
     Args:
-        config: what `load_config` returned.
-        shown: the sections that are wanted.
-        origins: whether to say where each value comes from.
+        config: from `load_config`.
+        shown: sections to include.
+        origins: whether to add each value's origin as a comment.
 
     Returns:
         The text, ending in a newline.
@@ -238,7 +237,7 @@ def render(config: Config, shown: Sequence[str] = SECTIONS, origins: bool = True
         for name, settings in config.compare.losses.items()
     }
     for name in config.without_effect():
-        if not config.is_given(name):  # what was given and has none is shown, and refused by `check`
+        if not config.is_given(name):  # a given parameter without effect is kept, so that `check` rejects it
             del sections["distillation"][name]
     rows = [(f"device: {flow(config.device)}", config.origins.get("device", ""))]
     for section, items in ((name, items) for name, items in sections.items() if name in shown):
@@ -248,6 +247,6 @@ def render(config: Config, shown: Sequence[str] = SECTIONS, origins: bool = True
             nested = isinstance(value, dict)
             rows.append((f"  {key}:" if nested else f"  {key}: {flow(value)}", origin))
             rows += [(f"    {flow(name)}: {flow(one)}", "") for name, one in value.items()] if nested else []
-    width = max(len(text) for text, _ in rows if len(text) <= 60)  # a long path does not push all others
+    width = max(len(text) for text, _ in rows if len(text) <= 60)  # long paths do not widen the column
     lines = (f"{text:<{width}}  # {origin}" if origin and origins else text for text, origin in rows)
     return "\n".join(lines) + "\n"

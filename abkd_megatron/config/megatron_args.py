@@ -1,4 +1,4 @@
-"""The way from a job to Megatron's arguments: its parser, what it rejects of them, and the model that they describe."""
+"""Megatron's arguments of a job: parsing, checks and model configuration."""
 
 import argparse
 import functools
@@ -22,7 +22,7 @@ from abkd_megatron.errors import AbkdError, ConfigError
 
 @functools.cache
 def megatron_options() -> Mapping[str, argparse.Action]:
-    """Return every option of the installed Megatron, by its spelling without the leading dashes."""
+    """Return the actions of the installed Megatron's options, keyed by name without leading dashes."""
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     return {name.removeprefix("--"): action for name, action in parser._option_string_actions.items()}
 
@@ -32,49 +32,49 @@ def job_arguments(config: Config, data: Mapping[str, Value]) -> dict[str, Value]
 
     Args:
         config: `megatron` is used.
-        data: arguments of the prepared data, as `data_arguments` returns them.
+        data: arguments of the prepared data, from `data_arguments`.
     """
-    # The time of a step, for the report: Megatron measures it for its log in any case.
+    # Step times for the report. Megatron measures them for its log anyway.
     return {"log-timers-to-tensorboard": True, **data, **config.megatron}
 
 
 @contextmanager
 def command_line(arguments: Mapping[str, Value]) -> Iterator[None]:
-    """Put a job's arguments where Megatron's parser reads them, in sys.argv, and name what Megatron rejects.
+    """Set sys.argv, which Megatron's parser reads, to a job's arguments.
 
     Raises:
-        ConfigError: what `to_argv` or Megatron rejects.
+        ConfigError: `to_argv` or Megatron rejects an argument.
     """
     saved, sys.argv = sys.argv, [sys.argv[0], *to_argv(arguments, megatron_options())]
     try:
-        with megatron_refusals_named():
+        with megatron_errors_as_config_error():
             yield
     finally:
         sys.argv = saved
 
 
 def parse(arguments: Mapping[str, Value]) -> Namespace:
-    """Return arguments as Megatron's parser has them, not validated.
+    """Parse arguments with Megatron's parser, without validation.
 
     Raises:
-        ConfigError: as `command_line`.
-        SystemExit: from argparse, which has printed why.
+        ConfigError: see `command_line`.
+        SystemExit: from argparse, which has printed the error.
     """
     with command_line(arguments):
         return parse_args()
 
 
 def parse_model(arguments: Mapping[str, Value], who: str, host: str) -> Namespace:
-    """Return arguments as Megatron's parser has them, after `check_layout`; not validated.
+    """Parse a model's arguments and run `check_layout`, without Megatron's validation.
 
     Args:
         arguments: of the model.
         who: "student" or "teacher".
-        host: as `check_layout` takes it.
+        host: see `check_layout`.
 
     Raises:
-        ConfigError: as `command_line` and `check_layout`.
-        SystemExit: as `parse`.
+        ConfigError: see `command_line` and `check_layout`.
+        SystemExit: see `parse`.
     """
     args = parse(arguments)
     check_layout(args, who, host, megatron_options())
@@ -84,29 +84,28 @@ def parse_model(arguments: Mapping[str, Value], who: str, host: str) -> Namespac
 def checked_model_config(args: Namespace, who: str, host: str) -> ModelConfig:
     """Return the model configuration of validated arguments.
 
-    The arguments are checked once more: Megatron's validation, and `use-checkpoint-args`, rewrite some of them.
+    Runs `check_layout` again, because Megatron's validation and `use-checkpoint-args` change arguments.
 
     Args:
-        args: Megatron's, validated.
+        args: Megatron's validated arguments.
         who: "student" or "teacher".
-        host: as `check_layout` takes it.
+        host: see `check_layout`.
 
     Raises:
-        ConfigError: as `check_layout` and `check_stages`, and what Megatron rejects of them.
+        ConfigError: see `check_layout` and `check_stages`; also if Megatron rejects the arguments.
     """
     check_layout(args, who, host, megatron_options())
-    with megatron_refusals_named():
+    with megatron_errors_as_config_error():
         config = model_config(args)
         check_stages(config.transformer, who, args.hybrid_layer_pattern)
     return config
 
 
 @contextmanager
-def megatron_refusals_named() -> Iterator[None]:
-    """Raise what Megatron rejects as a ConfigError, whichever of Python's exceptions it does it with.
+def megatron_errors_as_config_error() -> Iterator[None]:
+    """Convert Megatron's exceptions about arguments to ConfigError.
 
-    An exception that is no rejection, such as the TypeError of a setting that Megatron's validation does not expect,
-    is named together with the line that raised it.
+    For other exceptions, such as a TypeError from an unexpected value, the message has the line that raised it.
     """
     try:
         yield
@@ -114,16 +113,16 @@ def megatron_refusals_named() -> Iterator[None]:
         raise
     except (AssertionError, ValueError, RuntimeError) as error:
         reason = str(error) or assertion(error)
-        raise ConfigError(f"Megatron refuses these arguments: {reason}") from error
+        raise ConfigError(f"Megatron rejects these arguments: {reason}") from error
     except Exception as error:
         raise ConfigError(
-            f"Megatron cannot take these arguments, its own code fails: {type(error).__name__}: {error}, in "
-            f"`{assertion(error)}`; remove the setting that leads there"
+            f"Megatron fails with these arguments: {type(error).__name__}: {error}, in `{assertion(error)}`; remove "
+            "the setting that causes it"
         ) from error
 
 
 def assertion(error: BaseException) -> str:
-    """Return the line of an assertion without a message, and the values that it compares."""
+    """Return the source line that raised, and the values in it."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     last = traceback.extract_tb(error.__traceback__)[-1]
     numbers = range(last.lineno or 0, (last.end_lineno or last.lineno or 0) + 1)

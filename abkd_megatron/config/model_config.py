@@ -1,4 +1,4 @@
-"""Megatron's model configuration of its arguments, with what Megatron's own function leaves out."""
+"""Megatron's model configuration from its arguments, including fields that Megatron's function omits."""
 
 from argparse import Namespace
 from typing import Any, TypeAlias
@@ -13,18 +13,18 @@ from abkd_megatron.local_hybrid_spec import local_hybrid_stack_spec
 
 ModelConfig: TypeAlias = GPTModelConfig | HybridModelConfig  # noqa: UP040 (isinstance takes no `type`)
 
-# Arguments that `gpt_config_from_args` of megatron-core 0.19 does not hand on, though the model has them.
+# Arguments of the model that `gpt_config_from_args` of megatron-core 0.19 does not pass on.
 _LEFT_OUT = ("rope_scaling_factor",)
 
 
 def model_config(args: Namespace) -> ModelConfig:
-    """Return the configuration of the model that Megatron's validated arguments describe.
+    """Return the model configuration of Megatron's validated arguments.
 
     With a layer pattern it is a HybridModel. Its layers are TransformerEngine's, unless `spec` names others; with
     ``transformer-impl local``, which HybridModel itself ignores, they are Megatron's own.
 
     Raises:
-        AssertionError, ValueError: what Megatron rejects of them.
+        AssertionError, ValueError: Megatron rejects the arguments.
     """
     if args.hybrid_layer_pattern is not None:
         config = hybrid_config_from_args(args)
@@ -38,18 +38,18 @@ def model_config(args: Namespace) -> ModelConfig:
 
 
 def check_model_config(config: Any, args: Namespace) -> None:
-    """Reject a student's configuration, made by somebody else, that lacks what the arguments say.
+    """Reject a student's configuration, built by the caller, that lacks one of these arguments.
 
     Raises:
-        ConfigError: naming the setting, both values and the line that is missing.
+        ConfigError: with the setting, both values and the missing line of code.
     """
     for name in _LEFT_OUT:
         theirs, ours = getattr(config, name, None), getattr(args, name)
         if getattr(config, "rope_scaling", False) and theirs != ours:  # not a field of hybrid models
             raise ConfigError(
-                f"student: expected {name.replace('_', '-')} {ours} in the model config, got {theirs}: Megatron's "
-                f"gpt_config_from_args does not hand it on; set `model_cfg.{name} = args.{name}` before this call, or "
-                f"give --{name.replace('_', '-')} {theirs} if that is what the model is to have"
+                f"student: expected {name.replace('_', '-')} {ours} in the model config, got {theirs}, because "
+                f"Megatron's gpt_config_from_args omits it; set `model_cfg.{name} = args.{name}` before this call, or "
+                f"pass --{name.replace('_', '-')} {theirs}"
             )
 
 

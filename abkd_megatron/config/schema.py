@@ -1,4 +1,4 @@
-"""The keys of a configuration, and the rules between them; importing it does not import megatron."""
+"""Schema of the configuration: keys, defaults and validation. Does not import megatron."""
 
 import logging
 import math
@@ -22,26 +22,26 @@ type Value = Scalar | list[Any]
 Number = float | Schedule
 
 DEVICES = ("cuda", "cpu")
-# The keys of `teacher` that are not Megatron's.
+# Keys of `teacher` that are not Megatron arguments.
 TEACHER_KEYS = ("load", "ckpt-step", "declared", "expected-loss")
 PREFLIGHT = ("teacher_checksums", "teacher_weights", "memory", "gradient", "batch", "teacher_loss")
 ON_CHANGE = ("refuse", "warn")
 SECTIONS = ("device", "megatron", "teacher", "distillation", "data", "compare")
 LEAST_VOCAB_SIZE = 300
 
-# Of a message about losses, which quotes names that are anyone's.
+# Limit of a message about losses, which may quote custom names.
 _MOST_CHARACTERS = 2000
 
-# The keys of `distillation` that say which divergence and not how it is used.
+# Keys of `distillation` that define the divergence.
 _OF_DIVERGENCE = ("divergence", "alpha", "beta", "scale", "detach", "skew", "mixture", "detach_mixture", "losses")
-# And how it is used: each may be wrong together with those before it.
+# Keys that define its use. Each is checked together with the ones before it.
 _OF_OBJECTIVE = ("temperature", "temperature_squared", "lm_weight", "kd_weight", "shared_vocab", "tokens")
 _OF_EXECUTION = ("chunk_tokens", "gradient_in_place", "diagnostics", "kernel", "head")
-# What of `distillation` may be a schedule, and what a kernel has compiled in.
+# Keys of `distillation` that may be a schedule, and parameters that a kernel compiles in.
 SCHEDULED = ("alpha", "beta", "scale", "skew", "mixture", "temperature", "kd_weight", "lm_weight")
 _COMPILED_IN = {"triton": ("alpha", "beta", "scale"), "compiled": SCHEDULED[:6]}
 
-# What `data.dir` supplies; beside it each of these would be a second answer to the same question.
+# Megatron arguments that `data.dir` sets, and that conflict with it.
 _DATA_ARGUMENTS = (
     *("data-path", "train-data-path", "valid-data-path", "test-data-path", "split", "mock-data"),
     *("data-args-path", "per-split-data-args-path"),
@@ -51,13 +51,13 @@ _DATA_ARGUMENTS = (
 
 @dataclass(kw_only=True, slots=True)
 class DistillationConfig:
-    """The loss: ``kd_weight * divergence(teacher, student) + lm_weight * cross-entropy``.
+    """The loss: ``kd_weight * divergence(teacher, student) + lm_weight * cross_entropy``.
 
-    Each of `SCHEDULED` is a number or a schedule of one.
+    The fields in `SCHEDULED` take a number or a schedule.
     """
 
     divergence: str = "alpha_beta"
-    """A name of ``abkd_megatron.losses.registry`` (a logit loss with its defaults), or the dotted path of a subclass of
+    """Name in ``abkd_megatron.losses.registry`` (logit losses use their defaults), or dotted path of a subclass of
     Divergence or LogitLoss."""
     alpha: Number = 0.2
     """Alpha of the alpha-beta divergence."""
@@ -66,51 +66,51 @@ class DistillationConfig:
     scale: Number = 1.0
     """Steepness of ToDi's weight between forward and reverse KL."""
     detach: bool = True
-    """Take ToDi's weight as a constant in the gradient."""
+    """Treat ToDi's weight as a constant in the gradient."""
     skew: Number = 0.1
-    """Share of the other model in the mixture that skew forward and reverse KL compare with."""
+    """Weight of the other model in the mixture of skew forward and reverse KL."""
     mixture: Number = 0.5
-    """Share of the teacher in Jensen-Shannon's mixture."""
+    """Weight of the teacher in Jensen-Shannon's mixture."""
     detach_mixture: bool = False
-    """Take skew reverse KL's mixture as a constant in the gradient."""
+    """Treat skew reverse KL's mixture as a constant in the gradient."""
     losses: list[dict[str, Scalar]] = field(default_factory=list)
-    """In place of `divergence`, terms to add up: each a `name`, a `weight` (1 if left out) and its parameters."""
+    """Weighted sum of losses, instead of `divergence`: each with `name`, `weight` (default 1) and parameters."""
     temperature: Number = 1.0
-    """Divides both models' logits in the divergence; the cross-entropy stays at 1."""
+    """Divides both models' logits in the divergence. The cross entropy always has temperature 1."""
     temperature_squared: bool = False
-    """Multiply the divergence by the temperature squared, so that its gradient does not shrink with the temperature."""
+    """Multiply the divergence by the squared temperature, to keep the scale of its gradient."""
     kd_weight: Number = 1.0
     """Weight of the divergence."""
     lm_weight: Number = 1.0
-    """Weight of the cross-entropy with the data."""
+    """Weight of the cross entropy with the labels."""
     kernel: str = "auto"
-    """How the loss is computed: ``auto`` (by device), ``eager``, ``compiled`` (torch.compile), ``cpp``, ``triton``."""
+    """Code of the loss: ``auto`` (by device), ``eager``, ``compiled`` (torch.compile), ``cpp`` or ``triton``."""
     head: str = "auto"
-    """How logits are made: ``materialized``, ``fused`` with the loss a chunk of tokens at a time, or ``auto``."""
+    """LM head: ``materialized`` logits, ``fused`` with the loss in chunks of tokens, or ``auto``."""
     chunk_tokens: int | None = None
-    """Tokens of a chunk of the fused head; None sizes it to the device."""
+    """Tokens per chunk of the fused head; None for an automatic size."""
     gradient_in_place: bool = False
-    """Whether backward overwrites the student's logits with their gradient."""
+    """Overwrite the student's logits with their gradient in backward."""
     shared_vocab: int | None = None
-    """Number of first token ids that mean the same to both models, whose vocabularies differ; None: they are one."""
+    """Number of leading token ids that both vocabularies share; None if the vocabularies are identical."""
     tokens: TokenSelection | None = None
-    """The tokens whose divergence is trained; None: all of them."""
+    """Tokens in the divergence; None for all."""
     diagnostics: bool = False
-    """Whether validation also reports reverse KL, calibration, ToDi's weight and where the loss pushes."""
+    """Report reverse KL, calibration, ToDi's weight and gradient concentration in validation."""
     hidden_losses: list[HiddenLoss] = field(default_factory=list)
-    """Losses between layers: each a `student_layer`, a `teacher_layer`, a `loss` (``cosine`` or ``mse``), a `weight` (1
-    if left out) and `projector` (true if left out)."""
+    """Losses between layers: each with `student_layer`, `teacher_layer`, `loss` (``cosine`` or ``mse``), `weight`
+    (default 1) and `projector` (default true)."""
     skip_preflight: list[str] = field(default_factory=list)
-    """Checks before the first step to leave out: ``teacher_checksums``, ``teacher_weights``, ``memory``, ``gradient``,
+    """Checks to skip before the first step: ``teacher_checksums``, ``teacher_weights``, ``memory``, ``gradient``,
     ``batch``, ``teacher_loss``."""
     on_change: str = "refuse"
-    """What to do where a run would go on from a checkpoint of another teacher or loss: ``refuse``, or ``warn``."""
+    """Action if a run resumes with another teacher or loss than its checkpoint: ``refuse`` or ``warn``."""
 
     def make_objective(self) -> ScheduledObjective:
-        """Return the objective that these settings describe.
+        """Create the objective.
 
         Raises:
-            ConfigError: as `make_divergence` and `ScheduledObjective`.
+            ConfigError: see `make_divergence` and `ScheduledObjective`.
         """
         given: dict[str, Any] = {name: _first(getattr(self, name)) for name in _OF_OBJECTIVE}
         given |= {"logit_losses": self.make_logit_losses(), "hidden_losses": tuple(self.hidden_losses)}
@@ -118,21 +118,22 @@ class DistillationConfig:
         return ScheduledObjective(Objective(self.make_divergence(), **given), schedules)
 
     def make_execution(self) -> Execution:
-        """Return how the objective is computed.
+        """Create the execution settings of the objective.
 
         Raises:
-            ConfigError: as `Execution`.
+            ConfigError: see `Execution`.
         """
         given: dict[str, Any] = {name: getattr(self, name) for name in _OF_EXECUTION}
         return Execution(**given)
 
     def make_divergence(self) -> Divergence | None:
-        """Return the divergence that these settings describe, of several terms their sum; schedules at their beginning.
+        """Create the divergence, or the weighted sum of several. Schedules have their first value.
 
-        None if there are logit losses alone.
+        Returns:
+            None if all losses are logit losses.
 
         Raises:
-            ConfigError: as `build` and `WeightedSum`.
+            ConfigError: see `build` and `WeightedSum`.
         """
         terms = [(weight, term) for weight, term in self._terms() if isinstance(term, Divergence)]
         if not self.losses and terms:
@@ -140,10 +141,10 @@ class DistillationConfig:
         return WeightedSum(terms) if terms else None
 
     def make_logit_losses(self) -> tuple[tuple[float, LogitLoss], ...]:
-        """Return the logit losses that these settings describe, and their weights.
+        """Create the logit losses: (weight, loss) of each.
 
         Raises:
-            ConfigError: as `build`.
+            ConfigError: see `build`.
         """
         return tuple((weight, term) for weight, term in self._terms() if isinstance(term, LogitLoss))
 
@@ -155,28 +156,28 @@ class DistillationConfig:
         return [(term.pop("weight"), registry.build(str(term.pop("name")), term)) for term in terms]
 
     def gliding(self, kernel: str) -> list[str]:
-        """Return what `kernel` would have to be compiled anew for at every step."""
+        """Return the scheduled parameters for which `kernel` would be recompiled at every step."""
         given = {name: getattr(self, name) for name in _COMPILED_IN.get(kernel, ())}
         return [name for name, number in given.items() if isinstance(number, Schedule) and number.glides]
 
 
 def _first(number: Any) -> Any:
-    """Return a schedule's number at the first step, and anything else as it is."""
+    """Return a schedule's first value; other values unchanged."""
     return number(Progress()) if isinstance(number, Schedule) else number
 
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """Text, and where it stands once prepared."""
+    """Text sources and the prepared data set."""
 
     source: list[str] = field(default_factory=lambda: ["python"])
     """``python`` (the text that ships with Python), files, directories and globs."""
     dir: str | None = None
-    """The prepared data set: ``prepare`` writes it, training reads it."""
+    """Directory of the prepared data set, which ``prepare`` writes and training reads."""
     vocab_size: int = 2048
     """Pieces of the SentencePiece model."""
     held_out: float = 0.05
-    """Share of the documents kept from training, half for validation and half for test."""
+    """Fraction of documents held out, half for validation and half for test."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -184,18 +185,18 @@ class TeacherConfig:
     """The frozen teacher."""
 
     load: str | None = None
-    """Its Megatron checkpoint."""
+    """Path of its Megatron checkpoint."""
     ckpt_step: int | None = None
-    """The iteration to load; None takes the checkpoint's latest."""
+    """Iteration to load; None for the latest."""
     declared: bool = False
-    """Whether these settings are declared to be the teacher's where nothing saved with its weights describes it."""
+    """Declare that the settings are the teacher's, if its checkpoint has no complete description."""
     expected_loss: float | None = None
-    """The teacher's cross entropy per token on the first step's batch as measured elsewhere, in nats."""
+    """The teacher's cross entropy on the first step's batch, measured elsewhere, in nats per token."""
     megatron: dict[str, Value] = field(default_factory=dict)
     """Megatron arguments in which the teacher differs from the student."""
 
 
-# The comparison that is made if none is described: settings in which a run differs, as on the command line.
+# Default comparison: {name: overrides}.
 _COMPARED = {
     "CE only": ["distillation.kd_weight=0", "distillation.lm_weight=1"],
     "forward KL": ["distillation.divergence=forward_kl"],
@@ -211,28 +212,28 @@ _COMPARED = {
 
 @dataclass(kw_only=True, slots=True)
 class CompareConfig:
-    """Which students `compare` trains, and where."""
+    """Settings of `compare`."""
 
     out: str = "runs/compare"
-    """The directory of all runs and of the results."""
+    """Directory of runs and results."""
     losses: dict[str, list[str]] = field(default_factory=lambda: dict(_COMPARED))
-    """By name, in what a run differs: keys of `distillation`, or `section.key`."""
+    """{name: overrides}, where the overrides are keys of `distillation` or `section.key`."""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
-    """`megatron.seed` of each run of a loss: initial weights and the order of batches."""
+    """Values of `megatron.seed`, which sets initial weights and batch order; one run per loss and seed."""
     at_once: int = 1
-    """How many runs at a time."""
+    """Number of concurrent runs."""
     launch: str | None = None
-    """What starts a run's processes, such as `torchrun --standalone --nproc-per-node 8`; None: one process."""
+    """Launcher of a run, such as `torchrun --standalone --nproc-per-node 8`; None for one process."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Config:
-    """One whole configuration."""
+    """A complete configuration."""
 
     device: str = "cuda"
-    """``cuda``, or ``cpu`` for the stand-in."""
+    """``cuda``, or ``cpu`` for the CPU backend."""
     megatron: dict[str, Value] = field(default_factory=dict)
-    """Megatron arguments, keyed by option name without the leading dashes."""
+    """Megatron arguments, keyed by option name without leading dashes."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The ``teacher`` section."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -242,41 +243,41 @@ class Config:
     compare: CompareConfig = field(default_factory=CompareConfig)
     """The ``compare`` section."""
     origins: dict[str, str] = field(default_factory=dict)
-    """Where each ``section.key`` came from: default, device: NAME, FILE:LINE or command line."""
+    """Origin of each ``section.key``: default, device: NAME, FILE:LINE or command line."""
 
     def make_execution(self) -> Execution:
-        """Return how the objective is computed on this device.
+        """Create the execution settings for this device.
 
-        Kernel `auto` becomes `eager` on a GPU where triton would be compiled for other numbers at every step.
+        On a GPU, kernel `auto` becomes `eager` if a schedule would make triton recompile at every step.
 
         Raises:
-            ConfigError: as `Execution`.
+            ConfigError: see `Execution`.
         """
         execution, gliding = self.distillation.make_execution(), self.distillation.gliding("triton")
         if execution.kernel == "auto" and self.device == "cuda" and gliding:
-            logger.info("eager kernel: triton would be compiled at every step for another %s", ", ".join(gliding))
+            logger.info("eager kernel: triton would recompile at every step for another %s", ", ".join(gliding))
             return replace(execution, kernel="eager")
         return execution
 
     def check(self, job: str) -> None:
-        """Reject the first of `problems`.
+        """Raise the first of `problems`.
 
         Args:
-            job: what the configuration is for: prepare, pretrain, distill or compare.
+            job: prepare, pretrain, distill or compare.
 
         Raises:
-            ConfigError: naming the origin and the key.
+            ConfigError: with origin and key.
         """
         for error in self.problems(job):
             raise error
 
     def problems(self, job: str) -> Iterator[ConfigError]:
-        """Yield what is wrong: values out of range, missing ones, and those that exclude each other.
+        """Yield an error per value that is missing, out of range or in conflict with another.
 
-        Rules of the loss are where the loss is: what a constructor rejects is named by the key that led there.
+        The constructors of the losses check their own parameters. Their errors are reported with the key.
 
         Args:
-            job: as for `check`.
+            job: see `check`.
         """
         kd, data, compare, loss = self.distillation, self.data, self.compare, self.teacher.expected_loss
         names = {
@@ -293,17 +294,17 @@ class Config:
                 except ConfigError as error:
                     yield error
         gliding = ", ".join(kd.gliding(kd.kernel))
-        on_cpu = "auto, eager or cpp on device: cpu (compilers of Python cannot look through the stand-in)"
-        no_compiler = f"auto, eager or cpp while {gliding} glides: it would be compiled at every step"
+        on_cpu = "auto, eager or cpp on device: cpu (Python compilers cannot trace the CPU backend)"
+        no_compiler = f"auto, eager or cpp with a ramp of {gliding}: it would recompile at every step"
         compiles = kd.kernel in _COMPILED_IN
-        least = f"{LEAST_VOCAB_SIZE} or more (256 of them bytes)"
+        least = f"{LEAST_VOCAB_SIZE} or more (256 are bytes)"
         once = len(set(compare.seeds)) == len(compare.seeds)
         rules = (
             ("teacher.expected-loss", loss is None or 0 < loss < math.inf, "a finite number above 0", loss),
             ("distillation.kernel", not (self.device == "cpu" and compiles), on_cpu, kd.kernel),
-            ("distillation.kernel", not gliding, f"{no_compiler} (a piecewise one may jump)", kd.kernel),
+            ("distillation.kernel", not gliding, f"{no_compiler} (a piecewise schedule is allowed)", kd.kernel),
             ("data.vocab_size", data.vocab_size >= LEAST_VOCAB_SIZE, least, data.vocab_size),
-            ("data.held_out", 0 < data.held_out < 0.5, "a share between 0 and 0.5", data.held_out),
+            ("data.held_out", 0 < data.held_out < 0.5, "a fraction between 0 and 0.5", data.held_out),
             ("data.source", bool(data.source), "at least one source", data.source),
             ("compare.seeds", bool(compare.seeds), "at least one", "none"),
             ("compare.losses", bool(compare.losses), "at least one", "none"),
@@ -315,30 +316,30 @@ class Config:
                 yield self._error(key, f"expected {expected}, got {brief(str(got))}")
         yield from self._problems_of_losses(job)
         if job == "prepare" and not data.dir:
-            yield ConfigError("data.dir: expected the directory to write, got nothing; set data.dir")
+            yield ConfigError("data.dir: expected an output directory, got none; set data.dir")
         if job == "distill" and not self.teacher.load:
             yield ConfigError(
-                "teacher.load: expected the path of the teacher's Megatron checkpoint, got nothing; "
-                "set teacher.load, or use `pretrain` to train without a teacher"
+                "teacher.load: expected the path of the teacher's Megatron checkpoint, got none; set teacher.load, or "
+                "use `pretrain` to train without a teacher"
             )
         twice = [name for name in _DATA_ARGUMENTS if data.dir and self.megatron.get(name) not in (None, False)]
         if twice:
             named = ", ".join(f"megatron.{name} ({self._origin(f'megatron.{name}')})" for name in twice)
             yield ConfigError(
                 f"data.dir ({self._origin('data.dir')}) supplies the data and the tokenizer, and so does {named}; "
-                f"remove data.dir or remove {', '.join(twice)}"
+                f"remove data.dir or {', '.join(twice)}"
             )
 
     def _problems_of_losses(self, job: str) -> Iterator[ConfigError]:
-        """Yield what the loss rejects, set key by key, and parameters that no divergence takes."""
+        """Yield errors of the losses, applying one key at a time, and of parameters without effect."""
         kd, good = self.distillation, DistillationConfig()
         chosen, losses = ("losses", kd.losses) if kd.losses else ("divergence", [{"name": kd.divergence}])
         taken = () if kd.losses else registry.parameters(kd.divergence)
         keys = [chosen, *taken, *_OF_OBJECTIVE, "hidden_losses", *_OF_EXECUTION]
         keys = [key for key in keys if key == chosen or getattr(kd, key) != getattr(good, key)]
         if job != "distill" and any("." in str(term.get("name")) for term in losses):
-            keys.remove(chosen)  # no other job imports someone's own
-        named = {"head": kd.head in HEADS, "kernel": kd.kernel in CHOICES}  # of others it has been said
+            keys.remove(chosen)  # other jobs do not import custom losses
+        named = {"head": kd.head in HEADS, "kernel": kd.kernel in CHOICES}  # unknown names are reported above
         keys = [key for key in keys if named.get(key, True)]
         wrong = []
         for key in keys:
@@ -349,10 +350,10 @@ class Config:
             except ConfigError as error:
                 wrong.append(key)
                 yield self._error(f"distillation.{key}", brief(str(error), _MOST_CHARACTERS))
-        beside = f"divergence: {kd.divergence}, which takes {', '.join(taken) or 'no parameters'} here"
+        other = f"divergence: {kd.divergence}, which takes {', '.join(taken) or 'no parameters'} here"
         for name in self.without_effect() if chosen not in wrong else ():
             if self.is_given(name):
-                expected = f"expected no value beside {'distillation.losses' if kd.losses else beside}"
+                expected = f"expected no value with {'distillation.losses' if kd.losses else other}"
                 yield self._error(f"distillation.{name}", f"{expected}, got {getattr(kd, name)}")
 
     def _origin(self, key: str) -> str:
@@ -368,12 +369,12 @@ class Config:
         return [name for name in _OF_DIVERGENCE if name not in taken]
 
     def is_given(self, name: str) -> bool:
-        """Return whether that key of `distillation` is more than its default."""
+        """Return whether a key of `distillation` was given, or differs from its default."""
         value, default = getattr(self.distillation, name), getattr(DistillationConfig(), name)
         return value != default or self._origin(f"distillation.{name}") != "default"
 
     def forget_divergence(self) -> None:
-        """Take the divergence and its parameters back to their defaults."""
+        """Reset the divergence and its parameters to their defaults."""
         for name in _OF_DIVERGENCE:
             setattr(self.distillation, name, getattr(DistillationConfig(), name))
             self.origins[f"distillation.{name}"] = "default"

@@ -1,4 +1,4 @@
-"""How Megatron lays the layers of a model over pipeline stages."""
+"""Distribution of a model's layers over pipeline stages, as Megatron does it."""
 
 import itertools
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from abkd_megatron.errors import ConfigError
 
 
 def layers_of_stages(config: TransformerConfig, pattern: str | None = None) -> list[tuple[int, ...]]:
-    """Return the numbers of the layers that Megatron builds on each pipeline stage, counted from 1.
+    """Return the layer numbers, from 1, that Megatron builds on each pipeline stage.
 
     Args:
         config: of the whole model.
@@ -24,7 +24,7 @@ def layers_of_stages(config: TransformerConfig, pattern: str | None = None) -> l
     stages: list[list[int]] = [[] for _ in range(config.pipeline_model_parallel_size)]
     virtual = config.virtual_pipeline_model_parallel_size
     if (layout := config.pipeline_model_parallel_layout) is not None:
-        # Megatron's functions below ask of a layout which rank they run on.
+        # With a layout, Megatron's functions below ask for the current rank.
         numbers = itertools.count(1)
         for chunk, stage in itertools.product(range(virtual or 1), range(len(stages))):
             stages[stage] += itertools.islice(numbers, layout.layout[stage][chunk].count(LayerType.decoder))
@@ -44,28 +44,29 @@ def _layers_of_segments(segments: Sequence[str], num_stages: int) -> list[tuple[
 
 
 def check_stages(config: TransformerConfig, who: str, pattern: str | None = None) -> None:
-    """Reject a division over pipeline stages in which not every layer is built once.
+    """Reject a distribution over pipeline stages that does not build every layer exactly once.
 
     Args:
-        config: of the whole model.
+        config: of the complete model.
         who: "student" or "teacher".
         pattern: as `layers_of_stages` takes it.
 
     Raises:
-        ConfigError: naming the layers of each stage.
+        ConfigError: with the layers of each stage.
     """
     try:
         stages = layers_of_stages(config, pattern)
     except (AssertionError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(
-            f"{who}: Megatron cannot lay {config.num_layers} layers over {config.pipeline_model_parallel_size} "
-            f"pipeline stages as configured ({type(error).__name__}: {error}); change num-layers or the division"
+            f"{who}: Megatron cannot distribute {config.num_layers} layers over "
+            f"{config.pipeline_model_parallel_size} pipeline stages ({type(error).__name__}: {error}); change "
+            "num-layers or the distribution"
         ) from error
     wanted = list(range(1, config.num_layers + 1))
     if sorted(number for stage in stages for number in stage) != wanted:
         shown = ", ".join(str(len(stage)) for stage in stages)
         raise ConfigError(
-            f"{who}: expected each of {config.num_layers} layers on one pipeline stage, got {shown} layers on the "
+            f"{who}: expected each of {config.num_layers} layers on one pipeline stage, got layers {shown} on "
             f"{len(stages)} stages; change num-layers, decoder-first-pipeline-num-layers, "
             "decoder-last-pipeline-num-layers or pipeline-model-parallel-size"
         )

@@ -1,4 +1,4 @@
-"""Values as they were written, in the type of their field or of Megatron's action."""
+"""Conversion of YAML values to the types of dataclass fields and Megatron's options."""
 
 import argparse
 import contextlib
@@ -15,9 +15,9 @@ from abkd_megatron.config.yaml import dashed, flow, load_yaml
 from abkd_megatron.errors import ConfigError, brief, check_name, shown
 from abkd_megatron.losses.schedule import COUNTS, Schedule
 
-_MOST_DIGITS = 100  # of a whole number; Python itself reads no more than some thousand
+_MOST_DIGITS = 100  # of an integer; Python's int() has a limit of several thousand
 
-# By type, what is expected of a value, and the remedy for one that was read as another type.
+# {type: (expected value, type that YAML may give instead, remedy for it)}.
 _EXPECTED: dict[type, tuple[str, type, str]] = {
     bool: ("true or false", str, "write true or false, unquoted"),
     int: ("a whole number", str, "write it in digits"),
@@ -27,7 +27,7 @@ _EXPECTED: dict[type, tuple[str, type, str]] = {
 
 type Options = Mapping[str, argparse.Action]
 
-# The keys of each kind of schedule with their types, and those that may be left out.
+# Keys of each kind of schedule with their types, and the optional ones.
 _RAMP: dict[str, Any] = {"from": float, "to": float, "start": int, "end": int, "by": str}
 _SCHEDULES = {"constant": {"value": float}, "linear": _RAMP, "cosine": _RAMP, "piecewise": {"points": None, "by": str}}
 _OPTIONAL = ("start", "by")
@@ -35,7 +35,7 @@ _OPTIONAL = ("start", "by")
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """One setting as it was written, and where."""
+    """One setting with its origin."""
 
     section: str
     key: str
@@ -44,17 +44,17 @@ class Given:
 
     @property
     def name(self) -> str:
-        """``section.key``."""
+        """``section.key``, or the section without a key."""
         return f"{self.section}.{self.key}" if self.key else self.section
 
     @classmethod
     def spelled(cls, section: str, key: str, value: Any, origin: str) -> "Given":
-        """Return it with the key as its section spells it: fields have underscores, Megatron's options dashes."""
+        """Create it with the section's spelling of the key: underscores for fields, dashes for Megatron's options."""
         key = key.replace("-", "_") if section in ("distillation", "data", "compare") else dashed(key)
         return cls(section, key, value, origin)
 
     def within(self) -> dict[str, "Given"]:
-        """Return the settings of a mapping, those of a file with their own lines."""
+        """Return the entries of a mapping; in files each with its line."""
         file = self.origin.rpartition(":")[0]
         lines = {key: f"{file}:{line}" if file else self.origin for key, line in self.value.lines.items()}
         given = ((key.replace("-", "_"), value, lines[key]) for key, value in self.value.items())
@@ -62,13 +62,13 @@ class Given:
 
 
 def wrong(item: Given, expected: str, value: object, remedy: str = "") -> ConfigError:
-    """Return the error of a value that is of no use."""
+    """Return the error for an invalid value."""
     end = f"; {remedy}" if remedy else ""
     return ConfigError(f"{item.origin}: {item.name}: expected {expected}, got {shown(value)}{end}")
 
 
 def _scalar(item: Given, value: object, kind: type, finite: bool = True) -> Any:
-    """Return a value as a bool, int, float or str."""
+    """Convert a value to bool, int, float or str."""
     text = str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
     if kind is bool and isinstance(value, bool):
         return value
@@ -101,7 +101,7 @@ def _named(item: Given) -> Iterator[None]:
 def _typed(
     item: Given, given: Mapping[str, Given], types: Mapping[str, Any], required: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the values of a mapping in their types, no key unknown and none missing."""
+    """Convert the values of a mapping to their types; reject unknown and missing keys."""
     for key, of in given.items():
         check_name(key, types, of.origin, f"key of {item.name}")
     if missing := [key for key in required if key not in given]:
@@ -110,7 +110,7 @@ def _typed(
 
 
 def _record(item: Given, kind: Any) -> Any:
-    """Return the dataclass that a mapping describes."""
+    """Convert a mapping to a dataclass."""
     types = typing.get_type_hints(kind)
     if not isinstance(item.value, dict):
         raise wrong(item, f"a mapping of {', '.join(types)}", item.value)
@@ -120,7 +120,7 @@ def _record(item: Given, kind: Any) -> Any:
 
 
 def _schedule(item: Given) -> Schedule:
-    """Return the schedule that a mapping describes."""
+    """Convert a mapping to a schedule."""
     given = item.within()
     if "schedule" not in given:
         raise wrong(item, "a number, or a mapping with a `schedule`", item.value, f"known: {', '.join(_SCHEDULES)}")
@@ -143,13 +143,13 @@ def _schedule(item: Given) -> Schedule:
 
 
 def _term(item: Given) -> dict[str, Scalar]:
-    """Return one of a list of losses: what reads as a number is one, for the loss alone knows its parameters' types."""
+    """Convert an entry of `losses`. Text that is a number becomes one, because only the loss knows its types."""
     if not isinstance(item.value, dict):
         raise wrong(item, "a list of {name: ..., weight: ..., parameters}", item.value)
     term: dict[str, Scalar] = {}
     for key, value in ((key.replace("-", "_"), value) for key, value in item.value.items()):
         if isinstance(value, dict | list):
-            raise wrong(item, f"a plain value of {brief(key)}", value)
+            raise wrong(item, f"a scalar for {brief(key)}", value)
         term[key] = value
         if isinstance(value, str) and key != "name":
             with contextlib.suppress(ConfigError):
@@ -158,9 +158,9 @@ def _term(item: Given) -> dict[str, Scalar]:
 
 
 def _settings(item: Given) -> dict[str, list[str]]:
-    """Return of `compare.losses` what each differs in, as overrides, whose values are checked when they are used."""
+    """Convert `compare.losses` to overrides per loss. Their values are checked when they are used."""
     if not isinstance(item.value, dict):
-        raise wrong(item, "a mapping of names to what they differ in, such as {ToDi: {divergence: todi}}", item.value)
+        raise wrong(item, "a mapping of names to settings, such as {ToDi: {divergence: todi}}", item.value)
     settings: dict[str, list[str]] = {}
     for name, entry in item.value.items():
         if not isinstance(entry, dict):
@@ -175,7 +175,7 @@ def _settings(item: Given) -> dict[str, list[str]]:
 
 
 def field_value(item: Given, kind: Any) -> Any:
-    """Return the value in its dataclass field's type."""
+    """Convert a value to the type of its dataclass field."""
     value, kinds = item.value, typing.get_args(kind)
     if NoneType in kinds:
         return None if value is None else field_value(item, next(one for one in kinds if one is not NoneType))
@@ -193,26 +193,26 @@ def field_value(item: Given, kind: Any) -> Any:
 
 
 class MegatronOptions:
-    """Megatron's options by name, dashes and underscores alike."""
+    """Megatron's options by name, with dashes or underscores."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        # Sorted, so that where both spellings exist the dashed one (first in ASCII) is the one kept.
+        # If both spellings exist, this order keeps the one with dashes, the first in ASCII.
         self._spellings = {dashed(name): name for name in sorted(options, reverse=True)}
 
     def find(self, key: str, origin: str) -> tuple[str, argparse.Action]:
-        """Return Megatron's spelling and the action."""
+        """Return Megatron's spelling of an option, and its action."""
         check_name(dashed(key), self._spellings, origin, "Megatron argument")
         spelling = self._spellings[dashed(key)]
         return spelling, self._options[spelling]
 
     def dest(self, key: str) -> str:
-        """Return where Megatron's parser puts it, whatever its spelling."""
+        """Return the destination of an option in Megatron's parser."""
         return self.find(key, "")[1].dest
 
 
 def option_value(item: Given, action: argparse.Action) -> Value:
-    """Return the value in the type that the action's command line would give it; text for the action's own types."""
+    """Convert a value to the type that argparse would give it; text if the action has a custom type."""
     value, nargs = item.value, action.nargs
     if value is None:
         return None

@@ -1,8 +1,8 @@
-"""The YAML of configurations: keys once and with their lines, and scalars that stay text.
+"""YAML of configurations: unique keys with line numbers, and scalars as text.
 
-A plain scalar other than true, false and null stays text until the type of its field or action is known, so ``1e-4`` is
-a number where one is expected, and a name such as ``1.10`` keeps its zero. Tags of other types are rejected, and so is
-what anchors multiply beyond any configuration.
+A plain scalar other than true, false and null stays text until the type of its field or action is known. So ``1e-4`` is
+read as a number where one is expected, and a name such as ``1.10`` keeps its zero. Tags of other types are rejected,
+and so are anchors that expand to too many values.
 """
 
 import math
@@ -17,21 +17,21 @@ from abkd_megatron.losses.hidden import HiddenLoss
 from abkd_megatron.losses.schedule import Schedule
 from abkd_megatron.losses.selection import TokenSelection
 
-# Of one text: values once aliases are written out, and levels. The largest file here has some hundred values, 4 levels.
+# Limits per text: values after expansion of aliases, and nesting. Real files have some hundred values and 4 levels.
 _MOST_VALUES, _MOST_LEVELS = 20_000, 32
 _CONSTANTS = {"true": True, "false": False, "null": None, "~": None, "": None}
 _TAG = "tag:yaml.org,2002:"
 
 
 class LineMapping(dict[str, Any]):
-    """A mapping with the line of each key."""
+    """Mapping with the line of each key."""
 
     def __init__(self) -> None:
         self.lines: dict[str, int] = {}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with unique keys; of scalars, true, false and null alone are more than text."""
+    """Loader for unique keys. Scalars other than true, false and null are text."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own attribute)
     yaml_constructors = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (None, f"{_TAG}str", f"{_TAG}seq")}  # noqa: RUF012
@@ -63,10 +63,10 @@ _Loader.add_constructor(f"{_TAG}map", _Loader.mapping)
 
 
 def load_yaml(text: str, name: str) -> Any:
-    """Return the value that a text describes; mappings are of `LineMapping`.
+    """Parse YAML; mappings become `LineMapping`.
 
     Raises:
-        ConfigError: naming `name`, for what is no YAML and for a key given twice.
+        ConfigError: the text is not valid YAML, or a key is given twice. The message starts with `name`.
     """
     try:
         loader = _Loader(text)  # rejects control characters
@@ -75,7 +75,7 @@ def load_yaml(text: str, name: str) -> Any:
             return None
         values, levels = _extent(node, {})
         if values > _MOST_VALUES or levels > _MOST_LEVELS:
-            raise ValueError(f"more than {_MOST_VALUES} values, or {_MOST_LEVELS} within each other")
+            raise ValueError(f"more than {_MOST_VALUES} values or {_MOST_LEVELS} levels")
         return loader.construct_document(node)
     except ConfigError:
         raise
@@ -88,9 +88,9 @@ def load_yaml(text: str, name: str) -> Any:
 
 
 def _extent(node: yaml.Node, known: dict[yaml.Node, tuple[float, float]]) -> tuple[float, float]:
-    """Return how many values a node is with its aliases written out, and on how many levels."""
+    """Return the number of values and levels of a node after expansion of its aliases."""
     if node not in known:
-        known[node] = math.inf, math.inf  # what is within itself
+        known[node] = math.inf, math.inf  # for a node that contains itself
         children = () if isinstance(node, yaml.ScalarNode) else node.value
         children = chain.from_iterable(children) if isinstance(node, yaml.MappingNode) else children
         within = [_extent(child, known) for child in children]
@@ -113,11 +113,11 @@ _Dumper.add_representer(  # on one line
 
 
 def flow(value: Any) -> str:
-    """Return a value as YAML on one line."""
+    """Format a value as YAML on one line."""
     options: dict[str, Any] = {"width": math.inf, "allow_unicode": True, "sort_keys": False}
     return str(yaml.dump([value], Dumper=_Dumper, default_flow_style=True, **options)).strip()[1:-1]
 
 
 def dashed(name: str) -> str:
-    """Return a name as Megatron's options are spelled."""
+    """Replace underscores by dashes, as in Megatron's options."""
     return name.replace("_", "-")

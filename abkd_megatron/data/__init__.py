@@ -1,1 +1,1 @@
-"""Training data: text to Megatron's indexed datasets, and checks of them."""
+"""Training data: preparation of text, and checks of Megatron's indexed datasets."""

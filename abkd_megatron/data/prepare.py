@@ -1,7 +1,7 @@
-"""From text to what Megatron trains on: a SentencePiece model and an indexed dataset for each split.
+"""Preparation of text for Megatron: a SentencePiece model, and an indexed dataset per split.
 
-Same text and settings, same bytes: documents are ordered by name, the split follows a hash of each document's
-text, and the SentencePiece model comes from the train split alone.
+The output is deterministic. Documents are ordered by name, a hash of its text assigns a document to a split, and the
+SentencePiece model is trained on the train split only.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ from abkd_megatron.errors import DataError, brief
 
 SPLITS = ("train", "valid", "test")
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
-"""What is read from a directory; a file named by itself, or by a glob, may end in anything."""
+"""Suffixes of the files that are read from a directory. Explicit files and globs may have any suffix."""
 
 _FORMAT = 1
-_TOKENIZER_BYTES = 32 << 20  # SentencePiece holds its text in memory; more of it hardly moves the pieces
+_TOKENIZER_BYTES = 32 << 20  # SentencePiece keeps its text in memory; more text hardly changes the pieces
 _LONGEST_LINE = 1 << 20  # in bytes
 _MAX_PYTHON_FILE = 1 << 20
 _NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -34,20 +34,20 @@ _NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "
 
 @dataclass(frozen=True, slots=True)
 class PreparedData:
-    """A prepared data set, as `prepare` leaves it."""
+    """A data set written by `prepare`."""
 
     dir: Path
-    """The directory that holds the rest; absolute."""
+    """Absolute path of the directory."""
     tokenizer_model: Path
     """The SentencePiece model."""
     train: Path
-    """Prefix of the train split: ``.bin`` and ``.idx`` follow."""
+    """Prefix of the train split, without ``.bin`` and ``.idx``."""
     valid: Path
     """Prefix of the validation split."""
     test: Path
     """Prefix of the test split."""
     manifest: dict[str, Any]
-    """What it was made of; stands in ``manifest.json``."""
+    """Content of ``manifest.json``: settings and checksums."""
 
     @classmethod
     def open(cls, dir: str | Path) -> "PreparedData":
@@ -57,13 +57,13 @@ class PreparedData:
             dir: the configuration's ``data.dir``.
 
         Returns:
-            The paths, with every file known to be whole.
+            The paths, after all files were checked.
 
         Raises:
-            DataError: something is missing, or is not the file that the manifest describes.
+            DataError: a file is missing or differs from the manifest.
         """
         root = Path(dir).expanduser().absolute()
-        remedy = "run `abkd-megatron prepare` with another data.dir, or remove this one by hand first"
+        remedy = "run `abkd-megatron prepare` with another data.dir, or remove this one first"
         if not root.is_dir():
             raise DataError(f"{root}: expected prepared data, got no directory; run `abkd-megatron prepare`")
         try:
@@ -95,7 +95,7 @@ class PreparedData:
         )
 
     def megatron_arguments(self) -> dict[str, Any]:
-        """The Megatron arguments that train on this data, keyed by option name without the leading dashes."""
+        """Return the Megatron arguments for this data set, keyed by option name without leading dashes."""
         return {
             "tokenizer-type": "SentencePieceTokenizer",
             "tokenizer-model": str(self.tokenizer_model),
@@ -107,32 +107,32 @@ class PreparedData:
 
 
 def data_arguments(config: DataConfig) -> dict[str, Any]:
-    """Return the Megatron arguments of the prepared data of a configuration; none where it names no data.
+    """Return the Megatron arguments for the configured data set; empty without `data.dir`.
 
     Raises:
-        DataError: as `PreparedData.open`.
+        DataError: see `PreparedData.open`.
     """
     return PreparedData.open(config.dir).megatron_arguments() if config.dir is not None else {}
 
 
 def prepare(config: DataConfig, log: Callable[[str], None] = print) -> PreparedData:
-    """Write the prepared data set of a configuration, or find it already there.
+    """Write the configured data set, or return an existing one.
 
-    The directory appears whole or not at all. One that exists is never written to.
+    The directory is created atomically. An existing directory is never modified.
 
     Args:
-        config: the ``data`` section; ``dir`` has to be set.
-        log: takes the lines that report progress.
+        config: the ``data`` section, with ``dir``.
+        log: called with lines of text on the progress.
 
     Returns:
         The data set.
 
     Raises:
-        DataError: text that cannot be read, a split without documents, a vocabulary that the text does not
-            yield, or a directory that holds anything but this very data set.
+        DataError: text cannot be read, a split has no documents, SentencePiece cannot build the vocabulary, or the
+            directory has other contents.
     """
     if not config.dir:
-        raise DataError("data.dir: expected the directory to write, got nothing; set data.dir")
+        raise DataError("data.dir: expected an output directory, got none; set data.dir")
     target = Path(config.dir).expanduser().absolute()
     log(f"reading {', '.join(config.source)}")
     documents = _read(config.source)
@@ -162,7 +162,7 @@ def prepare(config: DataConfig, log: Callable[[str], None] = print) -> PreparedD
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # A sibling, so that the rename stays on one file system; removed whatever happens.
+        # A sibling directory, because a rename must stay on one file system.
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
             root = Path(scratch) / "data"
             root.mkdir()
@@ -173,23 +173,22 @@ def prepare(config: DataConfig, log: Callable[[str], None] = print) -> PreparedD
             root.rename(target)
     except OSError as error:
         raise DataError(
-            f"{target}: expected a directory that can be written, got: {error}; give another data.dir, or make room "
-            "there"
+            f"{target}: expected a writable directory, got: {error}; set another data.dir, or free disk space"
         ) from error
     log(f"prepared {target}: {manifest['splits']['train']['tokens']} train tokens")
     return PreparedData.open(target)
 
 
 def _reuse(target: Path, settings: dict[str, Any], log: Callable[[str], None]) -> PreparedData:
-    remedy = "choose another data.dir, or remove this one by hand"
+    remedy = "choose another data.dir, or remove this one"
     try:
         found = PreparedData.open(target)
     except DataError as error:
-        raise DataError(f"{target} exists and is not prepared data, or not whole ({error}); {remedy}") from error
+        raise DataError(f"{target} exists but is not a complete prepared data set ({error}); {remedy}") from error
     for key, expected in settings.items():
         got = found.manifest.get(key)
         if got != expected:
-            raise DataError(f"{target} holds other data: expected {key} {expected!r}, got {got!r}; {remedy}")
+            raise DataError(f"{target} has other data: expected {key} {expected!r}, got {got!r}; {remedy}")
     log(f"already prepared: {target}")
     return found
 
@@ -199,21 +198,18 @@ def _sha256(data: bytes) -> str:
 
 
 def _split(digest: bytes, held_out: float) -> str:
-    """The split of a document, from its hash alone: adding documents never moves another one across."""
+    """Return the split of a document. It depends on the hash only, so adding documents never moves others."""
     if int.from_bytes(digest[:8]) >= held_out * 2**64:
         return "train"
     return "valid" if digest[8] & 1 else "test"
 
 
 def _more_documents(digests: Sequence[bytes]) -> str:
-    """What fills every split: another `held_out` where one does, else only more documents."""
-    more = (
-        'add documents to data.source: a file is one, but for a .jsonl, of which each line is, as {"text": "..."}; '
-        "documents of the same text count once"
-    )
+    """Return the remedy for an empty split: a `held_out` that fills all splits if there is one, or more documents."""
+    more = 'add documents to data.source: one per file, or per line {"text": "..."} of a .jsonl; duplicates count once'
     for share in (number / 100 for number in range(1, 50)):
         if {_split(digest, share) for digest in digests} == set(SPLITS):
-            return f"set data.held_out={share}, which fills all of them, or {more}"
+            return f"set data.held_out={share}, or {more}"
     return more
 
 
@@ -221,7 +217,7 @@ def _more_documents(digests: Sequence[bytes]) -> str:
 
 
 def _read(sources: Iterable[str]) -> list[tuple[bytes, str]]:
-    """The documents of all sources with their SHA-256, ordered by name, empty ones and duplicates dropped."""
+    """Return (SHA-256, text) of all documents, ordered by name, without empty documents and duplicates."""
     named = sorted(document for source in sources for document in _read_source(source))
     unique: dict[bytes, str] = {}
     for _, text in named:
@@ -241,7 +237,7 @@ def _read_source(source: str) -> Iterator[tuple[str, str]]:
         files = [path] if path.exists() else [Path(name) for name in glob.glob(str(path), recursive=True)]
     files = [file for file in files if file.is_file()]
     if not files:
-        by_glob = f"name other files by a glob, such as {path / '**/*.text'}"
+        by_glob = f"use a glob for other files, such as {path / '**/*.text'}"
         remedy = by_glob if path.is_dir() else "check the path"
         raise DataError(
             f"data.source {source!r}: expected 'python', a file, a glob, or a directory with "
@@ -258,15 +254,13 @@ def _read_text(file: Path) -> str:
     try:
         return file.read_bytes().decode("utf-8")
     except OSError as error:
-        raise DataError(
-            f"{file}: expected a file that can be read, got: {error}; mend or leave out the file"
-        ) from error
+        raise DataError(f"{file}: expected a readable file, got: {error}; correct or remove the file") from error
     except UnicodeError as error:
-        raise DataError(f"{file}: expected UTF-8 text, got: {error}; convert or leave out the file") from error
+        raise DataError(f"{file}: expected UTF-8 text, got: {error}; convert or remove the file") from error
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[str, str]]:
-    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+    # Not splitlines(): JSON strings may have unescaped U+2028.
     for number, line in enumerate(_read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
@@ -274,26 +268,26 @@ def _read_jsonl(file: Path) -> Iterator[tuple[str, str]]:
             text = json.loads(line)["text"]
             if not isinstance(text, str):
                 raise TypeError(f"text is {type(text).__name__}")
-            text.encode()  # refuses lone surrogates
+            text.encode()  # raises for lone surrogates
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
-                f'{file}:{number}: expected {{"text": "..."}}, got {line[:60]!r} ({brief(repr(error))}); mend the line'
+                f'{file}:{number}: expected {{"text": "..."}}, got {line[:60]!r} ({brief(repr(error))}); fix the line'
             ) from error
         yield f"{file}:{number:09}", text
 
 
 def _read_python() -> Iterator[tuple[str, str]]:
-    """The text that ships with Python: the library's sources without its tests, and pydoc's topics."""
+    """Yield the text that ships with Python: sources of the standard library without tests, and pydoc's topics."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [file for file in root.rglob("*.py") if _NOT_SOURCE.isdisjoint(file.relative_to(root).parts)]
     if not files:
-        raise DataError(f"data.source 'python': expected .py files in {root}, got none; name other sources")
+        raise DataError(f"data.source 'python': expected .py files in {root}, found none; set other sources")
     for file in files:
         name = file.relative_to(root).as_posix()
-        # The topics are documents of their own, below; as one file besides, they would leak across splits.
+        # The topics follow as separate documents. A second copy in one file would leak across splits.
         if name != "pydoc_data/topics.py" and file.is_file() and file.stat().st_size <= _MAX_PYTHON_FILE:
             yield f"python:{name}", _read_text(file)
-    with contextlib.suppress(ImportError):  # some distributions leave the topics out
+    with contextlib.suppress(ImportError):  # absent in some distributions
         from pydoc_data.topics import topics
 
         for topic, text in topics.items():
@@ -304,7 +298,7 @@ def _read_python() -> Iterator[tuple[str, str]]:
 
 
 def _train_tokenizer(texts: list[str], vocab_size: int, log: Callable[[str], None]) -> bytes:
-    """A byte-pair SentencePiece model that gives back every text without U+2581, its sign for the space."""
+    """Return a byte-pair SentencePiece model. It is lossless for text without U+2581, its space symbol."""
     import sentencepiece
 
     lines, size = _tokenizer_lines(texts)
@@ -328,7 +322,7 @@ def _train_tokenizer(texts: list[str], vocab_size: int, log: Callable[[str], Non
             unk_id=0,
             bos_id=1,
             eos_id=2,  # Megatron's eod
-            pad_id=-1,  # Megatron masks the labels that equal the pad id: it must not be a piece
+            pad_id=-1,  # Megatron masks labels equal to the pad id, so it must not be a piece
             num_threads=1,
             minloglevel=2,
         )
@@ -342,19 +336,19 @@ def _train_tokenizer(texts: list[str], vocab_size: int, log: Callable[[str], Non
 
 
 def _other_vocabulary(said: str) -> str:
-    """What helps, by what SentencePiece says."""
+    """Return the remedy for an error of SentencePiece."""
     if most := re.search(r"set it to a value <= (\d+)", said):
         fewer = f"set data.vocab_size={most[1]} or less, or " if int(most[1]) >= LEAST_VOCAB_SIZE else ""
         return f"{fewer}add text to data.source"
     if least := re.search(r"smaller than required_chars. \d+ vs (\d+)", said):
-        return f"set data.vocab_size={least[1]} or more: the text has so many different characters"
+        return f"set data.vocab_size={least[1]} or more, the number of different characters"
     if "!sentences_.empty()" in said:
-        return f"break the lines of the text: it leaves out those of more than {_LONGEST_LINE >> 20} MiB, which all are"
+        return f"break the lines of the text: all are longer than {_LONGEST_LINE >> 20} MiB and would be skipped"
     return "change data.vocab_size or add text to data.source"
 
 
 def _tokenizer_lines(texts: list[str]) -> tuple[list[str], int]:
-    """Lines of whole documents up to the cap, by hash: a fair sample and always the same one."""
+    """Return lines of complete documents up to the size limit. Ordering by hash makes the sample fair and stable."""
     lines, size = [], 0
     for text in sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest()):
         if size >= _TOKENIZER_BYTES:
@@ -365,7 +359,7 @@ def _tokenizer_lines(texts: list[str]) -> tuple[list[str], int]:
 
 
 def _encode(root: Path, splits: dict[str, list[str]], log: Callable[[str], None]) -> dict[str, Any]:
-    """Write the indexed datasets; returns their part of the manifest."""
+    """Write the indexed datasets and return their part of the manifest."""
     import torch
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
@@ -391,7 +385,7 @@ def _encode(root: Path, splits: dict[str, list[str]], log: Callable[[str], None]
 
 
 def _megatron_tokenizer(model: Path) -> Any:
-    """The tokenizer that Megatron's training builds for the same model."""
+    """Return the tokenizer that Megatron builds for the model."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
     return build_tokenizer(

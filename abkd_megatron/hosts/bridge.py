@@ -152,7 +152,7 @@ def add_teacher(
             if objective.shares_part_of(vocab_size) and groups.pp.size() > 1:
                 raise ConfigError(
                     f"shared_vocab {objective.shared_vocab} of the student's {vocab_size} tokens needs the input ids "
-                    "on the last pipeline stage, and Bridge's forward step has them on the first alone; set "
+                    "on the last pipeline stage, and Bridge's forward step has them only on the first; set "
                     "model.pipeline_model_parallel_size to 1"
                 )
         print_rank_0(f"distilling with {objective.divergence or 'logit losses'} from the teacher in {source}")

@@ -40,7 +40,7 @@ from abkd_megatron.config.megatron_args import (
     checked_model_config,
     command_line,
     job_arguments,
-    megatron_refusals_named,
+    megatron_errors_as_config_error,
     parse_model,
 )
 from abkd_megatron.config.model_config import check_layers_here
@@ -148,7 +148,7 @@ def job_config_from_args(args: Namespace, model_config: Any) -> Any:
         raise ConfigError(f"rerun-mode: expected one of {', '.join(modes)}, got {args.rerun_mode}")
     if not args.skip_train:
         _check_schedule(args)
-    with megatron_refusals_named():
+    with megatron_errors_as_config_error():
         return pretrain_cfg_container_from_args(args, model_config)
 
 

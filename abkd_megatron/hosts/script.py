@@ -152,7 +152,7 @@ def distill[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_s
             if config.distillation.hidden_losses and args.pipeline_model_parallel_size > 1:
                 raise ConfigError(
                     "hidden_losses need the loss mask on every pipeline stage that holds a pair of layers, and a "
-                    "forward step of Megatron's kind has it on the last alone; set pipeline-model-parallel-size to 1, "
+                    "forward step of Megatron's kind has it only on the last; set pipeline-model-parallel-size to 1, "
                     "or use `abkd-megatron distill`"
                 )
         args.vocab_size = get_tokenizer().vocab_size
@@ -166,7 +166,7 @@ def _check_shared_vocab(shared: int | None, vocab_size: int, args: Namespace) ->
     if shared is not None and shared < vocab_size and not there:
         raise ConfigError(
             f"shared_vocab {shared} of the student's {vocab_size} tokens needs the input ids on the last pipeline "
-            "stage, and a forward step of Megatron's kind has them on the first alone; set "
+            "stage, and a forward step of Megatron's kind has them only on the first; set "
             "pipeline-model-parallel-size to 1, or use `abkd-megatron distill`"
         )
 

@@ -117,7 +117,7 @@ class AlphaBeta(Divergence):
         return weigh(mass, _exponent(0.0, log_p, lam, log_q).exp()), new_slope, new_value
 
     def finalize(self, sums: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Return F and h summed: both are partial sums."""
+        """Return D and H, which are partial sums."""
         return sums[2], sums[1]
 
     def _coefficients(self, dtype: torch.dtype) -> tuple[float, float, float]:

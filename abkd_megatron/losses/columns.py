@@ -135,8 +135,7 @@ class Columns(ABC):
         most likely column always is; one with logit -inf never is. A cumulative probability within 1e-12 of `mass`
         counts as equal.
 
-        The number of operations does not depend on the data, so there is no GPU synchronization. 5 collectives, 4 of
-        256 floats per token and one of 4; 9 for fp64 logits.
+        No GPU synchronization. 5 collectives, 4 of 256 floats per token and one of 4; 9 for fp64 logits.
         """
 
         def compute() -> Tensor:

@@ -109,7 +109,7 @@ class Objective:
         return tuple(f"{name} {count + 1}" if count else name for name, count in zip(names, before, strict=True))
 
     def shares_part_of(self, vocab_size: int) -> bool:
-        """Return True if a student of that vocabulary size has tokens that the teacher does not know."""
+        """Return True if a student of this vocabulary size has tokens that the teacher cannot read."""
         return self.shared_vocab is not None and self.shared_vocab < vocab_size
 
 

@@ -219,16 +219,16 @@ def wrong_losses(
     whole = VocabShard(0, shard.size, shard.size)
     for name, (_, loss) in zip(objective.names_of_logit_losses, objective.logit_losses, strict=True):
         with torch.enable_grad():
-            alone = whole_student.detach().requires_grad_()
-            wanted = vocab_parallel_logit_loss(alone, whole_teacher, loss, whole, temperature)
-            (grad_log_q,) = torch.autograd.grad(wanted.sum(), alone)
+            leaf = whole_student.detach().requires_grad_()
+            wanted = vocab_parallel_logit_loss(leaf, whole_teacher, loss, whole, temperature)
+            (gradient,) = torch.autograd.grad(wanted.sum(), leaf)
         ours = vocab_parallel_logit_loss(student, teacher, loss, shard, temperature)
-        compared[name] = ours, wanted.detach(), grad_log_q
+        compared[name] = ours, wanted.detach(), gradient
 
     wrong = []
-    for name, (ours, wanted, grad_log_q) in compared.items():
+    for name, (ours, wanted, dense_gradient) in compared.items():
         (gradient,) = torch.autograd.grad(ours, student, weights.to(ours.dtype), retain_graph=True)
-        wanted_gradient = grad_log_q * weights.unsqueeze(-1)
+        wanted_gradient = dense_gradient * weights.unsqueeze(-1)
         here = wanted_gradient[:, shard.start : shard.stop]
         padded = torch.nn.functional.pad(here, (0, width - here.shape[-1]))
         for what, got, of, scale in (

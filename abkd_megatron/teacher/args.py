@@ -1,4 +1,4 @@
-"""The teacher's Megatron arguments, and its checkpoint held to them."""
+"""Megatron arguments of the teacher, and the comparison of its checkpoint with them."""
 
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
@@ -9,8 +9,8 @@ from megatron.training.arguments import validate_args
 
 from abkd_megatron.config.megatron_args import (
     checked_model_config,
+    megatron_errors_as_config_error,
     megatron_options,
-    megatron_refusals_named,
     parse_model,
 )
 from abkd_megatron.config.model_config import ModelConfig
@@ -23,23 +23,23 @@ from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.inherited import declared_vocabulary, inherited_architecture, of_checkpoint, teacher_settings
 from abkd_megatron.teacher.layout import sharing_group_shape
 
-# What teacher and student share: they see the same tokens, each on the rank that holds them.
+# Must be equal for teacher and student: a rank passes the same tokens to both.
 _SHARED = ("context_parallel_size", "seq_length", "micro_batch_size", "tokenizer_type", "tokenizer_model")
 
 
 def teacher_arguments(
     megatron: Mapping[str, Any], own: Mapping[str, Any], student: Namespace, host: str
 ) -> tuple[Namespace, ModelConfig]:
-    """Return Megatron's validated arguments of the teacher, and the configuration of its model.
+    """Return Megatron's validated arguments of the teacher and its model configuration.
 
     Args:
-        megatron: of the student, as `to_argv` takes them; what a teacher has no use for is not inherited.
-        own: of the `teacher:` section.
-        student: validated, with the `padded_vocab_size`.
-        host: as `check_layout` takes it.
+        megatron: the student's arguments, see `to_argv`. `teacher_settings` selects those that the teacher inherits.
+        own: arguments of the `teacher:` section.
+        student: Megatron's validated arguments of the student, with the `padded_vocab_size`.
+        host: see `check_layout`.
 
     Raises:
-        ConfigError: what Megatron rejects of them, or a teacher that this student cannot have.
+        ConfigError: Megatron rejects the arguments, or the teacher does not fit this student.
     """
     options = megatron_options()
     if student.use_checkpoint_args:
@@ -62,21 +62,21 @@ def teacher_arguments(
     sharing_group_shape(students, student.data_parallel_size, teachers, has_experts=args.num_experts is not None)
     if student.create_attention_mask_in_dataloader and students != teachers:
         raise ConfigError(
-            "a teacher in a layout of its own is sent tokens, not attention masks; give "
-            "megatron.no-create-attention-mask-in-dataloader=true, or the teacher the student's layout"
+            "a teacher with another layout is sent tokens, not attention masks; set "
+            "megatron.no-create-attention-mask-in-dataloader=true, or use the student's layout"
         )
-    # A rank holds the same ids of both models, however the teacher was padded: loading drops or zeroes what differs.
+    # A rank has the same ids of both models. Loading drops the teacher's other padding or fills with zeros.
     args.padded_vocab_size = student.padded_vocab_size
     tensor = args.tensor_model_parallel_size
     if args.padded_vocab_size % tensor:
         raise ConfigError(
             f"the student's vocabulary is padded to {args.padded_vocab_size} columns, which {tensor} tensor-parallel "
-            f"ranks of the teacher do not divide; give megatron.make-vocab-size-divisible-by a multiple of {tensor}"
+            f"ranks of the teacher do not divide; set megatron.make-vocab-size-divisible-by to a multiple of {tensor}"
         )
     if args.sequence_parallel and args.seq_length // args.context_parallel_size % tensor:
         raise ConfigError(
             f"sequences of {args.seq_length} tokens do not divide over {tensor} tensor-parallel ranks of the teacher; "
-            "change seq-length, or give teacher.sequence-parallel=false"
+            "change seq-length, or set teacher.sequence-parallel=false"
         )
     with _inheritance_named(inherited):
         return args, checked_model_config(args, "teacher", host)
@@ -94,37 +94,37 @@ def _check_layers_given(own: Mapping[str, Any], options: Mapping[str, Any]) -> N
 
 @contextmanager
 def _inheritance_named(inherited: Mapping[str, str]) -> Iterator[None]:
-    """Raise what Megatron rejects of a teacher's arguments, naming those that it has from the student."""
+    """Convert Megatron's errors about the teacher's arguments to a ConfigError with the inherited arguments."""
     try:
-        with megatron_refusals_named():
+        with megatron_errors_as_config_error():
             yield
     except ConfigError as error:
         if error.__cause__ is None or not inherited:
             raise
         raise ConfigError(
-            f"{error}; these are the teacher's, which inherits from the student what is not set under `teacher:`: "
+            f"{error}; this is about the teacher, which inherits from the student unless set under `teacher:`: "
             + ", ".join(sorted(inherited.values()))
         ) from error
 
 
 def open_teacher(config: Config, megatron: Mapping[str, Any]) -> TeacherCheckpoint:
-    """Find the teacher's checkpoint, see `TeacherCheckpoint.open`.
+    """Open the teacher's checkpoint, see `TeacherCheckpoint.open`.
 
     Args:
         config: `teacher` is used.
-        megatron: the student's Megatron arguments, as `to_argv` takes them.
+        megatron: the student's Megatron arguments, see `to_argv`.
     """
     inherited = inherited_architecture(megatron, config.teacher.megatron, megatron_options())
     return TeacherCheckpoint.open(config.teacher.load or "", config.teacher.ckpt_step, inherited)
 
 
 def check_teacher(config: Config, checkpoint: TeacherCheckpoint, args: Namespace, vocab_size: int) -> str:
-    """Reject a teacher that is not the configured one, see `TeacherCheckpoint.check_arguments`.
+    """Reject a checkpoint that is not the configured teacher, see `TeacherCheckpoint.check_arguments`.
 
     Args:
         config: `teacher` and `distillation` are used.
-        checkpoint: the teacher's.
-        args: Megatron's arguments of the teacher, as configured.
+        checkpoint: of the teacher.
+        args: Megatron's arguments of the configured teacher.
         vocab_size: true size of the student's vocabulary.
     """
     return checkpoint.check_arguments(

@@ -210,7 +210,7 @@ class Outbox:
 class _WatchedTimers:
     """Megatron's timers, or none, with a callback whenever a timer starts."""
 
-    # Default arguments, because Megatron Bridge writes a config's objects as YAML by constructing their class.
+    # Valid without arguments, because Megatron Bridge serializes a config's objects to YAML by their class.
     def __init__(self, timers: Any = None, started: Callable[[str], None] = lambda name: None) -> None:
         self.timers, self._started = timers, started
 

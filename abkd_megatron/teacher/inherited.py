@@ -1,9 +1,13 @@
-"""The student's Megatron settings that its teacher inherits: an allow-list.
+"""Allow-list of the Megatron settings that the teacher inherits from the student.
 
-A setting is of one of three kinds: it shapes a model (`MODEL`), both models must or may share it (`SHARED`: tokens,
-parallelism, precision, kernels), or it belongs to the student's run alone (`STUDENT`: optimizer, recomputation,
-offloading, overlapped communication, fp8, virtual pipeline stages, files, logs). The last kind is not inherited.
-`tests/unit/test_inherited.py` fails for a setting of the installed Megatron that has no kind.
+A setting has one of three kinds:
+
+- `MODEL`: it defines the model.
+- `SHARED`: both models must or may share it (tokens, parallelism, precision, kernels).
+- `STUDENT`: it concerns the student's training only (optimizer, recomputation, offloading, overlapped communication,
+  fp8, virtual pipeline stages, files, logs). These are not inherited.
+
+`tests/unit/test_inherited.py` fails if a setting of the installed Megatron has no kind.
 """
 
 import re
@@ -18,8 +22,8 @@ from abkd_megatron.config.yaml import dashed, flow
 
 MODEL, SHARED, STUDENT = "model", "shared", "student"
 
-# By destination in Megatron's parser or by field of its model configurations; regular expressions, each for a whole
-# name. No name may be of two kinds.
+# Regular expressions for destinations in Megatron's parser and fields of its model configurations. Each matches a
+# complete name. A name has one kind only.
 _NAMES = {
     MODEL: r"""
         (encoder_|decoder_)?num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels
@@ -91,7 +95,7 @@ _NAMES = {
 }
 _KINDS = {kind: re.compile("|".join(f"(?:{name})" for name in names.split())) for kind, names in _NAMES.items()}
 
-# Groups of Megatron's parser whose other options are of one kind.
+# Kinds of the remaining options, by group of Megatron's parser.
 _GROUPS = {
     MODEL: ("network size", "mla", "heterogeneous architecture"),
     SHARED: ("tokenizer",),
@@ -104,8 +108,8 @@ _GROUPS = {
 }
 _GROUP_KINDS = {group: kind for kind, groups in _GROUPS.items() for group in groups}
 
-# Settings that a model has no use for, or Megatron rejects, where none of these others is on in the teacher. Those with
-# a value are on if they have it.
+# {setting: switches}. Without one of its switches a setting has no effect or Megatron rejects it. A switch NAME=VALUE
+# is on if the setting has this value.
 _ROTARY = (
     "multi_latent_attention",
     "use_rotary_position_embeddings",
@@ -128,13 +132,13 @@ _ONLY_WITH = {
 }
 # Settings that HybridModel does not apply.
 _NOT_HYBRID = ("use_rope_scaling", "rope_scaling_factor", "rotary_interleaved")
-# Settings that may list a value for each layer: a list is of no use to a teacher with another number of layers.
+# Settings that may list a value per layer. A list does not fit a teacher with another number of layers.
 _OF_LAYERS = ("moe_layer_freq", "linear_attention_freq", "no_rope_freq", "window_attn_skip_freq")
-# Files that describe each layer with all its sizes: of no use to a teacher with a size of its own.
+# Files that describe every layer's sizes. They do not fit a teacher of another size.
 _OF_BLOCKS = re.compile(r"heterogeneous_layers_config_.*")
 _LAYERS = ("num_layers", "encoder_num_layers")
 _SIZES = {*_LAYERS, "hidden_size", "ffn_hidden_size", "num_attention_heads"}
-# Of each set a model has one: where the teacher names its own, it does not inherit the others.
+# Sets of alternatives. If the teacher sets one, it does not inherit the others.
 _ALTERNATIVES = (
     {"num_layers", "encoder_num_layers"},
     {"seq_length", "encoder_seq_length"},
@@ -143,16 +147,16 @@ _ALTERNATIVES = (
     {"swiglu", "squared_relu", "quick_geglu", "openai_gelu"},
     {"fp16", "bf16"},
 )
-# A dispatcher with one buffer in a process, of the first model's size. The other one gives the same outputs.
+# The flex dispatcher has one buffer per process, of the first model's size. alltoall gives the same outputs.
 _IN_PLACE_OF = {("moe_token_dispatcher_type", "flex"): "alltoall"}
 
-# What both models share, and a checkpoint's arguments may set.
+# Settings that both models share and that a checkpoint's arguments may set.
 _OF_CHECKPOINT = (
     *("seq_length", "tokenizer_type", "tokenizer_model", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
     "expert_model_parallel_size",
 )
 
-# Lists and sizes without effect of their own, to which Megatron gives other types than their defaults have.
+# Settings without an effect by themselves, to which Megatron assigns other types than their defaults have.
 _DEPENDENT = (
     "recompute_modules",
     "cuda_graph_modules",
@@ -162,24 +166,24 @@ _DEPENDENT = (
 
 
 def kind_of(name: str, group: str | None = None) -> str | None:
-    """`MODEL`, `SHARED` or `STUDENT`; None for a setting that nobody has looked at.
+    """Return `MODEL`, `SHARED` or `STUDENT`; None for an unknown setting.
 
     Args:
-        name: a destination in Megatron's parser, or a field of its model configurations.
+        name: destination in Megatron's parser, or field of its model configurations.
         group: title of the option's group in Megatron's parser.
     """
     kinds = [kind for kind, names in _KINDS.items() if names.fullmatch(name)]
-    assert len(kinds) < 2, f"{name} is of two kinds: {kinds}"
+    assert len(kinds) < 2, f"{name} has two kinds: {kinds}"
     return kinds[0] if kinds else _GROUP_KINDS.get(group or "")
 
 
 def teacher_settings(megatron: Mapping[str, Any], own: Mapping[str, Any], options: Options) -> dict[str, Any]:
-    """Megatron's arguments of the teacher: what it inherits from the student, with the `teacher:` section on top.
+    """Return the teacher's Megatron arguments: inherited ones, overridden by the `teacher:` section.
 
     Args:
-        megatron: of the student, as `to_argv` takes them.
-        own: of the `teacher:` section; all of it is passed on.
-        options: as `megatron_options` returns them.
+        megatron: the student's arguments, see `to_argv`.
+        own: arguments of the `teacher:` section.
+        options: from `megatron_options`.
     """
     known = MegatronOptions(options)
     ours = {known.dest(name): value for name, value in own.items()}
@@ -218,12 +222,12 @@ def teacher_settings(megatron: Mapping[str, Any], own: Mapping[str, Any], option
 
 
 def inherited_architecture(megatron: Mapping[str, Any], own: Mapping[str, Any], options: Options) -> dict[str, str]:
-    """What shapes the teacher's model and is the student's, as `TeacherCheckpoint.inherited` takes it.
+    """Return the inherited settings that define the teacher's model, see `TeacherCheckpoint.inherited`.
 
     Args:
-        megatron: as `teacher_settings` takes it.
-        own: likewise.
-        options: likewise.
+        megatron: see `teacher_settings`.
+        own: see `teacher_settings`.
+        options: see `teacher_settings`.
     """
     known, groups = MegatronOptions(options), group_of_each(options)
     names = {name: known.dest(name) for name in teacher_settings(megatron, own, options) if name not in own}
@@ -235,20 +239,20 @@ def inherited_architecture(megatron: Mapping[str, Any], own: Mapping[str, Any], 
 
 
 def declared_vocabulary(own: Mapping[str, Any]) -> int | None:
-    """The size of the teacher's vocabulary, where the `teacher:` section has one."""
+    """Return the size of the teacher's vocabulary if the `teacher:` section has one."""
     return next((int(value) for name, value in own.items() if dashed(name) == "vocab-size" and value), None)
 
 
 def of_checkpoint(megatron: Mapping[str, Any], student: Namespace, options: Options) -> dict[str, Any]:
-    """The student's settings where its checkpoint has set what shapes it (`--use-checkpoint-args`): as they became.
+    """Return the student's settings with the values that its checkpoint has set (`--use-checkpoint-args`).
 
     Args:
-        megatron: of the student, as `to_argv` takes them.
-        student: Megatron's arguments, validated.
-        options: as `megatron_options` returns them.
+        megatron: the student's arguments, see `to_argv`.
+        student: Megatron's validated arguments.
+        options: from `megatron_options`.
     """
     known, groups = MegatronOptions(options), group_of_each(options)
-    # What Megatron's validation makes of other sizes; a teacher of other sizes makes its own of them.
+    # Derived by Megatron's validation. A teacher of another size derives other values.
     wide = int(4 * student.hidden_size * 2 / 3 / 64) * 64 if student.swiglu else 4 * student.hidden_size
     derived = {
         *("encoder_num_layers", "encoder_seq_length"),
@@ -285,15 +289,15 @@ def _is_on(value: object) -> bool:
 
 
 def group_of_each(options: Options) -> dict[str, str]:
-    """The title of the group of each option in Megatron's parser, by the option's destination."""
+    """Return {destination: title of the option's group in Megatron's parser}."""
     return {action.dest: str(getattr(action, "container").title) for action in options.values()}  # noqa: B009
 
 
 def forget_run_of(model: Any) -> None:
-    """Set a model configuration's `STUDENT` fields to Megatron's defaults: it was read from another run's checkpoint.
+    """Reset the `STUDENT` fields of a model configuration from another run's checkpoint to Megatron's defaults.
 
     Args:
-        model: a TransformerConfig, or a configuration that has one's fields or passes them on; changed in place.
+        model: a TransformerConfig, or a configuration with its fields; changed in place.
     """
     for item in fields(getattr(model, "transformer", model)):
         if kind_of(item.name) == STUDENT and item.name not in _DEPENDENT:

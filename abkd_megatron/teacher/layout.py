@@ -66,9 +66,9 @@ class TeacherLayout:
       shares these replicas: micro-batch i of its DP replica n is processed by replica
       (i * num_dp_replicas + n) % num_replicas.
 
-    So every rank has one teacher stage, and all ranks have the same work. Hidden states only move to a later stage of
-    the student, or between DP replicas within a stage, which excludes circular waits. If the teacher has the student's
-    parallelism, a sharing group has one DP replica and one teacher replica, and only hidden states are sent.
+    Every rank has one teacher stage, and all ranks have equal work. Messages only go to a later student stage, or to
+    another DP replica of the same stage, so waits cannot be circular. With the student's parallelism a sharing group
+    has one DP replica and one teacher replica, and only hidden states are sent.
 
     Args:
         all_coords: coordinates of all ranks of the job, by global rank.
@@ -167,8 +167,8 @@ class TeacherLayout:
     def route(self, source: int, to: int) -> list[int]:
         """Return the ranks on a message's way, both ends included, in hops of at most one student stage.
 
-        A message that skipped stages would be pending until its receiver has reached the micro-batch. A device
-        synchronization on the sender would wait for it and serialize the pipeline.
+        A message that skipped stages would be pending until its receiver reaches the micro-batch, and a device
+        synchronization on the sender would wait for it.
         """
         here, there = self._all_coords[source], self._all_coords[to]
         return [source, *(self._rank_at[replace(there, pp=pp)] for pp in range(here.pp + 1, there.pp)), to]

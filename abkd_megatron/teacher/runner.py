@@ -38,11 +38,9 @@ class TeacherRunner:
     to stage of that replica, and the last ones to the student's last stage. A teacher in the student's layout only
     sends hidden states.
 
-    Order of messages: ranks of one student stage exchange messages within the forward step, where Megatron does not
-    synchronize. Messages to a later stage wait in the `Outbox` for Megatron's send of this micro-batch and advance one
-    stage at a time; the stages in between relay them. All messages move to a later stage or between DP replicas, so
-    there is no circular wait. Messages from stage i are received no later than stage i + 1 runs the micro-batch, so the
-    pipeline is not serialized.
+    Ranks of one student stage exchange messages within the forward step, where Megatron does not synchronize. Messages
+    to a later stage wait in the `Outbox` for Megatron's send of this micro-batch and are relayed stage by stage. Stage
+    i + 1 receives them no later than it runs the micro-batch, so the pipeline is not serialized.
 
     In both schedules, when a stage runs micro-batch m, the next stage has received the messages of micro-batch
     m - `max_lead`. Waiting for older sends therefore never blocks, and frees their tensors; not every backend reports

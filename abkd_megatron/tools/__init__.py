@@ -1,1 +1,1 @@
-"""Jobs that do not train: check, estimate, compare, report, env."""
+"""Jobs that do not train a model themselves: check, estimate, compare, report, env."""

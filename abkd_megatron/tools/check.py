@@ -1,7 +1,7 @@
-"""Report on a configuration without running the job: settings, sizes and files, up to the first training step.
+"""Report on a configuration without running the job: settings, sizes and files.
 
-It uses neither network nor GPU and writes nothing. `dry_run` makes Megatron's arguments, `preflight.rules` has the
-checks. A file that is not on this machine is reported as such.
+Needs neither network nor GPU and writes nothing. `dry_run` builds Megatron's arguments; `preflight.rules` has the
+checks. Files that are not on this machine are reported as absent.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ from abkd_megatron.tools import dry_run
 from abkd_megatron.tools.tables import show
 
 _STYLES = {"ok": "green", "warning": "yellow", "not here": "yellow", "rejected": "bold red"}
-# Vocabulary size if the tokenizer cannot be loaded: a power of two, which is divisible by any layout.
+# Vocabulary size if the tokenizer cannot be loaded. A power of two is divisible by any layout.
 _UNKNOWN_VOCABULARY = 2**17
 
 
@@ -40,7 +40,7 @@ class Row:
 
     what: str
     found: str
-    """Description; of a rejected setting the job's own message."""
+    """Description, or the job's error message."""
     verdict: Verdict = Verdict.OK
 
 
@@ -48,11 +48,11 @@ def main(config: Config, world_size: int | None = None) -> int:
     """Print the report.
 
     Args:
-        config: as loaded; need not have been checked.
-        world_size: as `check` takes it.
+        config: as loaded, unchecked.
+        world_size: see `check`.
 
     Returns:
-        Exit code: 2 if anything is rejected, else 0.
+        Exit code: 2 if a check rejects the configuration, else 0.
     """
     rows = check(config, world_size)
     show(("what", "found", "verdict"), [(row.what, row.found, row.verdict.value) for row in rows], _STYLES)
@@ -65,11 +65,11 @@ def main(config: Config, world_size: int | None = None) -> int:
 def check(config: Config, world_size: int | None = None) -> list[Row]:
     """Describe a configuration and run the checks of the phases `config` and `files`.
 
-    A rejected setting does not stop the checks that do not depend on it.
+    After a failed check, independent checks still run.
 
     Args:
-        config: as loaded; need not have been checked.
-        world_size: ranks of the job; None takes $WORLD_SIZE, or else the fewest that the layouts of both models allow.
+        config: as loaded, unchecked.
+        world_size: ranks of the job; None for $WORLD_SIZE, or else the fewest that the layouts of both models allow.
 
     Collectives: none.
     """
@@ -99,7 +99,7 @@ class _Report:
 
     @contextmanager
     def at(self, what: str) -> Iterator[None]:
-        """Turn an error of the block into a row."""
+        """Add a row if the block raises."""
         try:
             yield
         except AbkdError as error:
@@ -111,11 +111,11 @@ class _Report:
             self.add("settings", str(problem), Verdict.REJECTED)
         self._settings_are_good = not problems
         if not problems:
-            kind = "a student with its teacher" if self._setup.job == "distill" else "training without a teacher"
-            self.add("settings", f"{kind}; no value excludes another")
+            kind = "training with a teacher" if self._setup.job == "distill" else "training without a teacher"
+            self.add("settings", f"{kind}; no conflicts")
 
     def machine(self) -> None:
-        """Report what the job is assumed to have and this machine does not have."""
+        """Report hardware and packages that the job is assumed to have and this machine lacks."""
         if self.config.device == "cpu":
             return
         if cpu_backend.is_installed() or not torch.cuda.is_available():
@@ -128,33 +128,33 @@ class _Report:
         if directory is None:
             self._megatron_data()
         elif not Path(directory).expanduser().exists():
-            self.add("data", f"prepared data in {directory}: `prepare` writes them", Verdict.ABSENT)
+            self.add("data", f"prepared data in {directory}: run `prepare`", Verdict.ABSENT)
         else:
             manifest = PreparedData.open(directory).manifest
             splits = ", ".join(f"{of['tokens']} {name}" for name, of in manifest["splits"].items())
             asked = manifest.get("vocab_size_asked")
-            differs = f"; made for data.vocab_size {asked}" if asked not in (None, self.config.data.vocab_size) else ""
+            differs = f"; built for data.vocab_size {asked}" if asked not in (None, self.config.data.vocab_size) else ""
             self.add("data", f"tokens in {directory}: {splits}{differs}")
 
     def _megatron_data(self) -> None:
-        """Report Megatron's indexed datasets; prefixes may be mixed with weights of a blend."""
+        """Report Megatron's indexed datasets. Their prefixes may be mixed with blend weights."""
         given = self.config.megatron
         names = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
         words = [str(word) for name in names for word in _words(given.get(name))]
         prefixes = [word for word in words if not _is_number(word)]
         if not prefixes:
-            source = "mock data" if given.get("mock-data") else "none is named"
+            source = "mock data" if given.get("mock-data") else "none given"
             files = given.get("data-args-path") or given.get("per-split-data-args-path")
-            self.add("data", f"Megatron's: {files or source}")
+            self.add("data", f"Megatron dataset: {files or source}")
             return
         missing = [prefix for prefix in prefixes if not all(Path(prefix + end).is_file() for end in (".bin", ".idx"))]
         if missing:
-            self.add("data", f"{', '.join(missing)}: with .bin and .idx", Verdict.ABSENT)
+            self.add("data", f"{', '.join(missing)}: .bin and .idx", Verdict.ABSENT)
         else:
-            self.add("data", f"{len(prefixes)} indexed datasets of Megatron's")
+            self.add("data", f"{len(prefixes)} Megatron indexed datasets")
 
     def job(self, options: Mapping[str, Action], world_size: int | None) -> None:
-        """Make Megatron's arguments of both models and run the checks."""
+        """Build Megatron's arguments for both models and run the checks."""
         config, setup = self.config, self._setup
         try:
             megatron = dry_run.arguments_with_data(config)
@@ -199,11 +199,11 @@ class _Report:
                 self.add("teacher's layout", _teachers_layout(student, teacher))
         with self.at("Megatron's models"):
             dry_run.check_models(student, setup.teacher)
-            self.add("Megatron's models", "their configurations can be made")
+            self.add("Megatron's models", "configurations are valid")
         self._environment(student)
 
     def _vocabulary(self, args: Namespace) -> int | None:
-        """Set the vocabulary of the arguments; return its size if it is known."""
+        """Set the vocabulary size in `args`. Return it, or None if it is unknown."""
         try:
             why = dry_run.set_vocabulary(args)
         except (ConfigError, DataError) as error:
@@ -213,24 +213,24 @@ class _Report:
         if why is not None:
             self.add("tokenizer", f"{why}; megatron.vocab-size is used", Verdict.ABSENT)
         elif args.tokenizer_type == "NullTokenizer" and self.config.data.dir is not None:
-            self.add("tokenizer", f"assumed to have data.vocab_size, {args.vocab_size} tokens", Verdict.ABSENT)
+            self.add("tokenizer", f"data.vocab_size is used, {args.vocab_size} tokens", Verdict.ABSENT)
         else:
             self.add("tokenizer", f"{args.tokenizer_type} {args.tokenizer_model or ''}".strip())
         tensor = args.tensor_model_parallel_size
-        share = f"{args.padded_vocab_size // tensor} on each of TP {tensor}"
+        share = f"{args.padded_vocab_size // tensor} per rank of TP {tensor}"
         self.add("vocabulary", f"{args.vocab_size} tokens, padded to {args.padded_vocab_size} columns: {share}")
         return int(args.vocab_size)
 
     def _environment(self, args: Namespace) -> None:
-        """Report requirements of Megatron's layers and collectives on a machine with GPUs."""
+        """Report the requirements of Megatron's layers and collectives on GPUs."""
         if self.config.device == "cpu":
             return
         parallel = args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1
         if parallel and self._connections != "1":
-            found = "CUDA_DEVICE_MAX_CONNECTIONS=1, which Megatron needs for TP and CP on GPUs before Blackwell"
+            found = "CUDA_DEVICE_MAX_CONNECTIONS=1, required for TP and CP on GPUs before Blackwell"
             self.add("environment", found, Verdict.ABSENT)
         if args.gradient_accumulation_fusion and not importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):
-            found = "NVIDIA's apex, which the output layer needs unless megatron.no-gradient-accumulation-fusion=true"
+            found = "NVIDIA apex, required by the output layer unless megatron.no-gradient-accumulation-fusion=true"
             self.add("apex", found, Verdict.ABSENT)
 
 
@@ -251,8 +251,8 @@ def _is_number(word: str) -> bool:
 def _model(args: Namespace) -> str:
     experts = f", {args.num_experts} experts" if args.num_experts else ""
     return (
-        f"{args.num_layers} layers of {args.hidden_size}, {args.num_attention_heads} heads{experts}, "
-        f"{str(args.params_dtype).removeprefix('torch.')}, sequences of {args.seq_length}"
+        f"{args.num_layers} layers, hidden size {args.hidden_size}, {args.num_attention_heads} heads{experts}, "
+        f"{str(args.params_dtype).removeprefix('torch.')}, sequence length {args.seq_length}"
     )
 
 
@@ -263,9 +263,9 @@ def _layout(args: Namespace) -> str:
         "CP": args.context_parallel_size,
         "DP": args.data_parallel_size,
     }
-    shown = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one of each group"
+    shown = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "no parallelism"
     virtual = args.virtual_pipeline_model_parallel_size
-    more = [f"{virtual} virtual stages a rank"] if virtual else []
+    more = [f"{virtual} virtual stages per rank"] if virtual else []
     more += ["sequence parallel"] if args.sequence_parallel else []
     more += [f"EP {args.expert_model_parallel_size}"] if args.num_experts else []
     return ", ".join([f"{args.world_size}: {shown}", *more])
@@ -274,8 +274,8 @@ def _layout(args: Namespace) -> str:
 def _batch(args: Namespace) -> str:
     micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     return (
-        f"{args.global_batch_size} sequences a step, {args.global_batch_size * args.seq_length} tokens: on each of DP "
-        f"{args.data_parallel_size} {micro_batches} micro-batches of {args.micro_batch_size}"
+        f"{args.global_batch_size} sequences per step, {args.global_batch_size * args.seq_length} tokens: "
+        f"{micro_batches} micro-batches of {args.micro_batch_size} on each of {args.data_parallel_size} DP replicas"
     )
 
 
@@ -291,5 +291,5 @@ def _teachers_layout(student: Namespace, teacher: Namespace) -> str:
     layout = TeacherLayout(places, 0, tensor, pipeline, has_experts=bool(teacher.num_experts))
     shown = "the student's"
     if not layout.matches_student:
-        shown = f"TP {tensor} x PP {pipeline}: {layout.num_replicas} of it over each {layout.num_dp_replicas} of DP"
+        shown = f"TP {tensor} x PP {pipeline}: {layout.num_replicas} per {layout.num_dp_replicas} DP replicas"
     return f"{shown}, EP {teacher.expert_model_parallel_size}" if teacher.num_experts else shown

@@ -1,9 +1,9 @@
-"""``abkd-megatron compare``: several losses and seeds beside one teacher; a table, a picture and every number.
+"""Comparison of several losses and seeds with one teacher: ``abkd-megatron compare``.
 
-Each pair of a loss and a seed is a `distill` job of its own, with a directory of its own below ``compare.out``: its
-``config.yaml`` (the whole configuration, which runs alone too), ``run.log``, ``checkpoints``, and at its end
-``result.json``. What has a result is not run again; what has a checkpoint goes on from it. The students of one seed
-start from one set of weights and read the same batches.
+Each pair of loss and seed is a separate `distill` job with a directory below ``compare.out``. It holds ``config.yaml``
+(the complete configuration, which `distill` accepts), ``run.log``, ``checkpoints`` and finally ``result.json``. A run
+with a result is skipped; a run with a checkpoint resumes. Students with the same seed have the same initial weights and
+batches.
 """
 
 import json
@@ -27,7 +27,7 @@ from abkd_megatron.tools import runs
 from abkd_megatron.tools.env import need_plots
 from abkd_megatron.vocab_parallel.diagnostics import calibration_error
 
-# The columns of the table: (title, what it is of a report, format).
+# Columns of the table: (title, name in the report, format).
 _COLUMNS = (
     ("cross entropy", "lm loss", "{:.3f}"),
     ("KL(teacher, student)", "kl to teacher", "{:.3f}"),
@@ -38,12 +38,12 @@ _COLUMNS = (
 )
 
 _CURVES = (
-    ("lm loss", "Cross entropy, nats a token"),
-    ("kl to teacher", "KL(teacher, student), nats a token"),
-    ("hardness concentration", "Push where the models differ"),
-    ("confidence concentration", "Push where the student is sure"),
-    ("todi weight", "ToDi's weight, mean over the vocabulary"),
-    ("todi weight of teacher", "ToDi's weight, mean over the teacher"),
+    ("lm loss", "Cross entropy, nats per token"),
+    ("kl to teacher", "KL(teacher, student), nats per token"),
+    ("hardness concentration", "Hardness concentration"),
+    ("confidence concentration", "Confidence concentration"),
+    ("todi weight", "ToDi weight, mean over the vocabulary"),
+    ("todi weight of teacher", "ToDi weight, mean over the teacher"),
 )
 
 
@@ -55,38 +55,38 @@ class Run:
     seed: int
     directory: Path
     config: str
-    """The whole configuration, as YAML."""
+    """The complete configuration, as YAML."""
 
     @property
     def name(self) -> str:
-        """On the screen."""
+        """Name for the terminal."""
         return f"{self.loss}, seed {self.seed}"
 
     @property
     def log(self) -> Path:
-        """What the job has written, of all attempts."""
+        """Output of the job, of all attempts."""
         return self.directory / "run.log"
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What came out, if it is done."""
+        """Content of result.json; None until the run has finished."""
         path = self.directory / "result.json"
         return json.loads(path.read_text()) if path.exists() else None
 
     def command(self, launch: str | None) -> list[str]:
-        """The command line."""
-        alone = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-        launcher = shlex.split(launch) if launch else alone
+        """Return the command line, which resumes if there is a checkpoint."""
+        one_process = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+        launcher = shlex.split(launch) if launch else one_process
         here = self.directory / "checkpoints"
-        going_on = [f"megatron.load={here}"] if (here / "latest_checkpointed_iteration.txt").exists() else []
-        job = ["-m", "abkd_megatron", "distill", "--config", str(self.directory / "config.yaml"), *going_on]
+        resume = [f"megatron.load={here}"] if (here / "latest_checkpointed_iteration.txt").exists() else []
+        job = ["-m", "abkd_megatron", "distill", "--config", str(self.directory / "config.yaml"), *resume]
         return [*launcher, *job]
 
     def prepare(self) -> None:
-        """Make the directory, or find what an earlier call left there.
+        """Create the directory, or check that an existing one has the same configuration.
 
         Raises:
-            ConfigError: if that was another configuration, or nothing can be written there.
+            ConfigError: the directory has another configuration or is not writable.
         """
         path = self.directory / "config.yaml"
         if not path.exists():
@@ -95,18 +95,18 @@ class Run:
                 path.write_text(self.config)
             except OSError as error:
                 raise ConfigError(
-                    f"compare.out: expected a directory that can be written, got: {error}; choose another compare.out"
+                    f"compare.out: expected a writable directory, got: {error}; choose another compare.out"
                 ) from error
         elif (found := path.read_text()) != self.config:
             there, here = set(found.splitlines()), set(self.config.splitlines())
             differ = "; ".join(sorted(line.strip() for line in there ^ here)[:6])
             raise ConfigError(
-                f"compare.out: {self.directory} holds a run of another configuration ({differ}); choose another "
-                "compare.out, or remove the directory by hand"
+                f"compare.out: {self.directory} has a run with another configuration ({differ}); choose another "
+                "compare.out, or remove the directory"
             )
 
     def conclude(self, seconds: float) -> None:
-        """Write the result, from the log."""
+        """Read the results from the log and write result.json."""
         log = self.log.read_text(errors="replace")
         result = {
             "loss": self.loss,
@@ -121,23 +121,23 @@ class Run:
 
 
 def compare(config: Config, load: Callable[[Sequence[str]], Config]) -> None:
-    """Run what has no result yet, then write ``table.md``, ``results.json`` and ``comparison.png``.
+    """Run all jobs without a result, then write ``table.md``, ``results.json`` and ``comparison.png``.
 
     Args:
-        config: what the file and the command line say.
-        load: the same with overrides after them.
+        config: from the file and the command line.
+        load: function that returns the same configuration with further overrides.
 
     Raises:
-        ConfigError: before anything is run: a loss that `distill` would refuse, names that are written alike, or a
-            directory that holds something else.
-        HostError: without matplotlib; or at the end, if a run failed: the others are done and in the table.
+        ConfigError: before the first run: `distill` would reject a loss, two losses share a directory name, or a
+            directory has other contents.
+        HostError: matplotlib is missing; or a run failed, after the other runs have finished and the table is written.
     """
     need_plots("compare", "matplotlib")
     of, out = config.compare, Path(config.compare.out).expanduser().resolve()
     if of.launch is not None and shutil.which(next(iter(shlex.split(of.launch)), "")) is None:
         raise ConfigError(
-            f"compare.launch: expected a command that can be started, got {of.launch!r}; for example torchrun "
-            "--standalone --nproc-per-node 8"
+            f"compare.launch: expected a command on PATH, got {of.launch!r}; for example torchrun --standalone "
+            "--nproc-per-node 8"
         )
     planned = plan(config, load)
     check_out(out)
@@ -154,17 +154,17 @@ def compare(config: Config, load: Callable[[Sequence[str]], Config]) -> None:
     if failed:
         named = "\n".join(f"  {run.name}: {run.log}" for run in failed)
         raise HostError(
-            f"{len(failed)} of {len(planned)} runs failed; the end of the first one's log:\n"
+            f"{len(failed)} of {len(planned)} runs failed; last lines of the first log:\n"
             f"{runs.last_lines(failed[0].log.read_text(errors='replace'))}\n{named}\n"
-            "mend the cause and give the same command again: what is done is kept"
+            "fix the cause and run the same command again; finished runs are kept"
         )
 
 
 def check_out(out: Path) -> None:
-    """Refuse to write over a table, numbers or a picture that no comparison has written.
+    """Reject an output folder with result files that `compare` did not write.
 
     Raises:
-        ConfigError: naming them.
+        ConfigError: with their names.
     """
     found = [name for name in ("results.json", "table.md", "comparison.png") if (out / name).exists()]
     try:
@@ -173,23 +173,23 @@ def check_out(out: Path) -> None:
         ours = False
     if found and not ours:
         raise ConfigError(
-            f"compare.out: expected a folder without {', '.join(found)}, or that of an earlier comparison, got {out}; "
-            "choose another compare.out"
+            f"compare.out: expected a folder without {', '.join(found)}, or an earlier comparison, got {out}; choose "
+            "another compare.out"
         )
 
 
 def plan(config: Config, load: Callable[[Sequence[str]], Config]) -> list[Run]:
-    """Every run, seed by seed, so that an early end leaves whole comparisons.
+    """Return all runs ordered by seed, so that an interrupted comparison has complete seeds.
 
     Raises:
-        ConfigError: as `compare`.
+        ConfigError: see `compare`.
     """
     out = Path(config.compare.out).expanduser().resolve()
     slugs: dict[str, str] = {}
     for loss in config.compare.losses:
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", loss).strip("-").lower() or "loss"
         if slug in slugs.values():
-            raise ConfigError(f"compare.losses: '{loss}' and another one are both written to {slug}; rename one")
+            raise ConfigError(f"compare.losses: '{loss}' and another loss share the directory {slug}; rename one")
         slugs[loss] = slug
     planned = []
     for seed in config.compare.seeds:
@@ -219,10 +219,10 @@ def _environment(config: Config) -> dict[str, str]:
 
 
 def _run_all(planned: Sequence[Run], launch: str | None, at_once: int, environment: Mapping[str, str]) -> list[Run]:
-    """Run what has no result; returns what failed."""
+    """Run all jobs without a result and return the failed ones."""
     waiting = [run for run in planned if run.result is None]
     total, done, failed = len(planned), len(planned) - len(waiting), []
-    print(f"{total} runs, {done} of them done before; at most {at_once} at a time", flush=True)
+    print(f"{total} runs, {done} already done; at most {at_once} at a time", flush=True)
     succeeded = done > 0
     active: dict[Run, tuple[subprocess.Popen, float]] = {}
     line, pace = runs.Line(), runs.Pace()
@@ -241,7 +241,7 @@ def _run_all(planned: Sequence[Run], launch: str | None, at_once: int, environme
                     succeeded = True
                 else:
                     failed.append(run)
-                    if not succeeded:  # nothing says that any other would not fail likewise
+                    if not succeeded:  # the others would probably fail too
                         waiting.clear()
                 done += 1
                 state = "done" if child.returncode == 0 else f"FAILED (exit code {child.returncode}), {run.log}"
@@ -255,7 +255,7 @@ def _run_all(planned: Sequence[Run], launch: str | None, at_once: int, environme
 
 def _start(run: Run, launch: str | None, environment: Mapping[str, str]) -> subprocess.Popen:
     with run.log.open("a") as sink:
-        # A session of its own: Ctrl-C reaches us alone, and we end the children in order.
+        # In a new session Ctrl-C does not reach the children; this process ends them.
         return subprocess.Popen(
             run.command(launch), stdout=sink, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
@@ -281,11 +281,15 @@ def _with_calibration(report: dict[str, float]) -> dict[str, float]:
 
 
 def summarize(results: Sequence[Mapping[str, Any]], losses: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By loss, and for the teacher: the number of seeds and, by title of a column, what came out over them.
+    """Return statistics over the seeds, per loss and for the teacher.
 
-    ``mean``; ``std``, the sample standard deviation over the seeds; and ``std within seeds``, the same after what all
-    losses have in common in a seed is taken out: its batches, its sample of the test split, its initial weights (as in
-    a repeated-measures design). The last one takes every loss at every seed, two of each at least.
+    An entry has the number of ``seeds``, and per column title:
+
+    - ``mean``;
+    - ``std``: sample standard deviation over the seeds;
+    - ``std within seeds``: the same after subtracting the mean over the losses at each seed, as in a repeated-measures
+      design. This removes effects of batches, test sample and initial weights that all losses share. None unless there
+      are at least two losses and two seeds, and every loss has every seed.
     """
     by_loss: dict[str, dict[int, Mapping[str, float]]] = {loss: {} for loss in losses}
     for result in results:
@@ -293,7 +297,7 @@ def summarize(results: Sequence[Mapping[str, Any]], losses: Sequence[str]) -> di
     by_loss = {loss: tests for loss, tests in by_loss.items() if tests}
     seeds = {seed for tests in by_loss.values() for seed in tests}
     complete = len(seeds) > 1 < len(by_loss) and all(set(tests) == seeds for tests in by_loss.values())
-    # Taking out the mean over the losses takes a share of their own spread with it (Morey, 2008).
+    # Subtracting the mean over the losses also removes a part of each loss's own spread (Morey, 2008).
     correction = (len(by_loss) / (len(by_loss) - 1)) ** 0.5 if complete else 0.0
     summary: dict[str, dict[str, Any]] = {loss: {"seeds": len(tests)} for loss, tests in by_loss.items()}
     for title, name, _ in _COLUMNS:
@@ -307,19 +311,19 @@ def summarize(results: Sequence[Mapping[str, Any]], losses: Sequence[str]) -> di
                 "std within seeds": correction * statistics.stdev(within) if complete else None,
             }
     names = {"cross entropy": "teacher lm loss", "entropy": "teacher entropy"}
-    seen = next(iter(by_loss.values())).values()
-    summary["teacher"] = {title: {"mean": statistics.fmean(it[name] for it in seen)} for title, name in names.items()}
+    first = next(iter(by_loss.values())).values()
+    summary["teacher"] = {title: {"mean": statistics.fmean(it[name] for it in first)} for title, name in names.items()}
     return summary
 
 
 def _common(by_loss: Mapping[str, Mapping[int, Mapping[str, float]]], name: str) -> dict[int, float]:
-    """The mean over the losses, by seed."""
+    """Return the mean over the losses, by seed."""
     seeds = next(iter(by_loss.values()))
     return {seed: statistics.fmean(tests[seed][name] for tests in by_loss.values()) for seed in seeds}
 
 
 def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """The comparison as Markdown."""
+    """Return the comparison as Markdown."""
     within = all(entry[_COLUMNS[0][0]]["std within seeds"] is not None for entry in _losses(summary).values())
 
     def cell(entry: Mapping[str, float | None] | None, form: str) -> str:
@@ -334,13 +338,13 @@ def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
         lines.append("| " + " | ".join([loss, *(cell(entry.get(title), form) for title, _, form in _COLUMNS)]) + " |")
     counts = sorted({entry["seeds"] for entry in _losses(summary).values()})
     of_seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    spread = "after what all losses have in common in a seed is taken out" if within else "over the seeds"
+    spread = "after subtracting each seed's mean over the losses" if within else "over the seeds"
     return "\n".join(
         [
             *lines,
             "",
-            f"On the test split, at temperature 1; cross entropy, KL and entropy in nats a token. Mean over {of_seeds} "
-            f"seeds ± standard deviation {spread}.",
+            f"Test split, temperature 1; cross entropy, KL and entropy in nats per token. Mean over {of_seeds} seeds "
+            f"± standard deviation {spread}.",
             "",
         ]
     )
@@ -351,10 +355,10 @@ def _losses(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, 
 
 
 def draw(results: Sequence[Mapping[str, Any]], losses: Sequence[str], path: Path) -> None:
-    """The table as dots, a small one for each seed, and the way there: means over seeds on the validation split.
+    """Draw the test results as dots, and the validation curves as means over seeds.
 
-    If every loss has every seed, the small dots are without what all losses have in common in a seed, as the table's
-    spread is.
+    A small dot is one seed. If every loss has every seed, each seed's mean over the losses is subtracted, as in the
+    table.
     """
     import matplotlib
 

@@ -1,9 +1,8 @@
-"""Megatron's arguments of a job, as its ranks would have them, without a GPU, without those ranks and without writing.
+"""Megatron's arguments of a job as its ranks would have them, without GPU, other ranks or output files.
 
-The same functions as in a job parse, refuse and derive them, so what is refused here is what a job refuses. Nothing of
-torch.distributed is started, no global variable of Megatron's is set, and what Megatron prints about its arguments is
-dropped. One process may look at several configurations one after another; the first one of `device: cpu` installs the
-stand-in for a GPU (`abkd_megatron.cpu_backend`) in it for good.
+The job's own functions parse, check and derive the arguments, so errors are the same as in a job. torch.distributed is
+not initialized, Megatron's global variables are not set, and Megatron's printout is dropped. One process may check
+several configurations. The first with `device: cpu` installs the CPU backend (`abkd_megatron.cpu_backend`) permanently.
 """
 
 import contextlib
@@ -39,8 +38,8 @@ from abkd_megatron import cpu_backend
 from abkd_megatron.config.megatron_args import (
     checked_model_config,
     job_arguments,
+    megatron_errors_as_config_error,
     megatron_options,
-    megatron_refusals_named,
     parse,
     parse_model,
 )
@@ -54,30 +53,28 @@ from abkd_megatron.teacher.build import check_experts
 from abkd_megatron.teacher.inherited import teacher_settings
 from abkd_megatron.teacher.layout import sharing_group_shape
 
-# What a job on GPUs is taken to have, where this machine has no GPU (an H100) or no TransformerEngine (the newest
-# version that megatron-core 0.19 asks for).
+# Assumed without a GPU (an H100) and without TransformerEngine (the newest version that megatron-core 0.19 checks for).
 COMPUTE_CAPABILITY = (9, 0)
 TRANSFORMER_ENGINE = "2.14.0"
 
 
 def megatron_arguments(config: Config, world_size: int | None = None) -> tuple[Namespace, Namespace | None]:
-    """Megatron's validated arguments of the student and of the teacher.
+    """Return Megatron's validated arguments of student and teacher, for rank 0.
 
-    On a machine without a GPU, `device: cuda` is validated as on an H100 with TransformerEngine. Where the prepared
-    data are not there yet, the vocabulary is taken to be `data.vocab_size` tokens. May be called several times in a
-    process, see the module.
+    Without a GPU, `device: cuda` is validated as on an H100 with TransformerEngine. Without the prepared data, the
+    vocabulary has `data.vocab_size` tokens. May be called several times per process, see the module.
 
     Args:
         config: checked for its job (`Config.check`).
-        world_size: ranks of the job; None takes $WORLD_SIZE, or else `smallest_world_size`.
+        world_size: ranks of the job; None for $WORLD_SIZE, or else `smallest_world_size`.
 
     Returns:
-        The student's, with the true `vocab_size` and the `padded_vocab_size`; and the teacher's, None if the
-        configuration describes no teacher (neither `teacher.load` nor an argument of its own). Rank is 0.
+        The student's, with the true `vocab_size` and the `padded_vocab_size`; and the teacher's, or None without
+        `teacher.load` and `teacher:` arguments.
 
     Raises:
-        AbkdError: what a job of this configuration refuses before it builds a model; DataError also for a tokenizer
-            that cannot be loaded here if its size is not given as `megatron.vocab-size` either.
+        AbkdError: the job would fail before it builds a model. Also DataError if the tokenizer cannot be loaded here
+            and `megatron.vocab-size` is not set.
 
     Collectives: none.
     """
@@ -93,15 +90,15 @@ def megatron_arguments(config: Config, world_size: int | None = None) -> tuple[N
 
 
 def describes_teacher(config: Config) -> bool:
-    """Whether there is to be a teacher."""
+    """Return whether the configuration has a teacher."""
     return config.teacher.load is not None or bool(config.teacher.megatron)
 
 
 def arguments_with_data(config: Config) -> dict[str, Any]:
-    """Return the job's Megatron arguments; of data that are not prepared yet, `data.vocab_size`.
+    """Return the job's Megatron arguments; before `prepare`, as `arguments_without_data`.
 
     Raises:
-        DataError: `data.dir` is there and is no prepared data.
+        DataError: `data.dir` exists but is not prepared data.
     """
     if config.data.dir is not None and not Path(config.data.dir).expanduser().exists():
         return arguments_without_data(config)
@@ -109,21 +106,21 @@ def arguments_with_data(config: Config) -> dict[str, Any]:
 
 
 def arguments_without_data(config: Config) -> dict[str, Any]:
-    """Return the job's Megatron arguments before its data are prepared, with a tokenizer of `data.vocab_size`."""
+    """Return the job's Megatron arguments with a placeholder tokenizer of `data.vocab_size` tokens."""
     return job_arguments(config, {"tokenizer-type": "NullTokenizer", "vocab-size": config.data.vocab_size})
 
 
 def ranks_of(config: Config, megatron: Mapping[str, Any], world_size: int | None) -> int:
-    """Return how many ranks the job has: as given, as in $WORLD_SIZE, or the fewest that both layouts allow.
+    """Return the number of ranks: `world_size`, else $WORLD_SIZE, else the fewest that both layouts allow.
 
     Raises:
-        ConfigError: arguments that Megatron's parser does not take, or $WORLD_SIZE is no number of ranks.
+        ConfigError: Megatron's parser rejects an argument, or $WORLD_SIZE is not a positive integer.
     """
     if world_size is not None:
         return world_size
     if (given := os.environ.get("WORLD_SIZE")) is not None:
         if not given.isdecimal() or int(given) < 1:
-            raise ConfigError(f"expected a whole number above 0 in WORLD_SIZE, got {given!r}; unset it or mend it")
+            raise ConfigError(f"expected a positive integer in WORLD_SIZE, got {given!r}; unset or correct it")
         return int(given)
     models = [megatron]
     if describes_teacher(config):
@@ -133,11 +130,11 @@ def ranks_of(config: Config, megatron: Mapping[str, Any], world_size: int | None
 
 
 def smallest_world_size(student: Namespace, teacher: Namespace | None = None) -> int:
-    """The fewest ranks that the layouts of both models allow; of layouts that no number allows, the student's.
+    """Return the fewest ranks that the layouts of both models allow; if none fits both, the student's.
 
     Args:
-        student: Megatron's arguments, as parsed.
-        teacher: the same; None for none.
+        student: Megatron's parsed arguments.
+        teacher: the same; None without a teacher.
     """
     shares = (student.tensor_model_parallel_size, student.pipeline_model_parallel_size)
     ranks = math.prod(shares) * student.context_parallel_size
@@ -148,7 +145,7 @@ def smallest_world_size(student: Namespace, teacher: Namespace | None = None) ->
             multiples.append(tensor * model.expert_model_parallel_size * model.pipeline_model_parallel_size)
     if teacher is not None:
         teachers = (teacher.tensor_model_parallel_size, teacher.pipeline_model_parallel_size)
-        # It says how many neighbors it takes; a layout that no number of them makes possible is refused later on.
+        # Yields the number of DP replicas per teacher. Layouts that no number fits are rejected later.
         with contextlib.suppress(ConfigError):
             multiples.append(
                 ranks * math.prod(sharing_group_shape(shares, 0, teachers, has_experts=bool(teacher.num_experts)))
@@ -158,11 +155,11 @@ def smallest_world_size(student: Namespace, teacher: Namespace | None = None) ->
 
 @contextmanager
 def as_in_a_job(config: Config, world_size: int) -> Iterator[None]:
-    """Megatron finds itself on rank 0 of so many, on a device of the configuration's kind, and says nothing.
+    """Make Megatron believe that it runs on rank 0 of the job on the configured device; suppress its output.
 
     Raises:
-        HostError: `device: cpu` beside a real GPU.
-        ConfigError: Megatron ended the process.
+        HostError: `device: cpu` on a machine with a GPU.
+        ConfigError: Megatron's parser exited.
     """
     if config.device == "cpu":
         cpu_backend.install()
@@ -173,7 +170,7 @@ def as_in_a_job(config: Config, world_size: int) -> Iterator[None]:
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.WARNING)
         stack.callback(os.environ.update, dict(os.environ))
-        # Megatron wants the last one for tensor parallelism on an H100; that it is not in our environment says little.
+        # Megatron requires CUDA_DEVICE_MAX_CONNECTIONS for TP on an H100. This machine's value does not matter.
         wanted = {"WORLD_SIZE": str(world_size), "RANK": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
         for name, value in wanted.items():
             if name not in os.environ:
@@ -186,11 +183,11 @@ def as_in_a_job(config: Config, world_size: int) -> Iterator[None]:
             yield
         except SystemExit as end:
             last = said.getvalue().strip().rpartition("\n")[2]
-            raise ConfigError(f"Megatron refuses these arguments: {last}") from end
+            raise ConfigError(f"Megatron rejects these arguments: {last}") from end
 
 
 def _downloaded(_: MegatronHFTokenizer, path: str, url: str | None) -> str | None:
-    """In place of what fetches the vocabulary that a tokenizer's name stands for: the file of an earlier job."""
+    """Return a tokenizer's downloaded file; replaces the download itself."""
     if url is not None and not Path(path).exists():
         raise FileNotFoundError(f"{path}, which a job would download from {url}; give megatron.vocab-file")
     return path if url is not None else None
@@ -203,13 +200,13 @@ def _pretend_gpu(stack: contextlib.ExitStack) -> None:
         _replace(stack, torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(major=major, minor=minor))
     if not has_transformer_engine():
         _replace(stack, megatron.core.utils, "_te_version", Version(TRANSFORMER_ENGINE))
-        for module in (rope_utils, moe_utils):  # None here is how Megatron knows that there are no such kernels
+        for module in (rope_utils, moe_utils):  # None means that a kernel is absent
             for name in [name for name, value in vars(module).items() if name.startswith("fused_") and value is None]:
                 _replace(stack, module, name, object())
 
 
 def has_transformer_engine() -> bool:
-    """Whether Megatron finds TransformerEngine here."""
+    """Return whether Megatron finds TransformerEngine."""
     return bool(get_te_version() > Version("0.0.0"))
 
 
@@ -219,18 +216,18 @@ def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: object) 
 
 
 def student_arguments(megatron: Mapping[str, Any]) -> Namespace:
-    """Return Megatron's validated arguments of the student, without the vocabulary; within `as_in_a_job`.
+    """Return Megatron's validated arguments of the student, without the vocabulary. Call within `as_in_a_job`.
 
     Raises:
-        ConfigError: what a job rejects of them.
+        ConfigError: a job would reject them.
     """
     args = parse_model(megatron, "student", JOB)
-    with megatron_refusals_named():
+    with megatron_errors_as_config_error():
         if args.use_checkpoint_args:  # as parse_and_validate_args does
             load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
             load_args_from_checkpoint(args)
         validate_args(args)
-        # Rejects a global batch that micro-batches and data parallelism do not divide.
+        # Rejects a global batch that is not a multiple of micro-batch size times DP.
         try:
             init_num_microbatches_calculator(
                 rank=1,  # rank 0 would log
@@ -247,29 +244,29 @@ def student_arguments(megatron: Mapping[str, Any]) -> Namespace:
 
 
 def set_vocabulary(args: Namespace) -> str | None:
-    """Set `vocab_size`, the tokenizer's, and `padded_vocab_size`, as a job does; `--vocab-size` serves without one.
+    """Set `vocab_size` and `padded_vocab_size` from the tokenizer, or from `--vocab-size` if it cannot be loaded.
 
     Returns:
-        None; why the tokenizer cannot be loaded here, if `--vocab-size` had to serve.
+        The reason why the tokenizer cannot be loaded; None if it was.
 
     Raises:
-        DataError: neither of the two is there.
-        ConfigError: no tokenizer is named.
+        DataError: there is no tokenizer on this machine and no `--vocab-size`.
+        ConfigError: no tokenizer is configured.
     """
     given = args.vocab_size
     if args.tokenizer_type is None:
-        with megatron_refusals_named():
+        with megatron_errors_as_config_error():
             build_tokenizer(args)
     try:
         args.vocab_size = build_tokenizer(args).vocab_size
-    except Exception as error:  # whatever the libraries of tokenizers raise
+    except Exception as error:  # tokenizer libraries raise anything
         name = f"{args.tokenizer_type} {args.tokenizer_model or args.vocab_file or ''}".strip()
         why = (
             f"expected the tokenizer {name} on this machine, got {type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}"
         )
         if given is None:
-            remedy = "copy it here, or give its size as megatron.vocab-size to go on without it"
+            remedy = "copy it here, or set megatron.vocab-size"
             raise DataError(f"{why}; {remedy}") from error
         set_padded_vocabulary(args, given)
         return why
@@ -277,7 +274,7 @@ def set_vocabulary(args: Namespace) -> str | None:
 
 
 def set_padded_vocabulary(args: Namespace, vocab_size: int) -> None:
-    """Set `vocab_size` and what Megatron pads it to."""
+    """Set `vocab_size` and Megatron's `padded_vocab_size`."""
     args.vocab_size = vocab_size
     if args.padded_vocab_size is None:
         args.padded_vocab_size = calculate_padded_vocab_size(
@@ -286,20 +283,20 @@ def set_padded_vocabulary(args: Namespace, vocab_size: int) -> None:
 
 
 def check_models(student: Namespace, teacher: Namespace | None) -> None:
-    """Reject what shows when Megatron lays out its ranks and makes its configurations of the arguments.
+    """Check the process groups and model configurations that Megatron would build.
 
     Args:
-        student: validated.
-        teacher: as `teacher_arguments` returns them; None for none.
+        student: Megatron's validated arguments.
+        teacher: from `teacher_arguments`; None without a teacher.
 
     Raises:
-        ConfigError: in Megatron's words.
+        ConfigError: with Megatron's message.
     """
     experts = student.expert_tensor_parallel_size * student.expert_model_parallel_size
     experts *= student.pipeline_model_parallel_size * student.expert_gtp_weight_remat_size
-    if student.world_size % experts:  # Megatron sees it once torch.distributed runs
+    if student.world_size % experts:  # Megatron checks this after torch.distributed is initialized
         raise ConfigError(
-            f"Megatron refuses these arguments: world_size ({student.world_size}) is not divisible by "
+            f"Megatron rejects these arguments: world_size ({student.world_size}) is not divisible by "
             f"expert_tensor_model_pipeline_parallel size ({experts})"
         )
     job_config_from_args(student, checked_model_config(student, "student", JOB))

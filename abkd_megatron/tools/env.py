@@ -1,6 +1,6 @@
-"""What is installed on this machine, what each part is for, and how to get what is missing.
+"""Report of installed dependencies, their purpose, and how to install missing ones.
 
-Nothing here imports Megatron, and torch only if it is there: each part is looked for by its package's metadata.
+Packages are found by their metadata. Megatron is not imported; torch is imported only if it is installed.
 """
 
 import importlib.metadata
@@ -23,36 +23,36 @@ _STYLES = {OK: "green", ABSENT: "yellow", MISSING: "bold red", WRONG: "bold red"
 
 @dataclass(frozen=True)
 class Part:
-    """One thing that is looked for."""
+    """One dependency."""
 
     name: str
-    """As its makers call it."""
+    """Its official name."""
     purpose: str
-    """What needs it."""
+    """The features that need it."""
     found: str
-    """Its version or what else there is to say; empty if it is not here."""
+    """Its version or a description; empty if it is absent."""
     verdict: str
     """`OK`, `ABSENT` or `WRONG`."""
     remedy: str = ""
-    """How to get it, if it is not as it should be."""
+    """How to install or fix it; empty if it is `OK`."""
     required: bool = False
-    """Whether nothing runs without it."""
+    """Whether every job needs it."""
 
 
 def main() -> int:
-    """Print what is here.
+    """Print the report.
 
     Returns:
-        0; 2 if something that every job needs is missing, or something is here that jobs refuse to start beside.
+        Exit code: 2 if a required dependency is missing, or a package is installed that jobs reject; else 0.
     """
     parts = list(look())
     rows = [
         (part.name, part.found, part.purpose, part.remedy, MISSING if _is_missing(part) else part.verdict)
         for part in parts
     ]
-    show(("part", "found", "what for", "how to get it", "verdict"), rows, _STYLES)
+    show(("part", "found", "needed for", "how to install", "verdict"), rows, _STYLES)
     wrong = [part.name for part in parts if part.verdict == WRONG or _is_missing(part)]
-    print(f"\nmissing or wrong: {', '.join(wrong)}" if wrong else "\nall that every job needs is here")
+    print(f"\nmissing or wrong: {', '.join(wrong)}" if wrong else "\nall required parts are installed")
     return 2 if wrong else 0
 
 
@@ -61,7 +61,7 @@ def _is_missing(part: Part) -> bool:
 
 
 def look() -> Iterator[Part]:
-    """Every part, in the order in which one would install them."""
+    """Yield all parts, in installation order."""
     yield _python()
     yield _ourselves()
     yield _package("torch", "everything", required=True)
@@ -83,7 +83,7 @@ def look() -> Iterator[Part]:
         ("tensorboard", "megatron.tensorboard-dir, report"),
         ("plotly", "report"),
         ("jinja2", "report"),
-        ("matplotlib", "the pictures of compare and estimate"),
+        ("matplotlib", "figures of compare and estimate"),
     ):
         yield _package(name, purpose, remedy="pip install 'abkd-megatron[plots]'")
     yield _package(
@@ -97,7 +97,7 @@ def need_plots(job: str, *packages: str) -> None:
     """Check that packages of the extra `plots` are installed.
 
     Raises:
-        HostError: naming those that are missing.
+        HostError: with the names of the missing packages.
     """
     if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
         raise HostError(f"{job}: expected {', '.join(missing)}, found none; pip install 'abkd-megatron[plots]'")
@@ -112,7 +112,7 @@ def _python() -> Part:
 def _ourselves() -> Part:
     from abkd_megatron import __version__
 
-    purpose = "which versions of the others are supported"
+    purpose = "supported versions of the other packages"
     try:
         importlib.metadata.version("abkd-megatron")
     except importlib.metadata.PackageNotFoundError:
@@ -134,7 +134,7 @@ def _package(name: str, purpose: str, *, remedy: str = "pip install '{requiremen
 
 
 def _requirement(name: str) -> str:
-    """What our own metadata say of a package, without markers and extras of ours; its name if they say nothing."""
+    """Return the requirement on a package from this package's metadata, without markers; its name if there is none."""
     try:
         ours = importlib.metadata.requires("abkd-megatron") or []
     except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
@@ -155,8 +155,8 @@ def _within(version: str, requirement: str) -> bool:
 
 
 def _of_torch() -> Iterator[Part]:
-    """What torch was built with and what it finds."""
-    gpu = "device: cuda; device: cpu does without"
+    """Yield CUDA, NCCL and the GPUs, as torch finds them."""
+    gpu = "device: cuda"
     try:
         import torch
 

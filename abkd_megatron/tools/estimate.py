@@ -1,18 +1,18 @@
-"""What a distillation job will need, before anyone has its GPUs: memory a rank, and FLOPs a token.
+"""Memory per rank and FLOPs per token of a distillation job, without GPUs.
 
-Memory is counted, not calculated: one rank of each kind runs the job itself without data
-(`abkd_megatron.tools.meta_run`), so whatever Megatron, the teacher and the head allocate is in it, at the moment at
-which it is most. On `device: cpu` that is what the stand-in takes. On `device: cuda` attention and norms keep what
-fused kernels keep, where no [s, s] exists (`meta_layers.Attention`, `Norm`); the rest are Megatron's own layers,
-as if TransformerEngine's kept the same.
+Memory is counted, not calculated. One rank of each kind runs the job on the meta device
+(`abkd_megatron.tools.meta_run`), and the estimate is the peak of all allocations of Megatron, teacher and head. With
+`device: cpu` this is the CPU backend's memory. With `device: cuda`, attention and norms keep what fused kernels keep,
+without an [s, s] tensor (`meta_layers.Attention`, `Norm`). All other layers are Megatron's local ones;
+TransformerEngine's are assumed to keep the same.
 
-Not counted: what the allocator loses to fragmentation; NCCL's buffers; the CUDA context; workspaces of
-TransformerEngine, cuBLAS and attention kernels; what a checkpoint takes while it is written. A weight's gradient counts
-until it is added to its buffer, which gradient accumulation fusion spares. Validation is not looked at.
+Not counted: allocator fragmentation, NCCL buffers, CUDA context, workspaces of TransformerEngine, cuBLAS and attention
+kernels, checkpoint writing, validation. A weight's gradient counts until it is added to its buffer; gradient
+accumulation fusion avoids this temporary.
 
-FLOPs are two a multiplication and addition of matrix products, with attention over the half of the positions that is
-not masked; norms, activations and the losses are left out. See Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198)
-for what recomputation repeats.
+FLOPs are two per multiply-add of the matrix products, with attention over the unmasked half of the positions. Norms,
+activations and losses are not counted. For recomputation see Korthikanti et al. 2022
+(https://arxiv.org/abs/2205.05198).
 """
 
 import math
@@ -38,7 +38,7 @@ MICRO_BATCHES = (1, 2, 4)
 
 @dataclass(frozen=True)
 class Flops:
-    """A token's, over all ranks together."""
+    """FLOPs per token, summed over all ranks."""
 
     student_forward: float
     student_backward: float
@@ -50,41 +50,41 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all parts."""
         return sum(vars(self).values())
 
     @property
     def teacher_share(self) -> float:
-        """The teacher's part of all of it."""
+        """The teacher's fraction of the total."""
         return (self.teacher_forward + self.teacher_head) / self.total
 
 
 @dataclass(frozen=True)
 class RankEstimate:
-    """One kind of rank."""
+    """Memory of one kind of rank."""
 
     name: str
     rank: int
-    """The one that was looked at."""
+    """The simulated rank."""
     account: Account
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """Another layout of the same job on as many ranks."""
+    """Another layout of the same job on the same number of ranks."""
 
     tensor_parallel: int
     pipeline_parallel: int
     micro_batch_size: int
     total: int | None
-    """Bytes on the fullest rank that was looked at, of the first stage and the last; None if it was not run."""
+    """Peak bytes, the larger of the first and the last stage; None if it was not simulated."""
     why: str = ""
-    """Why it was not."""
+    """Reason why it was not simulated."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a job will need."""
+    """Memory and FLOPs of a job."""
 
     device: str
     world_size: int
@@ -92,7 +92,7 @@ class Estimate:
     parameters: int
     teacher_parameters: int
     gpu_memory: float
-    """GiB of a GPU."""
+    """GiB per GPU."""
     ranks: tuple[RankEstimate, ...]
     flops: Flops
     alternatives: tuple[Alternative, ...] = ()
@@ -111,23 +111,23 @@ def estimate(
     alternatives: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Estimate:
-    """Estimate a `distill` job. Reads neither checkpoints nor data; changes nothing in this process.
+    """Estimate a `distill` job in child processes, without reading checkpoints or data.
 
     Args:
         config: with a teacher.
-        world_size: ranks of the job; None as `megatron_arguments` has it.
-        gpu_memory: GiB of a GPU; the fused head also sizes its chunks by what is free.
-        alternatives: whether to look at other layouts on as many ranks, too; takes minutes.
-        progress: is told what is being looked at.
+        world_size: ranks of the job; None as for `megatron_arguments`.
+        gpu_memory: GiB per GPU; the fused head sizes its chunks by the free part.
+        alternatives: whether to estimate other layouts on the same number of ranks; takes minutes.
+        progress: called with a line of text per simulated rank or layout.
 
     Raises:
-        ConfigError: what a job refuses, or what cannot be run without data: experts, latent attention, fp8, multi-token
-            prediction, hidden losses.
-        HostError: what else does not run without data.
+        ConfigError: the job would reject the configuration, or it needs data: experts, latent attention, fp8,
+            multi-token prediction, hidden losses.
+        HostError: the simulation failed.
     """
     student, teacher = megatron_arguments(config, world_size)
     if teacher is None:
-        raise ConfigError("expected a teacher, got none: set teacher.load and in what the teacher differs")
+        raise ConfigError("expected a teacher, got none; set teacher.load and the `teacher:` arguments")
     _check(config, student, teacher)
     with _Pool() as pool:
         measured = _Measured.of(pool, config, student, teacher, gpu_memory)
@@ -165,7 +165,7 @@ def _layout(args: Namespace) -> str:
 
 def _check(config: Config, student: Namespace, teacher: Namespace) -> None:
     if config.distillation.hidden_losses:
-        raise ConfigError("a job with hidden losses cannot be estimated: their ranks have to talk; leave them out here")
+        raise ConfigError("hidden losses cannot be estimated: their ranks communicate; leave them out here")
     for who, args in (("student", student), ("teacher", teacher)):
         check_features(args, who, ESTIMATE)
 
@@ -174,13 +174,13 @@ def _check(config: Config, student: Namespace, teacher: Namespace) -> None:
 
 
 def kinds_of_ranks(student: Namespace, teacher: Namespace) -> dict[str, int]:
-    """A rank of each kind, by a name of what it holds.
+    """Return one rank per kind: {description: rank}.
 
-    The kinds are the student's first stage, the ones in between, of which the second is fullest, and the last one, each
-    with whatever stages of the teacher lie there; of uneven stages each is one.
+    The kinds are the student's first stage, the middle ones (represented by the second, the fullest) and the last,
+    combined with the teacher's stages there. If stages are uneven, each is a kind.
 
     Args:
-        student: Megatron's arguments, validated.
+        student: Megatron's validated arguments.
         teacher: the same.
     """
     stages = student.pipeline_model_parallel_size
@@ -190,14 +190,14 @@ def kinds_of_ranks(student: Namespace, teacher: Namespace) -> dict[str, int]:
         *(student.pipeline_model_parallel_layout, student.account_for_embedding_in_pipeline_split or None),
         student.account_for_loss_in_pipeline_split or None,
     )
-    seen = set(range(stages)) if any(it is not None for it in uneven) else {0, min(1, stages - 1), stages - 1}
+    chosen = set(range(stages)) if any(it is not None for it in uneven) else {0, min(1, stages - 1), stages - 1}
     places, found = places_of(student), dict[str, int]()
     for rank, place in enumerate(places):
-        if place.tp or place.cp or place.pp not in seen:
+        if place.tp or place.cp or place.pp not in chosen:
             continue
         layout = TeacherLayout(places, rank, *sizes)
         name = f"stage {place.pp + 1} of {stages}"
-        if place.pp == 1 and stages > 3 and len(seen) < stages:
+        if place.pp == 1 and stages > 3 and len(chosen) < stages:
             name = f"stages 2 to {stages - 1} of {stages}"
         if not layout.matches_student:
             name += f", teacher's {layout.stage + 1} of {layout.pipeline_parallel}"
@@ -206,7 +206,7 @@ def kinds_of_ranks(student: Namespace, teacher: Namespace) -> dict[str, int]:
 
 
 class _Pool(ProcessPoolExecutor):
-    """Processes of one rank each, without a GPU, forked from one that has Megatron imported."""
+    """Pool of processes that simulate one rank each, without a GPU, forked from a server with Megatron imported."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -216,9 +216,9 @@ class _Pool(ProcessPoolExecutor):
     def start(
         self, config: Config, world_size: int, rank: int, *, vocab_size: int, global_batch_size: int, memory: float
     ) -> Future:
-        """`measure` in one of them."""
+        """Start `measure` in a process."""
         sizes = {"vocab_size": vocab_size, "global_batch_size": global_batch_size, "memory": memory}
-        # What Megatron says at import without a GPU is no news: nothing here runs on one.
+        # Megatron warns at import if there is no GPU.
         quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::UserWarning"}
         with mock.patch.dict(os.environ, quiet):
             return self.submit(measure, config, world_size, rank, **sizes)  # type: ignore[arg-type]
@@ -226,25 +226,25 @@ class _Pool(ProcessPoolExecutor):
 
 @dataclass(frozen=True)
 class _Measured:
-    """A job whose ranks are looked at."""
+    """A job whose ranks are simulated."""
 
     pool: _Pool
     config: Config
     student: Namespace
     memory: float
-    turns: int
-    """Micro-batches until each replica of a teacher in a layout of its own has had one."""
+    num_replicas: int
+    """Replicas of the teacher per sharing group; 0 if its layout is the student's."""
 
     @classmethod
     def of(cls, pool: _Pool, config: Config, student: Namespace, teacher: Namespace, memory: float) -> "_Measured":
-        """A job of these arguments."""
+        """Create it from Megatron's arguments."""
         layout = TeacherLayout(
             places_of(student), 0, teacher.tensor_model_parallel_size, teacher.pipeline_model_parallel_size
         )
         return cls(pool, config, student, memory, 0 if layout.matches_student else layout.num_replicas)
 
     def start(self, rank: int) -> Future:
-        """Look at a rank."""
+        """Start the simulation of a rank."""
         student, stages = self.student, self.student.pipeline_model_parallel_size
         of_micro_batch = student.micro_batch_size * student.data_parallel_size
         micro_batches = student.global_batch_size // of_micro_batch
@@ -252,8 +252,8 @@ class _Measured:
             group = student.microbatch_group_size_per_vp_stage or stages
             enough = 3 * math.lcm(group, stages)
         else:
-            # So many are under way on this stage (1F1B), then one after another is done and begun.
-            enough = stages - places_of(student)[rank].pp + 1 + self.turns
+            # In-flight micro-batches of this stage in 1F1B, one steady-state step, and one micro-batch per replica.
+            enough = stages - places_of(student)[rank].pp + 1 + self.num_replicas
         return self.pool.start(
             self.config,
             student.world_size,
@@ -271,18 +271,18 @@ def _result(future: Future) -> Account:
         raise
     except Exception as error:
         raise HostError(
-            f"expected the job to run on tensors without data, got {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}; measure a job instead"
+            f"expected the job to run on the meta device, got {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}; measure a real job instead"
         ) from error
     assert isinstance(account, Account)
     return account
 
 
 def layouts(student: Namespace) -> list[tuple[int, int, int]]:
-    """Tensor parallelism, pipeline parallelism and micro-batch size of what might be done on as many ranks.
+    """Return the layouts that fit the same number of ranks: (TP, PP, micro-batch size).
 
     Args:
-        student: Megatron's arguments, validated.
+        student: Megatron's validated arguments.
     """
     heads = math.gcd(student.num_attention_heads, student.num_query_groups or student.num_attention_heads)
     found = []
@@ -301,7 +301,7 @@ def layouts(student: Namespace) -> list[tuple[int, int, int]]:
 def _alternatives(
     pool: _Pool, config: Config, student: Namespace, memory: float, progress: Callable[[str], None]
 ) -> list[Alternative]:
-    """Each of `layouts`, in their order; larger micro-batches only where smaller ones fit."""
+    """Estimate all `layouts`, in their order. A larger micro-batch is simulated only if the smaller one fits."""
     found: list[Alternative] = []
     waves: dict[int, list[tuple[int, int]]] = {}
     for tensor, stages, size in layouts(student):
@@ -319,7 +319,7 @@ def _alternatives(
                 assert teacher is not None
                 ranks = list(kinds_of_ranks(args, teacher).values())
             except AbkdError as error:
-                given_up[shape] = f"refused: {error}"
+                given_up[shape] = f"rejected: {error}"
                 found.append(Alternative(*shape, size, None, given_up[shape]))
                 continue
             measured = _Measured.of(pool, other, args, teacher, memory)
@@ -354,11 +354,11 @@ def _with_layout(config: Config, tensor: int, stages: int, micro_batch_size: int
 
 
 def parameters(args: Namespace, vocab_size: int) -> int:
-    """Parameters of a dense model, over all ranks together.
+    """Return the number of parameters of a dense model, summed over its ranks.
 
     Args:
-        args: Megatron's, validated.
-        vocab_size: columns of the embedding, with padding if that is to count.
+        args: Megatron's validated arguments.
+        vocab_size: rows of the embedding; pass the padded size to count padding.
     """
     h, f = args.hidden_size, args.ffn_hidden_size
     norm = h * (2 if args.normalization == "LayerNorm" else 1)
@@ -377,12 +377,12 @@ def parameters(args: Namespace, vocab_size: int) -> int:
 
 
 def flops(student: Namespace, teacher: Namespace, every: int = 1) -> Flops:
-    """Floating-point operations a token.
+    """Return the floating-point operations per token.
 
     Args:
-        student: Megatron's arguments, validated, with the `padded_vocab_size`.
-        teacher: Megatron's arguments, validated.
-        every: of how many tokens one is distilled, by position: the teacher's head is spared the others.
+        student: Megatron's validated arguments, with the `padded_vocab_size`.
+        teacher: Megatron's validated arguments.
+        every: one in `every` tokens is distilled; the teacher's head skips the others.
     """
     linear, attention = _forward(student)
     head = 2.0 * student.hidden_size * student.padded_vocab_size
@@ -406,18 +406,18 @@ def flops(student: Namespace, teacher: Namespace, every: int = 1) -> Flops:
 
 
 def _forward(args: Namespace) -> tuple[float, float]:
-    """Of all layers, a token: the products with weights, and attention's own."""
-    attention = 2.0 * args.seq_length * _widths(args)[0]  # 4 for two products, of half the positions
+    """Return the forward FLOPs per token of all layers: (products with weights, attention products)."""
+    attention = 2.0 * args.seq_length * _widths(args)[0]  # 4 for two products, over half the positions
     return 2.0 * args.num_layers * _products(args), args.num_layers * attention
 
 
 def _products(args: Namespace) -> int:
-    """Weights of a layer's matrices."""
+    """Return the number of weights in a layer's matrices."""
     query, key_value = _widths(args)
     return int(args.hidden_size * (2 * query + key_value + (3 if args.swiglu else 2) * args.ffn_hidden_size))
 
 
 def _widths(args: Namespace) -> tuple[int, int]:
-    """Of a layer's queries, and of keys and values together."""
+    """Return the widths of a layer's queries, and of its keys and values together."""
     groups: Sequence[int] = (args.num_query_groups if args.group_query_attention else args.num_attention_heads,)
     return args.num_attention_heads * args.kv_channels, 2 * groups[0] * args.kv_channels

@@ -1,4 +1,4 @@
-"""An estimate on the screen, and as a picture."""
+"""Tables and figure of an estimate."""
 
 from pathlib import Path
 
@@ -10,20 +10,20 @@ from abkd_megatron.tools.estimate import GIB, Alternative, Estimate
 from abkd_megatron.tools.memory_tracker import PARTS
 
 NOT_COUNTED = (
-    "Not counted: the allocator's fragmentation, NCCL's buffers, the CUDA context, workspaces of TransformerEngine, "
-    "cuBLAS and attention, checkpoints being written, validation."
+    "Not counted: allocator fragmentation, NCCL buffers, CUDA context, workspaces of TransformerEngine, cuBLAS and "
+    "attention, checkpoint writing, validation."
 )
 
 
 def show(estimate: Estimate, out: Path | None = None) -> None:
-    """Print an estimate, and draw it if there is a place for it.
+    """Print an estimate, and draw it if `out` is given.
 
     Args:
-        estimate: what to show.
-        out: a folder for estimate.png; made if it is not there.
+        estimate: the estimate.
+        out: folder for estimate.png; created if needed.
 
     Raises:
-        HostError: with `out`, without matplotlib.
+        HostError: `out` is given and matplotlib is missing.
     """
     if out is not None:
         need_plots("estimate --out", "matplotlib")
@@ -31,14 +31,14 @@ def show(estimate: Estimate, out: Path | None = None) -> None:
     unit = _unit(estimate)
     console.print(
         f"{estimate.world_size} ranks, {estimate.layout}; student {_of_many(estimate.parameters)} parameters, "
-        f"teacher {_of_many(estimate.teacher_parameters)} (with the vocabulary's padding)",
+        f"teacher {_of_many(estimate.teacher_parameters)} (with vocabulary padding)",
         highlight=False,
     )
     console.print(_memory(estimate, *unit))
     fullest = estimate.fullest
     share = fullest.account.peak[fullest.account.largest] / fullest.account.total
     console.print(
-        f"Fullest: {fullest.name}, {_size(fullest.account.total, unit[0])} {unit[1]}; most of it are the "
+        f"Highest peak: {fullest.name}, {_size(fullest.account.total, unit[0])} {unit[1]}; largest part: "
         f"{fullest.account.largest}, {share:.0%}."
         + (f" {_verdict(fullest.account.total, estimate)}" if estimate.device == "cuda" else ""),
         highlight=False,
@@ -67,11 +67,11 @@ def _of_many(number: int) -> str:
 
 def _verdict(total: int, estimate: Estimate) -> str:
     memory = estimate.gpu_memory
-    return f"{'Fits into' if total <= memory * GIB else 'Does not fit into'} {memory:g} GiB."
+    return f"{'Fits' if total <= memory * GIB else 'Does not fit'} in {memory:g} GiB."
 
 
 def _memory(estimate: Estimate, unit: int, name: str) -> Table:
-    table = Table(title=f"Memory a rank at its peak, {name}", title_justify="left")
+    table = Table(title=f"Peak memory per rank, {name}", title_justify="left")
     table.add_column("")
     for rank in estimate.ranks:
         table.add_column(rank.name, justify="right")
@@ -92,7 +92,7 @@ def _memory(estimate: Estimate, unit: int, name: str) -> Table:
 
 def _flops(estimate: Estimate) -> Table:
     flops = estimate.flops
-    table = Table(title="Floating-point operations a token", title_justify="left")
+    table = Table(title="Floating-point operations per token", title_justify="left")
     unit, name = (1e9, "GFLOP") if flops.total >= 1e9 else (1e6, "MFLOP")
     for column in ("", name, "share"):
         table.add_column(column, justify="right" if column else "left")
@@ -101,15 +101,15 @@ def _flops(estimate: Estimate) -> Table:
             table.add_row(name.replace("_", " "), f"{value / unit:.3f}", f"{value / flops.total:.1%}")
     table.add_section()
     table.add_row("total", f"{flops.total / unit:.3f}", "")
-    table.add_row("of it the teacher's", "", f"{flops.teacher_share:.1%}")
+    table.add_row("teacher's share", "", f"{flops.teacher_share:.1%}")
     return table
 
 
 def _alternatives(estimate: Estimate, unit: int, name: str) -> Table:
-    table = Table(title=f"Other layouts on {estimate.world_size} ranks, {name} on the fullest", title_justify="left")
+    table = Table(title=f"Other layouts on {estimate.world_size} ranks, peak {name}", title_justify="left")
     for column in ("TP", "PP", "micro-batch", name):
         table.add_column(column, justify="right")
-    table.add_column(f"fits into {estimate.gpu_memory:g} GiB")
+    table.add_column(f"fits in {estimate.gpu_memory:g} GiB")
     for it in estimate.alternatives:
         shape = str(it.tensor_parallel), str(it.pipeline_parallel), str(it.micro_batch_size)
         if it.total is None:
@@ -124,10 +124,10 @@ def _fits(alternative: Alternative, estimate: Estimate) -> bool:
 
 
 def draw(estimate: Estimate, path: Path) -> None:
-    """The parts of each kind of rank on top of each other; beside them the totals of the other layouts.
+    """Draw the parts of each kind of rank as stacked bars, and the totals of other layouts in a second panel.
 
     Args:
-        estimate: what to draw.
+        estimate: the estimate.
         path: of the PNG.
     """
     import matplotlib
@@ -152,7 +152,7 @@ def draw(estimate: Estimate, path: Path) -> None:
         parts.barh([rank.name for rank in estimate.ranks], sizes, left=before, label=part, color=colors(index))
         before = [left + size for left, size in zip(before, sizes, strict=True)]
     parts.set_title(f"{estimate.world_size} ranks, {estimate.layout}", size=9)
-    parts.set_ylim(max(len(estimate.ranks) + 1.5, rows / 4) - 0.5, -0.5)  # the first on top, and room for the legend
+    parts.set_ylim(max(len(estimate.ranks) + 1.5, rows / 4) - 0.5, -0.5)  # first rank on top, room for the legend
     parts.legend(fontsize=7, loc="lower right", ncols=3)
     if looked_at:
         labels = [f"TP {it.tensor_parallel} x PP {it.pipeline_parallel}, {it.micro_batch_size}" for it in looked_at]
@@ -162,7 +162,7 @@ def draw(estimate: Estimate, path: Path) -> None:
         others.invert_yaxis()
         others.tick_params(axis="y", labelsize=7)
     for axis in axes[0]:
-        axis.set_xlabel(f"{name} a rank")
+        axis.set_xlabel(f"{name} per rank")
         axis.spines[["top", "right"]].set_visible(False)
         if estimate.device == "cuda":
             axis.axvline(estimate.gpu_memory * GIB / unit, color="black", linestyle="--", linewidth=1)

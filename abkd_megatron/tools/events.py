@@ -1,7 +1,8 @@
-"""Numbers and arguments of runs, read from the event files that Megatron writes for TensorBoard.
+"""Metrics and arguments of runs, read from Megatron's TensorBoard event files.
 
-Megatron writes `NAME` and `NAME vs samples` in training, `NAME validation` (or `NAME validation-SET`) in validation.
-It writes its arguments as text. At the end of a job the test split's numbers follow validation's, under the same names.
+Megatron writes `NAME` and `NAME vs samples` in training, and `NAME validation` (or `NAME validation-SET`) in
+validation. It writes its arguments as text. At the end of a job the numbers of the test split follow those from
+validation under the same names.
 """
 
 import math
@@ -16,7 +17,7 @@ from abkd_megatron.config.load import CONFIG_TEXT
 from abkd_megatron.errors import ConfigError
 
 Curve = dict[int, float]
-"""Numbers by step, ascending; NaN and infinities as they were written."""
+"""{step: value}, ascending; may have NaN and infinities."""
 
 TRAINING = "training"
 _VALIDATION = re.compile(r"(.+?) validation(?:-(.+?))?( ppl)?")
@@ -29,15 +30,16 @@ class Run:
 
     name: str
     splits: dict[str, dict[str, Curve]] = field(default_factory=lambda: {TRAINING: {}})
-    """Curves by split and name. Splits are `training`, `validation` and `test`; the last two with the set's name."""
+    """Curves by split and name. Splits are `training`, `validation` and `test`, the last two followed by the set's
+    name if there are several."""
     arguments: dict[str, str] = field(default_factory=dict)
     """Megatron's arguments of the last job that trained."""
     config: str = ""
-    """Its YAML configuration; empty for jobs of other scripts."""
+    """Its YAML configuration; empty for other scripts."""
     started: float = math.inf
     """Time of the first event, in seconds since 1970."""
     seconds: float = 0.0
-    """From each job's first event to its last."""
+    """Sum over jobs of the time from first to last event."""
     samples: int = 0
     """Sequences trained on."""
     notes: list[str] = field(default_factory=list)
@@ -50,26 +52,26 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """The last step with a number; 0 without any."""
+        """The last step with a value; 0 without values."""
         return max((step for curves in self.splits.values() for curve in curves.values() for step in curve), default=0)
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read the runs in these directories. Each directory with event files is a run. Needs tensorboard.
+    """Read all runs in these directories. Each directory with event files is a run. Needs tensorboard.
 
     Args:
         paths: directories of runs, their tensorboard directories, or folders of several runs.
 
     Raises:
-        ConfigError: if a path has no event files, or a run has no numbers.
+        ConfigError: a path has no event files, or a run has no numbers.
     """
     found: dict[Path, dict[Path, None]] = {}
     for path in paths:
         files = sorted(path.resolve().rglob("events.out.tfevents.*")) if path.is_dir() else []
         if not files:
             raise ConfigError(
-                f"{path}: expected TensorBoard's event files, found none; train with megatron.tensorboard-dir, and "
-                "give its directory"
+                f"{path}: expected TensorBoard event files, found none; train with megatron.tensorboard-dir and pass "
+                "that directory"
             )
         for file in files:
             found.setdefault(file.parent, {})[file] = None
@@ -81,7 +83,7 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
         if not any(run.splits.values()):
             raise ConfigError(
                 f"{directory}: expected numbers in the event files, found none{'; '.join(['', *run.notes])}; wait for "
-                "the first step, or leave it out"
+                "the first step, or omit this directory"
             )
         runs.append(run)
     return runs
@@ -109,9 +111,9 @@ def _read_job(path: Path) -> Run:
                 elif value.HasField("simple_value"):
                     numbers.setdefault(value.tag, {}).setdefault(event.step, []).append(value.simple_value)
         if taken < size:  # TensorBoard's reader ends at a damaged record without an error
-            job.notes.append(f"{path.name} is damaged or was being written: byte {taken} to {size} is left out")
+            job.notes.append(f"{path.name} is damaged or was being written: bytes {taken} to {size} are ignored")
     except OSError as error:
-        job.notes.append(f"{path.name} cannot be read ({error.strerror}) and is left out")
+        job.notes.append(f"{path.name} cannot be read ({error.strerror}) and is ignored")
     job.config = dedent(job.arguments.pop(CONFIG_TEXT, ""))
     training = {tag: found for tag, found in numbers.items() if not _VALIDATION.fullmatch(tag)}
     job.splits[TRAINING] = {tag: {step: it[-1] for step, it in found.items()} for tag, found in training.items()}
@@ -127,9 +129,9 @@ def _read_job(path: Path) -> Run:
 
 
 def _ends_with_test(job: Run, step: int, count: int) -> bool:
-    """Return whether the last of `count` numbers at the last step is the test split's.
+    """Return whether the last of `count` numbers at the last step is from the test split.
 
-    Before it there can be one of a validation during training and one of a validation after training.
+    Before it there may be one validation during training and one after training.
     """
     interval, trained = job.integer("eval_interval"), bool(job.splits[TRAINING])
     while_training = trained and interval > 0 and step % interval == 0
@@ -138,7 +140,7 @@ def _ends_with_test(job: Run, step: int, count: int) -> bool:
 
 
 def _merge(name: str, jobs: Iterable[Run]) -> Run:
-    """Return the jobs of a directory as one run; of a step that was trained twice the later job's numbers."""
+    """Merge the jobs of a directory into one run. For steps trained twice, keep the later job's numbers."""
     run = Run(name)
     for job in sorted(jobs, key=lambda it: it.started):
         first = min((step for curve in job.splits[TRAINING].values() for step in curve), default=math.inf)

@@ -1,4 +1,4 @@
-"""Account of all storages of a run on the meta device, by part of a step."""
+"""Memory of a run on the meta device, by purpose."""
 
 import contextlib
 import weakref
@@ -14,38 +14,18 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 META = torch.device("meta")
 
-# The parts that memory is told apart by. What else is kept from step to step, as the buffers that sequence parallelism
-# gathers into, counts with the optimizer's state.
+# Parts of memory. Other storages that live across steps, such as sequence parallelism's gather buffers, count as
+# optimizer state.
 PARAMETERS = "student's parameters"
-
-
 GRADIENTS = "gradient buffers"
-
-
 OPTIMIZER = "optimizer's state and buffers"
-
-
 TEACHER = "teacher's parameters"
-
-
 ACTIVATIONS = "activations kept for backward"
-
-
 BACKWARD = "backward's own"
-
-
 TEACHER_PASS = "teacher's forward pass"
-
-
 WAITING = "teacher's hidden states waiting"
-
-
 HEADS = "LM heads and loss"
-
-
 STEP = "optimizer's step"
-
-
 PARTS = (PARAMETERS, GRADIENTS, OPTIMIZER, TEACHER, ACTIVATIONS, BACKWARD, TEACHER_PASS, WAITING, HEADS, STEP)
 
 
@@ -56,13 +36,13 @@ def _without_data(tensor: Tensor) -> Tensor:
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Puts every tensor on `meta` and keeps account of the storages that are alive, by part.
+    """Dispatch mode that moves every tensor to `meta` and tracks live storages by part.
 
-    A new storage belongs to the part that `belongs_to` says, else to what Megatron is doing: backward, a forward pass
-    with gradients, or neither, which is the optimizer's step.
+    A new storage belongs to the part of the enclosing `belongs_to`. Otherwise it belongs to `BACKWARD` during backward,
+    `ACTIVATIONS` if gradients are enabled, or `STEP`.
 
     Args:
-        one_in: of how many tokens one is selected, where some are, by position.
+        one_in: one in `one_in` tokens is selected by position.
     """
 
     def __init__(self, one_in: int = 1) -> None:
@@ -76,19 +56,19 @@ class MemoryTracker(TorchDispatchMode):
         self.restart()
 
     def restart(self) -> None:
-        """Look for the peak from here on."""
+        """Restart the search for the peak."""
         self._most = -1
         self.peak: dict[str, int] = {}
         self._look()
 
     @property
     def held(self) -> dict[str, int]:
-        """What is alive now, by part."""
+        """Bytes alive now, by part."""
         return dict(self._held)
 
     @contextlib.contextmanager
     def belongs_to(self, part: str) -> Iterator[None]:
-        """New storages belong to this part."""
+        """Assign storages created in the block to a part."""
         before, self._part = self._part, part
         try:
             yield
@@ -96,12 +76,12 @@ class MemoryTracker(TorchDispatchMode):
             self._part = before
 
     def assign(self, tensors: Iterable[Tensor], part: str) -> None:
-        """The storages of these belong to a part, whatever they were taken for."""
+        """Move the storages of `tensors` to a part."""
         for tensor in tensors:
             self._move(tensor.untyped_storage()._cdata, part)
 
     def assign_rest(self, part: str, kept: Collection[str]) -> None:
-        """Whatever is alive and not of the parts `kept` belongs to a part."""
+        """Move all live storages that are not in the parts `kept` to a part."""
         for key in [key for key, (old, _) in self._alive.items() if old not in kept]:
             self._move(key, part)
 
@@ -115,14 +95,14 @@ class MemoryTracker(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             dtype = args[0].dtype
             return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
-        if func.namespace == "c10d":  # it has happened
+        if func.namespace == "c10d":  # complete at once
             results = [FakeWork().boxed() if "Work" in str(it.type) else args[0] for it in func._schema.returns]
             return tuple(results) if len(results) > 1 else results[0] if results else None
         kwargs = dict(kwargs or {})
         if kwargs.get("device") is not None:
             kwargs["device"] = META
         args, kwargs = tree_map_only(Tensor, _without_data, (args, kwargs))
-        if func is torch.ops.aten.nonzero.default:  # how many is data; what asks is a selection, and its complement
+        if func is torch.ops.aten.nonzero.default:  # the count depends on data; called for the selection and complement
             rows = args[0].numel() // self._one_in
             if args[0].untyped_storage()._cdata in self._complements:
                 rows = args[0].numel() - rows

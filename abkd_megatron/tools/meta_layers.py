@@ -1,4 +1,4 @@
-"""Attention and norm that keep for backward what a GPU's fused kernels keep."""
+"""Attention and norm that save the same tensors for backward as fused GPU kernels."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class _NormFunction(torch.autograd.Function):
-    """Keeps its input and one or two fp32 numbers a row."""
+    """Saves its input and one (RMSNorm) or two (LayerNorm) fp32 numbers per row."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -27,7 +27,7 @@ class _NormFunction(torch.autograd.Function):
 
 
 class Norm(torch.nn.Module):
-    """The memory of a fused LayerNorm or RMSNorm."""
+    """Module with the memory of a fused LayerNorm or RMSNorm."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
@@ -39,13 +39,13 @@ class Norm(torch.nn.Module):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[..., h] to the same."""
+        """Map [..., h] to [..., h]."""
         output: Tensor = _NormFunction.apply(inputs, self.weight, self.bias)
         return output
 
 
 class _AttentionFunction(torch.autograd.Function):
-    """Keeps query, key, value, output and one fp32 number a query and head: no [s, s] ever exists."""
+    """Saves query, key, value, output and one fp32 number per query and head. No [s, s] tensor exists."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -60,19 +60,19 @@ class _AttentionFunction(torch.autograd.Function):
 
 
 class Attention(torch.nn.Module):
-    """The memory of a flash attention [s, b, heads, d], over one rank's part of a sequence."""
+    """Module with the memory of flash attention over one rank's part of a sequence."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        """[s, b, heads, d] of each to [s, b, heads * d]."""
+        """Map query, key and value [s, b, heads, d] to [s, b, heads * d]."""
         output: Tensor = _AttentionFunction.apply(query, key, value)
         return output.flatten(2)
 
 
 def layers_of_a_gpu(config: GPTModelConfig) -> ModuleSpec:
-    """Megatron's own layers, but for attention and norms: for its argument `spec`."""
+    """Return Megatron's local layer spec with `Attention` and `Norm`, for Megatron's argument `spec`."""
     spec = get_gpt_layer_local_spec(qk_layernorm=config.transformer.qk_layernorm, normalization=config.normalization)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = Norm

@@ -1,12 +1,12 @@
-"""One rank of a distill job on tensors that have sizes and no data: what it would hold in memory, and when.
+"""Simulation of one rank of a distill job on the meta device, to measure its memory.
 
-`measure` runs the job itself: Megatron's arguments, process groups, model, gradient buffers, optimizer and schedule,
-our teacher and head, for two steps. Every tensor is on torch's `meta` device, every message arrives at once and brings
-nothing, and numbers that Python asks of a tensor are 1. A `MemoryTracker` keeps account of all storages. A rank takes
-seconds and a few hundred MiB, whatever the models' size.
+`measure` runs two steps of the real job: Megatron's arguments, process groups, model, gradient buffers, optimizer and
+schedule, teacher and head. All tensors are on torch's `meta` device, communication completes at once without data, and
+values that Python reads from a tensor are 1. A `MemoryTracker` tracks all storages. A rank takes seconds and a few
+hundred MiB, whatever the models' size.
 
-It changes torch, Megatron and this package for the whole process, as `abkd_megatron.cpu_backend` does, so `measure` is
-called once in a process of its own. See `abkd_megatron.tools.estimate` for what it is good for and what it leaves out.
+The simulation patches torch, Megatron and this package for the whole process, so `measure` is called once in a separate
+process. See `abkd_megatron.tools.estimate` for what is counted.
 """
 
 import contextlib
@@ -59,45 +59,45 @@ from abkd_megatron.vocab_parallel.fused_head import automatic_chunk_tokens
 
 @dataclass(frozen=True)
 class Account:
-    """What one rank holds, in bytes."""
+    """Memory of one rank, in bytes."""
 
     peak: dict[str, int]
-    """By part, at the moment of the second step at which it is most in all."""
+    """By part, at the peak of the second step."""
     kept: dict[str, int]
-    """By part, between the first step and the second."""
+    """By part, between the first and the second step."""
     parameters: int
-    """The student's, on this rank."""
+    """Number of the student's parameters on this rank."""
     teacher_parameters: int
-    """The teacher's, on this rank."""
+    """Number of the teacher's parameters on this rank."""
     waiting: int
-    """The most that the teacher's hidden states took while they waited here."""
+    """Maximum bytes of the teacher's hidden states that waited on this rank."""
 
     @property
     def total(self) -> int:
-        """The peak."""
+        """Bytes at the peak."""
         return sum(self.peak.values())
 
     @property
     def largest(self) -> str:
-        """The part that is most of it."""
+        """The largest part at the peak."""
         return max(self.peak, key=self.peak.__getitem__)
 
 
 def measure(
     config: Config, world_size: int, rank: int, *, vocab_size: int, global_batch_size: int, memory: float = 80.0
 ) -> Account:
-    """Run one rank's first two steps without data. In a process of its own, which is of no other use afterward.
+    """Simulate the first two steps of a rank. Patches the process, so it must not be used afterward.
 
     Args:
-        config: checked for "distill". Checkpoints and data are not looked at.
+        config: checked for "distill". Checkpoints and data are not read.
         world_size: of the job.
-        rank: whose memory it is.
+        rank: the rank to simulate.
         vocab_size: in tokens, without padding.
-        global_batch_size: of the job, or a smaller one with as many micro-batches as are ever under way at a time.
-        memory: GiB of a GPU: the fused head sizes its chunks by what is free.
+        global_batch_size: of the job, or smaller, with at least as many micro-batches as are in flight at a time.
+        memory: GiB per GPU; the fused head sizes its chunks by the free part.
 
     Raises:
-        AbkdError: what a job of this configuration refuses.
+        AbkdError: the job would reject the configuration.
     """
     os.environ.update(WORLD_SIZE=str(world_size), RANK=str(rank), LOCAL_RANK="0", CUDA_DEVICE_MAX_CONNECTIONS="1")
     cpu_backend.install()
@@ -122,7 +122,7 @@ def measure(
 
 
 class _Numbers(TorchFunctionMode):
-    """What torch reads of a tensor's data without asking a dispatch mode, and the type that Megatron looks at."""
+    """Function mode for reads of tensor data that bypass dispatch modes, and for the type that Megatron checks."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.Tensor.type and len(args) == 1:
@@ -139,11 +139,11 @@ def _ones(shape: Sequence[int], one: float) -> Any:
 
 
 class _Enough(Exception):
-    """Everything has been seen."""
+    """Ends the job after the second step."""
 
 
 class _Watch:
-    """Tells the parts apart in the second step, and ends the job after it."""
+    """Assignment of storages to parts in the second step, after which it ends the job."""
 
     def __init__(self, ledger: MemoryTracker) -> None:
         self.account: Account | None = None
@@ -152,9 +152,9 @@ class _Watch:
         self._steps = 0
 
     def step(self, forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        """Megatron's `train_step`."""
+        """Run Megatron's `train_step`."""
         self._steps += 1
-        if self._steps == 1:  # it only has to leave an optimizer's state behind
+        if self._steps == 1:  # only creates the optimizer's state
             fewest = get_args().pipeline_model_parallel_size if len(model) > 1 else 1
             with mock.patch.object(training, "get_num_microbatches", lambda: fewest):
                 return self._step(forward_step, data_iterator, model, optimizer, *args, **kwargs)
@@ -177,7 +177,7 @@ class _Watch:
 def _replacements(
     config: Config, ledger: MemoryTracker, watch: _Watch, memory: float
 ) -> Iterator[tuple[Any, str, Any]]:
-    """What there is no data for, and where parts are told apart: (owner, name, in its place)."""
+    """Yield the patches that need no data or assign storages to parts: (owner, name, replacement)."""
 
     def within(part: str, function: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -198,7 +198,7 @@ def _replacements(
     device: Any = _Device(config.device)
     yield training, "train_step", watch.step
     yield runner.TeacherRunner, "run", teacher_pass
-    attaching = sys.modules[Attachment.__module__]  # the package has a function of this name
+    attaching = sys.modules[Attachment.__module__]  # a function hides the module's name
     yield attaching, "compute_loss", within(HEADS, head.compute_loss)
     yield step.DistilledStep, "__call__", within(ACTIVATIONS, step.DistilledStep.__call__)
     yield dist, "all_gather_object", _all_gather_object
@@ -209,27 +209,27 @@ def _replacements(
     yield kernels, "chunk_elements", lambda _: elements(device)
     yield plan, "automatic_chunk_tokens", lambda _, of_token: size_chunks(device, of_token)
     yield torch.cuda, "mem_get_info", lambda *_: (max(int(memory * 2**30) - ledger.total, 0), int(memory * 2**30))
-    yield FakeWork, "is_completed", lambda _: config.device == "cuda"  # gloo's are never, until they are waited for
+    yield FakeWork, "is_completed", lambda _: config.device == "cuda"  # never true for gloo before wait()
     if config.device == "cuda":
         yield transformer_block, "LayerNormImpl", Norm
 
 
 class _Device(NamedTuple):
-    """What is asked of a torch.device; the stand-in for a GPU makes no real one."""
+    """Stands in for a torch.device, which the CPU backend cannot create for cuda."""
 
     type: str
 
 
 def _all_gather_object(objects: list, mine: object, group: object = None) -> None:
-    """Every rank says the same, but for its place."""
+    """Fill in this rank's object for every rank, and coordinates by rank."""
     objects[:] = places_of(get_args()) if isinstance(mine, RankCoords) else [mine] * len(objects)
 
 
 def places_of(args: Any) -> list[RankCoords]:
-    """Where each rank of a job is in the student's layout, as Megatron numbers them.
+    """Return each rank's coordinates in the student's layout, in Megatron's order.
 
     Args:
-        args: Megatron's, validated.
+        args: Megatron's validated arguments.
     """
     tensor, context, data, stages = (
         args.tensor_model_parallel_size,
@@ -246,7 +246,7 @@ def places_of(args: Any) -> list[RankCoords]:
 
 
 class _NoCheckpoint(TeacherCheckpoint):
-    """Whatever is asked for is there, and as it was."""
+    """Checkpoint that has every tensor and matches every configuration."""
 
     def check_arguments(self, *_: Any, **__: Any) -> str:
         return ""
@@ -270,7 +270,7 @@ class _NoCheckpoint(TeacherCheckpoint):
 # ---- the job's settings
 
 
-# What a job reads, writes and schedules; by the beginning of an argument's name.
+# Prefixes of arguments for files, logs and schedules.
 _LEFT_OUT = (
     *("load", "save", "pretrained-checkpoint", "ckpt-step", "finetune", "auto-detect-ckpt", "async-save"),
     *("data-path", "data-args-path", "data-cache-path", "train-data", "valid-data", "test-data", "split", "per-split"),
@@ -279,10 +279,10 @@ _LEFT_OUT = (
     *("step-batch-size-schedule", "decrease-batch-size", "global-batch-size", "non-persistent", "rerun-mode"),
 )
 
-# What stands in for TransformerEngine, apex and their fused kernels.
+# In place of TransformerEngine, apex and fused kernels.
 _ON_GPU: Mapping[str, Value] = {
     "transformer-impl": "local",
-    "spec": ["abkd_megatron.tools.meta_run", "layers_of_a_gpu"],
+    "spec": ["abkd_megatron.tools.meta_layers", "layers_of_a_gpu"],
     "no-gradient-accumulation-fusion": True,
     "no-persist-layer-norm": True,
     "no-masked-softmax-fusion": True,
@@ -293,7 +293,7 @@ _ON_GPU: Mapping[str, Value] = {
 
 
 def _without_files(config: Config, vocab_size: int, global_batch_size: int) -> Config:
-    """The same job, of two steps, with neither data nor checkpoints."""
+    """Return the configuration of the job without data and checkpoints, for two steps."""
     left_out = (*_LEFT_OUT, *(_ON_GPU if config.device == "cuda" else ()))
     kept = {key: value for key, value in config.megatron.items() if not key.removeprefix("no-").startswith(left_out)}
     teacher = {
@@ -322,7 +322,7 @@ def _without_files(config: Config, vocab_size: int, global_batch_size: int) -> C
     )
 
 
-# ---- what the loss takes without data
+# ---- kernels
 
 
 def _automatic_kernel(config: Config, divergence: Divergence) -> str:
@@ -341,8 +341,5 @@ def _second_record(student: Tensor, *others: Any) -> Tensor:
     return torch.empty(value + slope, student.shape[0], dtype=torch.float64, device=scalars.device)
 
 
-# What a kernel allocates that has no temporaries.
+# Allocates what a kernel without temporaries allocates.
 _SIZES = kernels.Kernel("sizes", _record, _second_record, lambda *_: None, 2**62, strided=True)
-
-
-# ---- what layers on a GPU keep, where there is neither TransformerEngine nor apex

@@ -1,7 +1,6 @@
-"""HTML page with the curves of one run, or of several over each other, drawn by Plotly.
+"""HTML report with the curves of one run, or of several runs for comparison, drawn by Plotly.
 
-Everything on the page comes from the event files: the same files give the same page, byte for byte. Points are as they
-were logged, not smoothed.
+All content comes from the event files. The same files give the same page, byte for byte. Curves are not smoothed.
 """
 
 import base64
@@ -26,8 +25,8 @@ from abkd_megatron.tools.events import TRAINING, Curve, Run, find_runs
 from abkd_megatron.tools.runs import clock
 from abkd_megatron.vocab_parallel.diagnostics import NUM_BINS, calibration_error, gap_name
 
-_MOST_RUNS = 8  # whose colors can be told apart
-_MOST_POINTS = 2000  # of a curve
+_MOST_RUNS = 8  # colors that are easy to distinguish
+_MOST_POINTS = 2000  # per curve
 _GENERATOR = '<meta name="generator" content="abkd_megatron report">'
 _DRAW = """
 const charts = JSON.parse(document.getElementById("charts").textContent);
@@ -35,19 +34,19 @@ document.querySelectorAll(".chart").forEach((place, index) =>
   Plotly.newPlot(place, charts[index].data, charts[index].layout, { displaylogo: false, responsive: true }));
 """
 
-# By heading: a regular expression of the names in a chart, and the unit of its axis.
+# {heading: {regular expression of a chart's names: unit of its axis}}.
 _CHARTS = {
     "Losses": {
         "lm loss|teacher lm loss": "nats per token",
         "total loss": "",
         "kd loss": "",
-        "hidden loss .+": "without its weight",
-        r".+ loss( \d+)?": "without its weight",
+        "hidden loss .+": "unweighted",
+        r".+ loss( \d+)?": "unweighted",
     },
     "Student and teacher": {
         "kl to teacher|reverse kl to teacher": "nats per token",
         "student entropy|teacher entropy": "nats per token",
-        "top-1 .+|student confidence|selected tokens": "share of tokens",
+        "top-1 .+|student confidence|selected tokens": "fraction of tokens",
         "calibration error": "",
         "(hardness|confidence) concentration": "",
         "todi weight.*": "",
@@ -59,7 +58,7 @@ _CHARTS = {
         "tokens per second": "",
         "throughput": "TFLOP/s per GPU",
         "teacher seconds": "seconds per micro-batch",
-        "teacher's share": "share of the step time",
+        "teacher's share": "fraction of step time",
     },
     "Other": {".+": ""},
 }
@@ -72,43 +71,43 @@ _ARGUMENTS = (
 
 
 def write_report(run: Path | Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page.
+    """Write the report.
 
     Args:
         run: the directory of a run, its tensorboard directory, a folder of several runs, or several of these.
-        out: the file; None for `report.html` in the directory if there is only one.
+        out: the file; None for `report.html` in the directory, if only one is given.
 
     Returns:
         The file.
 
     Raises:
-        ConfigError: if a directory has no numbers, for more runs than colors, or if `out` is not an earlier report.
-        HostError: without the packages of the extra `plots`.
+        ConfigError: a directory has no numbers, there are more than 8 runs, or `out` exists and is not a report.
+        HostError: packages of the extra `plots` are missing.
     """
     paths = [run] if isinstance(run, Path) else list(run)
     need_plots("report", "tensorboard", "plotly", "jinja2")
     if out is None and len(paths) != 1:
-        raise ConfigError(f"expected a file to write the report of {len(paths)} runs to, got none; give --out FILE")
+        raise ConfigError(f"expected an output file for the report of {len(paths)} runs, got none; add --out FILE")
     out = out if out is not None else paths[0] / "report.html"
     runs = find_runs(paths)
     if len(runs) > _MOST_RUNS:
         raise ConfigError(
-            f"expected at most {_MOST_RUNS} runs, got {len(runs)}: {', '.join(it.name for it in runs)}; give the "
-            "directories of those to compare"
+            f"expected at most {_MOST_RUNS} runs, got {len(runs)}: {', '.join(it.name for it in runs)}; pass fewer "
+            "directories"
         )
     if not out.parent.is_dir():
-        raise ConfigError(f"{out}: expected an existing folder to write to, got {out.parent}; make it, or give --out")
+        raise ConfigError(f"{out}: expected an existing folder, got {out.parent}; create it, or change --out")
     try:
         if out.exists() and _GENERATOR not in out.read_text(encoding="utf-8", errors="replace")[:2000]:
-            raise ConfigError(f"{out}: expected an earlier report, to replace it; give another --out")
+            raise ConfigError(f"{out}: expected a new file or an earlier report, got another file; change --out")
         out.write_text(render(runs), encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{out}: expected a file that can be written, got: {error.strerror}; give --out") from error
+        raise ConfigError(f"{out}: expected a writable file, got: {error.strerror}; change --out") from error
     return out
 
 
 def render(runs: Sequence[Run]) -> str:
-    """Return the page of at most 8 runs as HTML; adds derived curves and notes to the runs."""
+    """Return the HTML page of at most 8 runs. Adds derived curves and notes to the runs."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
 
@@ -135,7 +134,7 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def _derive(run: Run) -> None:
-    """Add the calibration error, throughput and the teacher's share, and notes of numbers that are missing."""
+    """Add calibration error, throughput and the teacher's share of the step time, and notes on missing numbers."""
     for curves in run.splits.values():
         gaps = {name: curves.pop(name) for name in map(gap_name, range(NUM_BINS)) if name in curves}
         if len(gaps) == NUM_BINS:
@@ -146,7 +145,7 @@ def _derive(run: Run) -> None:
     times, sizes, length = training.get("iteration-time", {}), training.get("batch-size", {}), run.integer("seq_length")
     times = {step: time for step, time in times.items() if time > 0 and step in sizes}
     if training and not times:
-        run.notes.append("iteration-time or batch-size is missing: give Megatron --log-timers-to-tensorboard")
+        run.notes.append("iteration-time or batch-size is missing: add Megatron's --log-timers-to-tensorboard")
     elif length:
         training["tokens per second"] = {step: sizes[step] * length / time for step, time in times.items()}
     at_once = run.integer("micro_batch_size") * run.integer("data_parallel_size")
@@ -171,7 +170,7 @@ def _derive(run: Run) -> None:
 
 
 def _charts(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
-    """Return the charts by heading. A chart has several names of one run, or one name of several runs."""
+    """Return the charts by heading. A chart shows several names of one run, or one name of several runs."""
     names = list(dict.fromkeys(name for run in runs for curves in run.splits.values() for name in curves))
     charts: dict[str, list[dict[str, Any]]] = {}
     for heading, units in _CHARTS.items():
@@ -185,7 +184,7 @@ def _charts(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _chart(names: Sequence[str], unit: str, runs: Sequence[Run]) -> dict[str, Any]:
-    """Return `title`, and Plotly's `data` and `layout`, in which names are escaped: Plotly has a markup of its own."""
+    """Return `title`, and Plotly's `data` and `layout`. Names in them are escaped, because Plotly interprets markup."""
     from plotly import graph_objects
     from plotly.colors import qualitative
 
@@ -200,7 +199,7 @@ def _chart(names: Sequence[str], unit: str, runs: Sequence[Run]) -> dict[str, An
             trained = split == TRAINING
             figure.add_scatter(
                 x=list(points),
-                y=[value if math.isfinite(value) else None for value in points.values()],  # None: a gap in the line
+                y=[value if math.isfinite(value) else None for value in points.values()],  # None draws a gap
                 name=escape(label if trained else f"{label}, {split}", quote=False),
                 mode="markers" if not trained else "lines" if len(points) > 50 else "lines+markers",
                 line={"color": color, "width": 1.5},
@@ -223,7 +222,7 @@ def _chart(names: Sequence[str], unit: str, runs: Sequence[Run]) -> dict[str, An
 
 
 def _thinned(curve: Curve) -> Curve:
-    """Return at most about `_MOST_POINTS` points, the extremes of neighbors, as the shortest decimals of their fp32."""
+    """Return about `_MOST_POINTS` points at most: the minimum and maximum of each interval, rounded to fp32."""
     values = np.array(list(curve.values()), dtype=np.float32)
     kept = set(range(len(values)))
     if len(values) > _MOST_POINTS:
@@ -238,7 +237,7 @@ def _thinned(curve: Curve) -> Curve:
 
 
 def _about(run: Run) -> dict[str, str]:
-    """Return the rows of a run: how long it was, and its settings."""
+    """Return the rows of a run: duration and settings."""
     planned, tokens = run.integer("train_iters"), run.samples * run.integer("seq_length")
     shares = run.splits[TRAINING].get("teacher's share")
     found = {
@@ -246,7 +245,7 @@ def _about(run: Run) -> dict[str, str]:
         "steps": f"{run.last_step}{f' of {planned}' if planned else ''}",
         "tokens": f"{tokens:,}" if tokens else "",
         "wall time": clock(run.seconds),
-        "teacher's share of the step time": f"{sum(shares.values()) / len(shares):.1%}" if shares else "",
+        "teacher's share of step time": f"{sum(shares.values()) / len(shares):.1%}" if shares else "",
     }
     with suppress(yaml.YAMLError):
         config = yaml.safe_load(run.config)
@@ -259,14 +258,14 @@ def _about(run: Run) -> dict[str, str]:
 
 
 def _rows(columns: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
-    """Return rows by title, without empty ones."""
+    """Return rows by title, without empty rows."""
     titles = dict.fromkeys(title for column in columns for title in column)
     rows = {title: [column.get(title, "") for column in columns] for title in titles}
     return {title: row for title, row in rows.items() if any(row)}
 
 
 def _last_numbers(runs: Sequence[Run]) -> tuple[list[str], dict[str, list[str]]]:
-    """Return titles of columns, one for each run and split, and rows by name: the numbers of the split's last step."""
+    """Return the numbers of each split's last step: column titles (one per run and split) and rows by name."""
     columns: dict[str, dict[str, str]] = {}
     for run in runs:
         for split, curves in run.splits.items():

@@ -1,4 +1,4 @@
-"""Jobs of this package as child processes: ending them, reading their logs, showing how far they are."""
+"""Jobs of this package as child processes: termination, logs and progress."""
 
 import re
 import shutil
@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from abkd_megatron.errors import HostError
 
 SHORT_NAMES = {"lm loss": "CE", "kd loss": "KD", "kl to teacher": "KL", "top-1 agreement": "top-1"}
-SECONDS_BETWEEN_LINES = 10  # where the output is not a terminal
+SECONDS_BETWEEN_LINES = 10  # if the output is not a terminal
 
 
 def end(child: subprocess.Popen) -> None:
-    """End a child that still runs; the launcher ends its own processes when it is told to."""
+    """Terminate a child if it is running. On SIGTERM the launcher ends its own processes."""
     if child.poll() is None:
         child.terminate()
         try:
@@ -25,18 +25,18 @@ def end(child: subprocess.Popen) -> None:
             child.wait()
 
 
-# What a log says ------------------------------------------------------------------------------------
+# Logs -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is."""
+    """Progress of a job."""
 
     done: int = 0
     total: int = 0
-    """0 as long as nothing is known."""
+    """0 until it is known."""
     numbers: dict[str, float] = field(default_factory=dict)
-    """The losses of the last line, to be shown while it runs: means since the line before, the first step twice."""
+    """Losses of the last line: means since the line before. Megatron counts the first step twice."""
 
 
 _STEP = re.compile(r"^ \[[^]\n]+\] iteration +(\d+)/ *(\d+) \|(.*\|) *\n", re.MULTILINE)
@@ -47,13 +47,13 @@ _CONCLUDED = re.compile(r"^ *validation loss at iteration \d+ on (validation|tes
 
 
 def last_lines(log: str) -> str:
-    """The last 30 lines of a failed job, without the launcher's own long farewell after them."""
+    """Return the last 30 lines of a failed job, without the launcher's failure report."""
     own = re.split(r"^E\d{4} .* failed \(exitcode: ", log, maxsplit=1, flags=re.MULTILINE)[0]
     return "\n".join(own.splitlines()[-30:])
 
 
 def numbers(line: str) -> dict[str, float]:
-    """The numbers of one of Megatron's lines: `name: value | name: value |`."""
+    """Parse one of Megatron's lines: `name: value | name: value |`."""
     found = {}
     for entry in line.split("|"):
         name, _, value = entry.rpartition(":")
@@ -63,7 +63,7 @@ def numbers(line: str) -> dict[str, float]:
 
 
 def progress(log: str) -> Progress:
-    """How far a log has come: training steps, else evaluation batches, else encoded documents."""
+    """Return the progress in training steps, else evaluation batches, else encoded documents."""
     if steps := _STEP.findall(log):
         done, total, line = steps[-1]
         return Progress(int(done), int(total), {k: v for k, v in numbers(line).items() if k in SHORT_NAMES})
@@ -75,21 +75,21 @@ def progress(log: str) -> Progress:
 
 
 def validations(log: str) -> dict[int, dict[str, float]]:
-    """What Megatron reports on the validation split, by iteration; no means, as losses of training are."""
+    """Return Megatron's metrics on the validation split, by iteration."""
     return {int(iteration): _values(line) for iteration, line in _VALIDATED.findall(log)}
 
 
 def evaluated(log: str) -> dict[str, float]:
-    """What Megatron reports at the end on the test split; its line says `validation loss` for that one too.
+    """Return Megatron's final metrics on the test split, whose line also starts with `validation loss`.
 
     Raises:
-        HostError: if there is no such line.
+        HostError: there is no such line.
     """
     lines = [line for split, line in _CONCLUDED.findall(log) if split == "test"]
     if not lines:
         raise HostError(
-            "expected Megatron's report on the test split in the log, found none; give `megatron.split` (or "
-            "data.held_out) a test split, and megatron.eval-iters above 0"
+            "expected Megatron's report on the test split in the log, found none; set megatron.eval-iters above 0 and "
+            "a test split with megatron.split or data.held_out"
         )
     return _values(lines[-1])
 
@@ -98,18 +98,18 @@ def _values(line: str) -> dict[str, float]:
     return {name.removesuffix(" value"): it for name, it in numbers(line).items() if name.endswith(" value")}
 
 
-# How it is shown --------------------------------------------------------------------------------------
+# Display ----------------------------------------------------------------------------------------------
 
 
 class Line:
-    """One line that is rewritten on a terminal, and printed anew every few seconds elsewhere."""
+    """Status line, overwritten on a terminal and printed every `SECONDS_BETWEEN_LINES` elsewhere."""
 
     def __init__(self) -> None:
         self._printed = time.monotonic()
         self._terminal = sys.stdout.isatty()
 
     def show(self, text: str) -> None:
-        """Show how far it is."""
+        """Show the current status."""
         now = time.monotonic()
         if self._terminal:
             width = shutil.get_terminal_size().columns - 1
@@ -119,12 +119,12 @@ class Line:
             print(text, flush=True)
 
     def finish(self, text: str) -> None:
-        """Leave the last state standing."""
+        """Print the final status."""
         print(f"\r{text}\x1b[K" if self._terminal else text, flush=True)
 
 
 class Pace:
-    """How long it takes still, from how far it has come since it was first asked; from a hundredth of the way on."""
+    """Estimate of the remaining time, from the progress since the first call of `left`."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
@@ -132,11 +132,11 @@ class Pace:
 
     @property
     def elapsed(self) -> float:
-        """Seconds so far."""
+        """Seconds since the start."""
         return time.monotonic() - self.started
 
     def left(self, done: float, total: float) -> float | None:
-        """Seconds, or None as long as nothing is known."""
+        """Return the remaining seconds; None before 1 % of progress."""
         now = time.monotonic()
         if not total:
             return None
@@ -148,6 +148,6 @@ class Pace:
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds; hours, if there are any."""
+    """Format as M:SS, or H:MM:SS from one hour on."""
     hours, minutes = divmod(int(seconds) // 60, 60)
     return f"{hours}:{minutes:02}:{int(seconds) % 60:02}" if hours else f"{minutes}:{int(seconds) % 60:02}"

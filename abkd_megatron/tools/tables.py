@@ -1,4 +1,4 @@
-"""Tables on a terminal, and plain lines elsewhere."""
+"""Tables on a terminal, plain lines elsewhere."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -7,23 +7,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-_WIDE = 10_000  # columns, so that lines in a pipe or a file are not broken
+_WIDE = 10_000  # columns: no line is wrapped in a pipe or a file
 
 
 def console() -> "Console":
-    """Return rich's console for stdout, which breaks lines on a terminal only."""
+    """Return rich's console for stdout. It wraps lines on a terminal only."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=_WIDE)
 
 
 def show(titles: Sequence[str], rows: Sequence[Sequence[str]], styles: Mapping[str, str]) -> None:
-    """Print rows to stdout: a table on a terminal, else one plain line for each, which begins with the verdict.
+    """Print rows to stdout: a table on a terminal, else one plain line per row, which begins with the verdict.
 
     Args:
         titles: of the columns.
-        rows: a text for each column: what was looked at, what was found, details that are named by their column's
-            title, and the verdict.
+        rows: one text per column: the name, the finding, details (labeled with their column's title), and the verdict.
         styles: rich's style of each verdict.
     """
     if sys.stdout.isatty():

@@ -101,9 +101,9 @@ class TokenWeightCheck:
         if bool(is_off):
             self._awaited.clear()
             raise RuntimeError(
-                "vocab_parallel_distillation_head: expected the gradient of each token's loss to be its token weight "
-                "times one common factor, got other weights than those that forward used: pass the loss mask that is "
-                "applied to the loss as token_weights, or None"
+                "vocab_parallel_distillation_head: the gradients computed in forward are invalid, because the loss per "
+                "token was not multiplied by its token weight times one factor for all tokens: pass the applied loss "
+                "mask as token_weights, or None"
             )
 
 

@@ -28,7 +28,7 @@ def run_cases(rank: int, world_size: int) -> list[str]:
     for dtype, temperature, size in CASES:
         shard = VocabShard.megatron(width, group, size)
         objectives = [
-            Objective(DistillationConfig(divergence=name).make_divergence(), temperature)
+            Objective(DistillationConfig(divergence=name).make_divergence(), temperature=temperature)
             for name in registry.DIVERGENCES
         ]
         objectives.append(Objective(None, temperature=temperature, logit_losses=losses))

@@ -106,7 +106,7 @@ CASES: dict[str, Case] = {
         "config",
         "distill",
         [PIPELINE, "megatron.num-layers=4", "megatron.decoder-first-pipeline-num-layers=5"],
-        r"student: expected each of 4 layers on one pipeline stage, got 5, 0 layers",
+        r"student: expected each of 4 layers on one pipeline stage, got layers 5, 0",
     ),
     "more teacher layers on the last stage than there are": Case(
         "config",
@@ -193,7 +193,7 @@ CASES: dict[str, Case] = {
         "config",
         "pretrain",
         ["megatron.global-batch-size=7"],
-        r"global-batch-size 7 does not divide into micro-batches of 2 on 2 data-parallel ranks; give a multiple of 4",
+        r"global-batch-size 7 does not divide into micro-batches of 2 on 2 data-parallel ranks; use a multiple of 4",
     ),
     "micro-batch of nothing": Case("config", "pretrain", ["megatron.micro-batch-size=0"], r"micro-batch-size is 0"),
     "divergence of a module that is not there": Case(
@@ -586,7 +586,7 @@ ALONE: dict[str, Case] = {
         "data", "prepare", ["data.dir={workspace}/new", "data.vocab_size=10"], r"expected 300 or more"
     ),
     "all held out": Case("data", "prepare", ["data.dir={workspace}/new", "data.held_out=1"], r"0.*0.5"),
-    "no folder to write": Case("data", "prepare", ["device=cpu"], r"expected the directory to write"),
+    "no folder to write": Case("data", "prepare", ["device=cpu"], r"expected an output directory"),
     "folder of other data": Case(
         "data",
         "prepare",
@@ -597,7 +597,7 @@ ALONE: dict[str, Case] = {
         "environment",
         "prepare",
         ["{config}", "data.dir={workspace}/file/data"],
-        r"expected a directory that can be written",
+        r"expected a writable directory",
     ),
     "GPU asked for where there is none": Case(
         "environment", "pretrain", ["{config}", "device=cuda"], r"expected an NVIDIA GPU, found none; set `device: cpu`"

@@ -55,13 +55,12 @@ def launch(
         "STRICT": str(int(num_ranks > 1 and not plain)),
     }
     words = [str(word) for word in arguments]
-    saves = not plain and any("save" in word for word in words)
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / str(rank) for rank in range(num_ranks)]
         ranks = [
             forked.context().Process(
                 target=_be_rank,
-                args=(words, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, output, saves),
+                args=(words, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, output),
             )
             for rank, output in enumerate(outputs)
         ]
@@ -74,7 +73,7 @@ def launch(
                 if process.is_alive():
                     process.kill()
                     process.join()
-                # What a killed rank has left behind: Megatron's writer of checkpoints has a process of its own.
+                # What a killed rank has left behind.
                 if process.pid is not None:
                     with suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
@@ -84,7 +83,7 @@ def launch(
         ]
 
 
-def _be_rank(words: Sequence[str], environment: Mapping[str, str], output: Path, saves: bool) -> None:
+def _be_rank(words: Sequence[str], environment: Mapping[str, str], output: Path) -> None:
     """Become `python WORDS`, with file descriptors, environment and command line of its own."""
     os.setpgrp()
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -95,11 +94,6 @@ def _be_rank(words: Sequence[str], environment: Mapping[str, str], output: Path,
     os.chdir(ROOT)
     if environment["STRICT"] == "1":
         strict.install()
-    if saves:
-        from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
-
-        # Megatron's own queue has a process that imports torch anew, for longer than most jobs here take.
-        get_write_results_queue("fork")
     # What the program starts itself, it starts as if nobody had forked it.
     multiprocessing.set_start_method(None, force=True)
     if words[0] == "-m":

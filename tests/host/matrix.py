@@ -421,18 +421,20 @@ ROWS = [
         "dense of MoE",
         refused="teacher with experts must have the student's tensor and pipeline parallelism",
     ),
-    Row("virtual stages of the teacher", 2, {"teacher.num-virtual-stages-per-pipeline-rank": 2}, refused="has none"),
+    Row(
+        "virtual stages of the teacher", 2, {"teacher.num-virtual-stages-per-pipeline-rank": 2}, refused="does not have"
+    ),
     Row(
         "multi-token prediction (teacher)",
         2,
         {"teacher.mtp-num-layers": 1},
-        refused="no loss here compares",
+        refused="no loss here uses",
     ),
     Row(
         "multi-token prediction on a separate stage, `mtp-standalone`",
         2,
         {"mtp-num-layers": 1, "mtp-standalone": "true"},
-        refused="exchange shapes first, and synchronize the device",
+        refused="exchange shapes first, which synchronizes",
     ),
     Row(
         "combined 1F1B, `overlap-moe-expert-parallel-comm`",

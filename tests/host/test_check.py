@@ -18,7 +18,7 @@ REFUSED_ROWS = {str(row): row for row in ROWS if row.refused is not None}
 ELSEWHERE = {
     "no teacher": r"ok +settings: training without a teacher",
     "missing teacher": r"not here +teacher's checkpoint: .*nowhere",
-    "data not prepared": r"not here +data: .*unprepared: `prepare` writes",
+    "data not prepared": r"not here +data: .*unprepared: run `prepare`",
     "student's checkpoint missing": r"not here +student's checkpoint: none in .*nowhere",
     "student's checkpoint of Hugging Face": r"not here +student's checkpoint: none in .*hugging-face",
     "save folder that is a file": " 0 rejected",
@@ -84,11 +84,11 @@ OF_TINY: dict[str, tuple[list[str], list[str]]] = {
     "as it is": (
         [],
         [
-            r"ok +settings: a student with its teacher",
+            r"ok +settings: training with a teacher",
             r"ok +data: tokens in .*train",
-            r"ok +ranks: 1: one of each group",
-            r"ok +batch: 8 sequences a step, 256 tokens: on each of DP 1 4 micro-batches of 2",
-            r"ok +vocabulary: 400 tokens, padded to 512 columns: 512 on each of TP 1",
+            r"ok +ranks: 1: no parallelism",
+            r"ok +batch: 8 sequences per step, 256 tokens: 4 micro-batches of 2 on each of 1 DP",
+            r"ok +vocabulary: 400 tokens, padded to 512 columns: 512 per rank of TP 1",
             r"ok +teacher's layout: the student's",
             r"ok +teacher's checkpoint: .*complete, and of the configured model",
             r"ok +teacher's tokenizer: the student's",
@@ -97,11 +97,11 @@ OF_TINY: dict[str, tuple[list[str], list[str]]] = {
     ),
     "with the fewest ranks that two layouts allow": (
         [STAGES, "teacher.pipeline-model-parallel-size=4"],
-        [r"ok +ranks: 4: PP 2 x DP 2", r"ok +teacher's layout: TP 1 x PP 4: 1 of it over each 2 of DP"],
+        [r"ok +ranks: 4: PP 2 x DP 2", r"ok +teacher's layout: TP 1 x PP 4: 1 per 2 DP replicas"],
     ),
     "with several teachers that take turns": (
         [STAGES, "teacher.pipeline-model-parallel-size=1"],
-        [r"ok +teacher's layout: TP 1 x PP 1: 2 of it over each 1 of DP"],
+        [r"ok +teacher's layout: TP 1 x PP 1: 2 per 1 DP replicas"],
     ),
     "several values and a layout": (
         ["distillation.temperature=0", "distillation.lm_weight=-1", STAGES, "megatron.num-layers=3"],
@@ -149,7 +149,7 @@ OF_TINY: dict[str, tuple[list[str], list[str]]] = {
     ),
     "experts over too few ranks": (
         [*["megatron.num-experts=4", "megatron.expert-model-parallel-size=4", "--world-size", "2"]],
-        [r"rejected +(student|Megatron's models): Megatron refuses.*world_size \(2\) is not divisible by expert"],
+        [r"rejected +(student|Megatron's models): Megatron rejects.*world_size \(2\) is not divisible by expert"],
     ),
     "a tokenizer that is somewhere else": (
         ["data.dir=null", "megatron.tokenizer-type=HuggingFaceTokenizer", "megatron.tokenizer-model=nobody/nothing"],
@@ -168,7 +168,7 @@ OF_TINY: dict[str, tuple[list[str], list[str]]] = {
     "no data and no tokenizer": (
         ["data.dir=null"],
         [
-            r"rejected +tokenizer: Megatron refuses these arguments: tokenizer_type None is not supported",
+            r"rejected +tokenizer: Megatron rejects these arguments: tokenizer_type None is not supported",
             r" 1 rejected",
         ],
     ),
@@ -181,7 +181,7 @@ OF_TINY: dict[str, tuple[list[str], list[str]]] = {
             *["data.dir=null", "megatron.tokenizer-type=NullTokenizer", "megatron.vocab-size=400"],
             "megatron.data-path=[0.3, /nowhere/a, 0.7, /nowhere/b]",
         ],
-        [r"not here +data: /nowhere/a, /nowhere/b: with .bin and .idx", r" 0 rejected"],
+        [r"not here +data: /nowhere/a, /nowhere/b: .bin and .idx", r" 0 rejected"],
     ),
     "data that are spoilt": (["data.dir={workspace}/empty"], [r"rejected +data: .*manifest.json.*`abkd-megatron prep"]),
     "a teacher of another tokenizer": (
@@ -197,10 +197,10 @@ OF_LLAMA: dict[str, tuple[list[str], list[str]]] = {
         [
             r"not here +GPU: none; an H100 is assumed",
             r"ok +ranks: 64: TP 8 x PP 2 x DP 4, sequence parallel",
-            r"ok +batch: 64 sequences a step, 524288 tokens: on each of DP 4 16 micro-batches of 1",
-            r"ok +vocabulary: 128256 tokens, padded to 129024 columns: 16128 on each of TP 8",
-            r"ok +teacher: 80 layers of 8192, 64 heads, bfloat16",
-            r"ok +teacher's layout: TP 8 x PP 4: 1 of it over each 2 of DP",
+            r"ok +batch: 64 sequences per step, 524288 tokens: 16 micro-batches of 1 on each of 4 DP",
+            r"ok +vocabulary: 128256 tokens, padded to 129024 columns: 16128 per rank of TP 8",
+            r"ok +teacher: 80 layers, hidden size 8192, 64 heads, bfloat16",
+            r"ok +teacher's layout: TP 8 x PP 4: 1 per 2 DP replicas",
             r"not here +environment: CUDA_DEVICE_MAX_CONNECTIONS=1",
             r"not here +apex: .*megatron.no-gradient-accumulation-fusion=true",
             r"not here +teacher's checkpoint: /nowhere/teacher",
@@ -220,7 +220,7 @@ OF_LLAMA: dict[str, tuple[list[str], list[str]]] = {
         ["megatron.no-create-attention-mask-in-dataloader=false"],
         [r"rejected +teacher: .*sent tokens, not attention masks"],
     ),
-    "two precisions": (["megatron.fp16=true"], [r"rejected +student: Megatron refuses these arguments: assert not"]),
+    "two precisions": (["megatron.fp16=true"], [r"rejected +student: Megatron rejects these arguments: assert not"]),
 }
 
 

@@ -63,5 +63,5 @@ def test_check_says_the_same(cases: dict[str, list[str]], ended: object, workspa
     for name, (*_, message) in CASES.items():
         code, stdout, _ = found[name]
         said = " ".join(stdout.split())
-        assert code == 2 and "1 refused" in said, stdout
-        assert re.search(rf"refused datasets: .*{message}", said), stdout
+        assert code == 2 and "1 rejected" in said, stdout
+        assert re.search(rf"rejected datasets: .*{message}", said), stdout

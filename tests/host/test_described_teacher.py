@@ -274,7 +274,7 @@ CASES: dict[str, Case] = {
     **{f"hugging face {it}": Case(hugging_face(**it), (), named) for it, named in OTHER_CONFIGS},
     "a window as wide as a sequence": Case(hugging_face(sliding_window=32), (), "(config.json"),
     "nothing": Case(nothing, (), DECLARED),
-    "nothing, declared": Case(nothing, (DECLARED,), "(compared: nothing"),
+    "nothing, declared": Case(nothing, (DECLARED,), "(compared with nothing"),
     "known and declared": Case(bridge(), (DECLARED, "teacher.rotary-base=777"), "rotary-base"),
     "a part of run_config.yaml": Case(part, (), "run_config.yaml without num-layers, hidden-size, "),
     "a part of run_config.yaml, declared": Case(part, (DECLARED,), "rotary-base: run_config.yaml has 777"),
@@ -351,17 +351,19 @@ def found(
 @pytest.mark.parametrize("name", CASES, ids=list(CASES))
 def test_a_teacher_is_compared_with_what_is_beside_its_weights(found: dict[str, tuple[str, str]], name: str) -> None:
     stdout, folder = found[name]
-    said = re.search(r"^(ok|refused) +teacher's checkpoint: .*(?:\n  .*)*", stdout, re.MULTILINE)
+    said = re.search(r"^(ok|rejected) +teacher's checkpoint: .*(?:\n  .*)*", stdout, re.MULTILINE)
     assert said, stdout
     named = CASES[name].named
-    assert said[1] == ("ok" if named.startswith("(") else "refused"), said[0]
+    assert said[1] == ("ok" if named.startswith("(") else "rejected"), said[0]
     assert named.removeprefix("(") in said[0]
     assert not Path(folder, "ran").exists()
 
 
 def test_a_students_checkpoint_is_compared_too(found: dict[str, tuple[str, str]]) -> None:
     stdout, _ = found["a student of the same"]
-    assert re.search(r"^ok +student's checkpoint: .*rotary-base: run_config.yaml has 777", stdout, re.MULTILINE), stdout
+    assert re.search(r"^warning +student's checkpoint: .*rotary-base: run_config.yaml has 777", stdout, re.MULTILINE), (
+        stdout
+    )
 
 
 # ---- tokenizers

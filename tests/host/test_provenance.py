@@ -54,7 +54,7 @@ def test_what_is_recorded(begun: Path, teacher: Path) -> None:
         "divergence": "alpha_beta",
         "alpha": "{schedule: linear, from: 0.5, to: 0.3, start: 0, end: 4, by: iteration}",
         **{"beta": "0.7", "losses": "[]", "temperature": "1.0", "kd_weight": "1.0", "lm_weight": "1.0"},
-        **{"shared_vocab": "null", "tokens": "null", "hidden_losses": "[]"},
+        **{"temperature_squared": "false", "shared_vocab": "null", "tokens": "null", "hidden_losses": "[]"},
     }
     assert record["teacher"]["path"] == str((teacher / "iter_0000008").resolve())
     assert record["teacher"]["iteration"] == 8 and re.fullmatch("[0-9a-f]{64}", record["teacher"]["sha256"])

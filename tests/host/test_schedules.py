@@ -156,7 +156,7 @@ def test_auto_takes_no_kernel_that_each_step_would_compile() -> None:
             Objective(ToDi(), lm_weight=0.0),
             "kd_weight",
             Schedule.linear(1.0, 0.0, end=5),
-            "not both be 0, but are at iteration 5",
+            "both be 0, but are at iteration 5",
         ),
     ],
 )

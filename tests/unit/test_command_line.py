@@ -211,9 +211,9 @@ def test_env_says_what_is_here() -> None:
     assert f"torch: {torch.__version__.partition('+')[0]}" in ended.stdout
     for name in ("Python", "megatron-core", "sentencepiece", "rich", "C++ compiler", "triton", "GPU", "NVIDIA apex"):
         assert f"  {name}: " in ended.stdout
-    assert "what for: device: cuda" in ended.stdout
+    assert "needed for: device: cuda" in ended.stdout
     assert "https://github.com/NVIDIA/apex" in ended.stdout
-    assert ended.stdout.endswith("all that every job needs is here\n")
+    assert ended.stdout.endswith("all required parts are installed\n")
 
 
 def test_env_says_what_is_missing_where_everything_is() -> None:

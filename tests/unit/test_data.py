@@ -174,9 +174,9 @@ def test_reuse(prepared, config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": 401}, "holds other data: expected vocab_size_asked 401, got 400"),
+        ({"vocab_size": 401}, "has other data: expected vocab_size_asked 401, got 400"),
         ({"held_out": 0.2}, "expected held_out 0.2, got 0.3; choose another data.dir"),
-        ({"source": [str(LIBRARY / "abc.py")]}, "holds other data: expected source"),
+        ({"source": [str(LIBRARY / "abc.py")]}, "has other data: expected source"),
     ],
 )
 def test_other_settings_are_refused(prepared, config, change, message):
@@ -194,17 +194,17 @@ def test_changed_documents_are_refused(tmp_path, config):
     config = replace(config, source=[str(text)], dir=str(tmp_path / "d"), vocab_size=360)
     prepare(config, quiet)
     (text / "0.txt").write_text("another text")
-    with pytest.raises(DataError, match="holds other data: expected documents_sha256"):
+    with pytest.raises(DataError, match="has other data: expected documents_sha256"):
         prepare(config, quiet)
 
 
 def test_any_other_directory_is_refused(tmp_path, config):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(DataError, match=r"exists and is not prepared data.*choose another data.dir"):
+    with pytest.raises(DataError, match=r"exists but is not a complete prepared.*choose another data.dir"):
         prepare(replace(config, dir=str(tmp_path / "mine")), quiet)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
-    with pytest.raises(DataError, match="exists and is not prepared data"):
+    with pytest.raises(DataError, match="exists but is not a complete prepared"):
         prepare(replace(config, dir=str(tmp_path / "mine" / "thesis.tex")), quiet)
 
 
@@ -273,17 +273,17 @@ def test_too_little(tmp_path, config):
     for source, remedy in (
         ("nowhere", "check the path"),
         (str(tmp_path / "*.txt"), "check the path"),
-        (str(tmp_path), "by a glob"),  # which is there
+        (str(tmp_path), "a glob"),  # which is there
     ):
         with pytest.raises(DataError, match=f"got nothing to read; .*{remedy}"):
             prepare(replace(config, source=[source]), quiet)
     for size in (300, 100_000):
         with pytest.raises(DataError, match=f"data.vocab_size {size}: SentencePiece makes no such model"):
             prepare(replace(config, vocab_size=size), quiet)
-    with pytest.raises(DataError, match=r"data.dir: expected the directory to write"):
+    with pytest.raises(DataError, match=r"data.dir: expected an output directory"):
         prepare(replace(config, dir=None), quiet)
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="expected a directory that can be written"):
+    with pytest.raises(DataError, match="expected a writable directory"):
         prepare(replace(config, dir=str(tmp_path / "file" / "d")), quiet)
     assert not (tmp_path / "d").exists()
 
@@ -331,7 +331,7 @@ def test_what_is_advised_of_a_vocabulary_helps(text, vocab_size, remedy):
 
 def test_a_file_that_may_not_be_read_is_not_said_to_be_no_utf_8(tmp_path):
     (tmp_path / "a.txt").mkdir()
-    with pytest.raises(DataError, match=r"expected a file that can be read, got: .*Is a directory.*; mend"):
+    with pytest.raises(DataError, match=r"expected a readable file, got: .*Is a directory"):
         module._read_text(tmp_path / "a.txt")
 
 

@@ -12,8 +12,9 @@ import pytest
 pytest.importorskip("megatron.training")
 
 import torch
+from megatron.core.transformer.spec_utils import import_module
 
-from abkd_megatron.tools import estimate_view, memory_tracker
+from abkd_megatron.tools import estimate_view, memory_tracker, meta_layers, meta_run
 from abkd_megatron.tools.estimate import Alternative, Estimate, RankEstimate, flops, kinds_of_ranks, layouts, parameters
 from abkd_megatron.tools.meta_run import Account, MemoryTracker
 
@@ -199,6 +200,10 @@ def an_estimate() -> Estimate:
     )
 
 
+def test_the_layer_spec_of_gpus_can_be_imported() -> None:
+    assert import_module(meta_run._ON_GPU["spec"]) is meta_layers.layers_of_a_gpu
+
+
 def test_what_is_shown(capsys, tmp_path, monkeypatch) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
     figures = []
@@ -208,7 +213,7 @@ def test_what_is_shown(capsys, tmp_path, monkeypatch) -> None:
     estimate_view.show(estimate, tmp_path / "folder")
     text = capsys.readouterr().out
     assert "32.00" in text and "7.00" in text
-    assert "most of it are the activations kept for backward, 94%. Does not fit into 24 GiB." in text
+    assert "activations kept for backward, 94%. Does not fit in 24 GiB." in text
     assert "Not counted" in text
     rows = [line for line in text.splitlines() if line.startswith("│")]
     (fits,) = (row for row in rows if "20.00" in row)

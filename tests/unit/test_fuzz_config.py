@@ -207,7 +207,7 @@ REFUSED = {
     "aliases that multiply": (f"compare:\n  losses: {{{LAUGHS.replace(chr(10), ', ')}}}\n", "more than 20000 values"),
     "a list within itself": ("data:\n  source: &a [*a]\n", "more than 20000 values"),
     "a mapping within itself": ("compare:\n  losses: &a {x: *a}\n", "more than 20000 values"),
-    "lists within lists": (f"data:\n  source: {'[' * 60}{']' * 60}\n", "or 32 within each other"),
+    "lists within lists": (f"data:\n  source: {'[' * 60}{']' * 60}\n", "or 32 levels"),
     "very many lists within lists": (
         f"data:\n  source: {'[' * 10_000}",
         "expected readable YAML, got: maximum recurs",

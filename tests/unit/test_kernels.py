@@ -9,7 +9,6 @@ from kernel_cases import DIVERGENCES, SETTINGS, compare, special
 from torch._dynamo.utils import counters
 
 from abkd_megatron import AlphaBeta, ToDi, kernels, vocab_parallel_divergence
-from abkd_megatron.config import schema
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.kernels import cpp
 from abkd_megatron.losses import JensenShannon, SkewForwardKL, SkewReverseKL, TotalVariation, WeightedSum
@@ -186,10 +185,6 @@ def test_chunks_suit_the_device(device, elements):
         ):
             assert len(chunks) == -(-8192 // max(rows, 1))
             assert chunks[0] == slice(0, min(max(rows, 1), 8192))
-
-
-def test_the_configuration_knows_the_same_kernels():
-    assert kernels.CHOICES == schema.KERNELS
 
 
 @needs_compiler
