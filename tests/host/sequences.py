@@ -324,6 +324,7 @@ def train(case: Case, plain: bool = False) -> dict[str, Any]:
     divergence = ToDi() if case.todi else AlphaBeta(0.2, 0.7)
     objective = Objective(divergence, tokens=TokenSelection("every", n=case.every) if case.every else None)
     execution = Execution(head=case.head, chunk_tokens=7 if case.head == "fused" else None)
+    before = attributes(student)
     attachment = attach(
         model,
         Teacher.of(teacher, groups),
@@ -345,6 +346,7 @@ def train(case: Case, plain: bool = False) -> dict[str, Any]:
         micro_batch_size=batches[0].tokens.shape[0],
     )
     attachment.detach()
+    assert attributes(student) == before, "detached, the student is what it was"
     losses = {}
     for name in reports[0].keys() - {"teacher seconds"} if reports else ():
         losses[name] = torch.stack([report[name] for report in reports]).double().sum(0)
@@ -355,6 +357,11 @@ def train(case: Case, plain: bool = False) -> dict[str, Any]:
             batches = [batch.masked(batch.position_ids % case.every == case.every - 1) for batch in batches]
         losses["teacher lm loss"][0] = sum(cross_entropy(teacher, batch) for batch in batches)
     return {"losses": losses, "gradients": {name: weight.main_grad.clone() for name, weight in named(student)}}
+
+
+def attributes(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """The attributes of a model in their order, and how many hooks and parts it has."""
+    return [(name, len(it) if isinstance(it, dict) else it) for name, it in vars(model).items()]
 
 
 @torch.no_grad()
