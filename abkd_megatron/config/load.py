@@ -60,7 +60,7 @@ def _read_override(text: str) -> Given:
         )
     check_name(section, SECTIONS, "command line", "section")
     # A value that starts with * would be an alias, of an anchor that a single value cannot have: a layer pattern.
-    read = value if value.startswith("*") else load_yaml(value, f"command line: {brief(name)}")
+    read = value if value.startswith("*") and value.isprintable() else load_yaml(value, f"command line: {brief(name)}")
     return Given.spelled(section, key, read, "command line")
 
 

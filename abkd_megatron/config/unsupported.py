@@ -155,6 +155,13 @@ UNSUPPORTED = (
     Feature("fp8", "fp8", _NO_DATA, (ESTIMATE,), remedy="leave it out here"),
     Feature("fp4", "fp4", _NO_DATA, (ESTIMATE,), remedy="leave it out here"),
     Feature("mtp_num_layers", "multi-token prediction", _NO_DATA, (ESTIMATE,), remedy="leave it out here"),
+    Feature(
+        "hybrid_layer_pattern",
+        "a HybridModel",
+        "its layers are not counted",
+        (ESTIMATE,),
+        remedy="estimate a GPTModel of its sizes",
+    ),
 )
 
 
