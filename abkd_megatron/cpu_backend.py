@@ -11,7 +11,6 @@ import copy
 import importlib.util
 import os
 import runpy
-import socket
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -241,13 +240,15 @@ def is_installed() -> bool:
 
 def init_process_group(timeout: timedelta) -> None:
     """Initialize torch.distributed over gloo from torchrun's environment, before Megatron does."""
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:  # not under torchrun: one rank, on a free port, as other jobs may be running
-        with socket.socket() as probe:
-            probe.bind((os.environ["MASTER_ADDR"], 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    store = None
+    if "MASTER_PORT" not in os.environ:  # not under torchrun: one rank
+        address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        # The store takes a free port itself: one that is chosen here first could be taken by another job meanwhile.
+        store = torch.distributed.TCPStore(address, 0, world_size=1, is_master=True)  # type: ignore[attr-defined]
+        os.environ["MASTER_PORT"] = str(store.port)
     torch.distributed.init_process_group(
         "gloo",
+        store=store,
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         timeout=timeout,

@@ -105,6 +105,12 @@ def attach(
         )
     if objective.tokens is not None:
         logger.info("the divergence is trained on some tokens: %s", objective.tokens)
+    if objective.shares_part_of(vocab_size):
+        logger.info(
+            "the teacher does not know tokens %d .. %d: in a sequence the divergence is 0 from the first of them on",
+            objective.shared_vocab,
+            vocab_size - 1,
+        )
     proposed = None
     with on_every_rank():
         if (last := chunks[-1]).post_process:

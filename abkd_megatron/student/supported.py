@@ -36,11 +36,6 @@ def check_shared_vocab(objective: Objective, vocab_size: int, context_parallel: 
             f"shared_vocab {shared} of the student's {vocab_size} tokens is not supported with context parallelism, "
             "which spreads a sequence over ranks; set context-parallel-size to 1"
         )
-    logger.info(
-        "the teacher does not know tokens %d .. %d: in a sequence the divergence is 0 from the first of them on",
-        shared,
-        vocab_size - 1,
-    )
 
 
 def check_tokens(objective: Objective, vocab_size: int) -> None:

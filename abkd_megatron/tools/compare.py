@@ -212,7 +212,10 @@ def plan(config: Config, load: Callable[[Sequence[str]], Config]) -> list[Run]:
 
 
 def _environment(config: Config) -> dict[str, str]:
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    # Each run is a separate job, whatever launched this process.
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in launcher}
+    environment["PYTHONUNBUFFERED"] = "1"
     if config.device == "cpu":
         environment.setdefault("OMP_NUM_THREADS", "1")  # the runs share the cores
     return environment

@@ -262,7 +262,5 @@ def test_bad_selections_are_refused():
         head(selected=torch.ones(12, dtype=torch.int64))
     logits, labels, shard = torch.randn(4, 10), torch.zeros(4, dtype=torch.int64), VocabShard.megatron(10)
     selected = labels == 0
-    with pytest.raises(
-        ConfigError, match=r"teacher logits \[4, 10\] of the selected tokens, got \[3, 10\]: pass a row"
-    ):
+    with pytest.raises(ConfigError, match=r"teacher logits \[4, 10\] of the selected tokens, got \[3, 10\]"):
         vocab_parallel_distillation(logits, logits[:3], ToDi(), labels, shard, selected=selected)

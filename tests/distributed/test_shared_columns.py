@@ -28,6 +28,7 @@ from abkd_megatron.losses import (
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.student.head import Loss, OutputLayer, compute_loss
 from abkd_megatron.vocab_parallel import VocabShard
+from abkd_megatron.vocab_parallel.execution import Execution
 
 WORLDS = [1, 2, 4]
 SEQUENCE, BATCH, VOCAB, PADDED = 6, 4, 123, 128
@@ -229,10 +230,6 @@ def test_tokens_that_do_not_count_take_no_part_in_logit_losses():
     [
         ({"divergence": None}, "expected a divergence or logit_losses, got neither"),
         (
-            {"logit_losses": LOGIT_LOSSES, "head": "fused"},
-            "head: fused has no logits for akl, sinkhorn; give head: auto",
-        ),
-        (
             {"logit_losses": ((0.0, AdaptiveKL()),)},
             "AdaptiveKL.*: expected weight to be a finite number above 0, got 0.0",
         ),
@@ -242,6 +239,13 @@ def test_tokens_that_do_not_count_take_no_part_in_logit_losses():
 def test_objectives_that_cannot_be(settings, message):
     with pytest.raises(ConfigError, match=message):
         Objective(**{"divergence": AlphaBeta(1, 0), **settings})
+
+
+def test_logit_losses_need_logits():
+    objective = Objective(AlphaBeta(1, 0), logit_losses=LOGIT_LOSSES)
+    with pytest.raises(ConfigError, match="head: fused has no logits for akl, sinkhorn"):
+        Execution(head="fused").resolve(objective)
+    assert Execution().resolve(objective) == Execution()
 
 
 def test_two_logit_losses_of_one_name_are_told_apart():

@@ -12,10 +12,10 @@ from matrix import check_refused, run_refused
 
 # name: (job, what of the data, which file of it is spoilt and how, what the message must say)
 CASES = {
-    "index cut short": ("distill", "train", ".idx", "cut", r"train\.idx: expected \d+ bytes, for .* got \d+"),
-    "tokens cut short": ("distill", "valid", ".bin", "cut", r"valid\.bin: expected \d+ bytes, as its index says, got"),
-    "index of another": ("pretrain", "test", ".idx", "other", r"test\.bin: expected \d+ bytes, as its index says, got"),
-    "tokens of another": ("distill", "train", ".bin", "ids", r"ids of 0 to 399, the tokenizer's, got 400 at token"),
+    "index cut short": ("distill", "train", ".idx", "cut", r"train\.idx: expected \d+ bytes.* got \d+"),
+    "tokens cut short": ("distill", "valid", ".bin", "cut", r"valid\.bin: expected \d+ bytes.*, got"),
+    "index of another": ("pretrain", "test", ".idx", "other", r"test\.bin: expected \d+ bytes.*, got"),
+    "tokens of another": ("distill", "train", ".bin", "ids", r"token ids of 0 to 399, got 400 at token"),
 }
 
 

@@ -96,4 +96,4 @@ def test_a_step_that_counts_nothing_is_logged(
     assert logged["lm loss validation"][0] == 0.0
     for number, rank in enumerate(ranks):
         for when in ("step 3", "validation after step 2"):
-            assert f"{when}: no token that rank {number} has read counts" in rank.output
+            assert f"{when}: the loss mask is 0 for all tokens that rank {number} has read" in rank.output

@@ -111,7 +111,7 @@ def test_attaching_leaves_nothing_behind(config: Path, teacher: Path, pipeline: 
             assert "call attachment.on_step() before each step" in unset
             assert losses[0] < losses[2] and losses[1] == pytest.approx((losses[0] + losses[2]) / 2)
         padding, schedule_plan, twice, sizes = found["refusals"]
-        assert "pad the vocabulary alike: 512 columns a rank against 1024" in padding
+        assert "pad the vocabulary alike: 512 columns per rank against 1024" in padding
         assert "teacher: combined 1F1B" in schedule_plan and "remove overlap-moe-expert-parallel-comm" in schedule_plan
         assert "attached already" in twice
         assert "does not fit" in sizes and "configured" in sizes and "saved" in sizes
