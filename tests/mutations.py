@@ -220,6 +220,20 @@ MUTATIONS = [
         "            pass\n",
         HEAD,
     ),
+    Mutation(
+        "a model left without its head after an error",
+        "teacher/model.py",
+        "prepend=True, always_call=True",
+        "prepend=True",
+        "tests/host/test_model_output.py",
+    ),
+    Mutation(
+        "losses of multi-token prediction dropped",
+        "teacher/model.py",
+        "config.mtp_num_layers is not None and model.mtp_process",
+        "False",
+        "tests/host/test_model_output.py",
+    ),
 ]
 
 

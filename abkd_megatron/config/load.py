@@ -59,7 +59,9 @@ def _read_override(text: str) -> Given:
             "megatron.num-layers=4"
         )
     check_name(section, SECTIONS, "command line", "section")
-    return Given.spelled(section, key, load_yaml(value, f"command line: {brief(name)}"), "command line")
+    # A value that starts with * would be an alias, of an anchor that a single value cannot have: a layer pattern.
+    read = value if value.startswith("*") and value.isprintable() else load_yaml(value, f"command line: {brief(name)}")
+    return Given.spelled(section, key, read, "command line")
 
 
 def load_config(

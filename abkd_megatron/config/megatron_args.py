@@ -11,10 +11,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from megatron.training.arguments import add_megatron_arguments, parse_args
-from megatron.training.models.gpt import GPTModelConfig
 
 from abkd_megatron.config.load import to_argv
-from abkd_megatron.config.model_config import model_config
+from abkd_megatron.config.model_config import ModelConfig, model_config
 from abkd_megatron.config.schema import Config, Value
 from abkd_megatron.config.stages import check_stages
 from abkd_megatron.config.unsupported import check_layout
@@ -82,7 +81,7 @@ def parse_model(arguments: Mapping[str, Value], who: str, host: str) -> Namespac
     return args
 
 
-def checked_model_config(args: Namespace, who: str, host: str) -> GPTModelConfig:
+def checked_model_config(args: Namespace, who: str, host: str) -> ModelConfig:
     """Return the model configuration of validated arguments.
 
     Runs `check_layout` again, because Megatron's validation and `use-checkpoint-args` change arguments.
@@ -98,7 +97,7 @@ def checked_model_config(args: Namespace, who: str, host: str) -> GPTModelConfig
     check_layout(args, who, host, megatron_options())
     with megatron_errors_as_config_error():
         config = model_config(args)
-        check_stages(config.transformer, who)
+        check_stages(config.transformer, who, args.hybrid_layer_pattern)
     return config
 
 

@@ -1,17 +1,26 @@
 """Distribution of a model's layers over pipeline stages, as Megatron does it."""
 
 import itertools
+from collections.abc import Sequence
 
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from abkd_megatron.config.pattern import layers_and_pipes
 from abkd_megatron.errors import ConfigError
 
 
-def layers_of_stages(config: TransformerConfig) -> list[tuple[int, ...]]:
-    """Return the layer numbers, from 1, that Megatron builds on each pipeline stage."""
+def layers_of_stages(config: TransformerConfig, pattern: str | None = None) -> list[tuple[int, ...]]:
+    """Return the layer numbers, from 1, that Megatron builds on each pipeline stage.
+
+    Args:
+        config: of the whole model.
+        pattern: of a HybridModel, see `layers_of_pattern`; None for a GPTModel.
+    """
+    if pattern is not None and "|" in layers_and_pipes(pattern):
+        return _layers_of_segments(layers_and_pipes(pattern).split("|"), config.pipeline_model_parallel_size)
     stages: list[list[int]] = [[] for _ in range(config.pipeline_model_parallel_size)]
     virtual = config.virtual_pipeline_model_parallel_size
     if (layout := config.pipeline_model_parallel_layout) is not None:
@@ -27,18 +36,26 @@ def layers_of_stages(config: TransformerConfig) -> list[tuple[int, ...]]:
     return [tuple(stage) for stage in stages]
 
 
-def check_stages(config: TransformerConfig, who: str) -> None:
+def _layers_of_segments(segments: Sequence[str], num_stages: int) -> list[tuple[int, ...]]:
+    """Return the layers of each stage, whose virtual stages are every `num_stages`-th segment."""
+    ends = list(itertools.accumulate(map(len, segments), initial=0))
+    numbers = [range(first + 1, end + 1) for first, end in itertools.pairwise(ends)]
+    return [tuple(itertools.chain(*numbers[stage::num_stages])) for stage in range(num_stages)]
+
+
+def check_stages(config: TransformerConfig, who: str, pattern: str | None = None) -> None:
     """Reject a distribution over pipeline stages that does not build every layer exactly once.
 
     Args:
         config: of the complete model.
         who: "student" or "teacher".
+        pattern: as `layers_of_stages` takes it.
 
     Raises:
         ConfigError: with the layers of each stage.
     """
     try:
-        stages = layers_of_stages(config)
+        stages = layers_of_stages(config, pattern)
     except (AssertionError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(
             f"{who}: Megatron cannot distribute {config.num_layers} layers over "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
+from abkd_megatron.config.pattern import check_pattern, pattern_of
 from abkd_megatron.errors import ConfigError
 
 # Where a feature is rejected: this package's jobs, a pretraining script, both on a CPU, Megatron Bridge, a model passed
@@ -57,7 +58,6 @@ class Feature:
 _GET_MODEL = "Megatron reads it in get_model() only, which is not used with a model config: it would be ignored"
 _OWN_STEP = "this job's forward step does not make packed_seq_params (attach() takes a forward step that does)"
 _SCHEDULE_PLAN = "it runs a schedule plan instead of the model's forward and bypasses the teacher"
-_HYBRID = "HybridModel", "its forward takes no output_processor", _ANYWHERE
 _SHARDED = "it shards the student's weights over data-parallel ranks; the loss needs the complete output layer"
 _KEEPS_NONE = "a teacher keeps no activations for a backward pass"
 _NO_VIRTUAL = (
@@ -110,8 +110,6 @@ UNSUPPORTED = (
         "stages then exchange shapes first, which synchronizes the device while the teacher's messages are in flight",
         _ANYWHERE,
     ),
-    Feature("hybrid_override_pattern", *_HYBRID),
-    Feature("hybrid_layer_pattern", *_HYBRID),
     Feature("use_megatron_fsdp", "Megatron FSDP", _SHARDED, (*_ANYWHERE, BRIDGE), setting="dist.use_megatron_fsdp"),
     Feature("use_torch_fsdp2", "torch FSDP2", _SHARDED, (*_ANYWHERE, BRIDGE), setting="dist.use_torch_fsdp2"),
     # Exists once per process, for the student's sizes or backward pass.
@@ -157,6 +155,13 @@ UNSUPPORTED = (
     Feature("fp8", "fp8", _NO_DATA, (ESTIMATE,), remedy="leave it out here"),
     Feature("fp4", "fp4", _NO_DATA, (ESTIMATE,), remedy="leave it out here"),
     Feature("mtp_num_layers", "multi-token prediction", _NO_DATA, (ESTIMATE,), remedy="leave it out here"),
+    Feature(
+        "hybrid_layer_pattern",
+        "a HybridModel",
+        "its layers are not counted",
+        (ESTIMATE,),
+        remedy="estimate a GPTModel of its sizes",
+    ),
 )
 
 
@@ -224,6 +229,7 @@ def check_layout(args: Namespace, who: str, host: str, options: Mapping[str, arg
     Raises:
         ConfigError: with feature, reason and remedy.
     """
+    check_pattern(args, who)
     on_gpus = args.distributed_backend != "gloo"
     for where in (host,) if on_gpus else (host, ON_CPU):
         check_features(args, who, where)
@@ -259,7 +265,7 @@ def check_layout(args: Namespace, who: str, host: str, options: Mapping[str, arg
         args.account_for_embedding_in_pipeline_split or None,
         args.account_for_loss_in_pipeline_split or None,
     )
-    if args.num_layers is not None and not any(uneven) and args.num_layers % stages:
+    if args.num_layers is not None and pattern_of(args) is None and not any(uneven) and args.num_layers % stages:
         raise ConfigError(
             f"{who}: {args.num_layers} layers do not divide over {stages} pipeline stages; change num-layers or "
             "pipeline-model-parallel-size, or set decoder-first-pipeline-num-layers"

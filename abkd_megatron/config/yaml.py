@@ -82,6 +82,8 @@ def load_yaml(text: str, name: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         first, *rest = [brief(line) for line in str(error).split("\n")]
         remedy = "; indent with spaces" if r"'\t'" in str(error) else ""
+        if "alias" in str(error):
+            remedy = """; put a value that starts with * in quotes, such as "*-*-\""""
         raise ConfigError("\n".join([f"{name}: expected readable YAML, got: {first}", *rest]) + remedy) from error
 
 

@@ -11,6 +11,7 @@ from megatron.core.num_microbatches_calculator import get_current_running_global
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, print_rank_0
 
+from abkd_megatron.config.model_config import check_layers_here
 from abkd_megatron.config.schema import Config
 from abkd_megatron.config.unsupported import SCRIPT
 from abkd_megatron.errors import from_rank_0, on_every_rank
@@ -42,8 +43,9 @@ def add_teacher(
         config: checked for "distill"; `device`, `teacher` and `distillation` are used.
         megatron: the student's Megatron arguments as `to_argv` takes them, from which the teacher's are derived.
         args: Megatron's validated arguments of the student, with the true `vocab_size`.
-        model_config: the student's GPTModelConfig. It gets hooks that add projectors, build and attach the teacher, and
-            add a record of the distillation to `args` (`run_record.RECORD`), which Megatron saves in checkpoints.
+        model_config: the student's GPTModelConfig or HybridModelConfig. It gets hooks that add projectors, build and
+            attach the teacher, and add a record of the distillation to `args` (`run_record.RECORD`), which Megatron
+            saves in checkpoints.
         forward_step: calls the model with labels and the loss mask.
         host: of the teacher's arguments, see `check_layout`.
 
@@ -62,6 +64,7 @@ def add_teacher(
     vocab_size, timeout = args.vocab_size, timedelta(minutes=args.distributed_timeout_minutes)
     with on_every_rank():
         teacher_args, teacher_config = teacher_arguments(megatron, config.teacher.megatron, args, host)
+        check_layers_here(teacher_config, "teacher")
         checkpoint = open_teacher(config, megatron)
         setup = Setup(
             config=config,

@@ -43,6 +43,7 @@ from abkd_megatron.config.megatron_args import (
     megatron_errors_as_config_error,
     parse_model,
 )
+from abkd_megatron.config.model_config import check_layers_here
 from abkd_megatron.config.schema import Config
 from abkd_megatron.config.unsupported import JOB
 from abkd_megatron.data.prepare import data_arguments
@@ -87,6 +88,7 @@ def _run(config: Config, job: str, held: ExitStack) -> None:
         args.vocab_size = get_tokenizer().vocab_size
     with on_every_rank():
         config_of_model = checked_model_config(args, "student", JOB)
+        check_layers_here(config_of_model, "student")
         job_config = job_config_from_args(args, config_of_model)
         if args.rank == 0:  # reads for all
             run_checks(STUDENT_CHECKS, Setup(config=config, job=job, student=args, vocab_size=args.vocab_size))

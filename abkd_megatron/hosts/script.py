@@ -19,7 +19,7 @@ from megatron.training import get_tokenizer, print_rank_0
 from abkd_megatron import cpu_backend
 from abkd_megatron.config.load import from_argv, load_config
 from abkd_megatron.config.megatron_args import megatron_options
-from abkd_megatron.config.model_config import check_model_config
+from abkd_megatron.config.model_config import check_layers_here, check_model_config
 from abkd_megatron.config.schema import TEACHER_KEYS, DistillationConfig
 from abkd_megatron.config.stages import check_stages
 from abkd_megatron.config.unsupported import SCRIPT, check_layout
@@ -97,7 +97,7 @@ def distill[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_s
     Args:
         args: Megatron's arguments, parsed with `add_kd_arguments`. With a teacher, `vocab_size` is set to the
             tokenizer's.
-        model_cfg: the GPTModelConfig for `pretrain`; with a teacher it gets a post-wrap hook.
+        model_cfg: the GPTModelConfig or HybridModelConfig for `pretrain`; with a teacher it gets a post-wrap hook.
         forward_step: the script's own, called as (data_iterator, model, ...). It calls the model with `labels` and
             `loss_mask`, and returns the loss per token [b, s] and a loss function of it. It stays in charge of batches.
 
@@ -143,7 +143,8 @@ def distill[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_s
             config.check("distill")
             check_layout(args, "student", SCRIPT, options)
             check_model_config(model_cfg, args)
-            check_stages(model_cfg.transformer, "student")
+            check_stages(model_cfg.transformer, "student", getattr(model_cfg, "hybrid_layer_pattern", None))
+            check_layers_here(model_cfg, "student")
             run_checks(FOLDER_CHECKS, Setup(config=config, job="distill", student=args))
             if args.rank == 0:
                 _held.enter_context(only_writer(args))

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
@@ -17,6 +16,7 @@ from abkd_megatron.preflight.models import Models
 from abkd_megatron.preflight.rules import CHECKSUMS, FIRST_STEP_CHECKS, MODEL_CHECKS, run_checks
 from abkd_megatron.student.attach import Attachment
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
+from abkd_megatron.teacher.model import Model
 
 
 def check_files(checkpoint: TeacherCheckpoint, skip: Collection[str] = ()) -> None:
@@ -96,7 +96,7 @@ class FirstStep:
         self._objective = models.attachment.objective
         self._config = get_model_config(models.student[0])
         self._groups = {"student": models.tp_group, "teacher": teacher.pg_collection.tp}
-        self._models: dict[str, GPTModel] = {"student": unwrap_model(models.student[0]), "teacher": teacher.model}
+        self._models: dict[str, Model] = {"student": unwrap_model(models.student[0]), "teacher": teacher.model}
         self._vocab_size = models.vocab_size
         self._skip = skip
         self._expected_loss = expected_loss
@@ -140,7 +140,7 @@ class FirstStep:
     def _note_tokens(self, who: str) -> Callable[..., None]:
         signature = inspect.signature(self._models[who].forward)
 
-        def note(model: GPTModel, args: tuple, kwargs: dict[str, Any]) -> None:
+        def note(model: Model, args: tuple, kwargs: dict[str, Any]) -> None:
             tokens = signature.bind_partial(*args, **kwargs).arguments["input_ids"]
             self._digests[who] = digest(tokens) + self._digests.get(who, 0)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import psutil
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from abkd_megatron.losses import Divergence
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.student.attach import Attachment
 from abkd_megatron.teacher.build import Teacher, random_states_kept
+from abkd_megatron.teacher.model import Model
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation, vocab_parallel_logit_loss
 
 # Tokens of the self-test of the loss, and its tolerance relative to the largest number. It is wide compared with
@@ -43,7 +43,7 @@ class Models:
     """Per micro-batch on one rank."""
 
     @property
-    def last(self) -> GPTModel:
+    def last(self) -> Model:
         """This rank's last model chunk."""
         return unwrap_model(self.student[-1])
 
@@ -104,7 +104,7 @@ def check_gradient(models: Models) -> None:
         )
 
 
-def bytes_of_logits(last: GPTModel, attachment: Attachment, tokens: int) -> int:
+def bytes_of_logits(last: Model, attachment: Attachment, tokens: int) -> int:
     """Return a lower bound of the bytes for a micro-batch's loss: logits and gradient, or the fused head's chunks.
 
     Args:

@@ -242,7 +242,9 @@ def _hidden_losses(setup: Setup) -> Finding | None:
     same_layout = layout[0] == layout[1] and student.sequence_parallel == teacher.sequence_parallel
     stages = {}
     if same_layout:
-        ours, theirs = (layers_of_stages(model_config(args).transformer) for args in (student, teacher))
+        ours, theirs = (
+            layers_of_stages(model_config(args).transformer, args.hybrid_layer_pattern) for args in (student, teacher)
+        )
         stages = {stage: Layers(stage, ours[stage], theirs[stage]) for stage in range(layout[0][1])}
     sizes = (student.hidden_size, teacher.hidden_size)
     check_layers(objective.hidden_losses, stages, same_layout=same_layout, sizes=sizes)

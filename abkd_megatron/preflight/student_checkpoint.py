@@ -16,6 +16,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.training.checkpointing import checkpoint_exists
 
+from abkd_megatron.config.pattern import pattern_of
 from abkd_megatron.errors import CheckpointError, ConfigError
 from abkd_megatron.losses.hidden import HiddenLoss
 from abkd_megatron.preflight.run_record import checkpoint_to_load
@@ -23,6 +24,7 @@ from abkd_megatron.student.projectors import PROJECTORS
 from abkd_megatron.teacher.checkpoint import check_whole, tensor_shapes
 from abkd_megatron.teacher.compatibility import differences
 from abkd_megatron.teacher.description import describe
+from abkd_megatron.teacher.model import check_gpt_source
 from abkd_megatron.teacher.safe_load import read_common, read_index
 
 # Megatron asserts that these are the same, whatever is loaded with the weights.
@@ -218,12 +220,15 @@ def check_student(args: Namespace) -> str | None:
         described = describe(directory, saved)
     except CheckpointError as error:
         return str(error)
+    ours = {name: getattr(args, name) for name in _SIZES}
+    if saved is not None and (pattern_of(saved) is None) != (args.hybrid_layer_pattern is None):
+        ours["num_layers"] = _check_other_kind(args, saved)
     wrong = [
-        f"{name.replace('_', '-')}: {described.source} has {theirs}, the configuration {getattr(args, name)}"
+        f"{name.replace('_', '-')}: {described.source} has {theirs}, the configuration {ours[name]}"
         for name in _SIZES
         if described is not None
         and (theirs := getattr(described.args, name, None)) is not None
-        and theirs != getattr(args, name)
+        and theirs != ours[name]
     ]
     if wrong:
         raise CheckpointError(
@@ -232,6 +237,29 @@ def check_student(args: Namespace) -> str | None:
         )
     _, changed = differences(described, args) if described is not None else (0, [])
     return "; ".join(changed) or None
+
+
+def _check_other_kind(args: Namespace, saved: Namespace) -> int:
+    """Reject a checkpoint of another class of model than the student's, unless Megatron can translate it.
+
+    Returns:
+        The number of layers of a GPTModel from which this HybridModel can start.
+
+    Raises:
+        CheckpointError: the layers cannot be translated, or the optimizer's state would be loaded as well.
+    """
+    if args.hybrid_layer_pattern is None:
+        raise CheckpointError(
+            f"the student's checkpoint is a HybridModel's of the pattern {pattern_of(saved)}, the configured student a "
+            "GPTModel; set megatron.hybrid-layer-pattern, or another megatron.load"
+        )
+    layers = check_gpt_source(args.hybrid_layer_pattern, "student")
+    if not args.no_load_optim and not getattr(saved, "no_save_optim", False):
+        raise CheckpointError(
+            "the student's checkpoint is a GPTModel's, and Megatron would load the state of its optimizer with the "
+            "weights, even with megatron.finetune; give megatron.no-load-optim=true"
+        )
+    return layers
 
 
 def absent_projectors(args: Namespace, losses: Sequence[HiddenLoss]) -> list[str]:

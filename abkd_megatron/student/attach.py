@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import log_single_rank, unwrap_model
@@ -29,6 +28,7 @@ from abkd_megatron.student.report import SELECTED, LossChecks, Report, masked_lo
 from abkd_megatron.student.supported import check_sharded_output, check_shared_vocab, check_tokens, check_wrappers
 from abkd_megatron.student.timer import PassTimer
 from abkd_megatron.teacher.build import Teacher
+from abkd_megatron.teacher.model import Model, pattern_of_model, process_output, takes_output_processor
 from abkd_megatron.teacher.output_layer import OutputLayer
 from abkd_megatron.teacher.runner import TeacherRunner
 from abkd_megatron.vocab_parallel import VocabShard
@@ -75,7 +75,7 @@ def attach(
             padded differently, gathered logits (``parallel_output=False``), a `shared_vocab` that is not supported
             here, or hidden losses without their layers or projectors. At the first micro-batch, for a stage with a
             hidden loss and no loss mask.
-        HostError: a student without `output_processor`: not a GPTModel of megatron-core >= 0.19.
+        HostError: a student that is neither a GPTModel nor a HybridModel of megatron-core >= 0.19.
 
     Collectives: three all_gather_object (five with hidden losses), and those that create the groups for messages. Per
     micro-batch: the teacher's own, its messages, and those of `vocab_parallel_distillation`, of each logit loss and of
@@ -127,21 +127,26 @@ def attach(
 
 def _checked_student(
     student: torch.nn.Module | Sequence[torch.nn.Module], teacher: Teacher, objective: Objective, vocab_size: int
-) -> list[GPTModel]:
+) -> list[Model]:
     chunks = list(student) if isinstance(student, Sequence) else [student]
     check_wrappers(chunks)
     chunks = unwrap_model(chunks)
     for model in chunks:
-        if not isinstance(model, GPTModel) or "output_processor" not in inspect.signature(model.forward).parameters:
+        if not isinstance(model, Model):
             raise HostError(
-                f"expected a GPTModel whose forward takes `output_processor` (megatron-core >= 0.19), got "
-                f"{type(model).__name__}; build the student with a GPTModelConfig"
+                f"expected a GPTModel or a HybridModel of megatron-core >= 0.19, got {type(model).__name__}; build the "
+                "student with a GPTModelConfig or a HybridModelConfig"
             )
         if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in model._forward_pre_hooks.values()):
             raise ConfigError("this student has a teacher attached already; call `detach()` on that attachment first")
-    for who, config in (("student", chunks[0].config), ("teacher", teacher.model.config)):
-        check_features(config, who, MODEL)
-        check_stages(config, who)
+    for who, model in (("student", chunks[0]), ("teacher", teacher.model)):
+        check_features(model.config, who, MODEL)
+        check_stages(model.config, who, pattern_of_model(model))
+    if chunks[0].config.fine_grained_activation_offloading and not takes_output_processor(chunks[-1]):
+        raise ConfigError(
+            "student: fine_grained_activation_offloading is not supported with a HybridModel, which would offload the "
+            "output layer's parameters; turn it off"
+        )
     if teacher.layout.num_dp_replicas > 1 and chunks[0].config.variable_seq_lengths:
         raise ConfigError(
             "variable_seq_lengths is not supported with a teacher that spans several DP replicas, whose micro-batches "
@@ -205,7 +210,7 @@ class Attachment:
 
     def __init__(
         self,
-        chunks: Sequence[GPTModel],
+        chunks: Sequence[Model],
         teacher: Teacher,
         objective: ScheduledObjective,
         execution: Execution,
@@ -241,7 +246,7 @@ class Attachment:
         # The first chunk sees its micro-batches in order, and so does the last one; other chunks may run in between.
         self._hooks = [chunks[0].register_forward_pre_hook(self._run_teacher, with_kwargs=True)]
         if chunks[-1].post_process:
-            self._hooks.append(chunks[-1].register_forward_pre_hook(self._give_head, with_kwargs=True))
+            self._hooks += process_output(chunks[-1], self._head_context, self._head)
         self._hidden = None
         if losses := self.objective.hidden_losses:
             self._hidden = HiddenLosses(
@@ -354,7 +359,7 @@ class Attachment:
         """Peak number of micro-batches whose outputs of a teacher layer waited for the student's layer."""
         return self._hidden.max_queued_microbatches if self._hidden is not None else 0
 
-    def _run_teacher(self, student: GPTModel, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _run_teacher(self, student: Model, args: tuple, kwargs: dict[str, Any]) -> None:
         batch = self._signature.bind_partial(*args, **kwargs).arguments
         if self._logits_are_wanted(batch):
             return
@@ -370,11 +375,11 @@ class Attachment:
             self.max_queued_microbatches = max(self.max_queued_microbatches, len(self._waiting))
             self.max_queued_bytes = max(self.max_queued_bytes, sum(hidden.nbytes for hidden in self._waiting))
 
-    def _give_head(self, student: GPTModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def _head_context(self, args: tuple, kwargs: dict[str, Any]) -> OutputLayer | None:
+        """Return the teacher's side of the next micro-batch's loss; None where the model was called for logits."""
         if self._logits_are_wanted(self._signature.bind_partial(*args, **kwargs).arguments):
             return None
-        context = self.teacher.output_layer(self._waiting.popleft())
-        return args, {**kwargs, "output_processor": self._head, "output_processor_context": context}
+        return self.teacher.output_layer(self._waiting.popleft())
 
     def _logits_are_wanted(self, batch: dict[str, Any]) -> bool:
         """Return whether the model was called for logits: a single pipeline stage without labels."""
@@ -395,7 +400,7 @@ class Attachment:
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """Compute the per-token loss [b, s] from both models' hidden states; called by GPTModel."""
+        """Compute the per-token loss [b, s] from both models' hidden states; see `process_output`."""
         self.loss_mask = loss_mask
         self._tensors = {
             "student hidden states": hidden_states.detach(),

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import make_viewless_tensor
@@ -24,6 +23,7 @@ from abkd_megatron.losses.hidden import HiddenLoss
 from abkd_megatron.student.projectors import PROJECTORS, check_projector, layer_numbers
 from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.channel import Channel, new_group
+from abkd_megatron.teacher.model import Model
 from abkd_megatron.tensors import Function, check_context, check_tensor, constant
 
 
@@ -37,7 +37,7 @@ class Layers:
 
 
 def layers_of_stages(
-    chunks: Sequence[GPTModel], teacher: Teacher, pg_collection: ProcessGroupCollection
+    chunks: Sequence[Model], teacher: Teacher, pg_collection: ProcessGroupCollection
 ) -> dict[int, Layers]:
     """Return {pipeline stage: its layers} of student and teacher; virtual stages are merged.
 
@@ -93,7 +93,7 @@ def check_layers(
 
 
 def check_pairs(
-    chunks: Sequence[GPTModel], teacher: Teacher, losses: Sequence[HiddenLoss], stages: Mapping[int, Layers]
+    chunks: Sequence[Model], teacher: Teacher, losses: Sequence[HiddenLoss], stages: Mapping[int, Layers]
 ) -> None:
     """Reject hidden losses that cannot be trained.
 
@@ -125,14 +125,19 @@ def check_pairs(
             ) from error
 
 
-def _layer(model: GPTModel, number: int) -> torch.nn.Module:
+def _layer(model: Model, number: int) -> torch.nn.Module:
     (found,) = [layer for layer in model.decoder.layers if layer.layer_number == number]
     assert isinstance(found, torch.nn.Module)
     return found
 
 
-def _chunk_of(chunks: Sequence[GPTModel], loss: HiddenLoss) -> GPTModel | None:
+def _chunk_of(chunks: Sequence[Model], loss: HiddenLoss) -> Model | None:
     return next((chunk for chunk in chunks if loss.student_layer in layer_numbers(chunk)), None)
+
+
+def _hidden_states_of(output: tuple[Tensor, Any] | Tensor) -> Tensor:
+    """Return a layer's hidden states, [s, b, H]. A Mamba layer returns a tensor, other layers a tuple."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def hidden_distance(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
@@ -218,7 +223,7 @@ class _Pair:
 class _Chunk:
     """A model chunk with student layers of some pairs."""
 
-    model: GPTModel
+    model: Model
     pairs: list[_Pair]
     tokens: _Tokens | None = None
     """Set while the chunk runs forward and a loss is wanted, else None."""
@@ -255,7 +260,7 @@ class HiddenLosses:
 
     def __init__(
         self,
-        chunks: Sequence[GPTModel],
+        chunks: Sequence[Model],
         teacher: Teacher,
         losses: Sequence[HiddenLoss],
         stages: Mapping[int, Layers],
@@ -324,11 +329,11 @@ class HiddenLosses:
             self._hooks.append(ours.register_forward_hook(partial(self._compare, chunk, pair)))
         self._hooks.append(chunk.model.register_forward_hook(partial(self._after, chunk)))
 
-    def _keep(self, pair: _Pair, layer: torch.nn.Module, args: tuple, output: tuple[Tensor, Any]) -> None:
-        pair.waiting.append(output[0])
+    def _keep(self, pair: _Pair, layer: torch.nn.Module, args: tuple, output: tuple[Tensor, Any] | Tensor) -> None:
+        pair.waiting.append(_hidden_states_of(output))
         self.max_queued_microbatches = max(self.max_queued_microbatches, len(pair.waiting))
 
-    def _before(self, chunk: _Chunk, model: GPTModel, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before(self, chunk: _Chunk, model: Model, args: tuple, kwargs: dict[str, Any]) -> None:
         batch = self._signature.bind_partial(*args, **kwargs).arguments
         if self._logits_are_wanted(batch):
             return
@@ -345,9 +350,9 @@ class HiddenLosses:
         chunk.tokens, chunk.differentiated = _Tokens(mask, count), torch.is_grad_enabled()
 
     def _compare(
-        self, chunk: _Chunk, pair: _Pair, layer: torch.nn.Module, args: tuple, output: tuple[Tensor, Any]
-    ) -> tuple[Tensor, Any] | None:
-        hidden_states, *rest = output
+        self, chunk: _Chunk, pair: _Pair, layer: torch.nn.Module, args: tuple, output: tuple[Tensor, Any] | Tensor
+    ) -> tuple[Tensor, Any] | Tensor | None:
+        hidden_states = _hidden_states_of(output)
         if chunk.tokens is not None:
             tokens, theirs = chunk.tokens, pair.waiting.popleft()
             loss = self._sum(chunk, pair, hidden_states, theirs, tokens)
@@ -364,7 +369,8 @@ class HiddenLosses:
             return None
         added = _Add.apply(hidden_states, self._scaled(pair.loss.weight * loss, tokens.count))
         # Megatron frees the output of a stage after sending it, which must not be a view.
-        return (make_viewless_tensor(added, requires_grad=True, keep_graph=True), *rest)
+        added = make_viewless_tensor(added, requires_grad=True, keep_graph=True)
+        return added if isinstance(output, Tensor) else (added, *output[1:])
 
     def _sum(self, chunk: _Chunk, pair: _Pair, hidden_states: Tensor, theirs: Tensor, tokens: _Tokens) -> Tensor:
         """Sum the loss over this rank's unmasked tokens. A masked token adds nothing, even if it is NaN or infinite."""
@@ -381,7 +387,7 @@ class HiddenLosses:
             loss = self._config.grad_scale_func(loss)
         return loss
 
-    def _after(self, chunk: _Chunk, model: GPTModel, args: tuple, output: Any) -> None:
+    def _after(self, chunk: _Chunk, model: Model, args: tuple, output: Any) -> None:
         if chunk.tokens is None:
             return
         chunk.tokens = None
@@ -400,7 +406,7 @@ class HiddenLosses:
         """Pop this rank's sums of the next micro-batch; its chunks run micro-batches in the same order."""
         return {name: value for chunk in self._chunks for name, value in chunk.done.popleft().items()}
 
-    def _collect(self, model: GPTModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def _collect(self, model: Model, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if self._logits_are_wanted(self._signature.bind_partial(*args, **kwargs).arguments):
             return
         found = self._own()

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.hidden import HiddenLoss
+from abkd_megatron.teacher.model import Model
 
 PROJECTORS = "distillation_projectors"
 """Name of the student's submodule, and prefix of the projectors' names in its checkpoint."""
@@ -65,7 +65,7 @@ class Projectors(torch.nn.ModuleDict):
 
 
 def add_projectors(
-    student: Sequence[GPTModel],
+    student: Sequence[Model],
     losses: Sequence[HiddenLoss],
     teacher_hidden_size: int,
     *,
@@ -116,7 +116,7 @@ def add_projectors(
         chunk.add_module(PROJECTORS, projectors)
 
 
-def check_projector(chunk: GPTModel, loss: HiddenLoss, teacher_hidden_size: int) -> None:
+def check_projector(chunk: Model, loss: HiddenLoss, teacher_hidden_size: int) -> None:
     """Reject a model chunk without the projector of a hidden loss, or with another shape.
 
     Args:
@@ -138,6 +138,6 @@ def check_projector(chunk: GPTModel, loss: HiddenLoss, teacher_hidden_size: int)
         raise ConfigError(f"{loss.name}: expected a projector of {wanted}, got {shape}; call add_projectors() with it")
 
 
-def layer_numbers(model: GPTModel) -> list[int]:
+def layer_numbers(model: Model) -> list[int]:
     """Return the numbers of a model chunk's layers, counted over the whole model from 1."""
     return [layer.layer_number for layer in model.decoder.layers]

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import torch
 from megatron.core.distributed import TorchFullyShardedDataParallel
 from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel as MegatronFSDP
-from megatron.core.models.gpt import GPTModel
 from torch.distributed.fsdp import FSDPModule
 
 from abkd_megatron.config.unsupported import MODEL, check_features
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.objective import Objective
+from abkd_megatron.teacher.model import Model
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def check_wrappers(student: Sequence[torch.nn.Module]) -> None:
         ConfigError: naming the feature, the reason and what to change.
     """
     for module in itertools.chain.from_iterable(chunk.modules() for chunk in student):
-        compiled = isinstance(module, GPTModel) and module._compiled_call_impl is not None
+        compiled = isinstance(module, Model) and module._compiled_call_impl is not None
         if compiled or isinstance(module, torch._dynamo.OptimizedModule):
             raise ConfigError(
                 "student: torch.compile of the whole model is not supported: hooks on its forward run the teacher and "

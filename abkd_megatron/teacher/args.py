@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from megatron.training.arguments import validate_args
-from megatron.training.models.gpt import GPTModelConfig
 
 from abkd_megatron.config.megatron_args import (
     checked_model_config,
@@ -14,6 +13,8 @@ from abkd_megatron.config.megatron_args import (
     megatron_options,
     parse_model,
 )
+from abkd_megatron.config.model_config import ModelConfig
+from abkd_megatron.config.pattern import PATTERN_OPTIONS
 from abkd_megatron.config.schema import Config
 from abkd_megatron.config.unsupported import check_effect
 from abkd_megatron.config.values import MegatronOptions
@@ -28,7 +29,7 @@ _SHARED = ("context_parallel_size", "seq_length", "micro_batch_size", "tokenizer
 
 def teacher_arguments(
     megatron: Mapping[str, Any], own: Mapping[str, Any], student: Namespace, host: str
-) -> tuple[Namespace, GPTModelConfig]:
+) -> tuple[Namespace, ModelConfig]:
     """Return Megatron's validated arguments of the teacher and its model configuration.
 
     Args:
@@ -44,6 +45,8 @@ def teacher_arguments(
     if student.use_checkpoint_args:
         megatron = of_checkpoint(megatron, student, options)
     inherited = inherited_architecture(megatron, own, options)
+    if student.hybrid_layer_pattern is not None:
+        _check_layers_given(own, options)
     with _inheritance_named(inherited):
         args = parse_model(teacher_settings(megatron, own, options), "teacher", host)
         check_effect(args, "teacher", options, map(MegatronOptions(options).dest, own))
@@ -77,6 +80,16 @@ def teacher_arguments(
         )
     with _inheritance_named(inherited):
         return args, checked_model_config(args, "teacher", host)
+
+
+def _check_layers_given(own: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Reject a hybrid student's teacher without layers: what the student has of them is not inherited."""
+    given = {MegatronOptions(options).dest(name) for name, value in own.items() if value is not None}
+    if not given & {"num_layers", "encoder_num_layers", "heterogeneous_layers_config_path", *PATTERN_OPTIONS}:
+        raise ConfigError(
+            "expected the teacher's layers, which are not inherited from a student with a hybrid-layer-pattern; set "
+            "teacher.hybrid-layer-pattern of a HybridModel, or teacher.num-layers of a GPTModel"
+        )
 
 
 @contextmanager

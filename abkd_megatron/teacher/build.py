@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
-from megatron.training.models import GPTModelConfig
 
-from abkd_megatron.errors import ConfigError
+from abkd_megatron.config.model_config import ModelConfig
+from abkd_megatron.errors import ConfigError, on_every_rank
 from abkd_megatron.teacher.channel import new_group, new_group_of
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.layout import RankCoords, TeacherLayout
+from abkd_megatron.teacher.model import Model, check_gpt_source, pattern_of_model, read_gpt_checkpoint
 from abkd_megatron.teacher.output_layer import OutputLayer
 
 
@@ -29,7 +29,7 @@ from abkd_megatron.teacher.output_layer import OutputLayer
 class Teacher:
     """This rank's share of a frozen teacher."""
 
-    model: GPTModel
+    model: Model
     """This rank's stage, in eval mode, without gradients. With a separate head its forward returns hidden states."""
     layout: TeacherLayout
     pg_collection: ProcessGroupCollection
@@ -38,7 +38,7 @@ class Teacher:
     """Output layer, sharded like the student's: a module on the student's last stage, elsewhere None."""
 
     @classmethod
-    def of(cls, model: GPTModel, pg_collection: ProcessGroupCollection) -> "Teacher":
+    def of(cls, model: Model, pg_collection: ProcessGroupCollection) -> "Teacher":
         """Wrap and freeze a built and loaded model that has the student's layout.
 
         Args:
@@ -74,7 +74,7 @@ class Teacher:
 
 
 def build_teacher(
-    config: GPTModelConfig,
+    config: ModelConfig,
     checkpoint: TeacherCheckpoint,
     pg_collection: ProcessGroupCollection,
     *,
@@ -124,6 +124,10 @@ def build_teacher(
         model.post_process = False  # of the model only: its decoder keeps the final norm
         del model.output_layer
     wanted = model.sharded_state_dict(metadata=checkpoint.metadata(groups.dp_cp))
+    if (pattern := pattern_of_model(model)) is not None and not checkpoint.is_hybrid:
+        with on_every_rank():
+            check_gpt_source(pattern, "teacher")
+            read_gpt_checkpoint(wanted, pattern)
     model.load_state_dict(checkpoint.load(wanted, groups.dp_cp))
     if separate_head:
         _load_head(head, checkpoint, pg_collection)
@@ -158,7 +162,7 @@ def to_params_dtype(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Mod
 
 
 def _process_groups(
-    config: GPTModelConfig,
+    config: ModelConfig,
     layout: TeacherLayout,
     all_coords: Sequence[RankCoords],
     student_groups: ProcessGroupCollection,
@@ -223,7 +227,7 @@ def check_experts(num_ranks: int, experts: int, tensor: int) -> None:
 
 
 def _build_separate_head(
-    config: GPTModelConfig, sequence_parallel: bool, student_groups: ProcessGroupCollection
+    config: ModelConfig, sequence_parallel: bool, student_groups: ProcessGroupCollection
 ) -> ColumnParallelLinear | None:
     """Build the teacher's output layer in the student's layout, on the student's last stage."""
     if student_groups.pp.rank() + 1 < student_groups.pp.size():
@@ -250,7 +254,7 @@ def _load_head(
     if head is not None:
         metadata = checkpoint.metadata(student_groups.dp_cp)
         weight = head.sharded_state_dict("output_layer.", metadata=metadata)["output_layer.weight"]
-        weight.allow_shape_mismatch = True  # as in GPTModel: the padding depends on the layout
+        weight.allow_shape_mismatch = True  # as in Megatron's models: the padding depends on the layout
         if not checkpoint.has("output_layer.weight"):
             weight.key = "embedding.word_embeddings.weight"
         wanted["weight"] = weight

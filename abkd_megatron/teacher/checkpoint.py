@@ -23,12 +23,20 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from abkd_megatron.errors import CheckpointError, on_every_rank
 from abkd_megatron.teacher.compatibility import check_vocabulary, differences, option_name, same_tokenizer
 from abkd_megatron.teacher.description import Description, describe
+from abkd_megatron.teacher.model import check_gpt_source
 from abkd_megatron.teacher.safe_load import plain_values, read_common, read_index
 
 # Tensors with one row per column of the padded vocabulary.
 _OF_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 # Prefixes of tensors that are loaded on one rank together: one layer, or all layers stacked in one tensor.
-_LAYER = re.compile(r"decoder\.layers\.(\d+\.)?|decoder\.final_layernorm\.")
+_LAYER = re.compile(r"decoder\.layers\.(\d+\.)?|decoder\.final_(layer)?norm\.")
+# Of a HybridModel only; a GPTModel has a final_layernorm.
+_HYBRID_NORM = "decoder.final_norm."
+# Parts of a GPTModel's layer, which are layers of their own in a HybridModel, perhaps on different stages.
+_PARTS = (
+    ("decoder.layers.self_attention.", "decoder.layers.input_layernorm."),
+    ("decoder.layers.mlp.", "decoder.layers.pre_mlp_layernorm."),
+)
 
 # Bytes of each file that `TeacherCheckpoint.identity` hashes.
 _SAMPLE = 4096
@@ -114,6 +122,14 @@ class TeacherCheckpoint:
             CheckpointError: the architecture or the vocabulary differs, the vocabulary is smaller than the shared part,
                 or there is neither a description nor a declaration.
         """
+        pattern = getattr(args, "hybrid_layer_pattern", None)
+        if pattern is None and self.is_hybrid:
+            raise CheckpointError(
+                f"the teacher in {self.directory} is a HybridModel, the configured one a GPTModel; set "
+                "teacher.hybrid-layer-pattern, and remove teacher.num-layers"
+            )
+        if pattern is not None and not self.is_hybrid:
+            check_gpt_source(pattern, "teacher")
         described = self.described
         if not declared and (described is None or described.left_open(args)):
             got = "neither Megatron's arguments nor Megatron Bridge's run_config.yaml nor Hugging Face's config.json"
@@ -203,9 +219,10 @@ class TeacherCheckpoint:
             keys.add(tensor.key)
         # A layer is loaded as a whole, except for experts, which may be on other ranks.
         here = {part[0] for key in keys if (part := _LAYER.match(key))}
+        elsewhere = tuple(name for part in _PARTS if not any(it.startswith(part) for it in keys) for name in part)
         for key in found.keys() - keys:
             part = _LAYER.match(key)
-            if part and part[0] in here and ".experts." not in key:
+            if part and part[0] in here and ".experts." not in key and not key.startswith(elsewhere):
                 wrong.append(f"{key}: saved {found[key]}, and the configured model has no such weight")
         if wrong:
             raise CheckpointError(
@@ -288,6 +305,11 @@ class TeacherCheckpoint:
             "iteration": self.common.get("iteration"),
             "sha256": digest.hexdigest(),
         }
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether the tensors are a HybridModel's."""
+        return any(key.startswith(_HYBRID_NORM) for key in _shapes(self.index))
 
     def has(self, key: str) -> bool:
         """Return whether there is a tensor of this name."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
+from abkd_megatron.config.pattern import layers_of_pattern, pattern_of
 from abkd_megatron.errors import CheckpointError
 from abkd_megatron.teacher.description import BEYOND_ARGUMENTS, Description
 
@@ -99,6 +100,11 @@ ARCHITECTURE = (
     "mup_output_mult",
     "mup_base_head_dim",
     "mup_attn_scale_power",
+    "hybrid_layer_pattern",
+    "mamba_state_dim",
+    "mamba_head_dim",
+    "mamba_num_groups",
+    "mamba_num_heads",
 )
 
 _OF_LATENT_ATTENTION = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
@@ -109,10 +115,14 @@ _ONLY_WITH = {
     "num_experts": tuple(name for name in ARCHITECTURE if name.startswith("moe_")),
     "moe_expert_capacity_factor": ("moe_token_drop_policy",),
     "multi_latent_attention": ("rope_type", *_OF_LATENT_ATTENTION),
-    "experimental_attention_variant": tuple(name for name in ARCHITECTURE if name.startswith(("dsa_", "linear_"))),
     "window_size": ("window_attn_skip_freq",),
     "use_mup": tuple(name for name in ARCHITECTURE if name.startswith("mup_")),
+    "hybrid_layer_pattern": tuple(name for name in ARCHITECTURE if name.startswith("mamba_")),
 }
+# Settings that are also of layers of a pattern.
+_OF_VARIANTS = tuple(name for name in ARCHITECTURE if name.startswith(("dsa_", "linear_")))
+# Settings that count or list a GPTModel's layers. A layer of a GPTModel is two layers of a pattern.
+_OF_LAYERS = ("moe_layer_freq", "no_rope_freq", "window_attn_skip_freq")
 # Arguments of one kind of position embedding. Multi-latent attention uses YaRN's whatever the kind is.
 _OF_POSITIONS = {
     "yarn": tuple(name for name in ARCHITECTURE if name.startswith("yarn_")),
@@ -151,6 +161,11 @@ def differences(
         The number of settings that both have, and one line of text per setting that differs.
     """
     theirs, ours = (_architecture(of, getattr(args, "seq_length", None)) for of in (described.args, args))
+    if (pattern := ours["hybrid_layer_pattern"]) and not theirs["hybrid_layer_pattern"] and described.is_exact:
+        # A GPTModel's checkpoint, read as a HybridModel.
+        del ours["hybrid_layer_pattern"]
+        ours["num_layers"] = pattern.count("*")
+        ours |= {name: None for name in _OF_LAYERS if ours.get(name) and not isinstance(ours[name], int)}
     both = [name for name in theirs if name in ours]
     wrong = []
     for name in both:
@@ -298,7 +313,10 @@ def _architecture(args: Namespace, seq_length: int | None) -> dict[str, Any]:
         found["window_size"] = None  # no sequence of this job is longer
     if found.get("group_query_attention") and found.get("num_query_groups") == found.get("num_attention_heads"):
         found["group_query_attention"] = False
+    found["hybrid_layer_pattern"] = layers = layers_of_pattern(pattern_of(args) or "") or None
     without = {name for switch, names in _ONLY_WITH.items() if not found.get(switch) for name in names}
+    if not found.get("experimental_attention_variant") and not set(layers or "") & set("GD"):
+        without.update(_OF_VARIANTS)
     positions = found.get("position_embedding_type")
     without.update(name for kind, names in _OF_POSITIONS.items() if kind != positions for name in names)
     if positions != "yarn" and not found.get("multi_latent_attention"):

@@ -78,6 +78,11 @@ _HUGGING_FACE = {
     "moe_router_topk_scaling_factor": ("routed_scaling_factor",),
     "moe_router_num_groups": ("n_group",),
     "moe_router_group_topk": ("topk_group",),
+    "hybrid_layer_pattern": ("hybrid_override_pattern",),
+    "mamba_state_dim": ("ssm_state_size",),
+    "mamba_head_dim": ("mamba_head_dim",),
+    "mamba_num_groups": ("n_groups",),
+    "mamba_num_heads": ("mamba_num_heads",),
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _YARN = {

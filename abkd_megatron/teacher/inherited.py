@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
+from abkd_megatron.config.pattern import PATTERN_OPTIONS
 from abkd_megatron.config.values import MegatronOptions, Options
 from abkd_megatron.config.yaml import dashed, flow
 
@@ -125,9 +126,12 @@ _ONLY_WITH = {
     ("group_query_attention",): r"num_query_groups",
     ("window_size",): r"window_attn_skip_freq",
     ("swiglu", "quick_geglu"): r"glu_linear_offset|activation_func_clamp_value",
-    ("experimental_attention_variant",): r"dsa_.*|linear_.*",
+    ("experimental_attention_variant", *PATTERN_OPTIONS): r"dsa_.*|linear_.*",
+    PATTERN_OPTIONS: r"mamba_.*|use_mamba_mem_eff_path",
     ("use_mup",): r"mup_.*",
 }
+# Settings that HybridModel does not apply.
+_NOT_HYBRID = ("use_rope_scaling", "rope_scaling_factor", "rotary_interleaved")
 # Settings that may list a value per layer. A list does not fit a teacher with another number of layers.
 _OF_LAYERS = ("moe_layer_freq", "linear_attention_freq", "no_rope_freq", "window_attn_skip_freq")
 # Files that describe every layer's sizes. They do not fit a teacher of another size.
@@ -190,6 +194,15 @@ def teacher_settings(megatron: Mapping[str, Any], own: Mapping[str, Any], option
         if any(ours.get(name) not in (None, False) for name in alternatives)
         for name in alternatives
     }
+    # A pattern is never inherited. Between models of two kinds, neither is what counts layers or specifies them.
+    left_out.update((*PATTERN_OPTIONS, "mtp_hybrid_override_pattern"))
+    is_hybrid = [any(of.get(name) for name in PATTERN_OPTIONS) for of in (theirs, ours)]
+    if any(is_hybrid):
+        left_out.update(_LAYERS)
+    if is_hybrid[0] != is_hybrid[1]:
+        left_out.add("spec")
+    if is_hybrid[1]:
+        left_out.update(_NOT_HYBRID)
     both = {**{name: value for name, value in theirs.items() if name not in left_out}, **ours}
     off = [names for switches, names in _ONLY_WITH.items() if not any(_has(both, switch) for switch in switches)]
     layers = [next((of[name] for name in _LAYERS if of.get(name) is not None), None) for of in (theirs, both)]

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
@@ -16,6 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.channel import Channel, Outbox, batched_p2p, new_group
+from abkd_megatron.teacher.model import Model, without_head
 
 _Expected = tuple[Sequence[int], torch.dtype]
 """Shape and dtype of a message."""
@@ -55,7 +55,7 @@ class TeacherRunner:
     pairs of ranks that will exchange messages.
     """
 
-    def __init__(self, chunks: Sequence[GPTModel], teacher: Teacher, timeout: timedelta) -> None:
+    def __init__(self, chunks: Sequence[Model], teacher: Teacher, timeout: timedelta) -> None:
         student = chunks[0]
         self._student, self._teacher, self._layout = student, teacher, teacher.layout
         layout, config = self._layout, student.config
@@ -125,14 +125,14 @@ class TeacherRunner:
             if layout.stage > 0:
                 assert self._stages is not None
                 model.set_input_tensor(self._receive(self._stages, between, layout.pipeline[layout.stage - 1]))
-            output = model(
-                inputs.get("input_ids"),
-                inputs.get("position_ids"),
-                inputs.get("attention_mask"),
-                packed_seq_params=batch.get("packed_seq_params"),
-                padding_mask=inputs.get("padding_mask"),
-                output_processor=_hidden_states,
-            )
+            with without_head(model):
+                output = model(
+                    inputs.get("input_ids"),
+                    inputs.get("position_ids"),
+                    inputs.get("attention_mask"),
+                    packed_seq_params=batch.get("packed_seq_params"),
+                    padding_mask=inputs.get("padding_mask"),
+                )
             if layout.stage + 1 < layout.pipeline_parallel:
                 assert self._stages is not None
                 to = layout.pipeline[layout.stage + 1]
@@ -369,8 +369,3 @@ class TeacherRunner:
     def num_in_flight(self) -> int:
         """Number of sends from this rank that are not known to be complete."""
         return sum(channel.num_in_flight for channel in self._channels())
-
-
-def _hidden_states(*, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
-    """Return the hidden states as the model's output; logits are computed later, by the student's head."""
-    return hidden_states

@@ -250,8 +250,10 @@ def _is_number(word: str) -> bool:
 
 def _model(args: Namespace) -> str:
     experts = f", {args.num_experts} experts" if args.num_experts else ""
+    layers = f"{args.num_layers} layers"
+    layers += f" {args.hybrid_layer_pattern}" if args.hybrid_layer_pattern is not None else ""
     return (
-        f"{args.num_layers} layers, hidden size {args.hidden_size}, {args.num_attention_heads} heads{experts}, "
+        f"{layers}, hidden size {args.hidden_size}, {args.num_attention_heads} heads{experts}, "
         f"{str(args.params_dtype).removeprefix('torch.')}, sequence length {args.seq_length}"
     )
 

@@ -128,8 +128,69 @@ CASES: dict[str, Case] = {
     "saving in the background on a CPU": Case(
         "config", "pretrain", ["megatron.async-save=true", "megatron.save={workspace}/async"], r"remove async-save"
     ),
-    "a hybrid model by its old name": Case(
-        "config", "pretrain", ["megatron.hybrid-override-pattern=M-*-"], r"hybrid-override-pattern"
+    "a hybrid model by its old name, without the kernels of Mamba": Case(
+        "config", "pretrain", ["megatron.hybrid-override-pattern=M-*-"], r"student.*M.*package mamba-ssm"
+    ),
+    "a hybrid model without the kernels of gated delta nets": Case(
+        "config", "pretrain", ["megatron.hybrid-layer-pattern=*-G-"], r"student.*G.*package flash-linear-attention"
+    ),
+    "a hybrid model without TransformerEngine": Case(
+        "config",
+        "pretrain",
+        ["megatron.hybrid-layer-pattern=*-*-", "megatron.transformer-impl=transformer_engine"],
+        r"student.*TransformerEngine.*transformer-impl=local",
+    ),
+    "a hybrid teacher without the kernels of Mamba": Case(
+        "config", "distill", ["teacher.hybrid-layer-pattern=M-*-"], r"teacher.*M.*package mamba-ssm"
+    ),
+    "a hybrid model with scaled rotary embeddings": Case(
+        "config",
+        "pretrain",
+        ["megatron.hybrid-layer-pattern=*-*-", "megatron.use-rope-scaling=true"],
+        r"student: use-rope-scaling .*hybrid-layer-pattern",
+    ),
+    "a hybrid model with interleaved rotary embeddings": Case(
+        "config",
+        "pretrain",
+        ["megatron.hybrid-layer-pattern=*-*-", "megatron.rotary-interleaved=true"],
+        r"student: rotary-interleaved .*hybrid-layer-pattern",
+    ),
+    "a hybrid model with a setting of another number of layers": Case(
+        "config", "pretrain", ["megatron.hybrid-layer-pattern=*-*", PIPELINE], r"3 layers.*2 pipeline stages"
+    ),
+    "a hybrid teacher with virtual stages": Case(
+        "config", "distill", ["teacher.hybrid-layer-pattern=*-*-|*-*-"], r"teacher: virtual .*1 segments.*got 2"
+    ),
+    "a hybrid teacher with multi-token prediction": Case(
+        "config", "distill", ["teacher.hybrid-layer-pattern=*-*-*-*-/*-"], r"teacher: multi-token.* \*-\*-\*-\*- \("
+    ),
+    "a hybrid teacher of another number of layers": Case(
+        "checkpoint", "distill", ["teacher.hybrid-layer-pattern=*-*-"], r"num-layers: the checkpoint has 4.* 2"
+    ),
+    "a hybrid teacher with a layer that is not in the checkpoint": Case(
+        "checkpoint", "distill", ["teacher.hybrid-layer-pattern=*-*-*-*-*"], r"teacher: a GPTModel's checkpoint.*equal"
+    ),
+    "a teacher without layers": Case(
+        "config",
+        "distill",
+        ["megatron.hybrid-layer-pattern=*-*-", "teacher.num-layers=null"],
+        r"teacher\.hybrid-layer-pattern.*teacher\.num-layers",
+    ),
+    "a hybrid student with a transformer's optimizer": Case(
+        "checkpoint",
+        "pretrain",
+        ["megatron.hybrid-layer-pattern=*-*-", "megatron.load={workspace}/student", "megatron.finetune=true"],
+        r"GPTModel's.*megatron\.no-load-optim=true",
+    ),
+    "a hybrid student with layers that are not in the checkpoint": Case(
+        "checkpoint",
+        "pretrain",
+        [
+            "megatron.hybrid-layer-pattern=*-*-*-",
+            "megatron.load={workspace}/student",
+            "megatron.no-load-optim=true",
+        ],
+        r"num-layers: the checkpoint has 2.* 3",
     ),
     "groups of queries without their switch": Case(
         "config", "pretrain", ["megatron.num-query-groups=2"], r"num-query-groups.*2.*group-query"

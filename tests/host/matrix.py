@@ -58,6 +58,24 @@ HIDDEN_LOSSES = {
     "distillation.hidden_losses": "[{student_layer: 1, teacher_layer: 2, loss: mse, weight: 0.5}, "
     "{student_layer: 1, teacher_layer: 1, loss: cosine}, {student_layer: 2, teacher_layer: 4, loss: cosine, weight: 2}]"
 }
+# The layers of a GPTModel with 2 layers, one layer each. It starts from the GPTModel's checkpoint.
+LIKE_GPT = {"hybrid-layer-pattern": "*-*-", "num-layers": "null", "no-load-optim": "true"}
+# The same of the teacher, which has 4.
+TEACHER_LIKE_GPT = {"teacher.hybrid-layer-pattern": "*-*-*-*-", "teacher.num-layers": "null"}
+MAMBA = {
+    "hybrid-layer-pattern": "M-*-",
+    "num-layers": "null",
+    "mamba-state-dim": 8,
+    "mamba-head-dim": 16,
+    "mamba-num-groups": 2,
+}
+MAMBA_AND_DELTA = MAMBA | {
+    "hybrid-layer-pattern": "M-*-G-*-",
+    "linear-key-head-dim": 16,
+    "linear-value-head-dim": 16,
+    "linear-num-key-heads": 2,
+    "linear-num-value-heads": 2,
+}
 UNTIED, TIED = ({"untie-embeddings-and-output-weights": how} for how in ("true", "false"))
 
 
@@ -102,6 +120,20 @@ REFERENCES: dict[str, Reference] = {
     "MuP": Reference(
         student={"use-mup": "true", "mup-base-hidden-size": 16, "mup-embedding-mult": 1.5},
         beside={"teacher.use-mup": "false"},
+    ),
+    "Mamba": Reference(student=MAMBA),
+    "Mamba of Mamba": Reference(student=MAMBA, teacher=MAMBA_AND_DELTA),
+    "Mamba teacher": Reference(teacher=MAMBA_AND_DELTA),
+    "hybrid with MTP": Reference(student={"hybrid-layer-pattern": "*-*-/*-", "num-layers": "null"}),
+    "hidden losses of Mamba": Reference(
+        student=MAMBA,
+        teacher=MAMBA_AND_DELTA,
+        beside={
+            "distillation.hidden_losses": "[{student_layer: 1, teacher_layer: 1, loss: mse, weight: 0.5}, "
+            "{student_layer: 2, teacher_layer: 3, loss: cosine}, {student_layer: 4, teacher_layer: 8, loss: cosine}]",
+            "eod-mask-loss": "true",
+        },
+        reports=("hidden loss 1-1", "hidden loss 2-3", "hidden loss 4-8"),
     ),
     "other kind": Reference(
         teacher={
@@ -184,12 +216,21 @@ class Row:
     def where(self) -> str:
         sizes = {name: int(str(self.settings.get(key, 1))) for name, key in LAYOUT.items()}
         sizes["DP"] = self.num_ranks // (sizes["TP"] * sizes["PP"])
+        segments = str(self.settings.get("hybrid-layer-pattern", "")).count("|") + 1
+        if segments > sizes["PP"]:
+            sizes["VPP"] = segments // sizes["PP"]
         if "num-layers-per-virtual-pipeline-stage" in self.settings:
             sizes["VPP"] = int(str(REFERENCES[self.reference].student["num-layers"])) // sizes["PP"]
         here = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "1 rank"
         here += " with SP" * ("sequence-parallel" in self.settings)
         own = [f"{name} {self.settings[k]}" for name, key in LAYOUT.items() if (k := f"teacher.{key}") in self.settings]
         return f"{here} (teacher: {' x '.join(own)})" if own else here
+
+    @property
+    def is_compared_with_gpt(self) -> bool:
+        """Whether the student is a HybridModel, and the one of its reference a GPTModel."""
+        pattern = "hybrid-layer-pattern"
+        return pattern in self.settings and pattern not in REFERENCES[self.reference].student
 
     @property
     def tolerance(self) -> str:
@@ -217,6 +258,10 @@ def teacher(*, tensor: int | None = None, pipeline: int | None = None) -> Settin
 OWN = "independent teacher parallelism"
 SYNCHRONIZED = "the device synchronized around every pass and message, `timing-log-level: 2`"
 DIFFERS = "teacher of another kind: heads, positions, norm, activation, biases, tied embeddings"
+TO_HYBRID = "HybridModel `*-` student of a GPTModel, compared with a GPTModel student"
+BOTH_HYBRID = "HybridModel `*-` student and teacher, compared with two GPTModels"
+FROM_HYBRID = "GPTModel student of a HybridModel `*-`, compared with two GPTModels"
+MAMBA_PAIRS = "HybridModel with Mamba, gated delta net and attention layers"
 HIDDEN = "losses between layers, with projectors"
 ACCUMULATION = "gradient accumulation: micro-batches of 1 and 4 in place of 2"
 
@@ -323,6 +368,46 @@ ROWS = [
     Row(HIDDEN, 2, DP | {"overlap-param-gather": "true"}, "hidden losses, per token"),
     Row(HIDDEN, 2, VPP, "hidden losses, 4 layers"),
     Row(HIDDEN, 4, TP | VPP | FULL_RECOMPUTATION, "hidden losses, 4 layers"),
+    Row(TO_HYBRID, 1, LIKE_GPT),
+    Row(TO_HYBRID, 2, LIKE_GPT | TP),
+    Row(TO_HYBRID, 2, LIKE_GPT | SP | FUSED),
+    Row(TO_HYBRID, 2, LIKE_GPT | PP | FULL_RECOMPUTATION),
+    Row(TO_HYBRID, 2, LIKE_GPT | PP | {"hybrid-layer-pattern": "*-|*-"} | FUSED),
+    Row(TO_HYBRID, 2, LIKE_GPT | PP | {"hybrid-layer-pattern": "*-|*-|*-|*-"} | FUSED, "8 micro-batches"),
+    Row(TO_HYBRID, 2, LIKE_GPT | DP | FUSED),
+    Row(TO_HYBRID, 2, LIKE_GPT | DP | GATHER | FUSED),
+    Row(TO_HYBRID, 2, LIKE_GPT | EP | {"hybrid-layer-pattern": "*E*E"}, "MoE"),
+    Row(TO_HYBRID, 2, LIKE_GPT | TP, "tied"),
+    Row(TO_HYBRID, 2, LIKE_GPT | PP | FUSED, "tied"),
+    Row(TO_HYBRID, 2, LIKE_GPT | PP | FUSED, "MuP"),
+    Row(TO_HYBRID, 4, LIKE_GPT | TP | PP | FUSED),
+    Row(TO_HYBRID, 4, LIKE_GPT | TP | PP | BF16),
+    Row(BOTH_HYBRID, 1, LIKE_GPT | TEACHER_LIKE_GPT),
+    Row(BOTH_HYBRID, 2, LIKE_GPT | TEACHER_LIKE_GPT | TP),
+    Row(BOTH_HYBRID, 2, LIKE_GPT | TEACHER_LIKE_GPT | PP | {"teacher.hybrid-layer-pattern": "*-*|-*-*-"} | FUSED),
+    Row(BOTH_HYBRID, 2, LIKE_GPT | TEACHER_LIKE_GPT | DP | teacher(tensor=2)),
+    Row(BOTH_HYBRID, 2, LIKE_GPT | TEACHER_LIKE_GPT | DP | teacher(pipeline=2) | FUSED),
+    Row(FROM_HYBRID, 1, TEACHER_LIKE_GPT),
+    Row(FROM_HYBRID, 2, TEACHER_LIKE_GPT | PP),
+    Row(
+        FROM_HYBRID,
+        2,
+        TEACHER_LIKE_GPT | {"teacher.hybrid-layer-pattern": "*E*E*E*E"} | of_teacher(EP),
+        "dense of MoE",
+    ),
+    Row(FROM_HYBRID, 4, TEACHER_LIKE_GPT | PP | teacher(pipeline=4)),
+    Row("multi-token prediction (HybridModel student)", 2, TP, "hybrid with MTP"),
+    Row("multi-token prediction (HybridModel student)", 2, PP | FUSED, "hybrid with MTP"),
+    Row(f"{MAMBA_PAIRS}, GPTModel teacher", 2, TP, "Mamba"),
+    Row(f"{MAMBA_PAIRS}, GPTModel teacher", 2, PP | {"hybrid-layer-pattern": "M-|*-"} | FUSED, "Mamba"),
+    Row(f"{MAMBA_PAIRS}, GPTModel student", 2, TP, "Mamba teacher"),
+    Row(f"{MAMBA_PAIRS}, GPTModel student", 2, PP, "Mamba teacher"),
+    Row(f"{MAMBA_PAIRS}, both", 2, SP, "Mamba of Mamba"),
+    Row(f"{MAMBA_PAIRS}, both", 2, PP | {"teacher.hybrid-layer-pattern": "M-*|-G-*-"} | FUSED, "Mamba of Mamba"),
+    Row(f"{MAMBA_PAIRS}, both", 2, DP | teacher(tensor=2), "Mamba of Mamba"),
+    Row(f"{MAMBA_PAIRS}, both", 4, TP | PP | FUSED, "Mamba of Mamba"),
+    Row(f"{HIDDEN}, of Mamba and other layers", 2, SP, "hidden losses of Mamba"),
+    Row(f"{HIDDEN}, of Mamba and other layers", 2, PP | FULL_RECOMPUTATION, "hidden losses of Mamba"),
     Row(
         "teacher's tensor parallelism no multiple of the student's",
         2,
@@ -351,7 +436,6 @@ ROWS = [
         {"mtp-num-layers": 1, "mtp-standalone": "true"},
         refused="exchange shapes first, which synchronizes",
     ),
-    Row("HybridModel", 2, {"hybrid-layer-pattern": "M*-"}, refused="HybridModel.*no output_processor"),
     Row(
         "combined 1F1B, `overlap-moe-expert-parallel-comm`",
         2,

@@ -9,6 +9,7 @@ The worst errors of all ranks go to rank 0's stdout as one line of JSON.
 Megatron's CPU attention refuses packed sequences and context parallelism, so in those cases the layer spec names ours.
 """
 
+import copy
 import functools
 import json
 import sys
@@ -45,6 +46,8 @@ class Case:
     """Whether the model is told the loss mask."""
     every: int | None = None
     """The divergence is on every so manieth token of a sequence."""
+    hybrid: bool = False
+    """Both models are HybridModels `*-`, compared with GPTModels."""
 
     @property
     def reference(self) -> tuple[str, bool, bool, int | None]:
@@ -65,6 +68,8 @@ CASES: dict[int, dict[str, Case]] = {
         "masked, by micro-batch, fused": Case("masked", head="fused", per_token=False),
         "packed, every third": Case("packed", every=3),
         "packed, every third, fused": Case("packed", head="fused", every=3),
+        "packed, hybrid": Case("packed", hybrid=True),
+        "masked, hybrid, fused": Case("masked", head="fused", hybrid=True),
     },
     2: {
         "packed, TP 2": Case("packed", tp=2),
@@ -88,6 +93,11 @@ CASES: dict[int, dict[str, Case]] = {
         "masked, DP 2, every third, fused": Case("masked", head="fused", every=3),
         "context, CP 2, every third, fused": Case("context", cp=2, head="fused", every=3),
         "packed context, CP 2, every third": Case("packed context", cp=2, every=3),
+        "packed, TP 2, hybrid, fused": Case("packed", tp=2, head="fused", hybrid=True),
+        "packed, PP 2, hybrid": Case("packed", pp=2, hybrid=True),
+        "variable, PP 2, hybrid": Case("variable", pp=2, hybrid=True),
+        "context, CP 2, hybrid": Case("context", cp=2, hybrid=True),
+        "packed context, CP 2, hybrid, fused": Case("packed context", cp=2, head="fused", hybrid=True),
     },
     4: {
         "packed, TP 2 x PP 2": Case("packed", tp=2, pp=2),
@@ -100,6 +110,8 @@ CASES: dict[int, dict[str, Case]] = {
         "context, CP 4": Case("context", cp=4),
         "context, CP 4, every third": Case("context", cp=4, every=3),
         "packed context, CP 2 x PP 2, fused": Case("packed context", cp=2, pp=2, head="fused"),
+        "packed context, CP 2 x PP 2, hybrid": Case("packed context", cp=2, pp=2, hybrid=True),
+        "context, CP 2 x TP 2, hybrid": Case("context", cp=2, tp=2, hybrid=True),
     },
 }
 
@@ -312,6 +324,7 @@ def train(case: Case, plain: bool = False) -> dict[str, Any]:
     divergence = ToDi() if case.todi else AlphaBeta(0.2, 0.7)
     objective = Objective(divergence, tokens=TokenSelection("every", n=case.every) if case.every else None)
     execution = Execution(head=case.head, chunk_tokens=7 if case.head == "fused" else None)
+    before = attributes(student)
     attachment = attach(
         model,
         Teacher.of(teacher, groups),
@@ -333,6 +346,7 @@ def train(case: Case, plain: bool = False) -> dict[str, Any]:
         micro_batch_size=batches[0].tokens.shape[0],
     )
     attachment.detach()
+    assert attributes(student) == before, "detached, the student is what it was"
     losses = {}
     for name in reports[0].keys() - {"teacher seconds"} if reports else ():
         losses[name] = torch.stack([report[name] for report in reports]).double().sum(0)
@@ -343,6 +357,11 @@ def train(case: Case, plain: bool = False) -> dict[str, Any]:
             batches = [batch.masked(batch.position_ids % case.every == case.every - 1) for batch in batches]
         losses["teacher lm loss"][0] = sum(cross_entropy(teacher, batch) for batch in batches)
     return {"losses": losses, "gradients": {name: weight.main_grad.clone() for name, weight in named(student)}}
+
+
+def attributes(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """The attributes of a model in their order, and how many hooks and parts it has."""
+    return [(name, len(it) if isinstance(it, dict) else it) for name, it in vars(model).items()]
 
 
 @torch.no_grad()
@@ -358,10 +377,13 @@ def build(
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.transformer import TransformerConfig
 
+    from abkd_megatron.local_hybrid_spec import local_hybrid_stack_spec
+
     config = TransformerConfig(
-        num_layers=layers,
+        num_layers=2 * layers if case.hybrid else layers,
         hidden_size=hidden,
         num_attention_heads=4,
         tensor_model_parallel_size=case.tp,
@@ -377,10 +399,15 @@ def build(
         use_cpu_initialization=True,
     )
     config.finalize_model_grads_func = finalize_model_grads
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    if case.hybrid:
+        spec = copy.deepcopy(local_hybrid_stack_spec)
+        make, attention = partial(HybridModel, hybrid_layer_pattern="*-" * layers), spec.submodules.attention_layer
+    else:
+        make = GPTModel
+        spec = attention = get_gpt_layer_local_spec(normalization="RMSNorm")
     if own_attention:
-        spec.submodules.self_attention.submodules.core_attention = CoreAttention
-    model = GPTModel(
+        attention.submodules.self_attention.submodules.core_attention = CoreAttention
+    model = make(
         config,
         spec,
         vocab_size=PADDED,
@@ -404,11 +431,14 @@ def build(
 
 
 def named(model: Any) -> Iterator[tuple[str, Any]]:
-    """The parameters by their names in a model of one stage."""
+    """The parameters by their names in a GPTModel of one stage."""
+    is_hybrid = hasattr(model, "hybrid_layer_pattern")
     for name, weight in model.named_parameters():
         if name.startswith("decoder.layers."):
             index, rest = name.removeprefix("decoder.layers.").split(".", 1)
-            name = f"decoder.layers.{model.decoder.layers[int(index)].layer_number - 1}.{rest}"
+            number = model.decoder.layers[int(index)].layer_number - 1
+            name = f"decoder.layers.{number // 2 if is_hybrid else number}.{rest}"
+        name = name.replace("decoder.final_norm.", "decoder.final_layernorm.")
         yield name, weight
 
 

@@ -128,6 +128,28 @@ def test_with_a_teacher_it_is_the_command_lines_job(workspace: Path, config: Pat
         assert len(seconds) == 5 and all(it > 0 for it in seconds)
 
 
+def test_a_script_of_a_hybrid_model(workspace: Path, config: Path, teacher: Path) -> None:
+    """As Megatron-LM's pretrain_hybrid.py makes its model config, with the same three lines."""
+    script, out = workspace / "pretrain_hybrid.py", workspace / "hybrid-script"
+    text = SCRIPT.read_text().replace("gpt_config_from_args", "hybrid_config_from_args")
+    assert text.count("hybrid_config_from_args(args)") == 1
+    script.write_text(text)
+    pattern = {"hybrid-layer-pattern": "*-|*-", "pipeline-model-parallel-size": 2}
+    spec = ["--spec", "abkd_megatron.local_hybrid_spec", "local_hybrid_stack_spec"]
+    found = train(script, config, out, [*spec, *kd_arguments(teacher)], 2, **pattern)
+    settings = {f"megatron.{name}": value for name, value in pattern.items()}
+    settings |= {f"distillation.{name}": value for name, value in DISTILLATION.items()}
+    settings |= {"megatron.tensorboard-dir": out / "job", "teacher.load": teacher}
+    run_job("distill", config, settings, num_ranks=2)
+    wanted = scalars(out / "job")
+    assert len(found["kd loss"]) == 5
+    for name in ("lm loss", "kd loss", "total loss", "teacher lm loss", "kd loss validation", "grad-norm"):
+        assert found[name] == wanted[name], name
+    # Without layers that can be built here.
+    (rank,) = run_script(script, [*command_line(config, {"hybrid-layer-pattern": "*-*-"}), *kd_arguments(teacher)])
+    assert rank.code != 0 and "--spec abkd_megatron.local_hybrid_spec" in rank.output, rank.output[-3000:]
+
+
 SHAPE = (
     *("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "seq-length", "max-position-embeddings"),
     *("position-embedding-type", "normalization", "swiglu", "disable-bias-linear"),

@@ -42,6 +42,7 @@ PREFLIGHT, RULES = "preflight/live.py", "preflight/rules.py"
 FAULTS, ATTACH, HEAD = "student/loss_guard.py", "student/attach.py", "student/head.py"
 SAFE_LOAD, COMPATIBILITY = "teacher/safe_load.py", "teacher/compatibility.py"
 CHECKPOINT, TEACHER, RUNNER = "teacher/checkpoint.py", "teacher/build.py", "teacher/runner.py"
+MODEL, LOCAL_SPEC = "teacher/model.py", "local_hybrid_spec.py"
 HIDDEN, PROJECTORS = "student/hidden.py", "student/projectors.py"
 ADD, JOB, SCRIPT, BRIDGE = (f"hosts/{name}.py" for name in ("add_teacher", "megatron_lm", "script", "bridge"))
 MEGATRON_ARGS, UNSUPPORTED = "config/megatron_args.py", "config/unsupported.py"
@@ -52,6 +53,9 @@ STUDENT = "preflight/student_checkpoint.py"
 CPU = "cpu_backend.py"
 DRY, META_RUN = "tools/dry_run.py", "tools/meta_run.py"
 GPT = "megatron.core.models.gpt:GPTModel"
+HYBRID = "megatron.core.models.hybrid.hybrid_model:HybridModel"
+HYBRID_BUILDER = "megatron.training.models.hybrid:HybridModelBuilder"
+INTEROP = "megatron.core.dist_checkpointing.gpt_checkpoint_interop"
 LINEAR = "megatron.core.tensor_parallel:ColumnParallelLinear"
 CHECKPOINTS = "megatron.core.dist_checkpointing"
 STRATEGIES = f"{CHECKPOINTS}.strategies"
@@ -61,36 +65,68 @@ OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 
 CALLS = [
     # The student and the teacher.
-    Call(
-        f"{GPT}.forward",
-        JOB,
-        ("self", "input_ids", "position_ids", "attention_mask"),
-        ("labels", "loss_mask"),
+    *(
+        call
+        for model, config, builder in ((GPT, "GPTModelConfig", BUILDER), (HYBRID, "HybridModelConfig", HYBRID_BUILDER))
+        for call in (
+            Call(
+                f"{model}.forward",
+                JOB,
+                ("self", "input_ids", "position_ids", "attention_mask"),
+                ("labels", "loss_mask"),
+            ),
+            Call(
+                f"{model}.forward",
+                RUNNER,
+                ("self", "input_ids", "position_ids", "attention_mask"),
+                ("packed_seq_params", "padding_mask"),
+            ),
+            Call(f"{model}.set_input_tensor", RUNNER, ("self", "input_tensor")),
+            Call(f"{model}.sharded_state_dict", TEACHER, ("self",), ("metadata",)),
+            Call(f"{model}.shared_embedding_or_output_weight", f"{TEACHER}, {MODEL}", ("self",)),
+            Call(f"{model}._scale_logits", f"{TEACHER}, {MODEL}", ("self", "logits")),
+            Call(f"megatron.training.models:{config}.get_builder_cls", TEACHER, ("self",)),
+            Call(builder, TEACHER, ("model_config",)),
+            Call(
+                f"{builder}.build_distributed_models",
+                TEACHER,
+                ("self", "pg_collection"),
+                ("wrap_with_ddp", "mixed_precision_wrapper"),
+            ),
+        )
     ),
     Call(
         f"{GPT}.forward",
-        RUNNER,
-        ("self", "input_ids", "position_ids", "attention_mask"),
-        ("packed_seq_params", "padding_mask", "output_processor"),
-    ),
-    Call(
-        f"{GPT}.forward",
-        ATTACH,
+        MODEL,
         ("self", "input_ids", "position_ids", "attention_mask"),
         ("output_processor", "output_processor_context"),
     ),
-    Call(f"{GPT}.set_input_tensor", RUNNER, ("self", "input_tensor")),
-    Call(f"{GPT}.sharded_state_dict", TEACHER, ("self",), ("metadata",)),
-    Call(f"{GPT}.shared_embedding_or_output_weight", TEACHER, ("self",)),
-    Call(f"{GPT}._scale_logits", TEACHER, ("self", "logits")),
-    Call("megatron.training.models:GPTModelConfig.get_builder_cls", TEACHER, ("self",)),
-    Call(BUILDER, TEACHER, ("model_config",)),
     Call(
-        f"{BUILDER}.build_distributed_models",
-        TEACHER,
-        ("self", "pg_collection"),
-        ("wrap_with_ddp", "mixed_precision_wrapper"),
+        "megatron.core.transformer.multi_token_prediction:process_mtp_loss",
+        MODEL,
+        (),
+        (
+            *("hidden_states", "labels", "loss_mask", "output_layer", "output_weight", "runtime_gather_output"),
+            *("is_training", "compute_language_model_loss", "config", "cp_group", "tp_group", "packed_seq_params"),
+            *("scale_logits_fn", "input_ids"),
+        ),
     ),
+    Call(f"{INTEROP}:gpt_compatible_layer_maps", MODEL, ("hybrid_layer_pattern",)),
+    Call(f"{INTEROP}:retarget_sharded_state_dict_to_gpt_checkpoint", MODEL, ("sharded_state_dict", "layer_maps")),
+    # Layers of a HybridModel without TransformerEngine.
+    Call(
+        "megatron.core.models.hybrid.hybrid_block:HybridStack",
+        LOCAL_SPEC,
+        ("config", "submodules"),
+        ("pre_process", "layer_type_list", "pp_layer_offset", "post_layer_norm", "post_process", "pg_collection"),
+    ),
+    Call(
+        "megatron.core.models.gpt.moe_module_specs:get_moe_module_spec",
+        LOCAL_SPEC,
+        (),
+        ("use_te", "num_experts", "moe_grouped_gemm"),
+    ),
+    Call("megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__", LOCAL_SPEC, ("cls", "config", "hidden_size")),
     Call("megatron.core.utils:unwrap_model", ATTACH, ("model",)),
     Call("megatron.core.utils:get_model_config", BRIDGE, ("model",)),
     # The output layer.
@@ -182,6 +218,7 @@ CALLS = [
     Call("megatron.training.arguments:parse_and_validate_args", SCRIPT, (), ("extra_args_provider", "args_defaults")),
     Call("megatron.training.arguments:validate_args", TEACHER_ARGS, ("args",)),
     Call("megatron.training.argument_utils:gpt_config_from_args", MODEL_CONFIG, ("args",)),
+    Call("megatron.training.argument_utils:hybrid_config_from_args", MODEL_CONFIG, ("args",)),
     Call("megatron.training.argument_utils:pretrain_cfg_container_from_args", JOB, ("args", "model_cfg")),
     Call(
         "megatron.training:pretrain",
@@ -314,6 +351,57 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
         MODEL_CONFIG,
         ("transformer", "rope_scaling", "rope_scaling_factor"),
     ),
+    (
+        "megatron.training.models:HybridModelConfig",
+        f"{MODEL_CONFIG}, {TEACHER}",
+        (
+            *("transformer", "hybrid_layer_pattern", "hybrid_stack_spec", "vocab_size", "post_wrap_hooks"),
+            *("share_embeddings_and_output_weights", "pre_wrap_hooks"),
+        ),
+    ),
+    (f"{INTEROP}:GPTCompatLayerMaps", MODEL, ("fresh_init", "num_gpt_layers")),
+    ("megatron.core.extensions.transformer_engine", MODEL_CONFIG, ("HAVE_TE",)),
+    ("megatron.core.ssm.mamba_mixer", MODEL_CONFIG, ("HAVE_MAMBA_SSM", "HAVE_EINOPS")),
+    ("megatron.core.ssm.gated_delta_net", MODEL_CONFIG, ("HAVE_FLA",)),
+    *(
+        (target, LOCAL_SPEC, names)
+        for target, names in {
+            "megatron.core.fusions.fused_bias_dropout:get_bias_dropout_add": (),
+            "megatron.core.models.hybrid.hybrid_block:HybridStackSubmodules": (
+                *("mamba_layer", "gdn_layer", "attention_layer", "mlp_layer", "moe_layer", "mtp_block_spec"),
+            ),
+            "megatron.core.models.hybrid.hybrid_block:HybridStack": ("final_norm", "post_layer_norm", "post_process"),
+            "megatron.core.ssm.gated_delta_net:GatedDeltaNet": (),
+            "megatron.core.ssm.gated_delta_net.common:GatedDeltaNetSubmodules": ("in_proj", "out_norm", "out_proj"),
+            "megatron.core.ssm.mamba_layer:MambaLayer": (),
+            "megatron.core.ssm.mamba_layer:MambaLayerSubmodules": (
+                *("norm", "mixer", "mamba_bda", "sharded_state_dict_keys_map"),
+            ),
+            "megatron.core.ssm.mamba_mixer:MambaMixer": (),
+            "megatron.core.ssm.mamba_mixer:MambaMixerSubmodules": ("in_proj", "out_proj"),
+            "megatron.core.ssm.mlp_layer:MLPLayer": (),
+            "megatron.core.tensor_parallel:RowParallelLinear": (),
+            "megatron.core.transformer.attention:SelfAttention": (),
+            "megatron.core.transformer.attention:SelfAttentionSubmodules": (
+                *("linear_qkv", "core_attention", "linear_proj"),
+            ),
+            "megatron.core.transformer.dot_product_attention:DotProductAttention": (),
+            "megatron.core.transformer.enums:AttnMaskType": ("causal",),
+            "megatron.core.transformer.mlp:MLP": ("as_mlp_submodule",),
+            "megatron.core.transformer.mlp:MLPSubmodules": ("linear_fc1", "linear_fc2"),
+            "megatron.core.transformer.multi_token_prediction:MultiTokenPredictionBlock": (),
+            "megatron.core.transformer.multi_token_prediction:MultiTokenPredictionBlockSubmodules": ("layer_specs",),
+            "megatron.core.transformer.multi_token_prediction:MultiTokenPredictionLayer": (),
+            "megatron.core.transformer.multi_token_prediction:MultiTokenPredictionLayerSubmodules": (
+                *("enorm", "hnorm", "eh_proj", "mtp_model_layer", "layer_norm"),
+            ),
+            "megatron.core.transformer.transformer_layer:MoETransformerLayer": (),
+            "megatron.core.transformer.transformer_layer:TransformerLayerSubmodules": (
+                *("input_layernorm", "self_attention", "self_attn_bda", "pre_mlp_layernorm", "mlp", "mlp_bda"),
+                "sharded_state_dict_keys_map",
+            ),
+        }.items()
+    ),
     (f"{CHECKPOINTS}.core:CheckpointingException", CHECKPOINT, ()),
     ("megatron.core.distributed:TorchFullyShardedDataParallel", ATTACH, ()),
     ("megatron.core.distributed.fsdp.mcore_fsdp_adapter:FullyShardedDataParallel", ATTACH, ()),
@@ -329,16 +417,29 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
     ),
     ("megatron.core.rerun_state_machine:RerunMode", f"{FAULTS}, {JOB}", ("VALIDATE_RESULTS",)),
     ("megatron.core.rerun_state_machine:RerunState", FAULTS, ("INITIAL_RUN",)),
-    (
-        GPT,
-        f"{ATTACH}, {TEACHER}, {RUNNER}",
+    *(
         (
-            *("config", "pre_process", "post_process", "share_embeddings_and_output_weights", "decoder"),
-            *("output_layer", "compute_language_model_loss", "pg_collection", "vp_stage"),
-        ),
+            model,
+            f"{ATTACH}, {TEACHER}, {RUNNER}, {MODEL}",
+            (
+                *("config", "pre_process", "post_process", "share_embeddings_and_output_weights", "decoder"),
+                *(
+                    "output_layer",
+                    "compute_language_model_loss",
+                    "pg_collection",
+                    "vp_stage",
+                    "mtp_process",
+                    "tp_group",
+                ),
+            ),
+        )
+        for model in (GPT, HYBRID)
     ),
+    (HYBRID, MODEL, ("hybrid_layer_pattern",)),
     ("megatron.core.model_parallel_config:ModelParallelConfig", PREFLIGHT, ("finalize_model_grads_func",)),
     ("megatron.core.transformer.transformer_block:TransformerBlock", RUNNER, ("input_tensor",)),
+    ("megatron.core.models.hybrid.hybrid_block:HybridStack", f"{RUNNER}, {HIDDEN}", ("input_tensor", "layers")),
+    ("megatron.core.ssm.mamba_layer:MambaLayer", f"{HIDDEN}, {PROJECTORS}", ("layer_number",)),
     ("megatron.core.transformer.transformer_block:TransformerBlock", f"{HIDDEN}, {PROJECTORS}", ("layers",)),
     ("megatron.core.transformer.transformer_layer:TransformerLayer", f"{HIDDEN}, {PROJECTORS}", ("layer_number",)),
     (
@@ -440,7 +541,7 @@ def test_the_model_gives_the_head_what_it_takes() -> None:
 
     parameters = inspect.signature(Attachment._head).parameters.values()
     taken = {it.name for it in parameters if it.kind is it.KEYWORD_ONLY}
-    source = ast.parse(textwrap.dedent(inspect.getsource(found(GPT, ATTACH))))
+    source = ast.parse(textwrap.dedent(inspect.getsource(found(GPT, MODEL))))
     calls = [node for node in ast.walk(source) if isinstance(node, ast.Call)]
     given = [
         {word.arg for word in call.keywords}
@@ -453,6 +554,30 @@ def test_the_model_gives_the_head_what_it_takes() -> None:
             f"megatron-core {__version__}: GPTModel does not give its output_processor {sorted(taken - words)}; "
             f"abkd_megatron/{ATTACH} takes them"
         )
+
+
+@pytest.mark.parametrize("method", [f"{GPT}._postprocess", f"{HYBRID}.forward"])
+def test_without_post_process_a_forward_returns_hidden_states(method: str) -> None:
+    """After the layers of multi-token prediction, and before their losses."""
+    (function,) = ast.parse(textwrap.dedent(inspect.getsource(found(method, MODEL)))).body
+    lines: dict[str, list[int]] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call):
+            lines.setdefault(ast.unparse(node.func), []).append(node.lineno)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "not self.post_process":
+            assert ast.unparse(node.body) == "return hidden_states"
+            lines.setdefault("return", []).append(node.lineno)
+    (returned,) = lines["return"]
+    assert max(lines["self.mtp"]) < returned < min(lines["process_mtp_loss"])
+
+
+def test_what_is_given_to_the_head_is_what_gpt_gives() -> None:
+    from abkd_megatron.student.attach import Attachment
+    from abkd_megatron.teacher import model
+
+    given = {node.value for node in ast.walk(ast.parse(inspect.getsource(model))) if isinstance(node, ast.Constant)}
+    parameters = inspect.signature(Attachment._head).parameters.values()
+    assert {it.name for it in parameters if it.kind is it.KEYWORD_ONLY} <= {*given, "context"}
 
 
 def test_megatron_has_the_arguments_we_read() -> None:

@@ -12,7 +12,7 @@ import abkd_megatron
 PACKAGE = Path(abkd_megatron.__file__).parent
 # From the lowest room to the highest; a module directly in the package is a room of its own.
 ROOMS = (
-    *("errors", "validation", "tensors", "losses", "kernels", "vocab_parallel"),
+    *("errors", "validation", "tensors", "losses", "kernels", "vocab_parallel", "local_hybrid_spec"),
     *("config", "cpu_backend", "data", "teacher", "student", "preflight", "hosts", "tools", "__main__"),
 )
 TORCH_ONLY = ("errors", "validation", "tensors", "losses", "kernels", "vocab_parallel")
@@ -65,3 +65,13 @@ def test_imports_point_down(room):
             elif room in TORCH_ONLY and top != "abkd_megatron":
                 known = {"torch", "triton"} if room == "kernels" else {"torch"}
                 assert top in known or top in sys.stdlib_module_names, f"{source} imports {module}"
+
+
+def test_one_module_imports_the_classes_of_models() -> None:
+    """Megatron-Core 0.19 deprecates GPTModel, and a later release may lack it."""
+    users = {
+        str(source.relative_to(PACKAGE))
+        for source in PACKAGE.rglob("*.py")
+        if any(module.split(".")[-1] in ("GPTModel", "HybridModel") for module in imported_modules(source))
+    }
+    assert users == {"teacher/model.py"}
