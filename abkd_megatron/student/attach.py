@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import log_single_rank, unwrap_model
+from megatron.core.utils import unwrap_model
 
 from abkd_megatron import kernels
 from abkd_megatron.config.stages import check_stages
@@ -25,7 +25,13 @@ from abkd_megatron.student.head import compute_loss
 from abkd_megatron.student.hidden import HiddenLosses, Layers, check_pairs, layers_of_stages
 from abkd_megatron.student.plan import Plan, agree, propose_plan
 from abkd_megatron.student.report import SELECTED, LossChecks, Report, masked_loss
-from abkd_megatron.student.supported import check_sharded_output, check_shared_vocab, check_tokens, check_wrappers
+from abkd_megatron.student.supported import (
+    check_sharded_output,
+    check_shared_vocab,
+    check_tokens,
+    check_wrappers,
+    warn_of_mtp_losses,
+)
 from abkd_megatron.student.timer import PassTimer
 from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.model import Model, pattern_of_model, process_output, takes_output_processor
@@ -94,15 +100,7 @@ def attach(
         stages = layers_of_stages(chunks, teacher, pg_collection)
         with on_every_rank():
             check_pairs(chunks, teacher, objective.hidden_losses, stages)
-    ranks = getattr(pg_collection, "dp_cp", None)
-    if chunks[0].config.mtp_num_layers and ranks is not None and ranks.size() > 1:
-        log_single_rank(
-            logger,
-            logging.WARNING,
-            "Megatron divides the losses of multi-token prediction by the number of tokens of each rank and micro-"
-            f"batch: over {ranks.size()} data- and context-parallel ranks, their gradients are means over all tokens "
-            "only where loss masks leave out equally many",
-        )
+    warn_of_mtp_losses(chunks[0].config, getattr(pg_collection, "dp_cp", None))
     if objective.tokens is not None:
         logger.info("the divergence is trained on some tokens: %s", objective.tokens)
     if objective.shares_part_of(vocab_size):

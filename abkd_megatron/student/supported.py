@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import TorchFullyShardedDataParallel
 from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel as MegatronFSDP
+from megatron.core.transformer import TransformerConfig
+from megatron.core.utils import log_single_rank
 from torch.distributed.fsdp import FSDPModule
 
 from abkd_megatron.config.unsupported import MODEL, check_features
@@ -93,3 +96,20 @@ def check_wrappers(student: Sequence[torch.nn.Module]) -> None:
         for wrapper, name in _WRAPPERS.items():
             if isinstance(module, wrapper):
                 check_features(SimpleNamespace(**{name: True}), "student", MODEL)
+
+
+def warn_of_mtp_losses(config: TransformerConfig, ranks: dist.ProcessGroup | None) -> None:
+    """Warn of Megatron's normalization of multi-token prediction losses over several ranks.
+
+    Args:
+        config: the student's.
+        ranks: its data- and context-parallel group.
+    """
+    if config.mtp_num_layers and ranks is not None and ranks.size() > 1:
+        log_single_rank(
+            logger,
+            logging.WARNING,
+            "Megatron divides the losses of multi-token prediction by the number of tokens of each rank and micro-"
+            f"batch: over {ranks.size()} data- and context-parallel ranks, their gradients are means over all tokens "
+            "only where loss masks leave out equally many",
+        )
