@@ -228,7 +228,7 @@ CALLS = [
     Call("megatron.training.training:get_optimizer_param_scheduler", JOB, ("optimizer",)),
     *(Call(f"megatron.training:get_{name}", JOB) for name in ("args", "tensorboard_writer", "timers", "tokenizer")),
     Call("megatron.training:print_rank_0", f"{ADD}, {RULES}", ("message",)),
-    Call("megatron.core.utils:log_single_rank", ATTACH, ("logger",)),
+    Call("megatron.core.utils:log_single_rank", "student/supported.py", ("logger",)),
     Call("megatron.core.num_microbatches_calculator:get_current_running_global_batch_size", ADD),
     Call("megatron.core.utils:get_attr_wrapped_model", ADD, ("model", "attr")),
     # A job without its ranks and its GPU.
