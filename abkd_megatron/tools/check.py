@@ -18,10 +18,11 @@ import torch
 
 from abkd_megatron import cpu_backend
 from abkd_megatron.config.megatron_args import megatron_options, parse_model
+from abkd_megatron.config.model_config import check_layers_here, model_config
 from abkd_megatron.config.schema import Config
 from abkd_megatron.config.unsupported import JOB
 from abkd_megatron.data.prepare import PreparedData
-from abkd_megatron.errors import AbkdError, ConfigError, DataError
+from abkd_megatron.errors import AbkdError, ConfigError, DataError, HostError
 from abkd_megatron.preflight.rules import EARLY_CHECKS, Setup, Verdict
 from abkd_megatron.teacher.args import open_teacher, teacher_arguments
 from abkd_megatron.teacher.inherited import teacher_settings
@@ -200,7 +201,17 @@ class _Report:
         with self.at("Megatron's models"):
             dry_run.check_models(student, setup.teacher)
             self.add("Megatron's models", "configurations are valid")
+            for who, args in (("student", student), ("teacher", setup.teacher)):
+                if args is not None:
+                    self._packages(args, who)
         self._environment(student)
+
+    def _packages(self, args: Namespace, who: str) -> None:
+        """Report packages of a HybridModel's layers that are not installed here."""
+        try:
+            check_layers_here(model_config(args), who)
+        except HostError as error:
+            self.add("packages", str(error), Verdict.ABSENT)
 
     def _vocabulary(self, args: Namespace) -> int | None:
         """Set the vocabulary size in `args`. Return it, or None if it is unknown."""

@@ -27,6 +27,10 @@ ELSEWHERE = {
     "teacher of zeros": " 0 rejected",
     "resumed with another train-iters": " 0 rejected",
     "optimizer whose package is not there": " 0 rejected",
+    "a hybrid model by its old name, without the kernels of Mamba": r"not here +packages: student.*M.*mamba-ssm",
+    "a hybrid model without the kernels of gated delta nets": r"not here +packages: student.*G.*flash-linear-attention",
+    "a hybrid model without TransformerEngine": r"not here +packages: student.*TransformerEngine",
+    "a hybrid teacher without the kernels of Mamba": r"not here +packages: teacher.*M.*mamba-ssm",
 }
 
 EXAMPLES = [line for job in JOBS.values() if job.takes_config for line in job.examples]
