@@ -70,7 +70,7 @@ SHRUNK = {
     "log-interval": "1",
     "distributed-timeout-minutes": "3",
     "data-path": "text that comes with Python",
-    "data-cache-path": "beside it",
+    "data-cache-path": "one for each run: two run at one time",
     "tokenizer-type": "SentencePiece",
     "tokenizer-model": "of that text",
     "vocab-size": "400, padded to 512",
@@ -264,7 +264,6 @@ def train(workspace: Path, text: Path) -> Callable[..., list[Trained]]:
     folder = workspace / "cluster"
     data: Settings = {
         "megatron.data-path": [str(text / "train")],
-        "megatron.data-cache-path": str(folder / "cache"),
         "megatron.tokenizer-type": "SentencePieceTokenizer",
         "megatron.tokenizer-model": str(text / "tokenizer.model"),
     }
@@ -273,6 +272,7 @@ def train(workspace: Path, text: Path) -> Callable[..., list[Trained]]:
         saved = folder / f"{kind} of {path.stem}"
         rows = {"make-vocab-size-divisible-by": ROWS[path.stem][kind]} if path.stem in ROWS else {}
         own = {"train-iters": steps, "lr-warmup-iters": 0, "save": str(saved), "tensorboard-dir": None}
+        own["data-cache-path"] = f"{saved} cache"
         start: Settings = {"pretrained-checkpoint": None, "load": None}
         small = {**data, **shrink(path), **ON_ONE_RANK}
         small |= {f"megatron.{name}": value for name, value in {**settings, **own, **start, **rows}.items()}
@@ -295,7 +295,7 @@ def train(workspace: Path, text: Path) -> Callable[..., list[Trained]]:
     def train(path: Path, num_ranks: int, bf16: bool = False) -> Trained:
         out = folder / f"{path.stem} on {num_ranks}{' in bf16' * bf16}"
         own: Settings = {"megatron.save": str(out), "megatron.load": str(out), "megatron.bf16": bf16}
-        own |= {"megatron.tensorboard-dir": str(out / "tensorboard")}
+        own |= {"megatron.tensorboard-dir": str(out / "tensorboard"), "megatron.data-cache-path": str(out / "cache")}
         settings = {**data, **shrink(path), **models(alike(path)), **own}
         changed = {option(key) for key in settings}
         assert changed <= SHRUNK.keys() | NOT_ON_CPU.keys()
