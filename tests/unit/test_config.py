@@ -731,3 +731,9 @@ def test_hidden_losses(load):
 def test_hidden_losses_that_cannot_be(load, losses, message):
     with pytest.raises(ConfigError, match=r"distillation.hidden_losses.*" + message):
         load(f"distillation: {{hidden_losses: {losses}}}").check("pretrain")
+
+
+def test_temperature_squared_reaches_the_objective() -> None:
+    for squared, scale in ((False, 1.0), (True, 4.0)):
+        config = DistillationConfig(temperature=2.0, temperature_squared=squared)
+        assert config.make_objective().objective.distillation_scale == scale

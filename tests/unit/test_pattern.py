@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("megatron.training")
 from megatron.core.transformer import TransformerConfig
+from test_inherited import BASE
 
 from abkd_megatron.config.load import load_config
 from abkd_megatron.config.megatron_args import megatron_options
@@ -142,22 +143,7 @@ def test_what_a_teacher_inherits(student: dict, teacher: dict, kept: set[str], d
     ],
 )
 def test_arguments_of_a_pair(student: dict, teacher: dict, kinds: tuple[str | None, str | None]) -> None:
-    shared = {
-        "hidden-size": 64,
-        "num-attention-heads": 4,
-        "seq-length": 32,
-        "max-position-embeddings": 32,
-        "micro-batch-size": 1,
-        "global-batch-size": 8,
-        "train-iters": 10,
-        "eval-interval": 10,
-        "lr": 0.001,
-        "tokenizer-type": "NullTokenizer",
-        "vocab-size": 500,
-        "mock-data": True,
-        "position-embedding-type": "rope",
-        "bf16": True,
-    }
+    shared = {name: value for name, value in BASE.items() if name != "num-layers"}
     given = [f"megatron.{name}={value}" for name, value in (shared | student).items()]
     given += [f"teacher.{name}={value}" for name, value in teacher.items()]
     ours, theirs = megatron_arguments(load_config(None, ["device=cuda", *given], OPTIONS), 1)
