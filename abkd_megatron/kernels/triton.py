@@ -153,8 +153,8 @@ def local_record(
     once = is_in_quadrant(parts)
     with _on(student.device):
         if once:
-            # With one part the compiler would take twice as many for a little less arithmetic. More parts need them.
-            registers = {"maxnreg": 96} if len(parts.kinds) == 1 else {}
+            # With one part the compiler would take up to 170 for a little less arithmetic. More parts need them.
+            registers = {"maxnreg": 128} if len(parts.kinds) == 1 else {}
             record_kernel[(num_rows,)](*args, **options, **registers)
         exact_record_kernel[(num_rows,)](*args, REDO=once, **options)
     return record
