@@ -386,12 +386,12 @@ def test_check_lets_schedules_pass(load, settings):
 
 
 def test_unreadable_files(tmp_path):
-    with pytest.raises(ConfigError, match=r"expected a readable YAML file.*check the path"):
+    with pytest.raises(ConfigError, match=r"readable YAML"):
         load_config(tmp_path / "none.yaml", [], OPTIONS)
-    with pytest.raises(ConfigError, match="expected a readable YAML file"):
+    with pytest.raises(ConfigError, match="readable YAML"):
         load_config(tmp_path, [], OPTIONS)
     (tmp_path / "latin.yaml").write_bytes(b"data: {dir: \xe9}")
-    with pytest.raises(ConfigError, match=r"expected a readable YAML file in UTF-8"):
+    with pytest.raises(ConfigError, match=r"UTF-8"):
         load_config(tmp_path / "latin.yaml", [], OPTIONS)
 
 
@@ -529,9 +529,7 @@ def test_check_refuses_heads_that_cannot_be(load, settings, message):
 
 def test_check_refuses_the_compiler_under_the_stand_in(load):
     load("distillation: {kernel: compiled}").check("pretrain")
-    with pytest.raises(
-        ConfigError, match=r"distillation.kernel: expected auto, eager or cpp on device: cpu.*got compiled"
-    ):
+    with pytest.raises(ConfigError, match=r"distillation\.kernel: .*got compiled"):
         load("device: cpu\ndistillation: {kernel: compiled}").check("pretrain")
 
 
@@ -539,9 +537,9 @@ def test_check_by_job(load):
     config = load("data: {dir: /d}\n")
     config.check("prepare")
     config.check("pretrain")
-    with pytest.raises(ConfigError, match=r"teacher.load: expected the path"):
+    with pytest.raises(ConfigError, match=r"teacher\.load"):
         config.check("distill")
-    with pytest.raises(ConfigError, match=r"data.dir: expected an output directory"):
+    with pytest.raises(ConfigError, match=r"data\.dir"):
         Config().check("prepare")
 
 
