@@ -8,6 +8,7 @@ Names of weights in checkpoints are TransformerEngine's, except for the norm of 
 have another name, and their checkpoints can be read here.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,7 @@ from megatron.core.transformer.multi_token_prediction import (
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     MoETransformerLayer,
     TransformerLayer,
@@ -48,6 +50,15 @@ class LocalHybridStack(HybridStack):
         if self.post_process and post_layer_norm:
             config = self.config
             self.final_norm = WrappedTorchNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
+
+
+class LocalSelfAttention(SelfAttention):
+    """Megatron's attention with torch's norms of queries and keys, in place of TransformerEngine's."""
+
+    def __init__(self, config: TransformerConfig, submodules: SelfAttentionSubmodules, *args: Any, **kwargs: Any):
+        if config.qk_layernorm:
+            submodules = replace(submodules, q_layernorm=WrappedTorchNorm, k_layernorm=WrappedTorchNorm)
+        super().__init__(config, submodules, *args, **kwargs)
 
 
 def _renamed(norm: str, linear: str) -> dict[str, str]:
@@ -86,7 +97,7 @@ _ATTENTION = ModuleSpec(
     submodules=TransformerLayerSubmodules(
         input_layernorm=WrappedTorchNorm,
         self_attention=ModuleSpec(
-            module=SelfAttention,
+            module=LocalSelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=ColumnParallelLinear,
