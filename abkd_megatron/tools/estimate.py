@@ -22,7 +22,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from unittest import mock
 
-from abkd_megatron.config.pattern import layers_and_pipes
+from abkd_megatron.config.pattern import layers_and_pipes, model_name
 from abkd_megatron.config.schema import Config, Value
 from abkd_megatron.config.unsupported import ESTIMATE, check_features
 from abkd_megatron.errors import AbkdError, ConfigError, HostError
@@ -66,6 +66,9 @@ class Estimate:
     device: str
     world_size: int
     layout: str
+    student: str
+    """Class and layer pattern."""
+    teacher: str
     parameters: int
     teacher_parameters: int
     gpu_memory: float
@@ -119,6 +122,8 @@ def estimate(
         device=config.device,
         world_size=student.world_size,
         layout=_layout(student) + f"; teacher {_layout(teacher)}",
+        student=model_name(student.hybrid_layer_pattern),
+        teacher=model_name(teacher.hybrid_layer_pattern),
         parameters=parameters(student, student.padded_vocab_size),
         teacher_parameters=parameters(teacher, student.padded_vocab_size),
         gpu_memory=gpu_memory,

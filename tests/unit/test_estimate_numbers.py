@@ -360,6 +360,8 @@ def an_estimate() -> Estimate:
         device="cuda",
         world_size=64,
         layout="TP 4 x PP 4",
+        student="HybridModel M*-",
+        teacher="GPTModel",
         parameters=8 * 10**9,
         teacher_parameters=70 * 10**9,
         gpu_memory=24.0,
@@ -384,6 +386,7 @@ def test_what_is_shown(capsys, tmp_path, monkeypatch) -> None:
     estimate_view.show(estimate, tmp_path / "folder")
     text = capsys.readouterr().out
     assert "32.00" in text and "7.00" in text
+    assert "HybridModel M*-" in text and "GPTModel" in text
     assert "activations kept for backward, 94%. Does not fit in 24 GiB." in text
     assert "Not counted" in text
     rows = [line for line in text.splitlines() if line.startswith("│")]
