@@ -263,8 +263,9 @@ def _is_number(word: str) -> bool:
 def _model(args: Namespace) -> str:
     experts = f", {args.num_experts} experts" if args.num_experts else ""
     return (
-        f"{model_name(args.hybrid_layer_pattern)}, {args.num_layers} layers, hidden size {args.hidden_size}, {args.num_attention_heads} heads{experts}, "
-        f"{str(args.params_dtype).removeprefix('torch.')}, sequence length {args.seq_length}"
+        f"{model_name(args.hybrid_layer_pattern)}, {args.num_layers} layers, hidden size {args.hidden_size}, "
+        f"{args.num_attention_heads} heads{experts}, {str(args.params_dtype).removeprefix('torch.')}, "
+        f"sequence length {args.seq_length}"
     )
 
 
