@@ -367,7 +367,8 @@ def test_validation_sets_have_curves_of_their_own(tmp_path: Path) -> None:
 
 def test_the_arguments_of_a_script_of_ones_own_are_shown(tmp_path: Path) -> None:
     writer = SummaryWriter(str(tmp_path / "run"))
-    for name, value in {**ARGUMENTS, "kd_teacher_load": "runs/<teacher>", "kd_alpha": "0.3"}.items():
+    own = {"kd_teacher_load": "runs/<teacher>", "kd_alpha": "0.3", "hybrid_layer_pattern": "M*-|M*-"}
+    for name, value in {**ARGUMENTS, **own}.items():
         writer.add_text(name, value)
     for name in TRAINED:
         writer.add_scalar(name, 1.0, 1)
@@ -375,6 +376,7 @@ def test_the_arguments_of_a_script_of_ones_own_are_shown(tmp_path: Path) -> None
     page = report(tmp_path / "run", out=tmp_path / "report.html")
     assert page.rows["kd_teacher_load"] == ["runs/<teacher>"] and page.rows["kd_alpha"] == ["0.3"]
     assert page.rows["seq_length"] == ["4096"]
+    assert page.rows["student"] == ["HybridModel M*-|M*-"]
 
 
 def test_calibration_is_one_number_of_its_gaps(tmp_path: Path) -> None:
