@@ -221,7 +221,8 @@ class BridgeStep:
         iteration, samples = done.step, done.consumed_train_samples
         if not training:  # what was loaded was saved after a step
             iteration, samples = max(iteration - 1, 0), max(samples - config.train.global_batch_size, 0)
-        return Progress(iteration, samples, samples * config.model.seq_length)
+        lengths = {"iterations": config.train.train_iters, "total_samples": config.train.train_samples}
+        return Progress.of_run(iteration, samples, config.model.seq_length, **lengths)
 
     def loss_checks(self) -> LossChecks:
         """Return what Bridge's container asks for."""

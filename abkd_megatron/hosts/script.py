@@ -20,6 +20,7 @@ from abkd_megatron import cpu_backend
 from abkd_megatron.config.load import from_argv, load_config
 from abkd_megatron.config.megatron_args import megatron_options
 from abkd_megatron.config.model_config import check_layers_here, check_model_config
+from abkd_megatron.config.presets import PRESETS
 from abkd_megatron.config.schema import TEACHER_KEYS, DistillationConfig
 from abkd_megatron.config.stages import check_stages
 from abkd_megatron.config.unsupported import SCRIPT, check_layout
@@ -82,6 +83,8 @@ def add_kd_arguments(parser: ArgumentParser) -> ArgumentParser:
     for item in fields(DistillationConfig):
         default = getattr(DistillationConfig(), item.name)
         how: dict[str, Any] = {"nargs": "?", "const": "true"} if isinstance(default, bool) else {}
+        if item.name in PRESETS["none"]:
+            default = "the preset's"
         shown = "none" if default in (None, []) else str(default).lower() if isinstance(default, bool) else default
         text = f"{texts[item.name]} (default: {shown})"
         add(item.name.removeprefix("kd_"), text, metavar=item.name.rpartition("_")[2].upper(), **how)
