@@ -14,6 +14,7 @@ from abkd_megatron.losses.hidden import HiddenLoss
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Schedule
 from abkd_megatron.losses.selection import TokenSelection
+from abkd_megatron.losses.sources import SourceWeights
 from abkd_megatron.vocab_parallel.execution import HEADS, Execution
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,9 @@ class DistillationConfig:
     hidden_losses: list[HiddenLoss] = field(default_factory=list)
     """Losses between layers: each with `student_layer`, `teacher_layer`, `loss` (``cosine`` or ``mse``), `weight`
     (default 1) and `projector` (default true)."""
+    sources: list[SourceWeights] = field(default_factory=list)
+    """Weights by dataset of a blend, in place of `kd_weight` and `lm_weight`: each with `source` (its position in the
+    list of datasets, from 0), `kd_weight` and `lm_weight`."""
     skip_preflight: list[str] = field(default_factory=list)
     """Checks to skip before the first step: ``teacher_checksums``, ``teacher_weights``, ``memory``, ``gradient``,
     ``batch``, ``teacher_loss``."""
@@ -139,6 +143,7 @@ class DistillationConfig:
         whole = self.expanded()
         given: dict[str, Any] = {name: _first(getattr(whole, name)) for name in _OF_OBJECTIVE}
         given |= {"logit_losses": whole.make_logit_losses(), "hidden_losses": tuple(whole.hidden_losses)}
+        given |= {"sources": tuple(whole.sources)}
         schedules = {name: it for name in SCHEDULED if isinstance(it := getattr(whole, name), Schedule)}
         return ScheduledObjective(Objective(whole.make_divergence(), **given), schedules)
 
@@ -367,7 +372,7 @@ class Config:
         kd, good = self.distillation.expanded(), PLAIN
         chosen, losses = ("losses", kd.losses) if kd.losses else ("divergence", [{"name": kd.divergence}])
         taken = () if kd.losses else registry.parameters(str(kd.divergence))
-        keys = [chosen, *taken, *_OF_OBJECTIVE, "hidden_losses", *_OF_EXECUTION]
+        keys = [chosen, *taken, *_OF_OBJECTIVE, "hidden_losses", "sources", *_OF_EXECUTION]
         keys = [key for key in keys if key == chosen or getattr(kd, key) != getattr(good, key)]
         if job != "distill" and any("." in str(term.get("name")) for term in losses):
             keys.remove(chosen)  # other jobs do not import custom losses

@@ -337,5 +337,10 @@ def _check_host(config: DistillConfigContainer, objective: Objective) -> None:
             "distillation.hidden_losses need projectors that Bridge's checkpoints do not know; use `abkd-megatron "
             "distill`, or remove them"
         )
+    if objective.sources:
+        raise ConfigError(
+            "distillation.sources need the dataset of each sequence, and Bridge's forward step does not pass "
+            "`dataset_id` on; use `abkd-megatron distill`, or remove them"
+        )
     if not isinstance(config.model, ModelConfig | ModelProviderMixin):
         raise HostError(f"expected a model provider or a ModelConfig of Bridge's, got {type(config.model).__name__}")

@@ -151,6 +151,11 @@ def distill[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_s
             run_checks(FOLDER_CHECKS, Setup(config=config, job="distill", student=args))
             if args.rank == 0:
                 _held.enter_context(only_writer(args))
+            if config.distillation.sources:
+                raise ConfigError(
+                    "sources need the dataset of each sequence, and a forward step of Megatron's kind does not pass "
+                    "`dataset_id` on; use `abkd-megatron distill`, or remove --kd-sources"
+                )
             _check_shared_vocab(config.distillation.shared_vocab, get_tokenizer().vocab_size, args)
             if config.distillation.hidden_losses and args.pipeline_model_parallel_size > 1:
                 raise ConfigError(
