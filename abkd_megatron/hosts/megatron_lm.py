@@ -109,7 +109,7 @@ def _run(config: Config, job: str, held: ExitStack) -> None:
         with other_schedule_named():
             pretrain(
                 job_config,
-                _DatasetsProvider(plain),
+                _DatasetsProvider(plain, config.data.seed),
                 ModelType.encoder_or_decoder,
                 distilled or plain,
             )
@@ -361,7 +361,7 @@ def _sources_on_tp_ranks(read: torch.Tensor | None, size: int) -> torch.Tensor:
 
 
 def train_valid_test_datasets_provider(
-    num_samples: Sequence[int], vp_stage: int | None = None, mask_here: bool = False
+    num_samples: Sequence[int], vp_stage: int | None = None, mask_here: bool = False, seed: int | None = None
 ) -> tuple:
     """Build Megatron's GPT datasets for training, validation and test on the ranks that read data; see `get_batch`."""
     args = get_args()
@@ -371,15 +371,15 @@ def train_valid_test_datasets_provider(
         return mpu.get_tensor_model_parallel_rank() == 0 and reads
 
     dataset = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, datasets_config(args)).build()
+    return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, datasets_config(args, seed)).build()
 
 
-def datasets_config(args: Namespace) -> GPTDatasetConfig:
-    """Make the configuration of Megatron's GPT datasets; packed sequences are not supported here."""
+def datasets_config(args: Namespace, seed: int | None = None) -> GPTDatasetConfig:
+    """Make the configuration of Megatron's GPT datasets; no packed sequences. No seed: Megatron's."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences = args.per_dataset_sequences_path
     return GPTDatasetConfig(
-        random_seed=args.seed,
+        random_seed=args.seed if seed is None else seed,
         sequence_length=args.seq_length,
         blend=blend,
         blend_per_split=blend_per_split,
@@ -415,8 +415,9 @@ class _DatasetsProvider:
 
     is_distributed = True
 
-    def __init__(self, step: _ForwardStep) -> None:
-        self._step = step
+    def __init__(self, step: _ForwardStep, seed: int | None) -> None:
+        self._step, self._seed = step, seed
 
     def __call__(self, num_samples: Sequence[int], vp_stage: int | None = None) -> tuple:
-        return train_valid_test_datasets_provider(num_samples, vp_stage, self._step.needs_loss_mask(vp_stage))
+        mask_here = self._step.needs_loss_mask(vp_stage)
+        return train_valid_test_datasets_provider(num_samples, vp_stage, mask_here, self._seed)
