@@ -222,7 +222,8 @@ class BridgeStep:
         iteration, samples = done.step, done.consumed_train_samples
         if not training:  # what was loaded was saved after a step
             iteration, samples = max(iteration - 1, 0), max(samples - config.train.global_batch_size, 0)
-        return Progress(iteration, samples, samples * config.model.seq_length)
+        lengths = {"iterations": config.train.train_iters, "total_samples": config.train.train_samples}
+        return Progress.of_run(iteration, samples, config.model.seq_length, **lengths)
 
     def loss_checks(self) -> LossChecks:
         """Return what Bridge's container asks for."""
@@ -347,6 +348,11 @@ def _check_host(config: DistillConfigContainer, objective: Objective) -> None:
         raise ConfigError(
             "distillation.hidden_losses need projectors that Bridge's checkpoints do not know; use `abkd-megatron "
             "distill`, or remove them"
+        )
+    if objective.sources:
+        raise ConfigError(
+            "distillation.sources need the dataset of each sequence, and Bridge's forward step does not pass "
+            "`dataset_id` on; use `abkd-megatron distill`, or remove them"
         )
     if not isinstance(config.model, ModelConfig | ModelProviderMixin):
         raise HostError(f"expected a model provider or a ModelConfig of Bridge's, got {type(config.model).__name__}")

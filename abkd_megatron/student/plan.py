@@ -205,7 +205,7 @@ def obstacles(student: torch.nn.Module, teacher: torch.nn.Module, objective: Obj
 def obstacles_of(objective: Objective, vocab_size: int) -> list[str]:
     """Return why no head can be fused with this loss; empty if one can."""
     found = []
-    if objective.kd_weight == 0:
+    if objective.only_watches:
         found.append("kd_weight 0 trains on Megatron's own cross entropy, which takes logits")
     if objective.logit_losses:
         found.append(

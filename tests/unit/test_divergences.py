@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from abkd_megatron import AlphaBeta, ToDi, kernels, vocab_parallel_divergence
+from abkd_megatron.config.presets import PRESETS
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses import (
     Divergence,
@@ -244,6 +245,30 @@ def test_equal_probabilities_have_no_slope_in_total_variation():
     log_p = torch.tensor([-1.0, -2.0, -0.5, -1.0])
     grad_log_q = TotalVariation().grad_log_q(log_p, log_q, log_p - log_q)
     torch.testing.assert_close(grad_log_q, torch.tensor([0.0, 0.5, -0.5, 0.0]) * math.exp(-1.0))
+
+
+@pytest.mark.parametrize("kernel", ["eager", "cpp"])
+@pytest.mark.parametrize("spread", [0.1, 3.0, 10.0])
+def test_an_annealed_alpha_beta_is_exact_from_its_limit_on(kernel, spread):
+    """Forward KL first, (0.2, 0.7) last, in fp32: next to the limit, and where probabilities vanish."""
+    generator = torch.Generator().manual_seed(0)
+    logits = spread * torch.randn(2, 40, 300, generator=generator, dtype=torch.float64)
+    alpha, beta = PRESETS["pretrain"]["alpha"], PRESETS["pretrain"]["beta"]
+    for done in (0.0, 0.5, 0.5 + 1e-15, 0.5 + 1e-9, 0.5 + 1e-6, 0.501, 0.75, 0.999, 1.0):
+        divergence = AlphaBeta(alpha.value(done), beta.value(done))
+        student, teacher = logits.float().double()
+        student.requires_grad_()
+        # The dense form cancels this near to the limit, from which the divergence differs by less than fp32 can tell.
+        dense = divergence if done > 0.5 + 1e-8 else AlphaBeta(1, 0)
+        expected = reference_divergence(dense, student, teacher)
+        (of_expected,) = torch.autograd.grad(expected.sum(), student)
+        ours = student.detach().float().requires_grad_()
+        with kernels.using(kernel):
+            value = vocab_parallel_divergence(ours, teacher.float(), divergence)
+        (gradient,) = torch.autograd.grad(value.sum(), ours)
+        assert value.isfinite().all() and gradient.isfinite().all()
+        torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=1e-8)
+        assert (gradient - of_expected).abs().amax() <= 1e-5 * of_expected.abs().amax()
 
 
 @pytest.mark.parametrize(
