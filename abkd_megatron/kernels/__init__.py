@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,8 @@ class Kernel:
     """All chunks have the same number of rows; the last one may overlap the previous one."""
     strided: bool = False
     """Accepts a row stride above the row length, so that padding need not be copied away."""
+    merge: ModuleType | None = None
+    """Module with `can_merge`, `conclude` and `finish`, which merge the records of all ranks; None for `stats`."""
 
     def chunks(
         self, num_tokens: int, num_columns: int, device: torch.device, copied: bool = False, overlap: bool = True
@@ -91,15 +94,15 @@ _choice = "auto"
 def get(name: str) -> Kernel:
     """Return the kernel of that name, one of `NAMES`."""
 
-    def kernel(module: ModuleType, elements: int | None, fixed_shape: bool = False, strided: bool = False) -> Kernel:
+    def kernel(module: ModuleType, elements: int | None, **how: Any) -> Kernel:
         passes = module.local_record, module.local_second_record, module.local_gradient
-        return Kernel(name, *passes, elements, fixed_shape, strided)
+        return Kernel(name, *passes, elements, **how)
 
     everything = 2**62
     if name == "triton":
-        from abkd_megatron.kernels import triton  # deferred: reads the environment on import
+        from abkd_megatron.kernels import triton, triton_merge  # deferred: reads the environment on import
 
-        return kernel(triton, everything, strided=True)
+        return kernel(triton, everything, strided=True, merge=triton_merge)
     if name == "cpp":
         return kernel(cpp, everything, strided=True)
     return kernel(eager, None)
