@@ -60,9 +60,11 @@ def test_logits_of_another_type_are_materialized() -> None:
     """As megatron-core 0.20 makes them with `logit_dtype`; before, an output layer has no such attribute."""
     layer = ColumnParallelLinear.__new__(ColumnParallelLinear)
     torch.nn.Module.__init__(layer)
-    layer.weight, layer.bias = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16)), None
+    layer.weight = layer.bias = None  # tied
     layer.gather_output, layer.gtp_remat_size = False, 1
-    layer.config = SimpleNamespace(defer_embedding_wgrad_compute=False, _cpu_offloading_context=None)
+    layer.config = SimpleNamespace(
+        defer_embedding_wgrad_compute=False, _cpu_offloading_context=None, params_dtype=torch.bfloat16
+    )
     assert obstacle(layer) is None
     layer.output_dtype = torch.float32
     assert obstacle(layer) is not None
