@@ -156,7 +156,7 @@ UNSUPPORTED = (
         "a latent mixture of experts",
         "its projections are TransformerEngine's only",
         (ESTIMATE,),
-        remedy="leave it out here",
+        remedy="leave moe-latent-size out here",
     ),
     Feature("fp8", "fp8", _NO_DATA, (ESTIMATE,), remedy="leave it out here"),
     Feature("fp4", "fp4", _NO_DATA, (ESTIMATE,), remedy="leave it out here"),

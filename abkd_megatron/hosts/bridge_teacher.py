@@ -38,6 +38,7 @@ _SHARED = (
     "sequence_parallel",
     "pipeline_dtype",
     "use_cpu_initialization",
+    "attention_backend",  # environment variables of the process
 )
 
 

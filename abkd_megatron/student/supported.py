@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import TorchFullyShardedDataParallel
-from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel as MegatronFSDP
+from megatron.core.distributed.fsdp import mcore_fsdp_adapter
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import log_single_rank
 from torch.distributed.fsdp import FSDPModule
@@ -137,9 +137,15 @@ def check_student(chunks: Sequence[Model], teacher: Teacher) -> None:
             )
 
 
+# Megatron FSDP is a class; from megatron-core 0.20 on it is a function that returns one of two.
+_MEGATRON_FSDP = [
+    kind
+    for name, kind in vars(mcore_fsdp_adapter).items()
+    if name.startswith("FullyShardedDataParallel") and isinstance(kind, type)
+]
 # Wrapper classes by the option that creates them.
 _WRAPPERS = {
-    MegatronFSDP: "use_megatron_fsdp",
+    **dict.fromkeys(_MEGATRON_FSDP, "use_megatron_fsdp"),
     TorchFullyShardedDataParallel: "use_torch_fsdp2",
     FSDPModule: "use_torch_fsdp2",
 }

@@ -70,6 +70,7 @@ def import_bridge() -> None:
 def make_models(folder: Path) -> None:
     """A student and a teacher of Hugging Face, and a cache of the Hub that has them under their recipe's names."""
     import torch
+    from safetensors.torch import load_file, save_file
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config
     from transformers.models.nemotron_h import NemotronHConfig, NemotronHForCausalLM
@@ -117,6 +118,10 @@ def make_models(folder: Path) -> None:
         )
         snapshot = snapshot_of(of_hub)
         NemotronHForCausalLM(config).save_pretrained(snapshot)
+        weights = load_file(snapshot / "model.safetensors")
+        # As the models on the Hub have it; transformers 5.12 reads this name and writes another.
+        weights["backbone.embeddings.weight"] = weights.pop("backbone.embedding.weight")
+        save_file(weights, snapshot / "model.safetensors", {"format": "pt"})
         tokenizer.save_pretrained(snapshot)
         (folder / name).symlink_to(snapshot)
     # What other recipes build their student from: a config alone.
@@ -226,10 +231,10 @@ def dense_twin(
     total, count = torch.zeros((), dtype=torch.float64), 0.0
     for batch in micro_batches:
         mask, labels = batch["loss_mask"].double(), batch["labels"].unsqueeze(-1)
-        q, p = student(batch["tokens"]).logits, teacher(batch["tokens"]).logits.detach()
+        q, p = (model(batch["tokens"], use_cache=False).logits for model in (student, teacher))
         losses = {
             "lm loss": -q.log_softmax(-1).gather(-1, labels).squeeze(-1),
-            "kd loss": reference_alpha_beta(q, p, 0.5, 0.7, temperature),
+            "kd loss": reference_alpha_beta(q, p.detach(), 0.5, 0.7, temperature),
             "teacher lm loss": -p.log_softmax(-1).gather(-1, labels).squeeze(-1),
         }
         # By default Megatron divides each micro-batch by its own count and averages; here all have the same.

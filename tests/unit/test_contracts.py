@@ -414,7 +414,7 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
     ),
     (f"{CHECKPOINTS}.core:CheckpointingException", CHECKPOINT, ()),
     ("megatron.core.distributed:TorchFullyShardedDataParallel", ATTACH, ()),
-    ("megatron.core.distributed.fsdp.mcore_fsdp_adapter:FullyShardedDataParallel", ATTACH, ()),
+    ("megatron.core.distributed.fsdp:mcore_fsdp_adapter", ATTACH, ("FullyShardedDataParallel",)),
     (
         "megatron.core.transformer.moe.router:TopKRouter",
         f"{TEACHER}, {BRIDGE}",
@@ -534,6 +534,12 @@ def test_it_can_be_called_as_we_do(call: Call) -> None:
         signature.bind(*call.positional, **dict.fromkeys(call.keywords))
     except TypeError as error:
         pytest.fail(f"{told} calls it with {call.positional} and {call.keywords}: {error}")
+
+
+def test_the_wrappers_are_classes() -> None:
+    from abkd_megatron.student.supported import _MEGATRON_FSDP, _WRAPPERS
+
+    assert _MEGATRON_FSDP and all(isinstance(wrapper, type) for wrapper in _WRAPPERS)
 
 
 def assigned(kind: type) -> Iterator[str]:

@@ -31,8 +31,17 @@ from abkd_megatron.config.load import load_config
 from abkd_megatron.config.megatron_args import megatron_options
 from abkd_megatron.config.model_config import model_config
 from abkd_megatron.config.schema import Config
+from abkd_megatron.errors import ConfigError
 from abkd_megatron.tools import dry_run, estimate_view, memory_tracker, meta_layers, meta_run
-from abkd_megatron.tools.estimate import Alternative, Estimate, RankEstimate, _with_layout, kinds_of_ranks, layouts
+from abkd_megatron.tools.estimate import (
+    Alternative,
+    Estimate,
+    RankEstimate,
+    _check,
+    _with_layout,
+    kinds_of_ranks,
+    layouts,
+)
 from abkd_megatron.tools.meta_run import Account, MemoryTracker
 from abkd_megatron.tools.model_size import flops, parameters
 
@@ -309,6 +318,14 @@ def test_layers_of_a_pattern_are_divided_over_the_stages_of_another_layout() -> 
     other = _with_layout(config, 1, 4, 1)
     assert other.megatron["hybrid-layer-pattern"] == "M-*-/M-/M-"
     assert other.teacher.megatron["hybrid-layer-pattern"] == "M*"
+
+
+@pytest.mark.parametrize(
+    ("student", "named"), [({"hybrid_layer_pattern": "+-"}, r"\+"), ({"moe_latent_size": 64}, "moe-latent-size")]
+)
+def test_what_cannot_be_counted_is_named(student: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError, match=rf"student.*{named}"):
+        _check(load_config(None, [], megatron_options()), llama("8B", **student), llama("70B"))
 
 
 def test_a_ledger_follows_storages_by_part() -> None:
