@@ -107,6 +107,7 @@ def test_settings_travel_through_bridges_own_yaml(folder: Path) -> None:
         "teacher.load=here": "got both; set one",
         "teacher.hf=null": "got neither; set one",
         "dist.use_megatron_fsdp=true": "ConfigError: student: Megatron FSDP is not supported",
+        "distillation.sources=[{source: 0, kd_weight: 0.5}]": "use `abkd-megatron distill`",
         "distillation.hidden_losses=[{student_layer: 1, teacher_layer: 2, loss: mse}]": "use `abkd-megatron distill`",
     }
     found = run("settings", folder, *refused)
@@ -114,7 +115,7 @@ def test_settings_travel_through_bridges_own_yaml(folder: Path) -> None:
         "vocabulary": "CheckpointError: the teacher has a vocabulary of 256 tokens, the student one of 400",
         "shared vocabulary": "shared_vocab is 300; the teacher has a vocabulary of 256 tokens",
         "export": "HostError: expected a process without torch.distributed",
-        "no hook": "HostError: expected a teacher beside the student, got none",
+        "no hook": "HostError: expected a student with a teacher, got one without",
         "no such override": "ConfigError: teacher.overrides: a GPTModelProvider has no depth",
         "no such function": "ConfigError: teacher.overrides.transformer_layer_spec: expected the dotted path",
     }
