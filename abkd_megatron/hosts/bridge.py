@@ -34,6 +34,7 @@ try:
     from megatron.bridge import AutoBridge
     from megatron.bridge.models.model_provider import ModelProviderMixin
     from megatron.bridge.recipes.llama import llama3
+    from megatron.bridge.recipes.nemotronh import nemotron_3_nano_4b
     from megatron.bridge.recipes.qwen import qwen3
     from megatron.bridge.training import gpt_step
     from megatron.bridge.training.config import ConfigContainer, TokenizerConfig
@@ -169,7 +170,7 @@ def add_teacher(
             vocab_size=vocab_size,
             pg_collection=groups,
             timeout=timeout,
-            execution=ours.make_execution(),
+            execution=ours.distillation.make_execution(),
             tokens=tokens,
         )
         check_models(
@@ -311,6 +312,17 @@ def llama31_70b_to_8b_distill_config() -> DistillConfigContainer:
 def qwen3_8b_to_1p7b_distill_config() -> DistillConfigContainer:
     """Return Bridge's Qwen3 1.7B pretraining recipe (1 GPU) with Qwen3 8B as the teacher."""
     return _with_hf_teacher(qwen3.qwen3_1p7b_pretrain_config(), "Qwen/Qwen3-8B")
+
+
+def nemotron_nano_9b_to_4b_distill_config() -> DistillConfigContainer:
+    """Return Bridge's Nemotron 3 Nano 4B pretraining recipe (8 GPUs) with Nemotron Nano 9B v2 as the teacher.
+
+    Both are HybridModels of Mamba, attention and MLPs; the 4B was pruned from the 9B. Each rank holds 18 GB of the
+    teacher in bf16.
+    """
+    return _with_hf_teacher(
+        nemotron_3_nano_4b.nemotron_3_nano_4b_pretrain_config(), "nvidia/NVIDIA-Nemotron-Nano-9B-v2"
+    )
 
 
 def _with_hf_teacher(recipe: ConfigContainer, hf: str) -> DistillConfigContainer:

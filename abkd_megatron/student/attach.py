@@ -38,7 +38,7 @@ from abkd_megatron.teacher.output_layer import OutputLayer
 from abkd_megatron.teacher.runner import TeacherRunner
 from abkd_megatron.vocab_parallel import VocabShard
 from abkd_megatron.vocab_parallel.execution import Execution
-from abkd_megatron.vocab_parallel.logits import METRICS
+from abkd_megatron.vocab_parallel.terms import METRICS
 
 logger = logging.getLogger(__name__)
 

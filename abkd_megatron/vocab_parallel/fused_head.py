@@ -26,16 +26,15 @@ from abkd_megatron.tensors import Function, check_context, check_tensor, constan
 from abkd_megatron.validation import finite_number, flag, positive_number, whole_number
 from abkd_megatron.vocab_parallel.head_gradients import Gradients, Operands, factor_of, token_weight_check, weighted
 from abkd_megatron.vocab_parallel.logits import (
-    METRICS,
     STUDENT_ONLY,
     DistillationTerms,
     check_divergence,
     check_shard,
     rows_of,
-    token_terms,
 )
 from abkd_megatron.vocab_parallel.passes import Batch, Passes, PendingRecord, TokenStats
 from abkd_megatron.vocab_parallel.shard import VocabShard
+from abkd_megatron.vocab_parallel.terms import METRICS, NUM_TERMS, Terms
 
 
 def vocab_parallel_distillation_head(
@@ -277,10 +276,6 @@ class _Head:
         kd_weight, lm_weight = (it[order] if isinstance(it, Tensor) else it for it in (self.kd_weight, self.lm_weight))
         return replace(self, kd_weight=kd_weight, lm_weight=lm_weight)
 
-    def loss(self, chunk: slice, value: Tensor, cross_entropy: Tensor) -> Tensor:
-        """Return a chunk's loss per token."""
-        return weighted(self.kd_weight, value, chunk) + weighted(self.lm_weight, cross_entropy, chunk)
-
     def chunks(self, num_tokens: int) -> list[slice]:
         """Return the chunks; none mixes compared tokens and others."""
         return [
@@ -308,31 +303,43 @@ class _Head:
                 teacher.mul_(self.teacher_scale)
         return self.passes_of(chunk).batch(student, teacher, operands.labels[chunk])
 
-    def terms(self, chunk: slice, token_stats: TokenStats, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a chunk's divergence after selection, cross entropy and metrics."""
-        dtype = self.passes.dtype
-        cross_entropy, metrics = token_terms(token_stats, labels, dtype)
-        if chunk.start >= self.num_compared:
-            return torch.zeros_like(cross_entropy), cross_entropy, torch.zeros_like(metrics)
-        value = token_stats.value.to(dtype)
-        if self.select is not None:
-            value = torch.where(self._selected(metrics), value, 0.0)
-        return value, cross_entropy, metrics
+    def conclude(
+        self, chunk: slice, batch: Batch, pending_record: PendingRecord, needs_gradient: bool, result: Tensor
+    ) -> TokenStats:
+        """Write a chunk's columns of `result`: the loss, then the terms, with the divergence after selection."""
+        loss, terms = result[0, chunk], result[1:, chunk]
+        kd_weight, lm_weight, compared = self.kd_weight, self.lm_weight, chunk.start < self.num_compared
+        out = Terms(terms, None, compared)
+        select = self.select if compared else None
+        if select is None and not isinstance(kd_weight, Tensor) and not isinstance(lm_weight, Tensor):
+            out = replace(out, loss=loss, weights=(kd_weight, lm_weight))
+        token_stats = self.passes_of(chunk).conclude(batch, pending_record, needs_gradient, out)
+        if select is not None:
+            terms[0] = torch.where(self._selected(terms[2:]), terms[0], 0.0)
+        if out.loss is None:
+            loss.copy_(weighted(kd_weight, terms[0], chunk) + weighted(lm_weight, terms[1], chunk))
+        return token_stats
 
-    def gradient(self, chunk: slice, batch: Batch, token_stats: TokenStats, token_weights: Tensor) -> Tensor:
-        """Compute the gradient with respect to hidden @ weight^T in place of the student's logits."""
-        of_loss = token_weights.to(self.passes.dtype) * self.student_scale
+    def gradient(
+        self, chunk: slice, batch: Batch, token_stats: TokenStats, of_terms: tuple[Tensor, Tensor], result: Tensor
+    ) -> Tensor:
+        """Compute the gradient with respect to hidden @ weight^T in place of the student's logits.
+
+        `of_terms` is `of_terms` of the whole loss.
+        """
         of_divergence: Tensor | None = None
         if chunk.start < self.num_compared:
-            of_divergence = weighted(self.kd_weight, of_loss, chunk)
+            of_divergence = of_terms[0][chunk]
             if self.select is not None:
-                assert batch.labels is not None
-                metrics = token_terms(token_stats, batch.labels, self.passes.dtype)[1]
-                of_divergence = torch.where(self._selected(metrics), of_divergence, 0.0)
-        of_cross_entropy = weighted(self.lm_weight, of_loss, chunk)
+                of_divergence = torch.where(self._selected(result[3:, chunk]), of_divergence, 0.0)
         logits = batch.student.logits
-        self.passes_of(chunk).write_gradient(logits, batch, token_stats, of_divergence, of_cross_entropy)
+        self.passes_of(chunk).write_gradient(logits, batch, token_stats, of_divergence, of_terms[1][chunk])
         return logits
+
+    def of_terms(self, of_loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of divergence and cross entropy for that of the loss, [N], with the student's scale."""
+        of_loss = of_loss.to(self.passes.dtype) * self.student_scale
+        return weighted(self.kd_weight, of_loss), weighted(self.lm_weight, of_loss)
 
     def _selected(self, metrics: Tensor) -> Tensor:
         assert self.select is not None
@@ -375,16 +382,14 @@ class _DistillationHead(Function):
         operands = Operands(student_hidden, student_weight, teacher_hidden, teacher_weight, labels)
         in_forward = needs_gradient and token_weights is not None
         gradients = Gradients(operands, *ctx.needs_input_grad[:2]) if in_forward else None
-        result = student_hidden.new_empty(3 + len(METRICS), labels.numel(), dtype=head.passes.dtype)
+        of_terms = head.of_terms(token_weights) if in_forward and token_weights is not None else None
+        result = student_hidden.new_empty(1 + NUM_TERMS, labels.numel(), dtype=head.passes.dtype)
         stats_of_chunks: list[TokenStats] = []
 
         def finish(chunk: slice, batch: Batch, pending_record: PendingRecord) -> None:
-            token_stats = head.passes_of(chunk).conclude(batch, pending_record, needs_gradient)
-            value, cross_entropy, metrics = head.terms(chunk, token_stats, labels[chunk])
-            result[0, chunk] = head.loss(chunk, value, cross_entropy)
-            result[1, chunk], result[2, chunk], result[3:, chunk] = value, cross_entropy, metrics
-            if gradients is not None and token_weights is not None:
-                gradients.add(chunk, head.gradient(chunk, batch, token_stats, token_weights[chunk]))
+            token_stats = head.conclude(chunk, batch, pending_record, needs_gradient, result)
+            if gradients is not None and of_terms is not None:
+                gradients.add(chunk, head.gradient(chunk, batch, token_stats, of_terms, result))
             elif needs_gradient:
                 stats_of_chunks.append(token_stats)
 
@@ -403,6 +408,7 @@ class _DistillationHead(Function):
             finish(*before)
 
         ctx.head, ctx.gradients, ctx.stats_of_chunks = head, gradients, stats_of_chunks
+        ctx.result = result.detach() if head.select is not None and gradients is None else None
         if gradients is not None:
             gradients.operands = None  # type: ignore[assignment]  # frees memory; only the results are needed
             ctx.save_for_backward(student_weight, token_weights, anchor)
@@ -420,8 +426,10 @@ class _DistillationHead(Function):
         if ctx.gradients is None:
             operands = Operands(*ctx.saved_tensors)
             gradients = Gradients(operands, *ctx.needs_input_grad[:2])
+            of_terms = head.of_terms(of_loss)
             for chunk, token_stats in zip(head.chunks(of_loss.numel()), ctx.stats_of_chunks, strict=True):
-                gradients.add(chunk, head.gradient(chunk, head.batch(operands, chunk), token_stats, of_loss[chunk]))
+                batch = head.batch(operands, chunk)
+                gradients.add(chunk, head.gradient(chunk, batch, token_stats, of_terms, ctx.result))
             of_hidden, of_weight = gradients.of_hidden, gradients.of_weight
             dtype = operands.student_weight.dtype
         else:

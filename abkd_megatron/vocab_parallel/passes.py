@@ -6,8 +6,9 @@ gradient. A divergence that does not separate needs another pass and another exc
 Legend: N tokens, C this rank's real columns, W the width of its logits, R ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from abkd_megatron.losses.base import Divergence
 from abkd_megatron.vocab_parallel import stats
 from abkd_megatron.vocab_parallel.shard import VocabShard
 from abkd_megatron.vocab_parallel.stats import GlobalStats
+from abkd_megatron.vocab_parallel.terms import Terms
 
 # Renamed by torch.
 _all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -139,9 +141,9 @@ class Passes:
 
     def start(self, batch: Batch, async_op: bool = False) -> "PendingRecord":
         """Run the first pass and start to exchange the records."""
-        record = batch.student.logits.new_empty(self.layout.size, batch.num_tokens, dtype=torch.float64)
-        for chunk in batch.chunks(self.kernel):
-            record[:, chunk] = self.kernel.local_record(
+
+        def of(chunk: slice) -> Tensor:
+            record: Tensor = self.kernel.local_record(
                 batch.student[chunk],
                 batch.teacher[chunk],
                 batch.labels[chunk] if batch.labels is not None else None,
@@ -150,35 +152,78 @@ class Passes:
                 self.layout,
                 self.dtype,
             )
-        return PendingRecord(self, record, async_op)
+            return record
 
-    def conclude(self, batch: Batch, pending_record: "PendingRecord", needs_gradient: bool) -> "TokenStats":
-        """Return the token statistics after waiting for the records, and a second exchange if needed."""
-        global_stats = stats.conclude(pending_record.result(), self.divergence, self.layout)
-        q, p, value, slope_sum, _ = global_stats
-        pending = None
-        ask_value, ask_slope = value is None, slope_sum is None and needs_gradient
-        if ask_value or ask_slope:
-            record = q.maximum.new_empty(ask_value + ask_slope, batch.num_tokens)
-            scalars = torch.stack([q.maximum, q.log_z, p.maximum, p.log_z])
-            for chunk in batch.chunks(self.kernel):
-                record[:, chunk] = self.kernel.local_second_record(
-                    batch.student[chunk],
-                    batch.teacher[chunk],
-                    self.divergence,
-                    self.temperature,
-                    self.dtype,
-                    scalars[:, chunk].contiguous(),  # a stride that depends on N would trigger a recompilation
-                    ask_value,
-                    ask_slope,
-                )
+        return PendingRecord(self, self._of_chunks(batch, self.layout.size, of), async_op)
+
+    def conclude(self, batch: Batch, pending_record: "PendingRecord", needs_gradient: bool, out: Terms) -> "TokenStats":
+        """Write the terms after waiting for the records, and a second exchange if needed; return the gradient's needs.
+
+        `out` has the batch's tokens in their order, or by `out.rows`.
+        """
+        native = self._native(batch)
+        global_stats: GlobalStats | None = None
+        value: Tensor | None = None
+        if native is not None:
+            scalars, has_value, has_slope = native.conclude(
+                pending_record.records(), batch.labels, self.divergence, self.layout, **vars(out)
+            )
+        else:
+            global_stats = stats.conclude(pending_record.result(), self.divergence, self.layout)
+            q, p, value, slope_sum, _ = global_stats
+            has_value, has_slope = value is not None, slope_sum is not None
+            of_slope = q.log_z if slope_sum is None else slope_sum  # to be overwritten
+            scalars = torch.stack([q.maximum, q.log_z, q.log_z_at_1, p.maximum, p.log_z, of_slope])
+        token_stats = TokenStats(scalars)
+        ask_slope = needs_gradient and not has_slope
+        if not has_value or ask_slope:
+            of_whole = scalars[6:] if native is not None else torch.stack([*scalars[:2], *scalars[3:5]])
+            record = self._second_record(batch, of_whole, not has_value, ask_slope)
             # Only the gradient needs H, so its exchange may stay pending.
-            pending = PendingSum(record, self.shard, async_op=not ask_value)
-            if ask_value:
-                value = pending.result()[0]
-        assert value is not None
-        scalars = torch.stack([q.maximum, q.log_z, q.log_z_at_1, p.maximum, p.log_z])
-        return TokenStats(global_stats, value, scalars, slope_sum, pending)
+            pending = PendingSum(record, self.shard, async_op=has_value)
+            if has_value:
+                token_stats.pending = pending
+            elif native is not None:
+                native.finish(pending.records(), scalars, **vars(out), has_value=True, has_slope=ask_slope)
+            else:
+                value, *of_slopes = pending.result()
+                if ask_slope:
+                    scalars[5] = of_slopes[0]
+        if global_stats is not None:
+            assert value is not None
+            out.write(value, global_stats, batch.labels)
+        return token_stats
+
+    def _native(self, batch: Batch) -> ModuleType | None:
+        """Return the kernel's module that merges records, if it supports this divergence."""
+        merge = self.kernel.merge
+        return merge if merge is not None and batch.num_tokens and merge.can_merge(self.divergence) else None
+
+    def _second_record(self, batch: Batch, scalars: Tensor, value: bool, slope: bool) -> Tensor:
+        def of(chunk: slice) -> Tensor:
+            record: Tensor = self.kernel.local_second_record(
+                batch.student[chunk],
+                batch.teacher[chunk],
+                self.divergence,
+                self.temperature,
+                self.dtype,
+                scalars[:, chunk].contiguous(),  # a stride that depends on N would trigger a recompilation
+                value,
+                slope,
+            )
+            return record
+
+        return self._of_chunks(batch, value + slope, of)
+
+    def _of_chunks(self, batch: Batch, num_fields: int, of: Callable[[slice], Tensor]) -> Tensor:
+        """Return the records [num_fields, N], given those of each chunk."""
+        chunks = batch.chunks(self.kernel)
+        if len(chunks) == 1:
+            return of(chunks[0])
+        record = batch.student.logits.new_empty(num_fields, batch.num_tokens, dtype=torch.float64)
+        for chunk in chunks:
+            record[:, chunk] = of(chunk)
+        return record
 
     def write_gradient(
         self,
@@ -193,11 +238,14 @@ class Passes:
         `out` may be the student's logits. `of_divergence` and `of_cross_entropy` are [...], or None for 0. For a batch
         with `rows`, only these are written, and the gradients are [N].
         """
-        slope_sum = token_stats.slope_sum
-        if slope_sum is None:
-            assert token_stats.pending is not None
-            slope_sum = token_stats.pending.result()[-1]
-        scalars = torch.cat([token_stats.scalars, slope_sum.unsqueeze(0)])
+        if token_stats.pending is not None:
+            native, pending = self._native(batch), token_stats.pending
+            if native is not None:
+                native.finish(pending.records(), token_stats.scalars, has_slope=True)
+            else:
+                token_stats.scalars[5] = pending.result()[-1]
+            token_stats.pending = None
+        scalars = token_stats.scalars[:6]
         out_rows = out.view(batch.student.tokens.numel(), out.shape[-1])
         columns = slice(0, self.shard.num_columns)
         in_place = out.data_ptr() == batch.student.logits.data_ptr()
@@ -223,21 +271,18 @@ class Passes:
             )
             if batch.rows is not None:
                 out_rows[:, columns].index_copy_(0, batch.rows[chunk], of_rows)
-        out_rows[:, self.shard.num_columns :] = 0.0  # padding
+        if self.shard.num_columns < out.shape[-1]:
+            out_rows[:, self.shard.num_columns :] = 0.0  # padding
 
 
 @dataclass
 class TokenStats:
-    """Statistics per token that the losses and their gradient need, [N] fp64."""
+    """Statistics per token that a gradient needs."""
 
-    global_stats: GlobalStats
-    value: Tensor
-    """D."""
     scalars: Tensor
-    """[5, N]: the student's maximum, log_z and log_z at T = 1, the teacher's maximum and log_z."""
-    slope_sum: Tensor | None
-    """H, unless it is in `pending`."""
-    pending: "PendingSum | None"
+    """[at least 6, N] fp64: the student's maximum, log_z and log_z at T = 1, the teacher's maximum and log_z, and H."""
+    pending: "PendingSum | None" = None
+    """H, if it is not yet in `scalars`."""
 
 
 def all_gather(record: Tensor, shard: VocabShard, async_op: bool) -> tuple[Tensor, dist.Work | None]:
@@ -268,6 +313,14 @@ class PendingRecord:
             self.packed = stats.pack(record, passes.layout)
             self.work = dist.all_reduce(self.packed, dist.ReduceOp.MAX, group=shard.group, async_op=async_op)
 
+    def records(self) -> Tensor:
+        """Wait for the records of all ranks, [R, fields, N]; [1, fields, N] if they have been merged."""
+        if self.gathered is None:
+            return self.result().unsqueeze(0)
+        if self.work is not None:
+            self.work.wait()
+        return self.gathered
+
     def result(self) -> Tensor:
         """Wait for the merged record, [fields, N]."""
         if self.work is not None:
@@ -289,18 +342,22 @@ class PendingSum:
     """Records [fields, N] being summed over the ranks; bitwise identical on every rank."""
 
     def __init__(self, record: Tensor, shard: VocabShard, async_op: bool) -> None:
-        self.records = record.unsqueeze(0)
+        self.gathered = record.unsqueeze(0)
         self.work: dist.Work | None = None
         if shard.num_ranks == 1 or record.numel() == 0:
             return
         if shard.num_ranks <= GATHER_UP_TO:
-            self.records, self.work = all_gather(record, shard, async_op)
+            self.gathered, self.work = all_gather(record, shard, async_op)
         else:
             self.work = dist.all_reduce(record, group=shard.group, async_op=async_op)
 
-    def result(self) -> Tensor:
-        """Wait for the sum, [fields, N]."""
+    def records(self) -> Tensor:
+        """Wait for the records of all ranks, [R, fields, N]; [1, fields, N] if they have been summed."""
         if self.work is not None:
             self.work.wait()
             self.work = None
-        return self.records.sum(dim=0)
+        return self.gathered
+
+    def result(self) -> Tensor:
+        """Wait for the sum, [fields, N]."""
+        return self.records().sum(dim=0)

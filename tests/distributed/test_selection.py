@@ -289,13 +289,13 @@ def test_all_selected_is_no_selection_to_the_bit():
 
 
 def test_bad_selections_are_refused():
-    with pytest.raises(ConfigError, match=r"kd_weight of the labels' shape \[12\], got \[5\]"):
+    with pytest.raises(ConfigError, match=r"kd_weight .*\[12\], got \[5\]"):
         head(kd_weight=torch.ones(5))
-    with pytest.raises(ConfigError, match=r"selection of shape \[12\], got \[5\]: give"):
+    with pytest.raises(ConfigError, match=r"selection .*\[12\], got \[5\]"):
         head(selected=torch.ones(5, dtype=torch.bool))
     with pytest.raises(ConfigError, match=r"dtype torch.bool, got torch.int64"):
         head(selected=torch.ones(12, dtype=torch.int64))
     logits, labels, shard = torch.randn(4, 10), torch.zeros(4, dtype=torch.int64), VocabShard.megatron(10)
     selected = labels == 0
-    with pytest.raises(ConfigError, match=r"teacher logits \[4, 10\] of the selected tokens, got \[3, 10\]"):
+    with pytest.raises(ConfigError, match=r"teacher .*\[4, 10\].*\[3, 10\]"):
         vocab_parallel_distillation(logits, logits[:3], ToDi(), labels, shard, selected=selected)

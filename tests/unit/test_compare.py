@@ -106,9 +106,7 @@ def test_what_another_configuration_left_is_kept(load, tmp_path):
         run.prepare()  # its own is found again
     override = "distillation.chunk_tokens=64"
     changed = compare.plan(load([override]), partial(_with, load, override))
-    with pytest.raises(
-        ConfigError, match=r"configuration \(chunk_tokens: 64; chunk_tokens: null\); choose another comp"
-    ):
+    with pytest.raises(ConfigError, match=r"chunk_tokens: 64; chunk_tokens: null.*comp"):
         changed[0].prepare()
     assert "chunk_tokens: null" in (tmp_path / "out/ce-only/seed-3/config.yaml").read_text()
 
@@ -226,7 +224,7 @@ def test_what_no_comparison_has_written_is_not_written_over(tmp_path, content):
     (tmp_path / "table.md").write_text("mine")
     if content is not None:
         (tmp_path / "results.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"without .*table.md.*choose another"):
+    with pytest.raises(ConfigError, match=r"table\.md"):
         compare.check_out(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps({"summary": {}, "runs": []}))
     compare.check_out(tmp_path)

@@ -673,7 +673,7 @@ def test_parameters_that_are_no_finite_number_are_refused(bad):
         lambda: ToDi(bad),
         lambda: JensenShannon(bad),
     ):
-        with pytest.raises(ConfigError, match=r"expected .* finite number, got .*: give"):
+        with pytest.raises(ConfigError, match=r"finite number, got "):
             build()
 
 
@@ -682,12 +682,12 @@ def test_other_parameters_are_refused():
         AlphaBeta(1.7e308, 1.7e308)
     with pytest.raises(ConfigError, match="scale >= 0, got -1"):
         ToDi(-1.0)
-    with pytest.raises(ConfigError, match="detach to be true or false, got 1"):
+    with pytest.raises(ConfigError, match=r"detach .*got 1"):
         ToDi(1.0, 1)
     assert AlphaBeta(1, -2) == AlphaBeta(1.0, -2.0)
     for bad in (0, 1, -0.1, 1.1, 1e-400):
         for build in (JensenShannon, SkewForwardKL, SkewReverseKL):
-            with pytest.raises(ConfigError, match=r"between 0 and 1, both excluded, got .*kl"):
+            with pytest.raises(ConfigError, match=r"between 0 and 1.*got .*kl"):
                 build(bad)
     for terms, message in (
         ([], "at least one term"),
@@ -703,17 +703,17 @@ def test_input_that_cannot_be_right_is_refused():
     student, teacher = random_logits(3, 8)
     labels = torch.zeros(3, dtype=torch.int64)
     ab, shard = AlphaBeta(0.5, 0.5), VocabShard.megatron(8)
-    with pytest.raises(ConfigError, match=r"one shape .*\[3, 8\] and \[3, 7\]: pad"):
+    with pytest.raises(ConfigError, match=r"\[3, 8\] and \[3, 7\]"):
         vocab_parallel_divergence(student, teacher[:, :7], ab)
-    with pytest.raises(ConfigError, match=r"teacher logits of a floating dtype, got torch.int64"):
+    with pytest.raises(ConfigError, match=r"teacher .*torch\.int64"):
         vocab_parallel_divergence(student, teacher.long(), ab)
     for bad in (0.0, -1.0, math.nan, math.inf, "2"):
-        with pytest.raises(ConfigError, match="temperature to be a finite number above 0, got"):
+        with pytest.raises(ConfigError, match=r"temperature .*above 0, got"):
             vocab_parallel_divergence(student, teacher, ab, temperature=bad)
     for bad in (0, 9, -1, 7.5, True, "8"):
         with pytest.raises(ConfigError, match=r"vocab_size .*got"):
             vocab_parallel_divergence(student, teacher, ab, vocab_size=bad)
-    with pytest.raises(ConfigError, match="expected a Divergence such as"):
+    with pytest.raises(ConfigError, match="expected a Divergence"):
         vocab_parallel_divergence(student, teacher, "alpha_beta")
     for bad in (labels[:2], labels[:, None], labels.int()):
         with pytest.raises(ConfigError, match=r"labels of (shape|dtype)"):
@@ -737,7 +737,7 @@ def test_logits_that_cannot_be_overwritten_are_refused():
     leaf = student.requires_grad_()
     with pytest.raises(ConfigError, match="got a leaf"):
         in_place(leaf)
-    with pytest.raises(ConfigError, match=r"contiguous student logits, got shape \[3, 4\] with strides \(8, 2\)"):
+    with pytest.raises(ConfigError, match=r"student .*\[3, 4\].*\(8, 2\)"):
         in_place((leaf * 1)[:, ::2], teacher[:, ::2])
     both = (leaf * 1).expand(2, 3, 8).contiguous()
     with pytest.raises(ConfigError, match="one storage for both"):
