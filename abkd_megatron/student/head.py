@@ -114,7 +114,7 @@ def compute_loss(
         if tokens is not None and tokens.by_rank:
             entropy = _teacher_entropy(teacher, teacher_hidden, labels, shard, chunk_tokens)
             ranked = tokens.ranked(entropy, counted, cp_group)
-            of_divergence = ranked * of_divergence
+            of_divergence = ranked.double() * of_divergence
         total, terms = vocab_parallel_distillation_head(
             student.whole_hidden_states(tp_group),
             student.weight,

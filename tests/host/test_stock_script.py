@@ -245,6 +245,10 @@ CASES: dict[str, tuple[list[str], str]] = {
         [*GOOD, "--kd-hidden-losses", "[{{student_layer: 1, teacher_layer: 2, loss: mse}}]", *PIPELINE],
         r"hidden_losses need the loss mask.*set pipeline-model-parallel-size to 1",
     ),
+    "weights by source": (
+        [*GOOD, "--kd-sources", "[{{source: 0, kd_weight: 0.5}}]"],
+        r"sources need the dataset of each sequence.*remove --kd-sources",
+    ),
 }
 
 

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from abkd_megatron.losses.hidden import HiddenLoss
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.losses.schedule import COUNTS, Schedule
 from abkd_megatron.losses.selection import TokenSelection
+from abkd_megatron.losses.sources import UNKNOWN, SourceWeights
 
 
 def custom(text):
@@ -535,6 +537,25 @@ def test_presets(load, text, overrides, preset, wanted):
     again = load(shown)
     assert again.distillation == kd and f"preset: {preset} " in shown
     again.check("pretrain")
+
+
+def test_weights_by_source(load):
+    text = (
+        "distillation:\n  sources:\n    - {source: 1, kd_weight: 0}\n    - {source: 0, lm_weight: 0.1, kd-weight: 2}\n"
+    )
+    config = load(text, "distillation.preset=none")
+    assert config.distillation.sources == [SourceWeights(1, kd_weight=0.0), SourceWeights(0, 2.0, 0.1)]
+    config.check("pretrain")
+    assert load(render(config)).distillation == config.distillation
+    objective = config.distillation.make_objective().objective
+    kd_weight, lm_weight = objective.weights(torch.tensor([0, 1, 2, UNKNOWN]))
+    assert (kd_weight.tolist(), lm_weight.tolist()) == ([2.0, 0.0, 1.0, 1.0], [0.1, 1.0, 1.0, 1.0])
+    assert objective.weights(None) == (1.0, 1.0)
+    with pytest.raises(ConfigError, match=r"distillation.sources: source 1: .* must not both be 0, but are always"):
+        load(text).check("pretrain")  # `pretrain` has no cross entropy
+    late = "distillation.lm_weight={schedule: linear, from: 1, to: 0, end: 9}"
+    with pytest.raises(ConfigError, match=r"distillation.sources: source 1: .* are at iteration 9"):
+        load(text, "distillation.preset=none", late).check("pretrain")
 
 
 def test_presets_in_python():
