@@ -2,7 +2,8 @@
 
 - `eager`: plain PyTorch; any device, divergence and floating dtype.
 - `compiled`: `eager` under torch.compile. Needs a C++ compiler and up to a minute per process.
-- `cpp`: C++ for CPUs, built in seconds, several times faster than `compiled`. AlphaBeta and ToDi only.
+- `cpp`: C++ for CPUs, built in seconds, several times faster than `compiled`. Every built-in divergence, and weighted
+  sums of up to 8.
 - `triton`: for GPUs. AlphaBeta and ToDi only. Compiled for GPUs and run in Triton's interpreter, not yet on a GPU.
 
 `auto` selects triton for logits on a GPU and cpp for logits on a CPU where they apply, else eager, and logs its choice.
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.kernels import compiled, cpp, eager
+from abkd_megatron.kernels.parts import weighted_parts
 from abkd_megatron.losses.alpha_beta import AlphaBeta
 from abkd_megatron.losses.base import Divergence
 from abkd_megatron.losses.todi import ToDi
@@ -143,14 +145,27 @@ def select(divergence: Divergence, student: Tensor, teacher: Tensor) -> Kernel:
 
 
 def _automatic(divergence: Divergence, student: Tensor, teacher: Tensor) -> str:
-    known = type(divergence) in (AlphaBeta, ToDi) and has_memory(student) and has_memory(teacher) and not is_traced()
+    usable = has_memory(student) and has_memory(teacher) and not is_traced()
+    known = type(divergence) in (AlphaBeta, ToDi) and usable
     dtypes = {student.dtype, teacher.dtype}
     if student.is_cuda and known and torch.float64 not in dtypes and importlib.util.find_spec("triton"):
         return "triton"
     on_cpu = student.device.type == teacher.device.type == "cpu"
-    if on_cpu and known and dtypes <= set(cpp.DTYPES) and cpp.compiler():
-        return "cpp"
+    if on_cpu and usable and dtypes <= set(cpp.DTYPES) and cpp.compiler():
+        if cpp.supports(divergence):
+            return "cpp"
+        if (terms := len(weighted_parts(divergence))) > cpp.MAX_PARTS:
+            _warn_of_sum(terms)
     return "eager"
+
+
+@functools.cache
+def _warn_of_sum(terms: int) -> None:
+    logger.warning(
+        "eager kernel, which is several times slower: the cpp kernel sums at most %d divergences, got %d",
+        cpp.MAX_PARTS,
+        terms,
+    )
 
 
 @functools.cache
