@@ -1,7 +1,7 @@
 """Kernels: interchangeable implementations of the passes over a chunk of logits.
 
 - `eager`: plain PyTorch; any device, divergence and floating dtype.
-- `cpp`: C++ for CPUs, built in seconds. AlphaBeta and ToDi only.
+- `cpp`: C++ for CPUs, built in seconds; every built-in divergence, and sums of up to 8.
 - `triton`: for GPUs; every built-in divergence, and sums of up to 4. Compiled for GPUs and run in Triton's interpreter,
   not yet on a GPU.
 
@@ -24,9 +24,7 @@ from torch import Tensor
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.kernels import cpp, eager
 from abkd_megatron.kernels.parts import MAX_PARTS, weighted_parts
-from abkd_megatron.losses.alpha_beta import AlphaBeta
 from abkd_megatron.losses.base import Divergence
-from abkd_megatron.losses.todi import ToDi
 from abkd_megatron.tensors import has_memory, is_traced
 
 logger = logging.getLogger(__name__)
@@ -153,18 +151,22 @@ def _automatic(divergence: Divergence, student: Tensor, teacher: Tensor) -> str:
         if 0 < parts <= MAX_PARTS:
             return "triton"
         if parts > MAX_PARTS:
-            _warn_of_parts(parts)
+            _warn_of_parts("triton", MAX_PARTS, parts)
     on_cpu = student.device.type == teacher.device.type == "cpu"
-    if on_cpu and type(divergence) in (AlphaBeta, ToDi) and dtypes <= set(cpp.DTYPES) and cpp.compiler():
-        return "cpp"
+    if on_cpu and dtypes <= set(cpp.DTYPES) and cpp.compiler():
+        if cpp.supports(divergence):
+            return "cpp"
+        if (parts := len(weighted_parts(divergence))) > cpp.MAX_PARTS:
+            _warn_of_parts("cpp", cpp.MAX_PARTS, parts)
     return "eager"
 
 
 @functools.cache
-def _warn_of_parts(parts: int) -> None:
+def _warn_of_parts(kernel: str, most: int, parts: int) -> None:
     logger.warning(
-        "eager kernel: the triton kernel sums at most %d divergences, got %d; the eager one is 10 to 20 times slower",
-        MAX_PARTS,
+        "eager kernel, which is several times slower: the %s kernel sums at most %d divergences, got %d",
+        kernel,
+        most,
         parts,
     )
 

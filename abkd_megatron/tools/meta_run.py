@@ -390,7 +390,7 @@ def _automatic_kernel(config: Config, divergence: Divergence) -> str:
     known = isinstance(divergence, (AlphaBeta, ToDi))
     if config.device == "cuda":
         return "triton" if known else "eager"
-    return "cpp" if known and kernels.cpp.compiler() else "eager"
+    return "cpp" if kernels.cpp.supports(divergence) and kernels.cpp.compiler() else "eager"
 
 
 def _record(student: Tensor, teacher: Tensor, labels: Any, first: int, divergence: Any, layout: Any, _: Any) -> Tensor:
