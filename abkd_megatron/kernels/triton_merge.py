@@ -1,9 +1,10 @@
 """What follows the records on a GPU, in one launch: merge over ranks, normalizers, divergence, cross entropy, metrics.
 
-`conclude` is `merge` and `conclude` of vocab_parallel/stats.py and `Terms.write` of terms.py, in fp64, for divergences that are sums
-of alpha-beta divergences, whose values are final, and for all others without their value. `finish` sums a second record
-over ranks. Coefficients, weights and the temperature are arguments of a launch, so that schedules do not recompile.
-Each is three fp32 numbers that add up to the fp64 one, because Triton passes Python's floats as fp32.
+`conclude` computes what `merge`, `conclude` and `Terms.write` of vocab_parallel do, in fp64. A sum of alpha-beta
+divergences (ToDi's value at scale 1 is one) is then known. All others need a second record, which `finish` sums.
+
+Coefficients, weights and the temperature are arguments of a launch, so that schedules do not recompile. Each is three
+fp32 numbers that add up to the fp64 one, because Triton passes Python's floats as fp32.
 
 Every token is computed by one thread in a fixed order: results are bitwise identical on all ranks and in all runs.
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from abkd_megatron.kernels.parts import weighted_parts
 from abkd_megatron.kernels.record import Layout
-from abkd_megatron.kernels.triton import _jit, _on, tl, triton
+from abkd_megatron.kernels.triton import _jit, _on, tl, triton  # type: ignore[attr-defined]
 from abkd_megatron.losses.alpha_beta import AlphaBeta
 from abkd_megatron.losses.base import Divergence, coefficient
 from abkd_megatron.losses.todi import ToDi
@@ -150,7 +151,7 @@ def finish(
     has_value: bool = False,
     has_slope: bool = False,
 ) -> None:
-    """Sum the second records of all ranks, [R, 1 or 2, N] fp64: the divergence into `terms` and `loss`, H into `scalars`.
+    """Add the second records of all ranks, [R, 1 or 2, N] fp64: divergence into `terms` and `loss`, H into `scalars`.
 
     The other arguments are as in `conclude`, which has run before.
     """
@@ -225,7 +226,7 @@ def _difference(start, end, gap, log_ratio):
 
 @_jit
 def _alpha_beta(log_p, log_q, log_ratio, a, b, lam):
-    """Compute `AlphaBeta.partial_sums`, q^lam, h and F; and with them p^alpha q^beta, p^lam and (p^lam - p^a q^b) / b."""
+    """Compute q^lam, h and F, `AlphaBeta.partial_sums`; and p^a q^b, p^lam and (p^lam - p^a q^b) / b."""
     zero = a * 0.0
     at_zero = tl.exp(_exponent(zero, log_p, lam, log_q))
     at_alpha = tl.exp(_exponent(a, log_p, b, log_q))

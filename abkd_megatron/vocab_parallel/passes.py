@@ -166,7 +166,7 @@ class Passes:
         value: Tensor | None = None
         if native is not None:
             scalars, has_value, has_slope = native.conclude(
-                pending_record.records(), batch.labels, self.divergence, self.layout, **vars(out)
+                pending_record.of_ranks(), batch.labels, self.divergence, self.layout, **vars(out)
             )
         else:
             global_stats = stats.conclude(pending_record.result(), self.divergence, self.layout)
@@ -184,7 +184,7 @@ class Passes:
             if has_value:
                 token_stats.pending = pending
             elif native is not None:
-                native.finish(pending.records(), scalars, **vars(out), has_value=True, has_slope=ask_slope)
+                native.finish(pending.of_ranks(), scalars, **vars(out), has_value=True, has_slope=ask_slope)
             else:
                 value, *of_slopes = pending.result()
                 if ask_slope:
@@ -241,7 +241,7 @@ class Passes:
         if token_stats.pending is not None:
             native, pending = self._native(batch), token_stats.pending
             if native is not None:
-                native.finish(pending.records(), token_stats.scalars, has_slope=True)
+                native.finish(pending.of_ranks(), token_stats.scalars, has_slope=True)
             else:
                 token_stats.scalars[5] = pending.result()[-1]
             token_stats.pending = None
@@ -313,7 +313,7 @@ class PendingRecord:
             self.packed = stats.pack(record, passes.layout)
             self.work = dist.all_reduce(self.packed, dist.ReduceOp.MAX, group=shard.group, async_op=async_op)
 
-    def records(self) -> Tensor:
+    def of_ranks(self) -> Tensor:
         """Wait for the records of all ranks, [R, fields, N]; [1, fields, N] if they have been merged."""
         if self.gathered is None:
             return self.result().unsqueeze(0)
@@ -342,22 +342,22 @@ class PendingSum:
     """Records [fields, N] being summed over the ranks; bitwise identical on every rank."""
 
     def __init__(self, record: Tensor, shard: VocabShard, async_op: bool) -> None:
-        self.gathered = record.unsqueeze(0)
+        self.records = record.unsqueeze(0)
         self.work: dist.Work | None = None
         if shard.num_ranks == 1 or record.numel() == 0:
             return
         if shard.num_ranks <= GATHER_UP_TO:
-            self.gathered, self.work = all_gather(record, shard, async_op)
+            self.records, self.work = all_gather(record, shard, async_op)
         else:
             self.work = dist.all_reduce(record, group=shard.group, async_op=async_op)
 
-    def records(self) -> Tensor:
+    def of_ranks(self) -> Tensor:
         """Wait for the records of all ranks, [R, fields, N]; [1, fields, N] if they have been summed."""
         if self.work is not None:
             self.work.wait()
             self.work = None
-        return self.gathered
+        return self.records
 
     def result(self) -> Tensor:
         """Wait for the sum, [fields, N]."""
-        return self.records().sum(dim=0)
+        return self.of_ranks().sum(dim=0)

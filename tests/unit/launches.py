@@ -7,7 +7,6 @@ Matrix products are counted apart. What Triton's interpreter itself does with te
 from collections import Counter
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
