@@ -1,6 +1,5 @@
 """Schema of the configuration: keys, defaults and validation. Does not import megatron."""
 
-import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -14,8 +13,6 @@ from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress, Schedule
 from abkd_megatron.losses.selection import TokenSelection
 from abkd_megatron.vocab_parallel.execution import HEADS, Execution
-
-logger = logging.getLogger(__name__)
 
 type Scalar = str | int | float | bool | None
 type Value = Scalar | list[Any]
@@ -37,9 +34,8 @@ _OF_DIVERGENCE = ("divergence", "alpha", "beta", "scale", "detach", "skew", "mix
 # Keys that define its use. Each is checked together with the ones before it.
 _OF_OBJECTIVE = ("temperature", "temperature_squared", "lm_weight", "kd_weight", "shared_vocab", "tokens")
 _OF_EXECUTION = ("chunk_tokens", "gradient_in_place", "diagnostics", "kernel", "head")
-# Keys of `distillation` that may be a schedule, and parameters that a kernel compiles in.
+# Keys of `distillation` that may be a schedule.
 SCHEDULED = ("alpha", "beta", "scale", "skew", "mixture", "temperature", "kd_weight", "lm_weight")
-_COMPILED_IN = {"triton": ("alpha", "beta", "scale"), "compiled": SCHEDULED[:6]}
 
 # Megatron arguments that `data.dir` sets, and that conflict with it.
 _DATA_ARGUMENTS = (
@@ -84,7 +80,7 @@ class DistillationConfig:
     lm_weight: Number = 1.0
     """Weight of the cross entropy with the labels."""
     kernel: str = "auto"
-    """Code of the loss: ``auto`` (by device), ``eager``, ``compiled`` (torch.compile), ``cpp`` or ``triton``."""
+    """Code of the loss: ``auto`` (by device), ``eager``, ``cpp`` or ``triton``."""
     head: str = "auto"
     """LM head: ``materialized`` logits, ``fused`` with the loss in chunks of tokens, or ``auto``."""
     chunk_tokens: int | None = None
@@ -154,11 +150,6 @@ class DistillationConfig:
             return [(1.0, registry.build(self.divergence, given))]
         terms = [{"name": "", "weight": 1.0, **term} for term in self.losses]
         return [(term.pop("weight"), registry.build(str(term.pop("name")), term)) for term in terms]
-
-    def gliding(self, kernel: str) -> list[str]:
-        """Return the scheduled parameters for which `kernel` would be recompiled at every step."""
-        given = {name: getattr(self, name) for name in _COMPILED_IN.get(kernel, ())}
-        return [name for name, number in given.items() if isinstance(number, Schedule) and number.glides]
 
 
 def _first(number: Any) -> Any:
@@ -245,20 +236,6 @@ class Config:
     origins: dict[str, str] = field(default_factory=dict)
     """Origin of each ``section.key``: default, device: NAME, FILE:LINE or command line."""
 
-    def make_execution(self) -> Execution:
-        """Create the execution settings for this device.
-
-        On a GPU, kernel `auto` becomes `eager` if a schedule would make triton recompile at every step.
-
-        Raises:
-            ConfigError: see `Execution`.
-        """
-        execution, gliding = self.distillation.make_execution(), self.distillation.gliding("triton")
-        if execution.kernel == "auto" and self.device == "cuda" and gliding:
-            logger.info("eager kernel: triton would recompile at every step for another %s", ", ".join(gliding))
-            return replace(execution, kernel="eager")
-        return execution
-
     def check(self, job: str) -> None:
         """Raise the first of `problems`.
 
@@ -293,16 +270,12 @@ class Config:
                     check_name(name, known, self._origin(key), key)
                 except ConfigError as error:
                     yield error
-        gliding = ", ".join(kd.gliding(kd.kernel))
-        on_cpu = "auto, eager or cpp on device: cpu (Python compilers cannot trace the CPU backend)"
-        no_compiler = f"auto, eager or cpp with a ramp of {gliding}: it would recompile at every step"
-        compiles = kd.kernel in _COMPILED_IN
+        on_cpu = "auto, eager or cpp on device: cpu"
         least = f"{LEAST_VOCAB_SIZE} or more (256 are bytes)"
         once = len(set(compare.seeds)) == len(compare.seeds)
         rules = (
             ("teacher.expected-loss", loss is None or 0 < loss < math.inf, "a finite number above 0", loss),
-            ("distillation.kernel", not (self.device == "cpu" and compiles), on_cpu, kd.kernel),
-            ("distillation.kernel", not gliding, f"{no_compiler} (a piecewise schedule is allowed)", kd.kernel),
+            ("distillation.kernel", not (self.device == "cpu" and kd.kernel == "triton"), on_cpu, kd.kernel),
             ("data.vocab_size", data.vocab_size >= LEAST_VOCAB_SIZE, least, data.vocab_size),
             ("data.held_out", 0 < data.held_out < 0.5, "a fraction between 0 and 0.5", data.held_out),
             ("data.source", bool(data.source), "at least one source", data.source),

@@ -60,7 +60,7 @@ def add_teacher(
     `build_teacher`, `attach` and `check_models`.
     """
     scheduled = config.distillation.make_objective()
-    objective, execution = scheduled.objective, config.make_execution()
+    objective, execution = scheduled.objective, config.distillation.make_execution()
     vocab_size, timeout = args.vocab_size, timedelta(minutes=args.distributed_timeout_minutes)
     with on_every_rank():
         teacher_args, teacher_config = teacher_arguments(megatron, config.teacher.megatron, args, host)

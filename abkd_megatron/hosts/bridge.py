@@ -169,7 +169,7 @@ def add_teacher(
             vocab_size=vocab_size,
             pg_collection=groups,
             timeout=timeout,
-            execution=ours.make_execution(),
+            execution=ours.distillation.make_execution(),
             tokens=tokens,
         )
         check_models(

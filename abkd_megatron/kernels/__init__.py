@@ -1,9 +1,9 @@
 """Kernels: interchangeable implementations of the passes over a chunk of logits.
 
 - `eager`: plain PyTorch; any device, divergence and floating dtype.
-- `compiled`: `eager` under torch.compile. Needs a C++ compiler and up to a minute per process.
-- `cpp`: C++ for CPUs, built in seconds, several times faster than `compiled`. AlphaBeta and ToDi only.
-- `triton`: for GPUs. AlphaBeta and ToDi only. Compiled for GPUs and run in Triton's interpreter, not yet on a GPU.
+- `cpp`: C++ for CPUs, built in seconds. AlphaBeta and ToDi only.
+- `triton`: for GPUs; every built-in divergence, and sums of up to 4. Compiled for GPUs and run in Triton's interpreter,
+  not yet on a GPU.
 
 `auto` selects triton for logits on a GPU and cpp for logits on a CPU where they apply, else eager, and logs its choice.
 Tensors without data (fake and meta tensors, wrapper subclasses) use eager.
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.kernels import compiled, cpp, eager
+from abkd_megatron.kernels import cpp, eager
+from abkd_megatron.kernels.parts import MAX_PARTS, weighted_parts
 from abkd_megatron.losses.alpha_beta import AlphaBeta
 from abkd_megatron.losses.base import Divergence
 from abkd_megatron.losses.todi import ToDi
@@ -83,7 +84,7 @@ class Kernel:
         return [slice(first, min(first + rows, num_tokens)) for first in range(0, num_tokens, rows)]
 
 
-NAMES = ("eager", "compiled", "cpp", "triton")
+NAMES = ("eager", "cpp", "triton")
 CHOICES = ("auto", *NAMES)
 
 _choice = "auto"
@@ -104,8 +105,6 @@ def get(name: str) -> Kernel:
         return kernel(triton, everything, strided=True, merge=triton_merge)
     if name == "cpp":
         return kernel(cpp, everything, strided=True)
-    if name == "compiled":
-        return kernel(compiled, None, fixed_shape=True)
     return kernel(eager, None)
 
 
@@ -146,14 +145,28 @@ def select(divergence: Divergence, student: Tensor, teacher: Tensor) -> Kernel:
 
 
 def _automatic(divergence: Divergence, student: Tensor, teacher: Tensor) -> str:
-    known = type(divergence) in (AlphaBeta, ToDi) and has_memory(student) and has_memory(teacher) and not is_traced()
+    if not (has_memory(student) and has_memory(teacher)) or is_traced():
+        return "eager"
     dtypes = {student.dtype, teacher.dtype}
-    if student.is_cuda and known and torch.float64 not in dtypes and importlib.util.find_spec("triton"):
-        return "triton"
+    if student.is_cuda and torch.float64 not in dtypes and importlib.util.find_spec("triton"):
+        parts = len(weighted_parts(divergence))
+        if 0 < parts <= MAX_PARTS:
+            return "triton"
+        if parts > MAX_PARTS:
+            _warn_of_parts(parts)
     on_cpu = student.device.type == teacher.device.type == "cpu"
-    if on_cpu and known and dtypes <= set(cpp.DTYPES) and cpp.compiler():
+    if on_cpu and type(divergence) in (AlphaBeta, ToDi) and dtypes <= set(cpp.DTYPES) and cpp.compiler():
         return "cpp"
     return "eager"
+
+
+@functools.cache
+def _warn_of_parts(parts: int) -> None:
+    logger.warning(
+        "eager kernel: the triton kernel sums at most %d divergences, got %d; the eager one is 10 to 20 times slower",
+        MAX_PARTS,
+        parts,
+    )
 
 
 @functools.cache

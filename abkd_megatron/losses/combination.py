@@ -93,8 +93,7 @@ class WeightedSum(Divergence):
 
 
 # Near p = q every alpha-beta divergence is 1/2 sum q^(alpha + beta) log(p/q)^2. Some usual definitions differ by a
-# factor, given below as a weight. A WeightedSum runs on the eager and compiled kernels only. AlphaBeta, with the factor
-# in kd_weight, runs on all kernels.
+# factor, given below as a weight.
 
 
 def forward_kl() -> AlphaBeta:

@@ -123,9 +123,6 @@ class ScheduledObjective:
     At steps with `kd_weight` 0 the student trains on Megatron's own cross entropy, which needs logits. ``head: auto``
     then means ``materialized`` at all steps, so that the first step shows the memory of the run.
 
-    The compiled and triton kernels compile the divergence's parameters in. Use them with schedules that step rather
-    than change continuously.
-
     Raises:
         ConfigError: for a name that is not a number of the objective or its divergence, an invalid value, or a step at
             which kd_weight and lm_weight are both 0.

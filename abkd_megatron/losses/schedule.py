@@ -103,11 +103,6 @@ class Schedule:
         """Smallest value."""
         return min(value for _, value in self.points)
 
-    @property
-    def glides(self) -> bool:
-        """True if it takes more values than it has points."""
-        return any(start < end and first != last for (start, first), (end, last) in pairwise(self.points))
-
     def described(self) -> dict[str, Any]:
         """Return it in the form of the configuration."""
         (start, first), (end, last) = self.points[0], self.points[-1]

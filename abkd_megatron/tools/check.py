@@ -165,7 +165,7 @@ class _Report:
         if self._settings_are_good and config.teacher.load:
             with self.at("loss"):
                 setup.objective = config.distillation.make_objective().objective
-                setup.execution = config.make_execution()
+                setup.execution = config.distillation.make_execution()
         with dry_run.as_in_a_job(config, ranks):
             self._models(megatron, options)
             if config.teacher.load is not None:

@@ -7,7 +7,6 @@ import pytest
 from launch import run_job, scalars
 
 from abkd_megatron import AlphaBeta, ToDi
-from abkd_megatron.config.schema import Config, DistillationConfig
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress, Schedule
@@ -131,17 +130,6 @@ def test_a_weight_of_0_at_some_step_takes_logits_at_all() -> None:
                 Execution(head=head).resolve(scheduled)
             continue
         assert Execution(head=head).resolve(scheduled).head == ("materialized" if schedule is down else head)
-
-
-def test_auto_takes_no_kernel_that_each_step_would_compile() -> None:
-    gliding, jumping = Schedule.linear(0.2, 0.3, end=9), Schedule.piecewise([(0, 0.2), (9, 0.2), (9, 0.3)])
-    for device, settings, wanted in (
-        ("cuda", {"alpha": gliding}, "eager"),
-        ("cuda", {"alpha": jumping, "temperature": gliding, "kd_weight": gliding}, "auto"),
-        ("cuda", {"alpha": gliding, "kernel": "eager"}, "eager"),
-        ("cpu", {"alpha": gliding}, "auto"),
-    ):
-        assert Config(device=device, distillation=DistillationConfig(**settings)).make_execution().kernel == wanted
 
 
 @pytest.mark.parametrize(

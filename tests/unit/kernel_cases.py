@@ -1,5 +1,6 @@
 """Logits that a kernel has to take as the eager one does, and how far apart the two are."""
 
+import itertools
 import math
 
 import torch
@@ -7,7 +8,9 @@ import torch
 from abkd_megatron import AlphaBeta, ToDi
 from abkd_megatron.kernels import eager
 from abkd_megatron.kernels.record import Layout
-from abkd_megatron.vocab_parallel.stats import conclude
+from abkd_megatron.losses import JensenShannon, SkewForwardKL, SkewReverseKL, TotalVariation, WeightedSum
+from abkd_megatron.losses.combination import neyman_chi_square, pearson_chi_square
+from abkd_megatron.vocab_parallel.stats import conclude, merge
 
 DIVERGENCES = {
     "ab(0.2,0.7)": AlphaBeta(0.2, 0.7),
@@ -21,6 +24,23 @@ DIVERGENCES = {
     "todi whole": ToDi(detach=False),
     "todi scale 2": ToDi(2.0, detach=False),
     "todi scale 0": ToDi(0.0),
+}
+OTHERS = {
+    "ab(0.01,0.9)": AlphaBeta(0.01, 0.9),
+    "ab(0.9,0.01)": AlphaBeta(0.9, 0.01),
+    "chi-square": pearson_chi_square(),
+    "chi-square, reversed": neyman_chi_square(),
+    "js": JensenShannon(),
+    "js 0.1": JensenShannon(0.1),
+    "skew": SkewForwardKL(),
+    "skew reverse": SkewReverseKL(),
+    "skew reverse detached": SkewReverseKL(0.3, detach_mixture=True),
+    "tv": TotalVariation(),
+    "sum of ab": WeightedSum([(0.5, AlphaBeta(0.2, 0.7)), (2.0, AlphaBeta(1.0, 0.0)), (1.0, AlphaBeta(1.2, -0.3))]),
+    "sum with todi": WeightedSum([(0.5, AlphaBeta(0.2, 0.7)), (2.0, ToDi())]),
+    "nested sum": WeightedSum(
+        [(0.5, WeightedSum([(2.0, SkewForwardKL(0.3)), (1.0, TotalVariation())])), (1.0, AlphaBeta(0.0, 1.0))]
+    ),
 }
 # (student's dtype, teacher's dtype, labels, temperature, columns, columns between the rows)
 SETTINGS = {
@@ -94,7 +114,7 @@ def compare(kernel, divergence, setting, device="cpu"):
             worst[name] = error(side.value[finite], exact.value[finite], scale) / TOLERANCE
 
     q, p = exact.q, exact.p
-    if isinstance(divergence, ToDi):
+    if isinstance(divergence, ToDi) or exact.slope_sum is None:
         of_whole = torch.stack([q.maximum, q.log_z, p.maximum, p.log_z])
         inputs_of_second = (student, teacher, divergence, temperature, torch.float32, of_whole)
         for asked in ((True, True), (False, True), (True, False)):
@@ -160,3 +180,60 @@ def special(kernel, device="cpu"):
         "no columns": torch.equal(*no_columns),
         "equal models": same[layout.sums][1:].eq(0.0).all().item(),
     }
+
+
+RAMP, PEAK = 60.0, 40.0
+
+
+def hard_pairs(columns, generator):
+    """Logits with maxima that rise late or often, [7, columns] each."""
+    student, teacher = 2 * torch.randn(2, 7, columns, generator=generator)
+    ramp = torch.linspace(-RAMP, RAMP, columns)
+    student[0, -1] = PEAK  # in the last, ragged tile
+    teacher[1, columns // 2] = PEAK
+    student[2] += ramp
+    teacher[2] += ramp
+    student[3] += ramp
+    teacher[3] -= ramp
+    student[4, 0] = teacher[4, 0] = PEAK  # at once, and nothing comes near it
+    student[5] += 300.0
+    teacher[5] -= 200.0
+    student[6] = teacher[6] = teacher[6] + ramp
+    return student, teacher
+
+
+def hard(kernel, divergence, temperature, columns=2100, parts=1, device="cpu"):
+    """Errors of the loss on `hard_pairs` against fp64, in units of 1e-6 + 1e-5 of it; over uneven shards, one empty."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (logits.to(device) for logits in hard_pairs(columns, generator))
+    labels = torch.randint(0, columns, (7,), generator=generator).to(device)
+    layout = Layout(divergence, True, temperature)
+    bounds = [0, columns] if parts == 1 else [0, columns // 2 + 1, columns - 1, columns - 1, columns]
+
+    def of(side, dtype):
+        shards = [slice(start, end) for start, end in itertools.pairwise(bounds)]
+        pairs = [(student[:, shard].to(dtype), teacher[:, shard].to(dtype)) for shard in shards]
+        records = [
+            side.local_record(*pair, labels, shard.start, divergence, layout, dtype)
+            for pair, shard in zip(pairs, shards, strict=True)
+        ]
+        whole = conclude(merge(torch.stack(records), divergence, layout), divergence, layout)
+        if whole.value is not None:
+            return whole, whole.value
+        scalars = torch.stack([whole.q.maximum, whole.q.log_z, whole.p.maximum, whole.p.log_z])
+        second = [
+            side.local_second_record(*pair, divergence, temperature, dtype, scalars, True, False) for pair in pairs
+        ]
+        return whole, torch.stack(second).sum(dim=0)[0]
+
+    (got, value), (wanted, exact) = of(kernel, torch.float32), of(eager, torch.float64)
+    for one, other in ((got.q, wanted.q), (got.p, wanted.p)):
+        assert torch.equal(one.maximum, other.maximum) and torch.equal(one.top, other.top)
+        assert torch.equal(one.target, other.target)
+    assert value[6] == 0.0 and all(numbers[6].isfinite() for numbers in got.metrics)
+    worst = {"value": ((value - exact).abs() / (1e-6 + 1e-5 * exact.abs())).max().item()}
+    for one, other in ((got.q, wanted.q), (got.p, wanted.p)):
+        worst["log_z"] = max(worst.get("log_z", 0.0), (one.log_z - other.log_z).abs().max().item() / 1e-6)
+    for name, one, other in zip(("kl", "entropy p", "entropy q"), got.metrics, wanted.metrics, strict=True):
+        worst[name] = ((one - other).abs() / (1e-6 + 1e-5 * other.abs())).max().item()
+    return worst

@@ -27,9 +27,6 @@ def test_piecewise_and_its_jumps():
     schedule = Schedule.piecewise([(10, 4.0), (20, 2.0), (20, 1.0), (40, 3.0)])
     assert [schedule.value(count) for count in (0, 10, 15, 20, 30, 40, 50)] == [4.0, 4.0, 3.0, 1.0, 2.0, 3.0, 3.0]
     assert schedule.value(19) == pytest.approx(2.2)
-    assert schedule.glides and Schedule.linear(1.0, 2.0, end=2).glides
-    assert not Schedule.piecewise([(0, 4.0), (9, 4.0), (9, 2.0)]).glides
-    assert not Schedule.of(3.0).glides
 
 
 def test_what_is_counted():
