@@ -54,7 +54,7 @@ from abkd_megatron import kernels
 from abkd_megatron.losses import AlphaBeta, Divergence, ToDi, reference_cross_entropy, reference_divergence
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation, vocab_parallel_divergence
 
-BACKENDS = ("eager", "compiled", "cpp")  # kernels of ours; each adds its rows
+BACKENDS = ("eager", "cpp")  # kernels of ours; each adds its rows
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ERROR_ROWS = 16
 ENVIRONMENT = {
@@ -244,11 +244,6 @@ class Collectives(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found = {"collectives": 0, "bytes": 0}
-
-    @classmethod
-    def is_infra_mode(cls) -> bool:
-        """Says that torch.compile may run under it: no collective is inside what is compiled."""
-        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if "c10d" in func.namespace:

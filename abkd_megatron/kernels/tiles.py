@@ -1,6 +1,6 @@
 """Tiles of the Triton kernels: one table, so that a run and its restart sum in the same order.
 
-`python benchmarks/gpu.py --tiles` measures the candidates on a GPU and prints the rows of its architecture.
+`python benchmarks/gpu.py --only tiles` measures the candidates on a GPU and prints the rows of its architecture.
 """
 
 from typing import NamedTuple
@@ -21,13 +21,13 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
 """Tiles worth measuring, per kernel. The second record takes the record's."""
 
 # From the instructions that they compile to; not measured. By bytes of the wider of both logits' dtypes.
-_PREDICTED: dict[str, dict[int, Tile]] = {
+PREDICTED: dict[str, dict[int, Tile]] = {
     "record": {2: Tile(1024, 4), 4: Tile(512, 4)},
     "gradient": {2: Tile(2048, 4), 4: Tile(1024, 4)},
 }
 
-# (kernel, compute capability as 90, bytes, up to this many columns): tile. The narrowest row that fits applies.
-_MEASURED: dict[tuple[str, int, int, int], Tile] = {}
+MEASURED: dict[tuple[str, int | None, int, int], Tile] = {}
+"""By kernel, architecture, bytes and columns, up to which the tile applies. None so far."""
 
 
 def tile(kernel: str, columns: int, itemsize: int, architecture: int | None) -> Tile:
@@ -42,7 +42,7 @@ def tile(kernel: str, columns: int, itemsize: int, architecture: int | None) -> 
     itemsize = max(itemsize, 2)
     rows = [
         (up_to, found)
-        for (name, of, size, up_to), found in _MEASURED.items()
+        for (name, of, size, up_to), found in MEASURED.items()
         if (name, of, size) == (kernel, architecture, itemsize) and columns <= up_to
     ]
-    return min(rows)[1] if rows else _PREDICTED[kernel][itemsize]
+    return min(rows)[1] if rows else PREDICTED[kernel][itemsize]

@@ -32,11 +32,12 @@ from abkd_megatron.kernels.parts import MAX_PARTS
 from abkd_megatron.kernels.record import Layout
 from abkd_megatron.kernels.tiles import tile
 from abkd_megatron.kernels.triton_math import (
+    INSTALLED,
     has_infinite_slopes,
     is_in_quadrant,
+    needs_gpu,
     parts_of,
     separating_parts_of,
-    triton,
 )
 from abkd_megatron.kernels.triton_passes import (
     exact_record_kernel,
@@ -54,7 +55,7 @@ def supports(divergence: Divergence) -> bool:
 
 
 def _check(student: Tensor, teacher: Tensor, divergence: Divergence, dtype: torch.dtype) -> None:
-    if triton is None:
+    if not INSTALLED:
         raise HostError(
             "the triton kernel needs Triton, which is not installed: install it (pip install triton), or choose the "
             "eager kernel"
@@ -68,7 +69,7 @@ def _check(student: Tensor, teacher: Tensor, divergence: Divergence, dtype: torc
         raise ConfigError(
             f"the triton kernel computes in torch.float32, got logits that need {dtype}: choose the eager kernel"
         )
-    if not student.is_cuda and isinstance(record_kernel, triton.JITFunction):
+    if not student.is_cuda and needs_gpu(record_kernel):
         raise HostError(f"the triton kernel needs logits on a GPU, got {student.device}: choose the eager kernel")
     for name, logits in (("student", student), ("teacher", teacher)):
         if not has_memory(logits) or is_traced():
@@ -152,7 +153,9 @@ def local_record(
     once = is_in_quadrant(parts)
     with _on(student.device):
         if once:
-            record_kernel[(num_rows,)](*args, **options)
+            # With one part the compiler would take twice as many for a little less arithmetic. More parts need them.
+            registers = {"maxnreg": 96} if len(parts.kinds) == 1 else {}
+            record_kernel[(num_rows,)](*args, **options, **registers)
         exact_record_kernel[(num_rows,)](*args, REDO=once, **options)
     return record
 

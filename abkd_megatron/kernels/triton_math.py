@@ -35,6 +35,14 @@ except ImportError:  # reported when a kernel is called
     triton = None
 
 
+INSTALLED = triton is not None
+
+
+def needs_gpu(kernel: Any) -> bool:
+    """Return whether a kernel is compiled, and not interpreted."""
+    return isinstance(kernel, triton.JITFunction)
+
+
 def jit(function: Callable | None = None, **options: Any) -> Any:
     """Apply triton.jit, or nothing where Triton is not installed."""
     if function is None:
@@ -116,9 +124,13 @@ def _alpha_beta_part(weight: float, part: AlphaBeta) -> tuple[tuple[int, ...], t
     kind = (_ALPHA_BETA, int(alpha != 0.0), int(beta != 0.0), (lam > 0.0) - (lam < 0.0), widest)
     alpha_is_narrow = abs(alpha) <= abs(beta)
     narrow, wide = (alpha, beta) if alpha_is_narrow else (beta, alpha)
-    near = _economized(series(alpha / spread, lam / spread, 20), _NEAR_TERMS) if spread else [0.5] + [0.0] * 7
     numbers = (alpha, beta, lam, _inverse(alpha), _inverse(beta), _inverse(lam), spread)
-    ordered = (narrow, _inverse(narrow), _inverse(wide), float(alpha_is_narrow))
+    ordered = (-alpha if alpha_is_narrow else beta, _inverse(narrow), _inverse(wide), float(alpha_is_narrow))
+    # Of the second divided difference at the nodes {0, alpha, lam}; inside the quadrant at {-alpha, 0, beta}.
+    nodes = (-alpha, beta) if alpha and beta and not widest else (alpha, lam)
+    near = [0.5] + [0.0] * (_NEAR_TERMS - 1)
+    if spread:
+        near = _economized(series(nodes[0] / spread, nodes[1] / spread, 20), _NEAR_TERMS)
     return kind, tuple(map(float, (weight, *numbers, *ordered, *near)))
 
 
@@ -220,28 +232,26 @@ def alpha_beta_sums(log_p, log_q, log_ratio, numbers, KIND: tl.constexpr, EXACT:
     else:
         at_alpha = exp2(_exponent(numbers[1], A, log_p, numbers[2], B, log_q))
         at_lam = exp2(_exponent(numbers[3], LAM, log_p, 0.0, 0, log_q))
+        # In the quadrant relative to the middle node.
+        IN_QUADRANT: tl.constexpr = WIDEST == 0 and A != 0 and B != 0
         scaled = log_ratio * numbers[7]
         near = scaled * numbers[19] + numbers[18]
         for term in tl.static_range(6):
             near = near * scaled + numbers[17 - term]
-        first_order = at_zero * log_ratio
-        near = near * log_ratio * first_order
+        start = log_ratio * (at_alpha if IN_QUADRANT else at_zero)
+        near = near * log_ratio * start
         is_near = tl.abs(scaled) < 1.0
-        if WIDEST == 0 and A != 0 and B != 0:
+        if IN_QUADRANT:
             # A difference over the wider gap cancels nothing where scaled is not near 0. One polynomial is enough: of
             # alpha for the slope where scaled is near 0, and of the narrower gap elsewhere.
             alpha_is_narrow = numbers[11] != 0.0
-            x = log_ratio * tl.where(is_near, numbers[1], numbers[8])
-            factor = growth(x)
+            x = log_ratio * tl.where(is_near, -numbers[1], numbers[8])
+            rise = start * growth(x)
             low, high = at_alpha - at_zero, at_lam - at_alpha
-            narrow = tl.where(
-                tl.abs(x) < 1.0,
-                tl.where(alpha_is_narrow, first_order, at_alpha * log_ratio) * factor,
-                tl.where(alpha_is_narrow, low, high) * numbers[9],
-            )
+            narrow = tl.where(tl.abs(x) < 1.0, rise, tl.where(alpha_is_narrow, low, high) * numbers[9])
             wide = tl.where(alpha_is_narrow, high, low) * numbers[10]
             far = (wide - narrow) * tl.where(alpha_is_narrow, numbers[6], -numbers[6])
-            slope = tl.where(is_near, first_order * factor, tl.where(alpha_is_narrow, narrow, wide))
+            slope = tl.where(is_near, rise, tl.where(alpha_is_narrow, narrow, wide))
         else:
             slope = _difference(at_zero, at_alpha, numbers[1], numbers[4], A, log_ratio, EXACT)
             # Dividing by the widest gap between two nodes cancels least.

@@ -6,10 +6,18 @@ them costs no communication. Per lane, sums are fp64. They are added over the la
 Numbers that vary between launches (rows, columns, strides of per-row numbers, coefficients) are not specialized on.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code=assignment
 # ruff: noqa: RUF005 (Triton does not parse a starred tuple)
 
-from abkd_megatron.kernels.triton_math import alpha_beta_shifted, alpha_beta_sums, exp2, jit, tl, value_and_slope, weigh
+from abkd_megatron.kernels.triton_math import (
+    alpha_beta_shifted,
+    alpha_beta_sums,
+    exp2,
+    jit,
+    tl,  # type: ignore[attr-defined]  # absent where Triton is
+    value_and_slope,
+    weigh,
+)
 
 
 @jit
