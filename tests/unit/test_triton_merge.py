@@ -47,7 +47,13 @@ MORE = {
     "js": JensenShannon(),
 }
 EVERY = {**DIVERGENCES, **MORE}
-LOSSES = {"alpha-beta": AlphaBeta(0.2, 0.7), "todi": ToDi(), "todi whole": ToDi(2.0, detach=False)}
+LOSSES = {
+    "alpha-beta": AlphaBeta(0.2, 0.7),
+    "todi": ToDi(),
+    "todi whole": ToDi(2.0, detach=False),
+    "js": JensenShannon(),
+    "sum": WeightedSum([(0.5, AlphaBeta(1.0, 0.0)), (1.0, AlphaBeta(0.2, 0.7)), (2.0, AlphaBeta(0.0, 1.0))]),
+}
 TOKENS, WIDTH, HIDDEN = 6, 72, 8
 # Relative; of H, whose terms cancel, relative to the sum of their magnitudes or that of q^lam, if larger.
 SCALARS = 1e-14
