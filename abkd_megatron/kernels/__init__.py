@@ -56,6 +56,8 @@ class Kernel:
     """All chunks have the same number of rows; the last one may overlap the previous one."""
     strided: bool = False
     """Accepts a row stride above the row length, so that padding need not be copied away."""
+    indexed: bool = False
+    """Accepts an index of rows, `rows` and `teacher_rows`, so that a selection need not be copied."""
     merge: ModuleType | None = None
     """Module with `can_merge`, `conclude` and `finish`, which merge the records of all ranks; None for `stats`."""
 
@@ -100,7 +102,7 @@ def get(name: str) -> Kernel:
     if name == "triton":
         from abkd_megatron.kernels import triton, triton_merge  # deferred: reads the environment on import
 
-        return kernel(triton, everything, strided=True, merge=triton_merge)
+        return kernel(triton, everything, strided=True, indexed=True, merge=triton_merge)
     if name == "cpp":
         return kernel(cpp, everything, strided=True)
     return kernel(eager, None)

@@ -1,9 +1,10 @@
 """What follows the records on a GPU, in one launch: merge over ranks, normalizers, divergence, cross entropy, metrics.
 
-`conclude` is `merge` and `conclude` of vocab_parallel/stats.py and `Terms.write` of terms.py, in fp64, for divergences that are sums
-of alpha-beta divergences, whose values are final, and for all others without their value. `finish` sums a second record
-over ranks. Coefficients, weights and the temperature are arguments of a launch, so that schedules do not recompile.
-Each is three fp32 numbers that add up to the fp64 one, because Triton passes Python's floats as fp32.
+`conclude` computes what `merge`, `conclude` and `Terms.write` of vocab_parallel do, in fp64. A sum of alpha-beta
+divergences (ToDi's value at scale 1 is one) is then known. All others need a second record, which `finish` sums.
+
+Coefficients, weights and the temperature are arguments of a launch, so that schedules do not recompile. Each is three
+fp32 numbers that add up to the fp64 one, because Triton passes Python's floats as fp32.
 
 Every token is computed by one thread in a fixed order: results are bitwise identical on all ranks and in all runs.
 
@@ -13,17 +14,14 @@ Legend: N tokens, R ranks.
 # mypy: allow-untyped-defs, allow-untyped-calls
 
 import struct
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from abkd_megatron.kernels.parts import weighted_parts
 from abkd_megatron.kernels.record import Layout
-from abkd_megatron.kernels.triton import _on
-from abkd_megatron.kernels.triton_math import jit as _jit
-from abkd_megatron.kernels.triton_math import tl, triton
+from abkd_megatron.kernels.triton import on
+from abkd_megatron.kernels.triton_math import jit, tl  # type: ignore[attr-defined]  # absent where Triton is
 from abkd_megatron.losses.alpha_beta import AlphaBeta
 from abkd_megatron.losses.base import Divergence, coefficient
 from abkd_megatron.losses.todi import ToDi
@@ -113,7 +111,7 @@ def conclude(
             numbers += _in_three(number)
     scalars = torch.empty(10, num_tokens, dtype=torch.float64, device=records.device)
     if num_tokens:
-        with _on(records.device):
+        with on(records.device):
             _conclude_kernel[_grid(num_tokens)](
                 records,
                 labels,
@@ -152,14 +150,14 @@ def finish(
     has_value: bool = False,
     has_slope: bool = False,
 ) -> None:
-    """Sum the second records of all ranks, [R, 1 or 2, N] fp64: the divergence into `terms` and `loss`, H into `scalars`.
+    """Add the second records of all ranks, [R, 1 or 2, N] fp64: divergence into `terms` and `loss`, H into `scalars`.
 
     The other arguments are as in `conclude`, which has run before.
     """
     num_ranks, num_fields, num_tokens = records.shape
     assert records.is_contiguous() and num_fields == has_value + has_slope and compared
     if num_tokens:
-        with _on(records.device):
+        with on(records.device):
             _finish_kernel[_grid(num_tokens)](
                 records,
                 rows,
@@ -178,31 +176,24 @@ def finish(
             )
 
 
-def _jit_for_any_size(function: Callable) -> Any:
-    """Compile one variant for all numbers of tokens."""
-    if triton is None:
-        return function
-    return triton.jit(do_not_specialize=["terms_stride", "num_tokens"])(function)
+def _grid(num_tokens: int) -> tuple[int]:
+    return (-(-num_tokens // _BLOCK),)
 
 
-def _grid(num_tokens: int) -> Any:
-    return (triton.cdiv(num_tokens, _BLOCK),)
-
-
-@_jit
+@jit
 def _number(numbers, FIRST: tl.constexpr):
     """Return the fp64 number that three fp32 ones add up to, largest first."""
     zero = tl.full((), 0.0, tl.float64)
     return (zero + numbers[FIRST]) + numbers[FIRST + 1] + numbers[FIRST + 2]
 
 
-@_jit
+@jit
 def _weigh(mass, amount):
     """Return mass * amount with 0 * inf = 0."""
     return tl.where(mass == 0.0, 0.0, mass * amount)
 
 
-@_jit
+@jit
 def _expm1(x):
     """Return exp(x) - 1 for |x| < 1; the remainder is below half a unit in the last place of fp64."""
     total = x * 0.0 + 1.0
@@ -211,13 +202,13 @@ def _expm1(x):
     return total * x
 
 
-@_jit
+@jit
 def _exponent(a, log_p, b, log_q):
     """Return a log p + b log q without terms of coefficient 0, which would give 0 * -inf."""
     return tl.where(a == 0.0, 0.0, log_p * a) + tl.where(b == 0.0, 0.0, log_q * b)
 
 
-@_jit
+@jit
 def _difference(start, end, gap, log_ratio):
     """Return (end - start) / gap, where end = start * exp(gap * log_ratio); start * log_ratio at gap 0."""
     rise = log_ratio * gap
@@ -225,9 +216,9 @@ def _difference(start, end, gap, log_ratio):
     return tl.where(gap == 0.0, _weigh(start, log_ratio), change)
 
 
-@_jit
+@jit
 def _alpha_beta(log_p, log_q, log_ratio, a, b, lam):
-    """Compute `AlphaBeta.partial_sums`, q^lam, h and F; and with them p^alpha q^beta, p^lam and (p^lam - p^a q^b) / b."""
+    """Compute q^lam, h and F, `AlphaBeta.partial_sums`; and p^a q^b, p^lam and (p^lam - p^a q^b) / b."""
     zero = a * 0.0
     at_zero = tl.exp(_exponent(zero, log_p, lam, log_q))
     at_alpha = tl.exp(_exponent(a, log_p, b, log_q))
@@ -265,7 +256,7 @@ def _alpha_beta(log_p, log_q, log_ratio, a, b, lam):
     return at_zero, -rise, value, at_alpha, at_lam, upper
 
 
-@_jit
+@jit
 def _moved(mass, slope, value, log_p, log_q, log_ratio, outside, a, b, lam):
     """Compute `AlphaBeta.shift_max`."""
     by_mass, of_slope, of_value, at_alpha, at_lam, upper = _alpha_beta(log_p, log_q, log_ratio, a, b, lam)
@@ -277,14 +268,14 @@ def _moved(mass, slope, value, log_p, log_q, log_ratio, outside, a, b, lam):
     return tl.where(outside, 0.0, new_mass), tl.where(outside, 0.0, new_slope), tl.where(outside, 0.0, new_value)
 
 
-@_jit
+@jit
 def _shift(log_q, log_p, log_ratio, no_q, no_p):
     """Return log p, log q, log p/q, and where a model's whole shard is excluded; its probability is 0."""
     log_ratio = tl.where(no_p, -float("inf"), tl.where(no_q, float("inf"), log_ratio))
     return tl.where(no_p, -float("inf"), log_p), tl.where(no_q, -float("inf"), log_q), log_ratio, no_q & no_p
 
 
-@_jit
+@jit
 def _rise(at, stride, real, q_max, p_max, temperature, OF_MODEL: tl.constexpr, AT_T: tl.constexpr):
     """Return the shift of a rank's sums to the maxima of all ranks, from its record `at`."""
     own_q = tl.load(at, mask=real, other=0.0)
@@ -301,7 +292,7 @@ def _rise(at, stride, real, q_max, p_max, temperature, OF_MODEL: tl.constexpr, A
     return _shift(log_q, log_p, log_ratio, no_q, no_p)
 
 
-@_jit_for_any_size
+@jit(do_not_specialize=["labels", "rows", "terms", "loss", "terms_stride", "num_tokens"])
 def _conclude_kernel(
     records,
     labels,
@@ -518,7 +509,7 @@ def _conclude_kernel(
         tl.store(written + 8 * terms_stride, confidence.to(tl.float32), mask=real)
 
 
-@_jit_for_any_size
+@jit(do_not_specialize=["rows", "terms", "loss", "terms_stride", "num_tokens"])
 def _finish_kernel(
     records,
     rows,

@@ -291,10 +291,6 @@ class _Part(NamedTuple):
         teacher = teacher_logits if self.has_teacher else student_logits
         return self.passes.batch(student_logits, teacher, labels, self.rows)
 
-    def of(self, per_token: Tensor | None) -> Tensor | None:
-        """Select this part, [n], of a tensor [...]."""
-        return per_token.reshape(-1)[self.rows] if per_token is not None and self.rows is not None else per_token
-
 
 class _Distillation(Function):
     """Return (divergence, cross entropy, metrics [len(METRICS), ...]); the last two are empty without labels."""
@@ -356,10 +352,11 @@ class _Distillation(Function):
         out = student_logits.detach() if ctx.in_place else torch.empty_like(student_logits, memory_format=_CONTIGUOUS)
         for part, token_stats in zip(ctx.parts, ctx.stats_of_parts, strict=True):
             batch = part.batch(student_logits, teacher_logits, labels)
-            of_value, of_own = part.of(of_divergence), part.of(of_cross_entropy)
+            of_value, of_own = of_divergence, of_cross_entropy
             if not part.has_teacher:
                 of_value = None
-                of_own = out.new_zeros(batch.num_tokens, dtype=part.passes.dtype) if of_own is None else of_own
+                if of_own is None:
+                    of_own = out.new_zeros((), dtype=part.passes.dtype).expand(student_logits.shape[:-1])
             part.passes.write_gradient(out, batch, token_stats, of_value, of_own)
         if ctx.in_place:  # makes autograd reject a later backward that saved the logits, this one included
             torch.autograd.graph.increment_version(student_logits)

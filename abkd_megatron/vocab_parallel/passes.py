@@ -6,6 +6,7 @@ gradient. A divergence that does not separate needs another pass and another exc
 Legend: N tokens, C this rank's real columns, W the width of its logits, R ranks.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -78,10 +79,10 @@ class Rows:
 
 
 class Batch:
-    """Student and teacher logits [..., W] of the same tokens on this rank, and their labels [N] or None.
+    """Student and teacher logits [..., W] of the same tokens on this rank, and their labels [...] or None.
 
-    With `rows`, [N], the student's logits are indexed after flattening; the teacher's logits are [N, W] for these
-    rows, or the student's.
+    With `rows`, [N], the student's logits are indexed after flattening, like the labels; the teacher's logits are
+    [N, W] for these rows, or the student's. A kernel that accepts an index reads the rows in place.
     """
 
     def __init__(
@@ -94,16 +95,41 @@ class Batch:
         rows: Tensor | None = None,
     ) -> None:
         self.rows = rows
-        self.student = Rows(student, shard.num_columns, kernel.strided, rows)
-        itself = teacher is student
-        self.teacher = Rows(teacher, shard.num_columns, kernel.strided, rows if itself else None)
-        self.labels = labels
-        self.num_tokens = self.student.num_rows
+        self.student = Rows(student, shard.num_columns, kernel.strided)
+        self.indexed = rows is not None and kernel.indexed and not self.student.copied and student.stride(-1) == 1
+        self.teacher = Rows(teacher, shard.num_columns, kernel.strided)
+        self.teacher_rows = rows if teacher is student else None
+        if not self.indexed:
+            self.student.index, self.teacher.index = rows, self.teacher_rows
+        self.all_labels = labels.reshape(-1) if labels is not None else None
+        self.num_tokens = self.student.num_rows if rows is None else rows.numel()
+
+    @functools.cached_property
+    def labels(self) -> Tensor | None:
+        """[N], or None."""
+        if self.all_labels is None or self.rows is None:
+            return self.all_labels
+        return self.all_labels[self.rows]
 
     def chunks(self, kernel: kernels.Kernel, overlap: bool = True) -> list[slice]:
         """Return the kernel's chunks."""
         copied = self.student.copied or self.teacher.copied
         return kernel.chunks(self.num_tokens, self.student.num_columns, self.student.logits.device, copied, overlap)
+
+    def operands(self, chunk: slice) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Tensor | None]]:
+        """Return both models' logits and the labels; and, if indexed, the arguments `rows` and `teacher_rows`."""
+        if not self.indexed:
+            return (self.student[chunk], self.teacher[chunk], _at(self.labels, chunk)), {}
+        every, teacher_rows = slice(None), _at(self.teacher_rows, chunk)
+        teacher = self.teacher[chunk if teacher_rows is None else every]
+        return (self.student[every], teacher, self.all_labels), {
+            "rows": _at(self.rows, chunk),
+            "teacher_rows": teacher_rows,
+        }
+
+
+def _at(per_token: Tensor | None, chunk: slice) -> Tensor | None:
+    return None if per_token is None else per_token[chunk]
 
 
 @dataclass(frozen=True)
@@ -135,22 +161,15 @@ class Passes:
 
     def batch(self, student: Tensor, teacher: Tensor, labels: Tensor | None, rows: Tensor | None = None) -> Batch:
         """Build a batch of [..., W] logits and [...] labels; only the tokens `rows` if given, see `Batch`."""
-        if labels is not None:
-            labels = labels.reshape(-1) if rows is None else labels.reshape(-1)[rows]
         return Batch(student, teacher, labels, self.shard, self.kernel, rows)
 
     def start(self, batch: Batch, async_op: bool = False) -> "PendingRecord":
         """Run the first pass and start to exchange the records."""
 
         def of(chunk: slice) -> Tensor:
+            operands, index = batch.operands(chunk)
             record: Tensor = self.kernel.local_record(
-                batch.student[chunk],
-                batch.teacher[chunk],
-                batch.labels[chunk] if batch.labels is not None else None,
-                self.shard.start,
-                self.divergence,
-                self.layout,
-                self.dtype,
+                *operands, self.shard.start, self.divergence, self.layout, self.dtype, **index
             )
             return record
 
@@ -166,7 +185,7 @@ class Passes:
         value: Tensor | None = None
         if native is not None:
             scalars, has_value, has_slope = native.conclude(
-                pending_record.records(), batch.labels, self.divergence, self.layout, **vars(out)
+                pending_record.of_ranks(), batch.all_labels, self.divergence, self.layout, **vars(out)
             )
         else:
             global_stats = stats.conclude(pending_record.result(), self.divergence, self.layout)
@@ -184,7 +203,7 @@ class Passes:
             if has_value:
                 token_stats.pending = pending
             elif native is not None:
-                native.finish(pending.records(), scalars, **vars(out), has_value=True, has_slope=ask_slope)
+                native.finish(pending.of_ranks(), scalars, **vars(out), has_value=True, has_slope=ask_slope)
             else:
                 value, *of_slopes = pending.result()
                 if ask_slope:
@@ -201,15 +220,17 @@ class Passes:
 
     def _second_record(self, batch: Batch, scalars: Tensor, value: bool, slope: bool) -> Tensor:
         def of(chunk: slice) -> Tensor:
+            (student, teacher, _), index = batch.operands(chunk)
             record: Tensor = self.kernel.local_second_record(
-                batch.student[chunk],
-                batch.teacher[chunk],
+                student,
+                teacher,
                 self.divergence,
                 self.temperature,
                 self.dtype,
                 scalars[:, chunk].contiguous(),  # a stride that depends on N would trigger a recompilation
                 value,
                 slope,
+                **index,
             )
             return record
 
@@ -236,12 +257,12 @@ class Passes:
         """Write the gradient of the student's logits into `out`, contiguous [..., W], padding included.
 
         `out` may be the student's logits. `of_divergence` and `of_cross_entropy` are [...], or None for 0. For a batch
-        with `rows`, only these are written, and the gradients are [N].
+        with `rows`, only these are written.
         """
         if token_stats.pending is not None:
             native, pending = self._native(batch), token_stats.pending
             if native is not None:
-                native.finish(pending.records(), token_stats.scalars, has_slope=True)
+                native.finish(pending.of_ranks(), token_stats.scalars, has_slope=True)
             else:
                 token_stats.scalars[5] = pending.result()[-1]
             token_stats.pending = None
@@ -250,26 +271,31 @@ class Passes:
         columns = slice(0, self.shard.num_columns)
         in_place = out.data_ptr() == batch.student.logits.data_ptr()
 
-        def of(gradient: Tensor | None, chunk: slice) -> Tensor | None:
-            return None if gradient is None else gradient.reshape(batch.num_tokens)[chunk]
-
+        of_terms = [None if it is None else it.reshape(-1) for it in (of_divergence, of_cross_entropy)]
+        if batch.rows is not None and not batch.indexed:
+            of_terms = [None if it is None else it[batch.rows] for it in of_terms]
         for chunk in batch.chunks(self.kernel, overlap=not in_place):
-            student = batch.student[chunk]
-            of_rows = out_rows[chunk, columns] if batch.rows is None else torch.empty_like(student)
+            (student, teacher, labels), index = batch.operands(chunk)
+            weights = of_terms if batch.indexed else [_at(it, chunk) for it in of_terms]
+            copied = batch.rows is not None and not batch.indexed
+            of_rows = out_rows[:, columns] if batch.indexed else out_rows[chunk, columns]
+            if copied:
+                of_rows = torch.empty_like(student)
             self.kernel.local_gradient(
                 of_rows,
                 student,
-                batch.teacher[chunk],
-                batch.labels[chunk] if batch.labels is not None else None,
+                teacher,
+                labels,
                 self.shard.start,
                 self.divergence,
                 self.temperature,
                 self.dtype,
                 scalars[:, chunk].contiguous(),
-                of(of_divergence, chunk),
-                of(of_cross_entropy, chunk),
+                *weights,
+                **index,
             )
-            if batch.rows is not None:
+            if copied:
+                assert batch.rows is not None
                 out_rows[:, columns].index_copy_(0, batch.rows[chunk], of_rows)
         if self.shard.num_columns < out.shape[-1]:
             out_rows[:, self.shard.num_columns :] = 0.0  # padding
@@ -313,7 +339,7 @@ class PendingRecord:
             self.packed = stats.pack(record, passes.layout)
             self.work = dist.all_reduce(self.packed, dist.ReduceOp.MAX, group=shard.group, async_op=async_op)
 
-    def records(self) -> Tensor:
+    def of_ranks(self) -> Tensor:
         """Wait for the records of all ranks, [R, fields, N]; [1, fields, N] if they have been merged."""
         if self.gathered is None:
             return self.result().unsqueeze(0)
@@ -342,22 +368,22 @@ class PendingSum:
     """Records [fields, N] being summed over the ranks; bitwise identical on every rank."""
 
     def __init__(self, record: Tensor, shard: VocabShard, async_op: bool) -> None:
-        self.gathered = record.unsqueeze(0)
+        self.records = record.unsqueeze(0)
         self.work: dist.Work | None = None
         if shard.num_ranks == 1 or record.numel() == 0:
             return
         if shard.num_ranks <= GATHER_UP_TO:
-            self.gathered, self.work = all_gather(record, shard, async_op)
+            self.records, self.work = all_gather(record, shard, async_op)
         else:
             self.work = dist.all_reduce(record, group=shard.group, async_op=async_op)
 
-    def records(self) -> Tensor:
+    def of_ranks(self) -> Tensor:
         """Wait for the records of all ranks, [R, fields, N]; [1, fields, N] if they have been summed."""
         if self.work is not None:
             self.work.wait()
             self.work = None
-        return self.gathered
+        return self.records
 
     def result(self) -> Tensor:
         """Wait for the sum, [fields, N]."""
-        return self.records().sum(dim=0)
+        return self.of_ranks().sum(dim=0)
