@@ -256,11 +256,10 @@ def automatic_chunk_tokens(device: torch.device, of_token: int) -> int:
 
 @dataclass(frozen=True)
 class _Head:
-    """Parameters that all chunks share."""
+    """Parameters that all chunks share; the weights are numbers, or [N]."""
 
     passes: Passes
     kd_weight: float | Tensor
-    """A number, or [N]."""
     lm_weight: float | Tensor
     student_scale: float
     teacher_scale: float
