@@ -28,7 +28,15 @@ from loss import machine
 from torch import Tensor
 
 from abkd_megatron import AlphaBeta, ToDi, kernels, vocab_parallel_divergence
-from abkd_megatron.losses import Divergence, reference_divergence
+from abkd_megatron.losses import (
+    Divergence,
+    JensenShannon,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+    WeightedSum,
+    reference_divergence,
+)
 
 Row = dict[str, Any]
 Loss = Callable[[Tensor, Tensor, Divergence], Tensor]
@@ -42,6 +50,12 @@ LOSSES: dict[str, Divergence] = {
     "reverse KL": AlphaBeta(0.0, 1.0),
     "ToDi": ToDi(),
     "ToDi, not detached": ToDi(detach=False),
+    "alpha-beta 1.2, -0.3": AlphaBeta(1.2, -0.3),
+    "Jensen-Shannon": JensenShannon(),
+    "skew forward KL": SkewForwardKL(),
+    "skew reverse KL": SkewReverseKL(),
+    "total variation": TotalVariation(),
+    "sum of three": WeightedSum([(1.0, AlphaBeta(0.2, 0.7)), (0.5, AlphaBeta(1.0, 0.0)), (2.0, JensenShannon())]),
 }
 EQUAL = "equal"
 PEER = "autograd, log space"
@@ -81,7 +95,8 @@ def from_logs(log_q: Tensor, log_p: Tensor, divergence: Divergence) -> Tensor:
         w = torch.sigmoid(divergence.scale * rho)
         w = w.detach() if divergence.detach else w
         return (w * log_p.exp() * rho - (1 - w) * log_q.exp() * rho).sum(-1)
-    assert isinstance(divergence, AlphaBeta)
+    if not isinstance(divergence, AlphaBeta):  # as defined, from the logs as logits
+        return reference_divergence(divergence, log_q, log_p)
     a, b = divergence.alpha, divergence.beta
     if (a, b) == (1, 0):
         return (log_p.exp() * rho).sum(-1)

@@ -114,7 +114,6 @@ def stages() -> list[Stage]:
         for name, limit, modules in (
             ("triton", 90, ("torch", "triton")),
             ("eager", 60, ("torch",)),
-            ("compiled", 120, ("torch", "triton")),
             ("cpp", 60, ("torch",)),
         )
     }
@@ -159,10 +158,16 @@ def stages() -> list[Stage]:
             modules=("torch", "triton"),
         ),
         Stage("loss", "time and memory of the loss", 90, ("loss",), modules=("torch",)),
+        Stage(
+            "tiles",
+            "time of each candidate tile of the Triton kernels: the rows of kernels/tiles.py for this GPU",
+            120,
+            ("tiles",),
+            modules=("torch", "triton"),
+        ),
         Stage("head", "time and memory of the fused head; its gradients", 90, ("head",), modules=("torch",)),
         Stage("step", "a distilled step beside the student's and the teacher's", 240, ("step",), modules=TRAINING),
         Stage("loss, TP 2", "the same over two ranks and NCCL", 90, ("loss",), gpus=2, ranks=2, modules=("torch",)),
-        kernel["compiled"],
         kernel["cpp"],
     ]
 

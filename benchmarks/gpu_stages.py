@@ -162,7 +162,7 @@ def kernel(report: Report, place: Place, given: argparse.Namespace) -> None:
         report.skipped = "needs a C++ compiler, found none"
         return
     divergences = [AlphaBeta(0.2, 0.7), ToDi(), AlphaBeta(1, 0), AlphaBeta(0, 1), ToDi(detach=False)]
-    if given.kernel == "compiled" or place.is_tiny:  # a new compilation each
+    if place.is_tiny:
         divergences = divergences[:2]
     group = start_ranks(place)
     kernels.use(given.kernel)
@@ -356,7 +356,7 @@ def loss(report: Report, place: Place, given: argparse.Namespace) -> None:
     copy = measure_copy(report, student.detach(), place)
     clone = measure(report, "clone", lambda: student.detach().clone(), place)
     contestants: dict[str, Callable[[], Callable[[], object]]] = {}
-    names = ("eager",) if place.device == "cpu" else ("triton", "compiled", "eager")
+    names = ("eager",) if place.device == "cpu" else ("triton", "eager")
     for name in names:
         for one in ours(name, group):
             assert one.loss is not None
@@ -416,6 +416,55 @@ def loss(report: Report, place: Place, given: argparse.Namespace) -> None:
     report.summary += f"; copy {report.numbers[COPY]['GB/s']:.0f} GB/s"
     absent = [f"{name} cannot run ({row['why']})" for name, row in report.numbers.items() if "why" in row]
     report.summary = "; ".join([report.summary, *absent])
+
+
+def tiles(report: Report, place: Place, given: argparse.Namespace) -> None:
+    """Time of each candidate tile of the Triton kernels, and the rows that it gives for kernels/tiles.py."""
+    if place.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    from abkd_megatron.kernels import tiles as table
+    from abkd_megatron.kernels import triton as kernel
+    from abkd_megatron.kernels.record import Layout
+    from abkd_megatron.losses import AlphaBeta
+
+    architecture = None
+    if place.device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        architecture = 10 * major + minor
+    divergence, rows = AlphaBeta(0.2, 0.7), TOKENS[place.size]
+    layout, scalars = Layout(divergence, True, 1.0), torch.zeros(6, rows, dtype=torch.float64, device=place.device)
+    weight, labels = torch.ones(rows, device=place.device), torch.zeros(rows, dtype=torch.int64, device=place.device)
+    vocab = VOCABULARIES[place.size][0]
+    found: list[str] = []
+    for dtype, columns in ((dtype, vocab // ranks) for dtype in (torch.bfloat16, torch.float32) for ranks in (8, 1)):
+        student, teacher, out = torch.randn(3, rows, columns, dtype=dtype, device=place.device)
+
+        def record() -> None:
+            kernel.local_record(student, teacher, labels, 0, divergence, layout, torch.float32)  # noqa: B023
+
+        def gradient() -> None:
+            pair = out, student, teacher  # noqa: B023
+            kernel.local_gradient(*pair, labels, 0, divergence, 1.0, torch.float32, scalars, weight, weight)
+
+        for name, action in (("record", record), ("gradient", gradient)):
+            key = name, architecture, dtype.itemsize, columns
+            taken: dict[table.Tile, float] = {}
+            for candidate in table.CANDIDATES[name][: 2 if place.is_tiny else None]:
+                table.MEASURED[key] = candidate
+                row = measure(report, f"{name}, {dtype}, {columns} columns, {candidate}", action, place)
+                if row is not None:
+                    taken[candidate] = row["seconds"]
+            del table.MEASURED[key]
+            if not taken:
+                report.problems.append(f"{name}, {dtype}, {columns} columns: no tile runs")
+                continue
+            best = min(taken, key=lambda candidate: taken[candidate])
+            found.append(f"{key}: {best},")
+            print(found[-1], flush=True)
+    report.numbers["rows of MEASURED in kernels/tiles.py"] = found
+    report.summary = f"{len(found)} rows for kernels/tiles.py"
 
 
 def measure_copy(report: Report, source: "Tensor", place: Place) -> dict[str, Any]:
@@ -802,7 +851,9 @@ def memory(output: str) -> dict[str, float]:
 
 # ---- the command line
 
-FUNCTIONS: dict[str, Function] = {one.__name__: one for one in (versions, tests, kernel, loss, head, data, train, step)}
+FUNCTIONS: dict[str, Function] = {
+    one.__name__: one for one in (versions, tests, kernel, loss, tiles, head, data, train, step)
+}
 
 
 def main() -> int:

@@ -267,11 +267,6 @@ class Collectives(TorchDispatchMode):
         super().__init__()
         self.found = {"collectives": 0, "bytes": 0}
 
-    @classmethod
-    def is_infra_mode(cls) -> bool:
-        """Says that torch.compile may run under it: no collective is inside what is compiled."""
-        return True
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if "c10d" in func.namespace:
             place_of_input = {"c10d::allreduce_": 0, "c10d::_allgather_base_": 1}[func.name()]

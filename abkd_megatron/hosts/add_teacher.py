@@ -60,7 +60,7 @@ def add_teacher(
     `build_teacher`, `attach` and `check_models`.
     """
     scheduled = config.distillation.make_objective()
-    objective, execution = scheduled.objective, config.make_execution()
+    objective, execution = scheduled.objective, config.distillation.make_execution()
     vocab_size, timeout = args.vocab_size, timedelta(minutes=args.distributed_timeout_minutes)
     with on_every_rank():
         teacher_args, teacher_config = teacher_arguments(megatron, config.teacher.megatron, args, host)
@@ -161,7 +161,8 @@ class MegatronHost:
         else:  # what was loaded was saved after a step
             iteration = max(args.iteration - 1, 0)
             samples = max(args.consumed_train_samples - get_current_running_global_batch_size(), 0)
-        return Progress(iteration, samples, samples * args.seq_length)
+        lengths = {"iterations": args.train_iters, "total_samples": args.train_samples}
+        return Progress.of_run(iteration, samples, args.seq_length, **lengths)
 
     def loss_checks(self) -> LossChecks:
         """Return what Megatron's arguments ask for."""

@@ -1,10 +1,9 @@
 """Kernels: interchangeable implementations of the passes over a chunk of logits.
 
 - `eager`: plain PyTorch; any device, divergence and floating dtype.
-- `compiled`: `eager` under torch.compile. Needs a C++ compiler and up to a minute per process.
-- `cpp`: C++ for CPUs, built in seconds, several times faster than `compiled`. Every built-in divergence, and weighted
-  sums of up to 8.
-- `triton`: for GPUs. AlphaBeta and ToDi only. Compiled for GPUs and run in Triton's interpreter, not yet on a GPU.
+- `cpp`: C++ for CPUs, built in seconds; every built-in divergence, and sums of up to 8.
+- `triton`: for GPUs; every built-in divergence, and sums of up to 4. Compiled for GPUs and run in Triton's interpreter,
+  not yet on a GPU.
 
 `auto` selects triton for logits on a GPU and cpp for logits on a CPU where they apply, else eager, and logs its choice.
 Tensors without data (fake and meta tensors, wrapper subclasses) use eager.
@@ -17,16 +16,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.kernels import compiled, cpp, eager
-from abkd_megatron.kernels.parts import weighted_parts
-from abkd_megatron.losses.alpha_beta import AlphaBeta
+from abkd_megatron.kernels import cpp, eager
+from abkd_megatron.kernels.parts import MAX_PARTS, weighted_parts
 from abkd_megatron.losses.base import Divergence
-from abkd_megatron.losses.todi import ToDi
 from abkd_megatron.tensors import has_memory, is_traced
 
 logger = logging.getLogger(__name__)
@@ -58,6 +56,10 @@ class Kernel:
     """All chunks have the same number of rows; the last one may overlap the previous one."""
     strided: bool = False
     """Accepts a row stride above the row length, so that padding need not be copied away."""
+    indexed: bool = False
+    """Accepts an index of rows, `rows` and `teacher_rows`, so that a selection need not be copied."""
+    merge: ModuleType | None = None
+    """Module with `can_merge`, `conclude` and `finish`, which merge the records of all ranks; None for `stats`."""
 
     def chunks(
         self, num_tokens: int, num_columns: int, device: torch.device, copied: bool = False, overlap: bool = True
@@ -82,7 +84,7 @@ class Kernel:
         return [slice(first, min(first + rows, num_tokens)) for first in range(0, num_tokens, rows)]
 
 
-NAMES = ("eager", "compiled", "cpp", "triton")
+NAMES = ("eager", "cpp", "triton")
 CHOICES = ("auto", *NAMES)
 
 _choice = "auto"
@@ -92,19 +94,17 @@ _choice = "auto"
 def get(name: str) -> Kernel:
     """Return the kernel of that name, one of `NAMES`."""
 
-    def kernel(module: ModuleType, elements: int | None, fixed_shape: bool = False, strided: bool = False) -> Kernel:
+    def kernel(module: ModuleType, elements: int | None, **how: Any) -> Kernel:
         passes = module.local_record, module.local_second_record, module.local_gradient
-        return Kernel(name, *passes, elements, fixed_shape, strided)
+        return Kernel(name, *passes, elements, **how)
 
     everything = 2**62
     if name == "triton":
-        from abkd_megatron.kernels import triton  # deferred: reads the environment on import
+        from abkd_megatron.kernels import triton, triton_merge  # deferred: reads the environment on import
 
-        return kernel(triton, everything, strided=True)
+        return kernel(triton, everything, strided=True, indexed=True, merge=triton_merge)
     if name == "cpp":
         return kernel(cpp, everything, strided=True)
-    if name == "compiled":
-        return kernel(compiled, None, fixed_shape=True)
     return kernel(eager, None)
 
 
@@ -145,26 +145,31 @@ def select(divergence: Divergence, student: Tensor, teacher: Tensor) -> Kernel:
 
 
 def _automatic(divergence: Divergence, student: Tensor, teacher: Tensor) -> str:
-    usable = has_memory(student) and has_memory(teacher) and not is_traced()
-    known = type(divergence) in (AlphaBeta, ToDi) and usable
+    if not (has_memory(student) and has_memory(teacher)) or is_traced():
+        return "eager"
     dtypes = {student.dtype, teacher.dtype}
-    if student.is_cuda and known and torch.float64 not in dtypes and importlib.util.find_spec("triton"):
-        return "triton"
+    if student.is_cuda and torch.float64 not in dtypes and importlib.util.find_spec("triton"):
+        parts = len(weighted_parts(divergence))
+        if 0 < parts <= MAX_PARTS:
+            return "triton"
+        if parts > MAX_PARTS:
+            _warn_of_parts("triton", MAX_PARTS, parts)
     on_cpu = student.device.type == teacher.device.type == "cpu"
-    if on_cpu and usable and dtypes <= set(cpp.DTYPES) and cpp.compiler():
+    if on_cpu and dtypes <= set(cpp.DTYPES) and cpp.compiler():
         if cpp.supports(divergence):
             return "cpp"
-        if (terms := len(weighted_parts(divergence))) > cpp.MAX_PARTS:
-            _warn_of_sum(terms)
+        if (parts := len(weighted_parts(divergence))) > cpp.MAX_PARTS:
+            _warn_of_parts("cpp", cpp.MAX_PARTS, parts)
     return "eager"
 
 
 @functools.cache
-def _warn_of_sum(terms: int) -> None:
+def _warn_of_parts(kernel: str, most: int, parts: int) -> None:
     logger.warning(
-        "eager kernel, which is several times slower: the cpp kernel sums at most %d divergences, got %d",
-        cpp.MAX_PARTS,
-        terms,
+        "eager kernel, which is several times slower: the %s kernel sums at most %d divergences, got %d",
+        kernel,
+        most,
+        parts,
     )
 
 

@@ -1,4 +1,4 @@
-"""The passes over a chunk of logits in plain PyTorch; `compiled` compiles them.
+"""The passes over a chunk of logits in plain PyTorch.
 
 Legend: n tokens of a chunk, C this rank's real columns.
 """

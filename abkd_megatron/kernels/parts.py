@@ -7,6 +7,9 @@ from abkd_megatron.losses.mixture import JensenShannon, SkewForwardKL, SkewRever
 from abkd_megatron.losses.todi import ToDi
 from abkd_megatron.losses.total_variation import TotalVariation
 
+MAX_PARTS = 4
+"""Largest number of parts of a weighted sum in Triton; each needs registers for its sums."""
+
 BUILT_IN = (AlphaBeta, ToDi, SkewForwardKL, SkewReverseKL, JensenShannon, TotalVariation)
 
 

@@ -23,8 +23,6 @@ def total(terms: Tensor) -> Tensor:
 
     Within a tile fp32 is accurate enough. Over a whole vocabulary it is not, and fp64 throughout is many times slower.
     """
-    if torch.compiler.is_compiling():
-        return terms.sum(dim=-1, dtype=torch.float64)
     whole = terms.shape[-1] // _TILE * _TILE
     tiles = terms[..., :whole].unflatten(-1, (-1, _TILE)) if whole else terms[..., None, :0]
     return tiles.sum(dim=-1).sum(dim=-1, dtype=torch.float64) + terms[..., whole:].sum(dim=-1, dtype=torch.float64)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.losses.base import Divergence, coefficient, expm1, weigh
+from abkd_megatron.losses.base import Divergence, coefficient, weigh
 from abkd_megatron.validation import finite_number
 
 # Below this |exponent * log_ratio| the divided difference is summed as a series, because the closed form cancels.
@@ -142,7 +142,7 @@ def _difference(start: Tensor, high: Tensor, gap: float, log_ratio: Tensor) -> T
         return weigh(start, log_ratio)
     rise = log_ratio * gap
     far = high.exp().sub_(start)
-    near = expm1(rise).mul_(start)
+    near = rise.expm1().mul_(start)
     return torch.where(rise.abs_() < 1.0, near, far).div_(gap)
 
 

@@ -9,9 +9,6 @@ from torch import Tensor
 
 from abkd_megatron.losses.columns import Columns
 
-# Number of terms of the series of exp(x) - 1 for a remainder below half a unit in the last place at |x| = 1.
-_EXPM1_TERMS = {torch.float32: 10, torch.float64: 18}
-
 
 class LossTerm:
     """Base class of per-token losses between teacher and student: `Divergence` and `LogitLoss`."""
@@ -116,21 +113,10 @@ def weigh(mass: Tensor, amount: Tensor) -> Tensor:
     return (mass * amount).masked_fill_(mass == 0, 0.0)
 
 
-def expm1(x: Tensor) -> Tensor:
-    """Return exp(x) - 1 for |x| < 1."""
-    if not torch.compiler.is_compiling():
-        return x.expm1()
-        # torch.compile emits exp(x) - 1 on CPU, which loses all digits at small x.
-    result = torch.zeros_like(x)
-    for term in range(_EXPM1_TERMS[x.dtype], 0, -1):
-        result = (result + 1.0 / math.factorial(term)) * x
-    return result
-
-
 def difference(log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
     """Return p - q without cancellation where the two are close."""
     q = log_q.exp()
-    return torch.where(log_ratio.abs() < 1.0, expm1(log_ratio).mul_(q), log_p.exp().sub_(q))
+    return torch.where(log_ratio.abs() < 1.0, log_ratio.expm1().mul_(q), log_p.exp().sub_(q))
 
 
 def coefficient(number: float, dtype: torch.dtype) -> float:

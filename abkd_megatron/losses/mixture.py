@@ -13,7 +13,7 @@ from torch import Tensor
 
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.alpha_beta import AlphaBeta
-from abkd_megatron.losses.base import Divergence, difference, expm1, weigh
+from abkd_megatron.losses.base import Divergence, difference, weigh
 from abkd_megatron.validation import finite_number, flag
 
 _FORWARD = AlphaBeta(1.0, 0.0)
@@ -151,7 +151,7 @@ def _share(owner: str, name: str, number: object, remedy: str) -> float:
 
 def _log_mixture(share: float, log_ratio: Tensor) -> Tensor:
     """Return log((share x + (1 - share) y) / y), where log_ratio = log(x/y)."""
-    near = expm1(log_ratio).mul_(share).log1p_()
+    near = log_ratio.expm1().mul_(share).log1p_()
     far = torch.logaddexp(log_ratio + math.log(share), torch.full_like(log_ratio, math.log1p(-share)))
     return torch.where(log_ratio.abs() < 1.0, near, far)
 

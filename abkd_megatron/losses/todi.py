@@ -7,7 +7,7 @@ from torch import Tensor
 
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.alpha_beta import AlphaBeta
-from abkd_megatron.losses.base import Divergence, coefficient, expm1, weigh
+from abkd_megatron.losses.base import Divergence, coefficient, weigh
 from abkd_megatron.validation import finite_number, flag
 
 _FORWARD, _REVERSE = AlphaBeta(1.0, 0.0), AlphaBeta(0.0, 1.0)
@@ -103,5 +103,5 @@ class ToDi(Divergence):
     def _excess(self, w: Tensor, p: Tensor, reverse: Tensor, log_ratio: Tensor) -> Tensor:
         """Return w p - (1 - w) q; the ratio of the two is exp((1 + scale) rho), so they cancel near rho = 0."""
         rise = log_ratio * (1.0 + coefficient(self.scale, log_ratio.dtype))
-        near = expm1(rise).mul_(reverse)
+        near = rise.expm1().mul_(reverse)
         return torch.where(rise.abs_() < 1.0, near, (w * p).sub_(reverse))

@@ -1,7 +1,4 @@
-"""In torch's deterministic mode losses and gradients on a GPU are equal to the bit, also in another process.
-
-A kernel's tiles may be tuned by the clock, so that two processes may choose other ones: each process here tunes anew.
-"""
+"""In torch's deterministic mode losses and gradients on a GPU are equal to the bit, also in another process."""
 
 import hashlib
 import json

@@ -1,6 +1,6 @@
 """Neither the loss nor the fused head has the host wait for the GPU, forward or backward.
 
-Once everything is compiled and tuned, which does wait. Megatron's schedule queues a whole micro-batch's work ahead;
+Once everything is compiled, which does wait. Megatron's schedule queues a whole micro-batch's work ahead;
 a wait within the loss would drain the queue at each of them.
 """
 

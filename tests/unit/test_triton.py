@@ -5,31 +5,68 @@ their own, since Triton reads its environment once.
 """
 
 import importlib.util
-import itertools
 import json
 import os
-import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import sass
 import torch
-from kernel_cases import DIVERGENCES, SETTINGS, compare, special
+from kernel_cases import DIVERGENCES, OTHERS, SETTINGS, compare, hard, special
 
 from abkd_megatron import AlphaBeta, ToDi
 from abkd_megatron.errors import ConfigError, HostError
 from abkd_megatron.kernels.record import Layout
+from abkd_megatron.losses import JensenShannon, SkewForwardKL, SkewReverseKL, TotalVariation, WeightedSum
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
+ALL = DIVERGENCES | OTHERS
+# The interpreter is slow: every divergence once, a few in all settings, and only some of these in the shorter suites.
+CASES = [(name, "strided at T=2") for name in ALL]
+CASES += [
+    (name, setting) for name in ("ab(0.2,0.7)", "todi", "nested sum") for setting in SETTINGS if setting[0] != "s"
+]
+SHORT = [(name, "strided at T=2") for name in ("ab(1,0)", "ab(0,0)", "todi", "js", "nested sum", "sum of ab")]
+SHORT += [("ab(0.2,0.7)", setting) for setting in ("plain", "bf16")]
+HARD = [(name, 1.0, 1) for name in ("ab(0.2,0.7)", "ab(0.9,0.01)", "ab(1,0)", "ab(0,1)", "todi", "js", "sum of ab")]
+HARD += [("ab(0.2,0.7)", 2.0, 3), ("todi", 3.0, 3)]
 
-def compiled(arch):
-    """Registers and bytes of local memory of each kernel, as its launch would have it compiled for `arch`."""
+# Losses whose kernels are compiled, and instructions per logit that they may take on any of ARCHITECTURES with labels,
+# at T = 1, in bf16: for the record, the second record if there is one, and the gradient.
+BUDGET = {
+    "ab(0.2,0.7)": (AlphaBeta(0.2, 0.7), 73, None, 51),
+    "ab(1,0)": (AlphaBeta(1.0, 0.0), 62, None, 51),
+    "ab(0,1)": (AlphaBeta(0.0, 1.0), 62, None, 40),
+    "ab(1.2,-0.3)": (AlphaBeta(1.2, -0.3), 112, None, 51),
+    "todi": (ToDi(), 98, 56, 60),
+    "js": (JensenShannon(), 28, 180, 102),
+    "skew": (SkewForwardKL(), 28, 180, 102),
+    "skew reverse": (SkewReverseKL(), 28, 180, 102),
+    "tv": (TotalVariation(), 28, 180, 102),
+    "sum": (
+        WeightedSum([(1.0, AlphaBeta(0.2, 0.7)), (0.5, AlphaBeta(1.0, 0.0)), (2.0, JensenShannon())]),
+        28,
+        280,
+        145,
+    ),
+}
+ARCHITECTURES = (80, 90, 100)
+# (dtype, temperature, labels); columns are no multiple of 16, their stride is.
+VARIANTS = [
+    (dtype, temperature, labels) for dtype in ("bfloat16", "float32") for temperature in (1.0, 2.0) for labels in (1, 0)
+]
+COLUMNS, STRIDE, ROWS = 4001, 4096, 16
+
+
+def without_gpu(arch):
+    """Have Triton compile for a GPU that is not there; return the kernels, whose launches return the binary."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.runtime.errors import PTXASError
 
     import abkd_megatron.kernels.triton as kernel
 
@@ -42,94 +79,83 @@ def compiled(arch):
 
     triton.runtime.driver.set_active(Driver())
     kernel._check = lambda *arguments: None
-    columns, rows, divergence = 4096, 16, AlphaBeta(0.2, 0.7)
-    student, teacher, out = torch.zeros(3, rows, columns, dtype=torch.bfloat16)
-    labels, weight, scalars = torch.zeros(rows, dtype=torch.int64), torch.ones(rows), torch.zeros(6, rows).double()
-    shared = (student, teacher, labels, 0, divergence)
-    launches = {
-        kernel._record_kernel: lambda: kernel.local_record(*shared, Layout(divergence, True, 1.0), torch.float32),
-        kernel._gradient_kernel: lambda: kernel.local_gradient(
-            out, *shared, 1.0, torch.float32, scalars, weight, weight
-        ),
-        kernel._second_record_kernel: lambda: kernel.local_second_record(
-            student, teacher, ToDi(), 1.0, torch.float32, scalars[:4], True, True
-        ),
+    launched = {}
+    jits = {
+        "record": kernel.record_kernel,
+        "exact record": kernel.exact_record_kernel,
+        "second record": kernel.second_record_kernel,
+        "gradient": kernel.gradient_kernel,
     }
+    for name, jit in jits.items():
+        build = jit.run
+
+        def run(*args, name=name, build=build, **kwargs):
+            launched[name] = build(*args, **{**kwargs, "warmup": True}), kwargs
+
+        jit.run = run
+    return kernel, jits, launched
+
+
+def launch(kernel, divergence, dtype, temperature, has_labels, rows=ROWS, columns=COLUMNS, skipped=0):
+    """Launch all kernels as a loss does."""
+    wide = torch.zeros(3, rows + skipped, STRIDE, dtype=dtype)[:, skipped:, :columns]
+    labels = torch.zeros(rows, dtype=torch.int64)[:rows] if has_labels else None
+    weight, scalars = torch.ones(rows), torch.zeros(6, rows).double()
+    layout = Layout(divergence, has_labels, temperature)
+    student, teacher, out = wide
+    kernel.local_record(student, teacher, labels, 17 * skipped, divergence, layout, torch.float32)
+    if divergence.num_partial_sums == 0 or isinstance(divergence, ToDi):
+        asked = divergence.num_partial_sums == 0, True
+        kernel.local_second_record(student, teacher, divergence, temperature, torch.float32, scalars[:4], *asked)
+    shared = (student, teacher, labels, 17 * skipped, divergence, temperature, torch.float32, scalars, weight)
+    kernel.local_gradient(out, *shared, weight if has_labels else None)
+
+
+def compiled(arch, names, variants):
+    """Of each kernel of each loss and variant: `sass.described`, and columns per thread on the path."""
+    from triton.runtime.errors import PTXASError
+
+    kernel, _, launched = without_gpu(arch)
     found = {}
-    for tuner, launch in launches.items():
-        binaries = []
-        build = tuner.fn.run
-        tuner.fn.run = lambda *args, build=build, binaries=binaries, **kwargs: binaries.append(
-            build(*args, **{**kwargs, "warmup": True})
-        )
-        for config in list(tuner.configs):
-            tuner.configs = [config]
+    for name in names:
+        for dtype, temperature, has_labels in variants:
+            launched.clear()
             try:
-                launch()
+                launch(kernel, BUDGET[name][0], getattr(torch, dtype), temperature, bool(has_labels))
             except PTXASError as failure:
                 return {"refused": str(failure)}
-            found[f"{tuner.base_fn.__name__} {config}"] = resources(binaries[-1].asm["cubin"])
+            for which, (binary, options) in launched.items():
+                with tempfile.TemporaryDirectory() as folder:
+                    of = sass.described(binary.asm["cubin"], folder)
+                threads = 32 * options["num_warps"]
+                of["columns"] = options.get("EACH") or options["BLOCK"] // threads
+                found[f"{name}, {dtype}, T={temperature}, labels={has_labels}, {which}"] = of
     return found
 
 
-def resources(cubin):
-    from triton import backends
+def scheduled():
+    """Binaries of each kernel after the first step of a schedule, and after 100 steps in which everything changes."""
+    kernel, jits, _ = without_gpu(90)
 
-    tool = Path(backends.__file__).parent / "nvidia" / "bin" / "cuobjdump"
-    path = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
-    path.write_bytes(cubin)
-    usage = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return {"registers": registers, "local": stack + local}
+    def of(step):
+        part = step / 99
+        a, b = 0.95 - 0.9 * part, 0.02 + 0.9 * part
+        return [
+            AlphaBeta(a, b),
+            ToDi(1.5 + a, detach=False),
+            WeightedSum([(0.1 + part, SkewForwardKL(b)), (1 + part, SkewReverseKL(a)), (2 - part, JensenShannon(b))]),
+        ]
 
+    def count():
+        return {name: sum(len(cache[0]) for cache in jit.device_caches.values()) for name, jit in jits.items()}
 
-def launches():
-    """The tiles each launch has, by what they are left to; and whether records are equal to the bit where they are."""
-    import abkd_megatron.kernels.triton as kernel
-
-    student, teacher = torch.randn(2, 4, 3000, generator=torch.Generator().manual_seed(0))
-    found = []
-    for jit in (made.fn for made in kernel._kernels.values()):
-        run = jit.run
-        jit.run = lambda *args, run=run, **kwargs: (
-            found.append({name: kwargs[name] for name in ("WIDE", "BLOCK", "num_warps") if name in kwargs}),
-            run(*args, **kwargs),
-        )
-
-    def launch():
-        found.clear()
-        layout = Layout(ToDi(), False, 1.0)
-        record = kernel.local_record(student, teacher, None, 0, ToDi(), layout, torch.float32)
-        kernel.local_second_record(student, teacher, ToDi(), 1.0, torch.float32, torch.zeros(4, 4).double(), True, True)
-        in_place = student.clone()
-        scalars, weight = torch.zeros(6, 4).double(), torch.ones(4)
-        kernel.local_gradient(in_place, in_place, teacher, None, 0, ToDi(), 1.0, torch.float32, scalars, weight, None)
-        return list(found), record
-
-    import triton
-
-    said, launched = {"the only one": kernel.tiles(3000, torch.float32)}, {"the only one": launch()[0]}
-    tuner = kernel._kernels["record"]
-    other = triton.Config({"WIDE": 2048, "BLOCK": 512}, num_warps=8)
-    tuner.configs.append(other)
-    said["not tuned"] = kernel.tiles(3000, torch.float32)
-    tuner.cache[(3000, "torch.float64", "torch.float32", "torch.float32")] = other  # as tuning leaves it
-    said["tuned"], said["other width"] = kernel.tiles(3000, torch.float32), kernel.tiles(3001, torch.float32)
-    tuner.configs.pop()
-    torch.use_deterministic_algorithms(True)
-    (launched["deterministic"], one), (_, other) = launch(), launch()
-    said["deterministic"] = kernel.tiles(3000, torch.float32)
-    torch.use_deterministic_algorithms(False)
-    last = {name: choices[-1] for name, choices in kernel._choices.items()}
-    assert kernel.use_tiles(last) == {}
-    launched["set"], said["set"] = launch()[0], kernel.tiles(3000, torch.float32)
-    assert kernel.use_tiles({}) == last
-    try:
-        kernel.use_tiles({"record": {"BLOCK": 17}})
-    except ConfigError as error:
-        refused = str(error)
-    choices = kernel._choices
-    return {"said": said, "launched": launched, "choices": choices, "equal": torch.equal(one, other), "no": refused}
+    counts = []
+    for step in range(100):
+        rows = (16, 1, 33, 7)[step % 4]  # ragged micro-batches, first columns and chunks
+        for divergence in of(step):
+            launch(kernel, divergence, torch.bfloat16, 1.5 + step / 7, True, rows, 4001 - step % 3, step % 5)
+        counts.append(count())
+    return counts[0], counts[-1]
 
 
 def refusals():
@@ -151,90 +177,126 @@ def refusals():
 
     found = {
         "divergence": refused(Mine(0.2, 0.7), logits, torch.float32),
+        "parts": refused(WeightedSum([(1.0, AlphaBeta(1.0, 1.0))] * 5), logits, torch.float32),
         "dtype": refused(ToDi(), logits.double(), torch.float64),
         "device": refused(ToDi(), logits, torch.float32),
     }
-    del sys.modules["abkd_megatron.kernels.triton"]
+    for name in [name for name in sys.modules if name.startswith("abkd_megatron.kernels.triton")]:
+        del sys.modules[name]
     sys.modules["triton"] = None  # as where it is not installed
     kernel = importlib.import_module("abkd_megatron.kernels.triton")
     found["no triton"] = refused(ToDi(), logits, torch.float32)
     return found
 
 
-def run(folder, *arguments, interpret):
+def interpreted(cases, hard_cases):
+    """Errors of each case; or why Triton's interpreter does not run here."""
+    import abkd_megatron.kernels.triton as kernel
+
+    try:
+        specials = special(kernel)
+    except TypeError as failure:  # Triton 3.6 converts arrays of one element, which numpy 2.4 rejects
+        if "0-dimensional" not in str(failure):
+            raise
+        return {"skipped": str(failure)}
+    return {
+        "special": specials,
+        "compared": {f"{name}, {setting}": compare(kernel, ALL[name], setting) for name, setting in cases},
+        "hard": {f"{name}, {T}, {parts}": hard(kernel, ALL[name], T, parts=parts) for name, T, parts in hard_cases},
+    }
+
+
+def run(folder, mode, *arguments, interpret=False):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder)}
     environment.pop("TRITON_INTERPRET", None)
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
-    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, env=environment)
+    words = [sys.executable, "-W", "ignore::RuntimeWarning", __file__, mode, json.dumps(arguments)]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def is_slow(item, short):
+    return () if item in short else pytest.mark.slow
+
+
+def cases(every, short):
+    return [pytest.param(*case, marks=is_slow(case, short), id=", ".join(map(str, case))) for case in every]
+
+
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("triton"), "compare", interpret=True)
+def found(request, tmp_path_factory):
+    """Results of the cases among the tests that were chosen."""
+    chosen = {item.callspec.id for item in request.session.items if hasattr(item, "callspec")}
+    of = [[case for case in every if ", ".join(map(str, case)) in chosen] for every in (CASES, HARD)]
+    results = run(tmp_path_factory.mktemp("triton"), "interpreted", *of, interpret=True)
+    if "skipped" in results:
+        pytest.skip(f"this Triton's interpreter does not run with this numpy: {results['skipped']}")
+    return results
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", DIVERGENCES)
-def test_equals_eager(interpreted, name, setting):
-    worst = interpreted["compared"][f"{name}, {setting}"]
+@pytest.mark.parametrize(("name", "setting"), cases(CASES, SHORT))
+def test_equals_eager(found, name, setting):
+    worst = found["compared"][f"{name}, {setting}"]
     assert set(worst) >= {"record", "gradient"}
     assert all(number <= 1.0 for number in worst.values()), worst
 
 
+@pytest.mark.parametrize(("name", "temperature", "parts"), cases(HARD, HARD[:1]))
+def test_late_maxima_ramps_and_uneven_shards(found, name, temperature, parts):
+    worst = found["hard"][f"{name}, {temperature}, {parts}"]
+    assert all(number <= 1.0 for number in worst.values()), worst
+
+
 @pytest.mark.parametrize("name", ["nan and inf logits", "no columns", "equal models"])
-def test_special_rows(interpreted, name):
-    assert interpreted["special"][name]
+def test_special_rows(found, name):
+    assert found["special"][name]
 
 
-@pytest.mark.parametrize("arch", [90, 100])
-def test_compiles_for_a_gpu(arch, tmp_path):
-    found = run(tmp_path, "compile", str(arch), interpret=False)
-    if "refused" in found:
-        pytest.skip(f"this Triton's ptxas does not compile for sm_{arch}: {found['refused']}")
-    assert len(found) >= 9
-    for kernel, used in found.items():
-        assert used["registers"] <= 128, (kernel, used)
-        assert used["local"] == 0, (kernel, used)
+def check_budget(results):
+    if "refused" in results:
+        pytest.skip(f"this Triton's ptxas does not compile for it: {results['refused']}")
+    for case, of in results.items():
+        name, dtype, temperature, _, which = case.split(", ")
+        _, *limits = BUDGET[name]
+        limit = dict(zip(("record", "second record", "gradient"), limits, strict=True)).get(which)
+        hot = of["paths"][-1]
+        assert of["local"] <= 16, (case, of)
+        assert "LDG.E.128" in hot["loads"], (case, of)
+        assert which != "gradient" or "STG.E.128" in hot["stores"], (case, of)
+        if which != "exact record":  # of rows that are not finite, or outside of alpha, beta >= 0
+            limit += 30 * (temperature != "T=1.0") + 10 * (dtype == "float32")
+            assert hot["instructions"] / of["columns"] <= limit, (case, hot["instructions"] / of["columns"])
 
 
-def test_tiles_are_tuned_fixed_or_set(tmp_path):
-    found = run(tmp_path, "launches", interpret=True)
-    said, launched, choices = found["said"], found["launched"], found["choices"]
-    first, last = ({name: of[at] for name, of in choices.items()} for at in (0, -1))
-    assert said["deterministic"] == first and launched["deterministic"] == list(first.values())
-    assert said["set"] == last and launched["set"] == list(last.values())
-    assert said["the only one"] == first, "of which the interpreter has the first alone"
-    assert len(launched["the only one"]) == 4, "in place, the gradient is tuned on a copy"
-    assert said["not tuned"] == said["other width"] == {**first, "record": None}
-    assert said["tuned"] == {**first, "record": {"WIDE": 2048, "BLOCK": 512, "num_warps": 8}}
-    assert found["equal"] and "got record: {'BLOCK': 17}; pass the result of tiles()" in found["no"]
+@pytest.mark.parametrize("name", BUDGET)
+def test_budget(name, tmp_path):
+    check_budget(run(tmp_path, "compiled", 90, [name], VARIANTS[:1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", BUDGET)
+def test_budget_of_every_variant(name, arch, tmp_path):
+    check_budget(run(tmp_path, "compiled", arch, [name], VARIANTS))
+
+
+def test_a_schedule_compiles_nothing(tmp_path):
+    first, last = run(tmp_path, "scheduled")
+    assert first == last and all(first.values())
 
 
 def test_says_where_it_cannot_run(tmp_path):
-    found = run(tmp_path, "refuse", interpret=False)
-    assert [kind for kind, _ in found.values()] == ["ConfigError", "ConfigError", "HostError", "HostError"]
+    found = run(tmp_path, "refusals")
+    kinds = ["ConfigError", "ConfigError", "ConfigError", "HostError", "HostError"]
+    assert [kind for kind, _ in found.values()] == kinds
     for _, message in found.values():
         assert "choose the eager kernel" in message
     assert "Mine(alpha=0.2, beta=0.7)" in found["divergence"][1] and "torch.float64" in found["dtype"][1]
     assert "pip install triton" in found["no triton"][1]
 
 
-def main(mode, *arguments):
-    if mode == "compile":
-        return compiled(int(arguments[0]))
-    if mode == "launches":
-        return launches()
-    if mode == "refuse":
-        return refusals()
-    import abkd_megatron.kernels.triton as kernel
-
-    names = itertools.product(DIVERGENCES, SETTINGS)
-    compared = {f"{name}, {setting}": compare(kernel, DIVERGENCES[name], setting) for name, setting in names}
-    return {"compared": compared, "special": special(kernel)}
-
-
 if __name__ == "__main__":
-    print(json.dumps(main(*sys.argv[1:])))
+    modes = {"interpreted": interpreted, "compiled": compiled, "scheduled": scheduled, "refusals": refusals}
+    print(json.dumps(modes[sys.argv[1]](*json.loads(sys.argv[2]))))

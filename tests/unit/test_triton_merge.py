@@ -1,0 +1,293 @@
+"""The Triton kernels that merge records give what eager gives, and a GPU is asked for few launches.
+
+No GPU is needed: both run in Triton's interpreter, in processes of their own, since Triton reads its environment once.
+"""
+
+import functools
+import importlib.util
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from kernel_cases import DIVERGENCES, FIRST_COLUMN, SETTINGS, inputs
+from launches import Launches
+from torch.testing._internal.distributed import fake_pg
+
+from abkd_megatron import AlphaBeta, ToDi, kernels
+from abkd_megatron.kernels import eager
+from abkd_megatron.kernels.record import Layout, view
+from abkd_megatron.losses import JensenShannon
+from abkd_megatron.losses.combination import WeightedSum, neyman_chi_square
+from abkd_megatron.vocab_parallel import (
+    VocabShard,
+    stats,
+    vocab_parallel_distillation,
+    vocab_parallel_distillation_head,
+)
+from abkd_megatron.vocab_parallel.terms import METRICS, Terms
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+RANKS = (1, 2, 3, 8)
+MORE = {
+    "ab(-0.4,0.9)": AlphaBeta(-0.4, 0.9),
+    "ab(0.3,-1.1)": AlphaBeta(0.3, -1.1),
+    "ab(2,-2)": AlphaBeta(2.0, -2.0),
+    "neyman": neyman_chi_square(),
+    "sum": WeightedSum([(0.25, ToDi(detach=False)), (2.0, WeightedSum([(0.5, AlphaBeta(0.2, 0.7))]))]),
+    "sum with detached todi": WeightedSum([(0.5, ToDi()), (1.0, AlphaBeta(1.0, 0.0))]),
+    "js": JensenShannon(),
+}
+EVERY = {**DIVERGENCES, **MORE}
+LOSSES = {
+    "alpha-beta": AlphaBeta(0.2, 0.7),
+    "todi": ToDi(),
+    "todi whole": ToDi(2.0, detach=False),
+    "js": JensenShannon(),
+    "sum": WeightedSum([(0.5, AlphaBeta(1.0, 0.0)), (1.0, AlphaBeta(0.2, 0.7)), (2.0, AlphaBeta(0.0, 1.0))]),
+}
+TOKENS, WIDTH, HIDDEN = 6, 72, 8
+# Relative; of H, whose terms cancel, relative to the sum of their magnitudes or that of q^lam, if larger.
+SCALARS = 1e-14
+
+
+def gathered(divergence, layout, student, teacher, labels, ranks):
+    """The records of `ranks` shards, the last but one of which is empty; of fp32 logits, in fp64."""
+    bounds = [round(student.shape[1] * (at / ranks) ** 1.5) for at in range(ranks + 1)]
+    if ranks > 2:
+        bounds[-2] = bounds[-3]
+    return torch.stack(
+        [
+            eager.local_record(
+                student[:, first:end],
+                teacher[:, first:end],
+                labels,
+                FIRST_COLUMN + first,
+                divergence,
+                layout,
+                torch.float32,
+            )
+            for first, end in itertools.pairwise(bounds)
+        ]
+    )
+
+
+def cases():
+    """Rows of all settings, fp32, and their labels; narrower ones continue with columns that both models exclude."""
+    width = max(columns for *_, columns, _ in SETTINGS.values())
+    found = []
+    for at, setting in enumerate(SETTINGS):
+        student, teacher, labels, _ = inputs(setting, torch.Generator().manual_seed(at), "cpu")
+        student[7, 5], teacher[7, 6] = (math.nan, 0.5) if at % 2 else (0.5, math.inf)
+        if labels is None:
+            labels = torch.full((len(student),), FIRST_COLUMN + 2)
+        wide = [torch.full((len(student), width), -math.inf) for _ in range(2)]
+        for of, logits in zip(wide, (student, teacher), strict=True):
+            of[:, : logits.shape[1]] = logits
+        found.append((*wide, labels))
+    student, teacher, labels = (torch.cat(of) for of in zip(*found, strict=True))
+    return student, teacher, labels
+
+
+def relative(got, wanted, scale):
+    same = (got == wanted) | (got.isnan() & wanted.isnan())
+    difference = (got - wanted).abs() / scale
+    return difference.nan_to_num(nan=math.inf).masked_fill(same, 0.0).amax().item()
+
+
+def units(got, wanted):
+    """The largest difference of fp32 numbers, in units of the last place of the wanted one."""
+    same = (got == wanted) | (got.isnan() & wanted.isnan())
+    unit = torch.nextafter(wanted.abs(), torch.full_like(wanted, math.inf)) - wanted.abs()
+    return ((got - wanted).abs() / unit).nan_to_num(nan=math.inf).masked_fill(same, 0.0).amax().item()
+
+
+def compare(divergence, labeled, temperature, ranks):
+    """The largest error of scalars, terms and loss against eager's, and whether what is known matches."""
+    from abkd_megatron.kernels import triton_merge
+
+    layout = Layout(divergence, labeled, temperature)
+    student, teacher, labels = cases()
+    labels = labels if labeled else None
+    records = gathered(divergence, layout, student, teacher, labels, ranks)
+    num_tokens = records.shape[-1]
+    whole = stats.merge(records, divergence, layout) if ranks > 1 else records[0].clone()
+    exact = stats.conclude(whole, divergence, layout)
+    q, p = exact.q, exact.p
+    assert triton_merge.can_merge(divergence)
+    wide = torch.full((2 + len(METRICS) if labeled else 1, num_tokens + 3), 7.0)
+    wanted, got = Terms(wide[:, :num_tokens].clone()), Terms(wide[:, :num_tokens])
+    losses = [torch.full((num_tokens,), 7.0) for _ in range(2)] if labeled else [None, None]
+    wanted, got = (
+        Terms(of.terms, None, True, loss, (0.3, 0.6)) for of, loss in zip((wanted, got), losses, strict=True)
+    )
+    scalars, has_value, has_slope = triton_merge.conclude(records, labels, divergence, layout, **vars(got))
+    assert (has_value, has_slope) == (exact.value is not None, exact.slope_sum is not None)
+    value, slope = exact.value, exact.slope_sum
+    if not (has_value and has_slope):  # as of a second record
+        second = torch.rand(ranks, (not has_value) + 1, num_tokens, dtype=torch.float64)
+        value, slope = value if has_value else second.sum(dim=0)[0], second.sum(dim=0)[-1]
+        triton_merge.finish(second, scalars, **vars(got), has_value=not has_value, has_slope=True)
+    wanted.write(value, exact, labels)
+    expected = torch.stack([q.maximum, q.log_z, q.log_z_at_1, p.maximum, p.log_z, slope])
+    assert torch.equal(scalars[[6, 7, 8, 9]].nan_to_num(), scalars[[0, 1, 3, 4]].nan_to_num())
+    assert (wide[:, num_tokens:] == 7.0).all()
+    dense = view(student.double(), teacher.double(), (q.maximum, q.log_z), (p.maximum, p.log_z), temperature)
+    masses = [dense.log_q.exp(), *divergence.partial_sums(*dense[:3])[::3], divergence.grad_log_q(*dense[:3]).abs()]
+    scale = torch.stack([mass.masked_fill(dense.outside, 0.0).sum(dim=-1) for mass in masses]).amax(dim=0)
+    return {
+        "maxima": relative(scalars[[0, 3]], expected[[0, 3]], 0.0),
+        "log_z": relative(scalars[[1, 2, 4]], expected[[1, 2, 4]], expected[[1, 2, 4]].abs()) / SCALARS,
+        "H": relative(scalars[5], expected[5], scale) / SCALARS,
+        "terms": units(got.terms, wanted.terms),
+        "loss": units(got.loss, wanted.loss) if labeled else 0.0,
+    }
+
+
+def compared():
+    """By name and number of ranks: the errors in one of the four layouts, or in all of them for alpha-beta and ToDi."""
+    found = {}
+    layouts = list(itertools.product((True, False), (1.0, 2.0)))
+    for number, (name, divergence) in enumerate(EVERY.items()):
+        for at, ranks in enumerate(RANKS):
+            chosen = layouts if name in ("ab(0.2,0.7)", "todi") else [layouts[(number + at) % 4]]
+            errors = [compare(divergence, *layout, ranks) for layout in chosen]
+            found[f"{name}, {ranks}"] = {key: max(one[key] for one in errors) for key in errors[0]}
+    return found
+
+
+def whole_losses():
+    """Results and gradients of whole losses on one rank, by kernel."""
+    found = {}
+    for kernel in ("eager", "triton"):
+        with kernels.using(kernel):
+            found[kernel] = [tensor for name in LOSSES for tensor in results(name)]
+    found["names"] = [f"{name}, {what}" for name in LOSSES for what in ("terms", "gradient", "head", "head's gradient")]
+    scale = [wanted.abs().nan_to_num().amax().item() for wanted in found["eager"]]
+    errors = [(got - wanted).abs().amax().item() for got, wanted in zip(found["triton"], found["eager"], strict=True)]
+    return dict(zip(found["names"], [error / of for error, of in zip(errors, scale, strict=True)], strict=True))
+
+
+def results(name):
+    generator = torch.Generator().manual_seed(0)
+    hidden, of_teacher = torch.randn(2, TOKENS, HIDDEN, generator=generator)
+    weight, of_teachers = torch.randn(2, WIDTH, HIDDEN, generator=generator)
+    labels = torch.randint(-1, WIDTH - 8, (TOKENS,), generator=generator)
+    shard = VocabShard.megatron(WIDTH, None, WIDTH - 8)
+    student, teacher = (hidden @ weight.t()).requires_grad_(), of_teacher @ of_teachers.t()
+    terms = vocab_parallel_distillation(student, teacher, LOSSES[name], labels, shard, 2.0)
+    (terms.divergence + 0.5 * terms.cross_entropy).sum().backward()
+    hidden.requires_grad_(), weight.requires_grad_()
+    loss, of_head = vocab_parallel_distillation_head(
+        *(hidden, weight, of_teacher, of_teachers, LOSSES[name], labels, shard),
+        **{"lm_weight": 0.5, "temperature": 2.0, "chunk_tokens": 4, "token_weights": labels + 1},
+    )
+    (loss * (labels + 1)).sum().backward()
+    every = [torch.stack([it.divergence, it.cross_entropy, *it.metrics.values()]).detach() for it in (terms, of_head)]
+    return (
+        every[0],
+        student.grad,
+        torch.cat([loss.detach().unsqueeze(0), every[1]]),
+        torch.cat([hidden.grad, weight.grad]),
+    )
+
+
+def launches():
+    """By loss and number of ranks, see `count`."""
+    kernels.use("triton")
+    dist.Backend.register_backend("silent", fake_pg._create_fake_pg, extended_api=True, devices=["cpu"])
+    found = {}
+    for ranks in (1, 2, 8):
+        group = None
+        if ranks > 1:
+            dist.init_process_group("silent", store=fake_pg.FakeStore(), rank=0, world_size=ranks)
+            group = dist.group.WORLD
+        shard = VocabShard.megatron(WIDTH, group, WIDTH * ranks if ranks > 1 else WIDTH - 8)
+        for name, divergence in LOSSES.items():
+            found[f"{name}, {ranks}"] = count(divergence, shard)
+        if ranks > 1:
+            dist.destroy_process_group()
+    return found
+
+
+def count(divergence, shard):
+    """Launches of a loss: forward, backward; per chunk of the head: forward, backward, both in forward."""
+
+    def counted(forward, *arguments):
+        with Launches() as of_forward:
+            loss = forward(*arguments)
+        with Launches() as of_backward:
+            torch.autograd.backward(loss, [torch.ones(TOKENS) for _ in loss])
+        return of_forward.found, of_backward.found
+
+    def leaf(*shape):
+        made = torch.randn(shape).requires_grad_()
+        # Autograd's own accumulation is not part of a loss.
+        return made.view_as(made)
+
+    def materialized(student, teacher):
+        terms = vocab_parallel_distillation(student, teacher, divergence, labels, shard)
+        return terms.divergence, terms.cross_entropy
+
+    def head(chunks, weights, *operands):
+        how = {"token_weights": weights, "chunk_tokens": TOKENS // chunks}
+        return vocab_parallel_distillation_head(*operands, divergence, labels, shard, **how)[:1]
+
+    labels = torch.zeros(TOKENS, dtype=torch.int64)
+    by_chunks = {}
+    for chunks, known in itertools.product((1, 2), (False, True)):
+        operands = leaf(TOKENS, HIDDEN), leaf(WIDTH, HIDDEN), torch.randn(TOKENS, HIDDEN), torch.randn(WIDTH, HIDDEN)
+        weights = torch.ones(TOKENS) if known else None
+        by_chunks[chunks, known] = counted(head, chunks, weights, *operands)
+
+    def per_chunk(known, of):
+        return by_chunks[2, known][of].total() - by_chunks[1, known][of].total()
+
+    both = per_chunk(True, 0), per_chunk(True, 1)
+    of_logits = [it.total() for it in counted(materialized, leaf(TOKENS, WIDTH), torch.randn(TOKENS, WIDTH))]
+    return of_logits, [per_chunk(False, 0), per_chunk(False, 1)], both
+
+
+@functools.cache
+def run(mode):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "ignore", __file__, mode]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("name", EVERY)
+def test_equals_eager(name, ranks):
+    errors = run("compared")[f"{name}, {ranks}"]
+    assert errors["maxima"] == 0.0
+    assert all(error <= 1.0 for error in errors.values()), errors
+
+
+def test_whole_losses_equal_eager():
+    errors = run("whole_losses")
+    assert len(errors) == 4 * len(LOSSES)
+    assert all(error <= 1e-5 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+@pytest.mark.parametrize("name", LOSSES)
+def test_launches_are_few(name, ranks):
+    """Collectives included; matrix products of the head are not."""
+    materialized, of_chunk, (in_forward, later) = run("launches")[f"{name}, {ranks}"]
+    for forward, backward in (materialized, of_chunk):
+        assert 2 <= forward <= 6 and 1 <= backward <= 3
+    assert in_forward <= 6 + 3 and later == 0
+
+
+if __name__ == "__main__":
+    print(json.dumps({"compared": compared, "whole_losses": whole_losses, "launches": launches}[sys.argv[1]]()))
