@@ -187,7 +187,9 @@ def vocab_parallel_distillation_head(
         of_student, of_teacher, of_labels = of_student[order], of_teacher[chosen], of_labels[order]
         weights = weights[order] if weights is not None else None
         student_only = Passes.of(student_weight, student_weight, STUDENT_ONLY, shard, 1.0, has_labels=True)
-        head = replace(head, num_compared=len(chosen), student_only=student_only).reordered(order)
+        kd_weight, lm_weight = (it[order] if isinstance(it, Tensor) else it for it in (kd_weight, lm_weight))
+        head = replace(head, kd_weight=kd_weight, lm_weight=lm_weight, student_only=student_only)
+        head = replace(head, num_compared=len(chosen))
     loss, value, cross_entropy, metrics = _DistillationHead.apply(
         of_student,
         student_weight,
@@ -254,11 +256,10 @@ def automatic_chunk_tokens(device: torch.device, of_token: int) -> int:
 
 @dataclass(frozen=True)
 class _Head:
-    """Parameters that all chunks share."""
+    """Parameters that all chunks share; the weights are numbers, or [N]."""
 
     passes: Passes
     kd_weight: float | Tensor
-    """A number, or [N]."""
     lm_weight: float | Tensor
     student_scale: float
     teacher_scale: float
@@ -270,11 +271,6 @@ class _Head:
     select: Callable[[Mapping[str, Tensor]], Tensor] | None
     parameter: Any
     """The weight if its gradient goes to its `main_grad`, else None."""
-
-    def reordered(self, order: Tensor) -> "_Head":
-        """Return a copy for tokens in another order, [N] indices."""
-        kd_weight, lm_weight = (it[order] if isinstance(it, Tensor) else it for it in (self.kd_weight, self.lm_weight))
-        return replace(self, kd_weight=kd_weight, lm_weight=lm_weight)
 
     def chunks(self, num_tokens: int) -> list[slice]:
         """Return the chunks; none mixes compared tokens and others."""

@@ -93,6 +93,19 @@ def test_an_annealed_run_resumes_to_the_bit(train, workspace: Path) -> None:
             assert resumed[key] == straight[key][4:], (name, key)
 
 
+def test_a_growing_batch_counts_by_its_samples(train, workspace: Path) -> None:
+    """Four steps of 4 sequences, then four of 8: a third of the data and half of the steps."""
+    folder = workspace / "schedules" / "growing"
+    growing = {"train_iters": "null", "train_samples": 48, "global_batch_size": "null"}
+    growing |= {"step_batch_size_schedule": "0:4 512:8", "save_interval": 6, "eval_interval": 100}
+    straight = train("growing", GLIDE, save=folder, **growing)
+    fractions = [done / 48 for done in (0, 4, 8, 12, 16, 24, 32, 40)]
+    assert straight["alpha"] == pytest.approx([1.0 - 0.8 * max(2 * it - 1, 0) for it in fractions], rel=1e-6)
+    resumed = train("growing-resumed", GLIDE, load=folder, ckpt_step=6, **growing)
+    for key in (*TRAINED, "alpha", "beta"):
+        assert resumed[key] == straight[key][6:], key
+
+
 def test_another_length_moves_the_fractions(train, workspace: Path) -> None:
     folder = workspace / "schedules" / "glide-steps"
     longer = train("longer", GLIDE, load=folder, ckpt_step=4, train_iters=8, override_opt_param_scheduler="true")

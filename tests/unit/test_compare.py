@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 
 from abkd_megatron.config.load import load_config
+from abkd_megatron.config.presets import PRESETS
 from abkd_megatron.errors import ConfigError, HostError
 from abkd_megatron.tools import compare, comparison
 from abkd_megatron.tools.events import Run
@@ -60,6 +61,20 @@ def test_every_loss_at_every_seed_with_a_configuration_of_its_own(load, tmp_path
     assert of["steep"].temperature.points == ((0, 2.0), (9, 1.0))
     assert (of["ToDi"].divergence, of["ToDi"].lm_weight) == ("todi", 0.0)
     assert (runs["ToDi"].megatron["lr"], "lr" in runs["steep"].megatron) == (0.1, False)
+
+
+def test_a_preset_of_a_loss_replaces_what_the_file_has(load):
+    override = "compare.losses={annealed: {preset: pretrain, kd_weight: 2}, late: {kd_weight: {schedule: linear, "
+    override += "from: 0, to: 1, start: 0.9, end: 1.0, by: fraction}, lm_weight: 1}}"
+    planned = compare.plan(load([override]), partial(_with, load, override))
+    for run in planned:
+        run.prepare()
+    options = load.keywords["megatron_options"]
+    of = {run.loss: load_config(run.directory / "config.yaml", [], options).distillation for run in planned}
+    assert (of["annealed"].preset, of["annealed"].kd_weight, of["annealed"].lm_weight) == ("pretrain", 2.0, 0.0)
+    assert of["annealed"].alpha == PRESETS["pretrain"]["alpha"] and of["annealed"].beta == PRESETS["pretrain"]["beta"]
+    assert (of["late"].preset, of["late"].alpha, of["late"].lm_weight) == ("none", 0.4, 1.0)
+    assert (of["late"].kd_weight.by, of["late"].kd_weight.points) == ("fraction", ((0.9, 0.0), (1.0, 1.0)))
 
 
 def test_the_shown_configuration_is_the_same(load, tmp_path):
