@@ -14,7 +14,7 @@ log-softmaxes.
 
 Values above a limit are marked and listed below the table. For a student that is certain of one token, gradients
 h_j - q_j H are far smaller than h and H. This is reported as the reason if the error is at most a few times the effect
-of a single fp32 rounding of H.
+of a single fp32 rounding of H. Another reason are gradients so small that the definition loses them in fp64.
 """
 
 import argparse
@@ -60,7 +60,7 @@ LOSSES: dict[str, Divergence] = {
 EQUAL = "equal"
 PEER = "autograd, log space"
 LIMITS = {"loss": 1.0, "loss, bf16": 1.0, "gradient": 1e-5}
-ROUNDING, FEW = 2.0**-24, 8
+ROUNDING, FEW, OF_DEFINITION = 2.0**-24, 8, 2.0**-49
 
 
 def cases(tokens: int, vocab: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -173,6 +173,8 @@ class Exact:
             alone = found["rounding H alone"] = self.of_rounded_sum(token) / largest
             if error <= FEW * alone:
                 found["why"] = f"rounding H to fp32 alone gives {alone:.1e}"
+            elif error * largest <= OF_DEFINITION:
+                found["why"] = "terms of order 1 cancel in the definition, in fp64"
         return found
 
     def of_rounded_sum(self, token: int) -> float:

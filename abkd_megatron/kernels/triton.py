@@ -162,8 +162,8 @@ def local_record(
     once = is_in_quadrant(parts)
     with on(student.device):
         if once:
-            # With one part the compiler would take twice as many for a little less arithmetic. More parts need them.
-            registers = {"maxnreg": 96} if len(parts.kinds) == 1 else {}
+            # With one part the compiler would take up to 170 for a little less arithmetic. More parts need them.
+            registers = {"maxnreg": 128} if len(parts.kinds) == 1 else {}
             record_kernel[(num_rows,)](*args, **options, **registers)
         if not once or parts.kinds:
             exact_record_kernel[(num_rows,)](*args, REDO=once, **options)

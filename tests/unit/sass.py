@@ -18,10 +18,10 @@ def tools():
 
 
 def described(cubin, folder):
-    """Of a binary: registers, bytes of local memory, instructions and the widths of loads and stores by path.
+    """Of a binary: registers, bytes of local memory, and what is on the path that most columns take.
 
-    A path is the shortest one around a loop, or through the kernel if it has no loop that loads: full tiles, no new
-    maximum, no label in the tile.
+    It is the shortest around a loop that loads and takes exponentials, or through the kernel if there is no such loop:
+    full tiles, no new maximum, no label in the tile.
     """
     path = Path(folder) / "kernel.cubin"
     path.write_bytes(cubin)
@@ -29,7 +29,7 @@ def described(cubin, folder):
     usage = subprocess.run([tools() / "cuobjdump", "--dump-resource-usage", path], **run).stdout
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     text = subprocess.run([tools() / "nvdisasm", "-c", path], **run).stdout
-    return {"registers": registers, "local": stack + local, "paths": [counted(path) for path in paths(text)]}
+    return {"registers": registers, "local": stack + local, **counted(path_of(text))}
 
 
 def counted(instructions):
@@ -45,14 +45,14 @@ def counted(instructions):
     }
 
 
-def paths(text):
-    """The shortest path around each loop that loads from memory; if there is none, the one through the kernel."""
+def path_of(text):
+    """The instructions of that path."""
     blocks, after = graph(text)
     place = {name: at for at, name in enumerate(blocks)}
     loops = {to for name in blocks for to in after[name] if to in place and place[to] <= place[name]}
-    around = [shortest(blocks, after, start, start) for start in sorted(loops, key=place.get)]
-    around = [path for path in around if any("LDG" in line for line in path)]
-    return around or [shortest(blocks, after, next(iter(blocks)), "exit")]
+    around = [shortest(blocks, after, start, start) for start in loops]
+    around = [path for path in around if all(any(word in line for line in path) for word in ("LDG", "MUFU.EX2"))]
+    return min(around, key=len) if around else shortest(blocks, after, next(iter(blocks)), "exit")
 
 
 def graph(text):
@@ -69,7 +69,7 @@ def graph(text):
     after, names = {}, [*blocks, "exit"]
     for name, following in zip(blocks, names[1:], strict=True):
         last = blocks[name][-1] if blocks[name] else ""
-        conditional = re.match(r"@|BRA\S*\s+!?U?P\d", last)
+        conditional = re.match(r"@|BRA\.(DIV|CONV)|BRA\S*\s+!?U?P\d", last)  # threads that diverge, or a predicate
         after[name] = [following] if conditional or not re.search(r"\b(BRA|EXIT)\b", last) else []
         if "EXIT" in last:
             after[name].append("exit")

@@ -69,8 +69,10 @@ def test_limits_hold_where_nothing_cancels(rows):
     for row in rows:
         result = row["results"]["eager"]
         assert result["loss"] <= 1 and result["loss, bf16"] <= 1, row
-        assert result["relative"] < 1e-4, row
-        if row["case"] != "randn*20":  # where the student is sure of one token, h - q H cancels
+        if row["loss"] != "total variation":  # of first order in the errors of a probability
+            assert result["relative"] < 1e-4, row
+        # Where the student is sure of one token, h - q H cancels.
+        if row["case"] != "randn*20" and row["largest gradient"] > 1e-8:
             assert result["gradient"] <= 1e-5 and result["above"] == [], row
 
 

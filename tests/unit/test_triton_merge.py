@@ -47,11 +47,12 @@ MORE = {
 }
 EVERY = {**DIVERGENCES, **MORE}
 LOSSES = {
-    "alpha-beta": AlphaBeta(0.2, 0.7),
+    "ab(0.2,0.7)": AlphaBeta(0.2, 0.7),
+    "ab(1.2,-0.3)": AlphaBeta(1.2, -0.3),
     "todi": ToDi(),
-    "todi whole": ToDi(2.0, detach=False),
     "js": JensenShannon(),
-    "sum": WeightedSum([(0.5, AlphaBeta(1.0, 0.0)), (1.0, AlphaBeta(0.2, 0.7)), (2.0, AlphaBeta(0.0, 1.0))]),
+    "sum": WeightedSum([(0.5, AlphaBeta(1.0, 0.0)), (1.0, AlphaBeta(0.2, 0.7)), (2.0, JensenShannon())]),
+    "sum of ab": WeightedSum([(0.5, AlphaBeta(1.0, 0.0)), (1.0, AlphaBeta(0.2, 0.7)), (2.0, AlphaBeta(0.0, 1.0))]),
 }
 SHORT = ("ab(0.2,0.7)", "todi", "ab(0.3,-1.1)", "sum", "js")
 TOKENS, WIDTH, HIDDEN = 2, 72, 8
