@@ -329,7 +329,9 @@ class _Head:
             if self.select is not None:
                 of_divergence = torch.where(self._selected(result[3:, chunk]), of_divergence, 0.0)
         logits = batch.student.logits
-        self.passes_of(chunk).write_gradient(logits, batch, token_stats, of_divergence, of_terms[1][chunk])
+        passes = self.passes_of(chunk)
+        passes.write_gradient(logits, batch, token_stats, of_divergence, of_terms[1][chunk])
+        passes.clear_padding(logits)
         return logits
 
     def of_terms(self, of_loss: Tensor) -> tuple[Tensor, Tensor]:

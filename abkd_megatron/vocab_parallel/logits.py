@@ -358,6 +358,7 @@ class _Distillation(Function):
                 if of_own is None:
                     of_own = out.new_zeros((), dtype=part.passes.dtype).expand(student_logits.shape[:-1])
             part.passes.write_gradient(out, batch, token_stats, of_value, of_own)
+        ctx.parts[0].passes.clear_padding(out)
         if ctx.in_place:  # makes autograd reject a later backward that saved the logits, this one included
             torch.autograd.graph.increment_version(student_logits)
         return out, *nothing

@@ -254,7 +254,7 @@ class Passes:
         of_divergence: Tensor | None,
         of_cross_entropy: Tensor | None,
     ) -> None:
-        """Write the gradient of the student's logits into `out`, contiguous [..., W], padding included.
+        """Write the gradient of the student's logits into `out`, contiguous [..., W], without the padding.
 
         `out` may be the student's logits. `of_divergence` and `of_cross_entropy` are [...], or None for 0. For a batch
         with `rows`, only these are written.
@@ -297,8 +297,12 @@ class Passes:
             if copied:
                 assert batch.rows is not None
                 out_rows[:, columns].index_copy_(0, batch.rows[chunk], of_rows)
+
+    def clear_padding(self, out: Tensor) -> None:
+        """Write 0 into the columns of `out`, contiguous [..., W], beyond the vocabulary."""
+        out_rows = out.view(out.shape[:-1].numel(), out.shape[-1])
         if self.shard.num_columns < out.shape[-1]:
-            out_rows[:, self.shard.num_columns :] = 0.0  # padding
+            out_rows[:, self.shard.num_columns :] = 0.0
 
 
 @dataclass

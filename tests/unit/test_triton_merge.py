@@ -3,7 +3,6 @@
 No GPU is needed: both run in Triton's interpreter, in processes of their own, since Triton reads its environment once.
 """
 
-import functools
 import importlib.util
 import itertools
 import json
@@ -48,13 +47,15 @@ MORE = {
 }
 EVERY = {**DIVERGENCES, **MORE}
 LOSSES = {
-    "alpha-beta": AlphaBeta(0.2, 0.7),
+    "ab(0.2,0.7)": AlphaBeta(0.2, 0.7),
+    "ab(1.2,-0.3)": AlphaBeta(1.2, -0.3),
     "todi": ToDi(),
-    "todi whole": ToDi(2.0, detach=False),
     "js": JensenShannon(),
-    "sum": WeightedSum([(0.5, AlphaBeta(1.0, 0.0)), (1.0, AlphaBeta(0.2, 0.7)), (2.0, AlphaBeta(0.0, 1.0))]),
+    "sum": WeightedSum([(0.5, AlphaBeta(1.0, 0.0)), (1.0, AlphaBeta(0.2, 0.7)), (2.0, JensenShannon())]),
+    "sum of ab": WeightedSum([(0.5, AlphaBeta(1.0, 0.0)), (1.0, AlphaBeta(0.2, 0.7)), (2.0, AlphaBeta(0.0, 1.0))]),
 }
-TOKENS, WIDTH, HIDDEN = 6, 72, 8
+SHORT = ("ab(0.2,0.7)", "todi", "ab(0.3,-1.1)", "sum", "js")
+TOKENS, WIDTH, HIDDEN = 2, 72, 8
 # Relative; of H, whose terms cancel, relative to the sum of their magnitudes or that of q^lam, if larger.
 SCALARS = 1e-14
 
@@ -152,52 +153,59 @@ def compare(divergence, labeled, temperature, ranks):
     }
 
 
-def compared():
-    """By name and number of ranks: the errors in one of the four layouts, or in all of them for alpha-beta and ToDi."""
-    found = {}
-    layouts = list(itertools.product((True, False), (1.0, 2.0)))
-    for number, (name, divergence) in enumerate(EVERY.items()):
+def compared(*names):
+    """By name and number of ranks: the errors, in one of the four layouts."""
+    layouts, found = list(itertools.product((True, False), (1.0, 2.0))), {}
+    for name in names:
         for at, ranks in enumerate(RANKS):
-            chosen = layouts if name in ("ab(0.2,0.7)", "todi") else [layouts[(number + at) % 4]]
-            errors = [compare(divergence, *layout, ranks) for layout in chosen]
-            found[f"{name}, {ranks}"] = {key: max(one[key] for one in errors) for key in errors[0]}
+            layout = layouts[(list(EVERY).index(name) + at) % 4]
+            found[f"{name}, {ranks}"] = compare(EVERY[name], *layout, ranks)
     return found
 
 
 def whole_losses():
-    """Results and gradients of whole losses on one rank, by kernel."""
+    """The largest differences of results and gradients of whole losses on one rank, relative to their largest."""
     found = {}
-    for kernel in ("eager", "triton"):
-        with kernels.using(kernel):
-            found[kernel] = [tensor for name in LOSSES for tensor in results(name)]
-    found["names"] = [f"{name}, {what}" for name in LOSSES for what in ("terms", "gradient", "head", "head's gradient")]
-    scale = [wanted.abs().nan_to_num().amax().item() for wanted in found["eager"]]
-    errors = [(got - wanted).abs().amax().item() for got, wanted in zip(found["triton"], found["eager"], strict=True)]
-    return dict(zip(found["names"], [error / of for error, of in zip(errors, scale, strict=True)], strict=True))
+    for name, select in itertools.product(LOSSES, (False, True)):
+        of = {}
+        for kernel in ("eager", "triton"):
+            with kernels.using(kernel):
+                of[kernel] = results(LOSSES[name], select)
+        for what, got in of["triton"].items():
+            wanted = of["eager"][what]
+            error = (got - wanted).abs().amax() / wanted.abs().amax()
+            found[f"{name}, {'selected' if select else 'all'}, {what}"] = error.nan_to_num(nan=math.inf).item()
+    return found
 
 
-def results(name):
+def results(divergence, select):
     generator = torch.Generator().manual_seed(0)
-    hidden, of_teacher = torch.randn(2, TOKENS, HIDDEN, generator=generator)
+    tokens = 6
+    hidden, of_teacher = torch.randn(2, tokens, HIDDEN, generator=generator)
     weight, of_teachers = torch.randn(2, WIDTH, HIDDEN, generator=generator)
-    labels = torch.randint(-1, WIDTH - 8, (TOKENS,), generator=generator)
+    labels = torch.randint(-1, WIDTH - 8, (tokens,), generator=generator)
     shard = VocabShard.megatron(WIDTH, None, WIDTH - 8)
-    student, teacher = (hidden @ weight.t()).requires_grad_(), of_teacher @ of_teachers.t()
-    terms = vocab_parallel_distillation(student, teacher, LOSSES[name], labels, shard, 2.0)
+    selected = torch.arange(tokens) % 3 != 1 if select else None
+    student, teacher = hidden @ weight.t(), of_teacher @ of_teachers.t()
+    student.requires_grad_()
+    of_selected = teacher if selected is None else teacher[selected]
+    terms = vocab_parallel_distillation(student, of_selected, divergence, labels, shard, 2.0, selected=selected)
     (terms.divergence + 0.5 * terms.cross_entropy).sum().backward()
     hidden.requires_grad_(), weight.requires_grad_()
     loss, of_head = vocab_parallel_distillation_head(
-        *(hidden, weight, of_teacher, of_teachers, LOSSES[name], labels, shard),
-        **{"lm_weight": 0.5, "temperature": 2.0, "chunk_tokens": 4, "token_weights": labels + 1},
+        *(hidden, weight, of_teacher, of_teachers, divergence, labels, shard),
+        **{"lm_weight": 0.5, "temperature": 2.0, "chunk_tokens": 4, "token_weights": labels + 1, "selected": selected},
     )
     (loss * (labels + 1)).sum().backward()
     every = [torch.stack([it.divergence, it.cross_entropy, *it.metrics.values()]).detach() for it in (terms, of_head)]
-    return (
-        every[0],
-        student.grad,
-        torch.cat([loss.detach().unsqueeze(0), every[1]]),
-        torch.cat([hidden.grad, weight.grad]),
-    )
+    return {
+        "terms": every[0],
+        "gradient": student.grad,
+        "loss of the head": loss.detach(),
+        "terms of the head": every[1],
+        "gradient of hidden": hidden.grad,
+        "gradient of the weight": weight.grad,
+    }
 
 
 def launches():
@@ -213,81 +221,97 @@ def launches():
         shard = VocabShard.megatron(WIDTH, group, WIDTH * ranks if ranks > 1 else WIDTH - 8)
         for name, divergence in LOSSES.items():
             found[f"{name}, {ranks}"] = count(divergence, shard)
+        selected = torch.arange(TOKENS) % 2 == 0
+        found[f"selected, {ranks}"] = of_logits(AlphaBeta(0.2, 0.7), shard, selected)
         if ranks > 1:
             dist.destroy_process_group()
     return found
 
 
-def count(divergence, shard):
-    """Launches of a loss: forward, backward; per chunk of the head: forward, backward, both in forward."""
+def counted(forward):
+    """Launches of `forward`, which returns losses per token, and of their backward."""
+    with Launches() as of_forward:
+        losses = forward()
+    gradients = [torch.ones(TOKENS) for _ in losses]
+    with Launches() as of_backward:
+        torch.autograd.backward(losses, gradients)
+    return of_forward.total, of_backward.total
 
-    def counted(forward, *arguments):
-        with Launches() as of_forward:
-            loss = forward(*arguments)
-        with Launches() as of_backward:
-            torch.autograd.backward(loss, [torch.ones(TOKENS) for _ in loss])
-        return of_forward.found, of_backward.found
 
-    def leaf(*shape):
-        made = torch.randn(shape).requires_grad_()
-        # Autograd's own accumulation is not part of a loss.
-        return made.view_as(made)
+def leaf(*shape):
+    return torch.randn(shape).requires_grad_()
 
-    def materialized(student, teacher):
-        terms = vocab_parallel_distillation(student, teacher, divergence, labels, shard)
+
+def of_logits(divergence, shard, selected=None):
+    """Launches of a loss of materialized logits, forward and backward."""
+    labels = torch.zeros(TOKENS, dtype=torch.int64)
+    student, teacher = leaf(TOKENS, WIDTH), torch.randn(TOKENS if selected is None else int(selected.sum()), WIDTH)
+
+    def forward():
+        terms = vocab_parallel_distillation(student, teacher, divergence, labels, shard, selected=selected)
         return terms.divergence, terms.cross_entropy
 
-    def head(chunks, weights, *operands):
-        how = {"token_weights": weights, "chunk_tokens": TOKENS // chunks}
-        return vocab_parallel_distillation_head(*operands, divergence, labels, shard, **how)[:1]
+    return counted(forward)
 
+
+def of_head(divergence, shard, chunks, weights):
+    """Launches of a fused head with this number of chunks."""
+    operands = leaf(TOKENS, HIDDEN), leaf(WIDTH, HIDDEN), torch.randn(TOKENS, HIDDEN), torch.randn(WIDTH, HIDDEN)
     labels = torch.zeros(TOKENS, dtype=torch.int64)
-    by_chunks = {}
-    for chunks, known in itertools.product((1, 2), (False, True)):
-        operands = leaf(TOKENS, HIDDEN), leaf(WIDTH, HIDDEN), torch.randn(TOKENS, HIDDEN), torch.randn(WIDTH, HIDDEN)
-        weights = torch.ones(TOKENS) if known else None
-        by_chunks[chunks, known] = counted(head, chunks, weights, *operands)
-
-    def per_chunk(known, of):
-        return by_chunks[2, known][of].total() - by_chunks[1, known][of].total()
-
-    both = per_chunk(True, 0), per_chunk(True, 1)
-    of_logits = [it.total() for it in counted(materialized, leaf(TOKENS, WIDTH), torch.randn(TOKENS, WIDTH))]
-    return of_logits, [per_chunk(False, 0), per_chunk(False, 1)], both
+    how = {"token_weights": weights, "chunk_tokens": TOKENS // chunks}
+    return counted(lambda: vocab_parallel_distillation_head(*operands, divergence, labels, shard, **how)[:1])
 
 
-@functools.cache
-def run(mode):
+def count(divergence, shard):
+    """Launches, forward and backward: of logits, and per chunk of the head without and with token weights."""
+    found = [of_logits(divergence, shard)]
+    for weights in (None, torch.ones(TOKENS)):
+        one, two = (of_head(divergence, shard, chunks, weights) for chunks in (1, 2))
+        found.append([more - fewer for more, fewer in zip(two, one, strict=True)])
+    return found
+
+
+def run(mode, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-W", "ignore", __file__, mode]
+    command = [sys.executable, "-W", "ignore", __file__, mode, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if "only 0-dimensional arrays" in done.stderr:  # Triton 3.6 with numpy 2.4
+        pytest.skip("this Triton's interpreter does not run with this numpy")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("name", EVERY)
-def test_equals_eager(name, ranks):
-    errors = run("compared")[f"{name}, {ranks}"]
-    assert errors["maxima"] == 0.0
-    assert all(error <= 1.0 for error in errors.values()), errors
+@pytest.mark.parametrize(
+    "name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in EVERY]
+)
+def test_equals_eager(name):
+    found = run("compared", name)
+    assert set(found) == {f"{name}, {ranks}" for ranks in RANKS}
+    for errors in found.values():
+        assert errors["maxima"] == 0.0
+        assert all(error <= 1.0 for error in errors.values()), found
 
 
 def test_whole_losses_equal_eager():
     errors = run("whole_losses")
-    assert len(errors) == 4 * len(LOSSES)
+    assert len(errors) == 2 * 6 * len(LOSSES)
     assert all(error <= 1e-5 for error in errors.values()), errors
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 8])
-@pytest.mark.parametrize("name", LOSSES)
-def test_launches_are_few(name, ranks):
+def test_launches_are_few():
     """Collectives included; matrix products of the head are not."""
-    materialized, of_chunk, (in_forward, later) = run("launches")[f"{name}, {ranks}"]
-    for forward, backward in (materialized, of_chunk):
-        assert 2 <= forward <= 6 and 1 <= backward <= 3
-    assert in_forward <= 6 + 3 and later == 0
+    found = run("launches")
+    for ranks in (1, 2, 8):
+        for name in LOSSES:
+            materialized, of_chunk, (in_forward, later) = found[f"{name}, {ranks}"]
+            for forward, backward in (materialized, of_chunk):
+                assert 2 <= forward <= 6 and 1 <= backward <= 3, (name, ranks, forward, backward)
+            assert in_forward <= 6 + 3 and later == 0, (name, ranks, in_forward, later)
+        # Two sets of tokens: those that are compared, and the others.
+        forward, backward = found[f"selected, {ranks}"]
+        assert forward <= 2 * 6 and backward <= 3, (ranks, forward, backward)
 
 
 if __name__ == "__main__":
-    print(json.dumps({"compared": compared, "whole_losses": whole_losses, "launches": launches}[sys.argv[1]]()))
+    modes = {"compared": compared, "whole_losses": whole_losses, "launches": launches}
+    print(json.dumps(modes[sys.argv[1]](*sys.argv[2:])))
