@@ -52,8 +52,6 @@ class Kernel:
     """Same signature as `eager.local_gradient`."""
     chunk_elements: int | None
     """Logits of one model per chunk; None for `chunk_elements` of the device."""
-    fixed_shape: bool = False
-    """All chunks have the same number of rows; the last one may overlap the previous one."""
     strided: bool = False
     """Accepts a row stride above the row length, so that padding need not be copied away."""
     indexed: bool = False
@@ -61,9 +59,7 @@ class Kernel:
     merge: ModuleType | None = None
     """Module with `can_merge`, `conclude` and `finish`, which merge the records of all ranks; None for `stats`."""
 
-    def chunks(
-        self, num_tokens: int, num_columns: int, device: torch.device, copied: bool = False, overlap: bool = True
-    ) -> list[slice]:
+    def chunks(self, num_tokens: int, num_columns: int, device: torch.device, copied: bool = False) -> list[slice]:
         """Return the rows of each chunk.
 
         Args:
@@ -71,16 +67,12 @@ class Kernel:
             num_columns: columns per row.
             device: of the logits.
             copied: rows have to be copied into the chunk, which limits its size.
-            overlap: let the last chunk overlap the previous one, to keep the shape fixed.
         """
         of_device = chunk_elements(device)
         elements = of_device if self.chunk_elements is None else self.chunk_elements
         if copied:
             elements = min(elements, of_device)
         rows = max(1, elements // max(num_columns, 1))
-        if self.fixed_shape and overlap and num_tokens > rows:
-            firsts = [*range(0, num_tokens - rows, rows), num_tokens - rows]
-            return [slice(first, first + rows) for first in firsts]
         return [slice(first, min(first + rows, num_tokens)) for first in range(0, num_tokens, rows)]
 
 
