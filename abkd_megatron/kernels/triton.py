@@ -9,8 +9,8 @@ Compiled in are the parts of a sum and their kinds, which limits of alpha-beta a
 |alpha + beta| is largest, labels, and whether the temperature is 1.
 
 Launches: the record takes 2 where alpha, beta >= 0 and alpha + beta > 0 in all its partial sums. The second one redoes
-rows with logits that are not finite, reading them twice, and ends at once for others. Elsewhere the record takes 1,
-which reads each row twice. A second record and the gradient take 1 each.
+rows with logits that are not finite, reading them twice, and ends at once for others. Without partial sums it takes 1,
+and elsewhere 1, which reads each row twice. A second record and the gradient take 1 each.
 
 With TRITON_INTERPRET=1, set before the first import of this module, the kernels run on CPU, very slowly.
 
@@ -102,7 +102,7 @@ def _tile_of(kernel: str, student: Tensor, teacher: Tensor) -> dict[str, int]:
     return {"LANES": found.columns // each, "EACH": each, "num_warps": found.warps}
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
+def on(device: torch.device) -> contextlib.AbstractContextManager:
     """Make `device` current, because Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -115,8 +115,13 @@ def local_record(
     divergence: Divergence,
     layout: Layout,
     dtype: torch.dtype,
+    rows: Tensor | None = None,
+    teacher_rows: Tensor | None = None,
 ) -> Tensor:
     """Compute `eager.local_record` for all rows at once; any row stride. A NaN logit makes its row's sums NaN.
+
+    With `rows`, [n] int64, it is computed for these rows of `student` and `labels`, in that order, without a copy, and
+    with `teacher_rows` for these of `teacher`.
 
     Raises:
         ConfigError: for a divergence that it does not support (`supports`), arithmetic other than fp32, or columns that
@@ -124,8 +129,10 @@ def local_record(
         HostError: without Triton, or for logits that are not on a GPU.
     """
     _check(student, teacher, divergence, dtype)
-    num_rows, num_columns = student.shape
+    num_rows, num_columns = student.shape if rows is None else (len(rows), student.shape[1])
     if num_rows == 0 or num_columns == 0:
+        if rows is not None:
+            student = teacher = student[rows]
         return eager.local_record(student, teacher, labels, first_column, divergence, layout, dtype)
     parts = separating_parts_of(divergence)
     record = torch.empty(layout.size, num_rows, dtype=torch.float64, device=student.device)
@@ -134,6 +141,8 @@ def local_record(
         student,
         teacher,
         labels,
+        rows,
+        teacher_rows,
         student.stride(0),
         teacher.stride(0),
         labels.stride(0) if labels is not None else 0,
@@ -151,12 +160,13 @@ def local_record(
         **_tile_of("record", student, teacher),
     }
     once = is_in_quadrant(parts)
-    with _on(student.device):
+    with on(student.device):
         if once:
             # With one part the compiler would take up to 170 for a little less arithmetic. More parts need them.
             registers = {"maxnreg": 128} if len(parts.kinds) == 1 else {}
             record_kernel[(num_rows,)](*args, **options, **registers)
-        exact_record_kernel[(num_rows,)](*args, REDO=once, **options)
+        if not once or parts.kinds:
+            exact_record_kernel[(num_rows,)](*args, REDO=once, **options)
     return record
 
 
@@ -169,27 +179,31 @@ def local_second_record(
     scalars: Tensor,
     value: bool,
     grad_log_q: bool,
+    rows: Tensor | None = None,
+    teacher_rows: Tensor | None = None,
 ) -> Tensor:
-    """Compute `eager.local_second_record` for all rows at once; any row stride.
+    """Compute `eager.local_second_record` for all rows at once; any row stride. `rows` as in `local_record`.
 
     Raises:
         ConfigError: as `local_record`.
         HostError: as `local_record`.
     """
     _check(student, teacher, divergence, dtype)
-    num_rows, num_columns = student.shape
-    record = torch.zeros(value + grad_log_q, num_rows, dtype=torch.float64, device=student.device)
+    num_rows, num_columns = student.shape if rows is None else (len(rows), student.shape[1])
     if num_rows == 0 or num_columns == 0:
-        return record
+        return torch.zeros(value + grad_log_q, num_rows, dtype=torch.float64, device=student.device)
+    record = torch.empty(value + grad_log_q, num_rows, dtype=torch.float64, device=student.device)
     parts = parts_of(divergence)
     assert parts is not None
-    with _on(student.device):
+    with on(student.device):
         second_record_kernel[(num_rows,)](
             record[0] if value else None,
             record[-1] if grad_log_q else None,
             student,
             teacher,
             scalars,
+            rows,
+            teacher_rows,
             student.stride(0),
             teacher.stride(0),
             scalars.stride(0),
@@ -218,15 +232,20 @@ def local_gradient(
     scalars: Tensor,
     of_divergence: Tensor | None,
     of_cross_entropy: Tensor | None,
+    rows: Tensor | None = None,
+    teacher_rows: Tensor | None = None,
 ) -> None:
     """Compute `eager.local_gradient` for all rows at once; any row stride, also of `out`, which may be the student.
+
+    With `rows`, [n] int64, it is computed for these rows of all arguments but `scalars` and the teacher, of which it
+    takes `teacher_rows`. Other rows of `out` are left as they are.
 
     Raises:
         ConfigError: as `local_record`.
         HostError: as `local_record`.
     """
     _check(student, teacher, divergence, dtype)
-    num_rows, num_columns = student.shape
+    num_rows, num_columns = student.shape if rows is None else (len(rows), student.shape[1])
     if labels is None:
         of_cross_entropy = None
     assert of_divergence is not None or of_cross_entropy is not None
@@ -236,7 +255,7 @@ def local_gradient(
     parts = parts_of(divergence)
     assert parts is not None
     options = _tile_of("gradient", student, teacher)
-    with _on(student.device):
+    with on(student.device):
         gradient_kernel[(num_rows * -(-num_columns // options["BLOCK"]),)](
             out,
             student,
@@ -245,6 +264,8 @@ def local_gradient(
             scalars,
             of_divergence,
             of_cross_entropy,
+            rows,
+            teacher_rows,
             out.stride(0),
             student.stride(0),
             teacher.stride(0),

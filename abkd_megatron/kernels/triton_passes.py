@@ -9,7 +9,7 @@ Numbers that vary between launches (rows, columns, strides of per-row numbers, c
 # mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code=assignment
 # ruff: noqa: RUF005 (Triton does not parse a starred tuple)
 
-from abkd_megatron.kernels.triton_math import (  # type: ignore[attr-defined]
+from abkd_megatron.kernels.triton_math import (  # type: ignore[attr-defined]  # tl is absent where Triton is
     alpha_beta_shifted,
     alpha_beta_sums,
     exp2,
@@ -29,6 +29,13 @@ def _load(logits, first, columns, num_columns, other, TILE: tl.constexpr):
     else:
         tile = tl.load(logits + first + columns, mask=first + columns < num_columns, other=other)
     return tile.to(tl.float32)
+
+
+@jit
+def _row(rows, number):
+    """Return the row of a tensor that the `number`th row of a launch is; 64-bit, as a tensor may exceed 2^31 logits."""
+    number = number.to(tl.int64)
+    return number if rows is None else tl.load(rows + number)
 
 
 @jit
@@ -145,8 +152,8 @@ def _top(logits, maximum, lane_maximum, lane_first, num_columns, TILE: tl.conste
 
 
 @jit
-def _store(record, row, num_rows, student, teacher, labels, labels_stride, num_columns, first_column, q_max, p_max,
-           q_top, p_top, sums, PARTS: tl.constexpr, HAS_LABELS: tl.constexpr, AT_T: tl.constexpr,
+def _store(record, row, num_rows, student, teacher, label_at, num_columns, first_column, q_max, p_max, q_top, p_top,
+           sums, PARTS: tl.constexpr, HAS_LABELS: tl.constexpr, AT_T: tl.constexpr,
            OF_MODEL: tl.constexpr):  # fmt: skip
     """Write the row's fields, in the order of `Layout`."""
     stride = tl.cast(num_rows, tl.int64)
@@ -163,7 +170,7 @@ def _store(record, row, num_rows, student, teacher, labels, labels_stride, num_c
         LAST: tl.constexpr = 2 + 3 * PARTS
         for i in tl.static_range(3):
             tl.store(field + (3 * PARTS + i) * stride, sums[LAST + i])
-        label = tl.load(labels + row * labels_stride) - first_column
+        label = tl.load(label_at) - first_column
         held = (label >= 0) & (label < num_columns)
         nothing = -float("inf")
         tl.store(of_student + 2 * stride, tl.load(student + label, mask=held, other=nothing).to(tl.float64))
@@ -175,14 +182,58 @@ def _store(record, row, num_rows, student, teacher, labels, labels_stride, num_c
             tl.store(of_teacher + 4 * stride, sums[LAST + 4])
 
 
+@jit
+def _exact_row(student, teacher, num_columns, inverse_temperature, numbers, KINDS: tl.constexpr,
+               HAS_LABELS: tl.constexpr, AT_T: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr):  # fmt: skip
+    """Return a row's maxima, their columns and the sums, reading it twice: both maxima, then the sums."""
+    TILE: tl.constexpr = LANES * EACH
+    NUM: tl.constexpr = 2 + 3 * len(KINDS) + (3 + 2 * AT_T) * HAS_LABELS
+    columns = tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    q_lane = tl.full([LANES], -float("inf"), tl.float32)
+    p_lane = tl.full([LANES], -float("inf"), tl.float32)
+    q_first = tl.zeros([LANES], tl.int32)
+    p_first = tl.zeros([LANES], tl.int32)
+    for first in range(0, num_columns, TILE):
+        q_tile = tl.max(_load(student, first, columns, num_columns, -float("inf"), TILE), axis=1)
+        p_tile = tl.max(_load(teacher, first, columns, num_columns, -float("inf"), TILE), axis=1)
+        if HAS_LABELS:
+            q_first = tl.where(q_tile > q_lane, first, q_first)
+            p_first = tl.where(p_tile > p_lane, first, p_first)
+        q_lane = tl.maximum(q_lane, q_tile)
+        p_lane = tl.maximum(p_lane, p_tile)
+    q_max = tl.max(q_lane, axis=0)
+    p_max = tl.max(p_lane, axis=0)
+    # Where every logit is -inf, any finite base will do.
+    q_base = tl.where(q_max == -float("inf"), 0.0, q_max)
+    p_base = tl.where(p_max == -float("inf"), 0.0, p_max)
+    sums = _zeros(NUM, LANES)
+    for first in range(0, num_columns, TILE):
+        s = _load(student, first, columns, num_columns, -float("inf"), TILE)
+        t = _load(teacher, first, columns, num_columns, -float("inf"), TILE)
+        terms = _terms(s, t, q_base, p_base, inverse_temperature, numbers, KINDS, HAS_LABELS, AT_T, True)
+        sums = _add(sums, terms, NUM)
+    whole = _over_lanes(sums, NUM)
+    q_top, p_top = 0, 0
+    if HAS_LABELS:
+        q_top = _top(student, q_max, q_lane, q_first, num_columns, TILE)
+        p_top = _top(teacher, p_max, p_lane, p_first, num_columns, TILE)
+    # tl.max ignores NaN, eager's maximum does not. The sum is NaN only if a logit is NaN or the maximum is inf.
+    q_max = tl.where((whole[0] != whole[0]) & (q_max != float("inf")), float("nan"), q_max)
+    p_max = tl.where((whole[1] != whole[1]) & (p_max != float("inf")), float("nan"), p_max)
+    return q_max, p_max, q_top, p_top, whole
+
+
 @jit(do_not_specialize=[
-    "record", "labels", "labels_stride", "num_rows", "num_columns", "first_column", "inverse_temperature"
+    "record", "labels", "rows", "teacher_rows", "labels_stride", "num_rows", "num_columns", "first_column",
+    "inverse_temperature",
 ])  # fmt: skip
 def record_kernel(
     record,
     student,
     teacher,
     labels,
+    rows,
+    teacher_rows,
     student_stride,
     teacher_stride,
     labels_stride,
@@ -203,15 +254,16 @@ def record_kernel(
     The sums are relative to a base: the first tile's maximum, later the largest logit so far wherever a tile exceeds
     the base by more than 4. The maxima and their columns are exact.
 
-    With a logit that is not finite, a sum is not finite either; `exact_record_kernel` then has to redo the row.
+    With a logit that is not finite, a sum is not finite either. The row is then redone: here if there are no partial
+    sums, which takes few registers, and else by a launch of `exact_record_kernel`.
     """
     TILE: tl.constexpr = LANES * EACH
     PARTS: tl.constexpr = len(KINDS)
     NUM: tl.constexpr = 2 + 3 * PARTS + (3 + 2 * AT_T) * HAS_LABELS
-    # 64-bit, because a tensor may have more than 2^31 logits.
     row = tl.program_id(0).to(tl.int64)
-    student += row * student_stride
-    teacher += row * teacher_stride
+    at = _row(rows, row)
+    student += at * student_stride
+    teacher += _row(teacher_rows, row) * teacher_stride
     columns = tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None, :]
     sums = _zeros(NUM, LANES)
     q_lane = tl.full([LANES], -float("inf"), tl.float32)
@@ -250,9 +302,17 @@ def record_kernel(
     q_shift = q_base.to(tl.float64) - q_max
     p_shift = p_base.to(tl.float64) - p_max
     whole = _shifted(_over_lanes(sums, NUM), q_shift, p_shift, inverse_temperature, numbers, KINDS, HAS_LABELS, AT_T)
+    if PARTS == 0:
+        total = whole[0] + whole[1]
+        for i in tl.static_range(2, NUM):
+            total += whole[i] - whole[i]
+        if total - total != 0.0:
+            q_max, p_max, q_top, p_top, whole = _exact_row(
+                student, teacher, num_columns, inverse_temperature, numbers, KINDS, HAS_LABELS, AT_T, LANES, EACH
+            )
     _store(
-        record, row, num_rows, student, teacher, labels, labels_stride, num_columns, first_column, q_max, p_max, q_top,
-        p_top, whole, PARTS, HAS_LABELS, AT_T, OF_MODEL,
+        record, row, num_rows, student, teacher, labels + at * labels_stride if HAS_LABELS else None, num_columns,
+        first_column, q_max, p_max, q_top, p_top, whole, PARTS, HAS_LABELS, AT_T, OF_MODEL,
     )  # fmt: skip
 
 
@@ -268,13 +328,16 @@ def _is_finite(record, row, num_rows, FIELDS: tl.constexpr, OF_MODEL: tl.constex
 
 
 @jit(do_not_specialize=[
-    "record", "labels", "labels_stride", "num_rows", "num_columns", "first_column", "inverse_temperature"
+    "record", "labels", "rows", "teacher_rows", "labels_stride", "num_rows", "num_columns", "first_column",
+    "inverse_temperature",
 ])  # fmt: skip
 def exact_record_kernel(
     record,
     student,
     teacher,
     labels,
+    rows,
+    teacher_rows,
     student_stride,
     teacher_stride,
     labels_stride,
@@ -295,50 +358,20 @@ def exact_record_kernel(
 
     For any logits and coefficients. With REDO only if the sums in `record` are not finite.
     """
-    TILE: tl.constexpr = LANES * EACH
     PARTS: tl.constexpr = len(KINDS)
-    NUM: tl.constexpr = 2 + 3 * PARTS + (3 + 2 * AT_T) * HAS_LABELS
     row = tl.program_id(0).to(tl.int64)
     if REDO:  # noqa: SIM102 (compiled in)
         if _is_finite(record, row, num_rows, 2 * OF_MODEL + 3 * PARTS + 3 * HAS_LABELS, OF_MODEL):
             return
-    student += row * student_stride
-    teacher += row * teacher_stride
-    columns = tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None, :]
-    q_lane = tl.full([LANES], -float("inf"), tl.float32)
-    p_lane = tl.full([LANES], -float("inf"), tl.float32)
-    q_first = tl.zeros([LANES], tl.int32)
-    p_first = tl.zeros([LANES], tl.int32)
-    for first in range(0, num_columns, TILE):
-        q_tile = tl.max(_load(student, first, columns, num_columns, -float("inf"), TILE), axis=1)
-        p_tile = tl.max(_load(teacher, first, columns, num_columns, -float("inf"), TILE), axis=1)
-        if HAS_LABELS:
-            q_first = tl.where(q_tile > q_lane, first, q_first)
-            p_first = tl.where(p_tile > p_lane, first, p_first)
-        q_lane = tl.maximum(q_lane, q_tile)
-        p_lane = tl.maximum(p_lane, p_tile)
-    q_max = tl.max(q_lane, axis=0)
-    p_max = tl.max(p_lane, axis=0)
-    # Where every logit is -inf, any finite base will do.
-    q_base = tl.where(q_max == -float("inf"), 0.0, q_max)
-    p_base = tl.where(p_max == -float("inf"), 0.0, p_max)
-    sums = _zeros(NUM, LANES)
-    for first in range(0, num_columns, TILE):
-        s = _load(student, first, columns, num_columns, -float("inf"), TILE)
-        t = _load(teacher, first, columns, num_columns, -float("inf"), TILE)
-        terms = _terms(s, t, q_base, p_base, inverse_temperature, numbers, KINDS, HAS_LABELS, AT_T, True)
-        sums = _add(sums, terms, NUM)
-    whole = _over_lanes(sums, NUM)
-    q_top, p_top = 0, 0
-    if HAS_LABELS:
-        q_top = _top(student, q_max, q_lane, q_first, num_columns, TILE)
-        p_top = _top(teacher, p_max, p_lane, p_first, num_columns, TILE)
-    # tl.max ignores NaN, eager's maximum does not. The sum is NaN only if a logit is NaN or the maximum is inf.
-    q_max = tl.where((whole[0] != whole[0]) & (q_max != float("inf")), float("nan"), q_max)
-    p_max = tl.where((whole[1] != whole[1]) & (p_max != float("inf")), float("nan"), p_max)
+    at = _row(rows, row)
+    student += at * student_stride
+    teacher += _row(teacher_rows, row) * teacher_stride
+    q_max, p_max, q_top, p_top, whole = _exact_row(
+        student, teacher, num_columns, inverse_temperature, numbers, KINDS, HAS_LABELS, AT_T, LANES, EACH
+    )
     _store(
-        record, row, num_rows, student, teacher, labels, labels_stride, num_columns, first_column, q_max, p_max, q_top,
-        p_top, whole, PARTS, HAS_LABELS, AT_T, OF_MODEL,
+        record, row, num_rows, student, teacher, labels + at * labels_stride if HAS_LABELS else None, num_columns,
+        first_column, q_max, p_max, q_top, p_top, whole, PARTS, HAS_LABELS, AT_T, OF_MODEL,
     )  # fmt: skip
 
 
@@ -371,7 +404,8 @@ def _weighted(log_p, log_q, log_ratio, p, q, factor, numbers, KINDS: tl.constexp
 
 
 @jit(do_not_specialize=[
-    "values", "slopes", "scalars", "scalar_stride", "scalar_row_stride", "num_columns", "inverse_temperature"
+    "values", "slopes", "scalars", "rows", "teacher_rows", "scalar_stride", "scalar_row_stride", "num_columns",
+    "inverse_temperature",
 ])  # fmt: skip
 def second_record_kernel(
     values,
@@ -379,6 +413,8 @@ def second_record_kernel(
     student,
     teacher,
     scalars,
+    rows,
+    teacher_rows,
     student_stride,
     teacher_stride,
     scalar_stride,
@@ -396,8 +432,8 @@ def second_record_kernel(
     """Sum the divergence's value and grad_log_q over one row."""
     TILE: tl.constexpr = LANES * EACH
     row = tl.program_id(0).to(tl.int64)
-    student += row * student_stride
-    teacher += row * teacher_stride
+    student += _row(rows, row) * student_stride
+    teacher += _row(teacher_rows, row) * teacher_stride
     scalars += row * scalar_row_stride
     q_max = tl.load(scalars).to(tl.float32)
     q_log_z = tl.load(scalars + scalar_stride)
@@ -425,7 +461,8 @@ def second_record_kernel(
 
 
 @jit(do_not_specialize=[
-    "labels", "scalars", "of_divergence", "of_cross_entropy", "labels_stride", "scalar_stride", "scalar_row_stride",
+    "labels", "scalars", "of_divergence", "of_cross_entropy", "rows", "teacher_rows", "labels_stride", "scalar_stride",
+    "scalar_row_stride",
     "of_divergence_stride", "of_cross_entropy_stride", "num_columns", "first_column", "inverse_temperature",
 ])  # fmt: skip
 def gradient_kernel(
@@ -436,6 +473,8 @@ def gradient_kernel(
     scalars,
     of_divergence,
     of_cross_entropy,
+    rows,
+    teacher_rows,
     out_stride,
     student_stride,
     teacher_stride,
@@ -456,15 +495,16 @@ def gradient_kernel(
     BLOCK: tl.constexpr,
 ):
     """Process one tile of one row. A full tile is read and written without a mask, for wide accesses."""
-    # In the first grid dimension, because the others are limited to 65535. 64-bit: a tensor may exceed 2^31 elements.
+    # In the first grid dimension, because the others are limited to 65535.
     program = tl.program_id(0)
     tiles = tl.cdiv(num_columns, BLOCK)
-    row = (program // tiles).to(tl.int64)
+    number = (program // tiles).to(tl.int64)
+    row = _row(rows, number)
     begin = program % tiles * BLOCK
     offsets = tl.arange(0, BLOCK)
-    scalars += row * scalar_row_stride
+    scalars += number * scalar_row_stride
     student += row * student_stride
-    teacher += row * teacher_stride
+    teacher += _row(teacher_rows, number) * teacher_stride
     out += row * out_stride + begin
     s = _load(student, begin, offsets, num_columns, 0.0, BLOCK)
     q_max = tl.load(scalars).to(tl.float32)

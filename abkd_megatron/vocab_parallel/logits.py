@@ -26,19 +26,15 @@ from abkd_megatron.losses.alpha_beta import AlphaBeta
 from abkd_megatron.losses.base import Divergence
 from abkd_megatron.tensors import Function, check_context, check_tensor, constant
 from abkd_megatron.validation import flag, positive_number
-from abkd_megatron.vocab_parallel.passes import Batch, Passes, TokenStats
+from abkd_megatron.vocab_parallel.passes import Batch, Passes
 from abkd_megatron.vocab_parallel.shard import VocabShard
+from abkd_megatron.vocab_parallel.terms import METRICS, Terms
 from abkd_megatron.vocab_parallel.transfer import to_device
 
 _CONTIGUOUS = torch.contiguous_format
 
 # For tokens without a teacher: a pass of the student with itself, which yields its cross entropy.
 STUDENT_ONLY = AlphaBeta(1.0, 0.0)
-
-METRICS = (
-    *("teacher lm loss", "kl to teacher", "teacher entropy", "student entropy"),
-    *("top-1 agreement", "top-1 accuracy", "student confidence"),
-)
 
 
 class DistillationTerms(NamedTuple):
@@ -283,19 +279,6 @@ def _check_in_place(student_logits: Tensor, teacher_logits: Tensor) -> None:
         )
 
 
-def token_terms(token_stats: TokenStats, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the student's cross entropy, [N], and the metrics, [len(METRICS), N], for labels [N]; both in `dtype`."""
-    global_stats = token_stats.global_stats
-    assert global_stats.p.top is not None and global_stats.q.top is not None
-    agreement = (global_stats.p.top == global_stats.q.top) & global_stats.p.top.isfinite()
-    accuracy, confidence = global_stats.q.top == labels, (-global_stats.q.log_z_at_1).exp()
-    of_teacher, of_student = (
-        side.cross_entropy().masked_fill_(labels < 0, 0.0) for side in (global_stats.p, global_stats.q)
-    )
-    metrics = [of_teacher, *global_stats.metrics, agreement.double(), accuracy.double(), confidence]
-    return of_student.to(dtype), torch.stack(metrics).to(dtype)
-
-
 class _Part(NamedTuple):
     """Subset of the tokens, with its passes."""
 
@@ -307,10 +290,6 @@ class _Part(NamedTuple):
     def batch(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Batch:
         teacher = teacher_logits if self.has_teacher else student_logits
         return self.passes.batch(student_logits, teacher, labels, self.rows)
-
-    def of(self, per_token: Tensor | None) -> Tensor | None:
-        """Select this part, [n], of a tensor [...]."""
-        return per_token.reshape(-1)[self.rows] if per_token is not None and self.rows is not None else per_token
 
 
 class _Distillation(Function):
@@ -338,9 +317,14 @@ class _Distillation(Function):
             parts = [_Part(passes, rows[0], True), _Part(student_only, rows[1], False)]
         batches = [part.batch(student_logits, teacher_logits, labels) for part in parts]
         pending_records = [part.passes.start(batch) for part, batch in zip(parts, batches, strict=True)]
+        tokens, has_labels = student_logits.shape[:-1], labels is not None
+        outs = [Terms.empty(tokens.numel(), has_labels, student_logits, passes.dtype)]
+        if rows is not None:
+            whole = outs[0].terms
+            outs = [Terms(whole, rows[0]), Terms(whole, rows[1], compared=False)]
         stats_of_parts = [
-            part.passes.conclude(batch, pending_record, needs_gradient)
-            for part, batch, pending_record in zip(parts, batches, pending_records, strict=True)
+            part.passes.conclude(batch, pending_record, needs_gradient, out)
+            for part, batch, pending_record, out in zip(parts, batches, pending_records, outs, strict=True)
         ]
 
         ctx.set_materialize_grads(False)
@@ -349,23 +333,14 @@ class _Distillation(Function):
             ctx.save_for_backward(student_logits, teacher_logits, labels)
             ctx.stats_of_parts = stats_of_parts
 
-        tokens = student_logits.shape[:-1]
-        token_stats, batch = stats_of_parts[0], batches[0]
-        result = token_stats.value.to(passes.dtype)
-        if batch.labels is None:
-            nothing, nothing_either = result.new_empty(0), result.new_empty(0)
+        terms = outs[0].terms.view(len(outs[0].terms), *tokens)
+        if not has_labels:
+            nothing, nothing_either = terms.new_empty(0), terms.new_empty(0)
             ctx.mark_non_differentiable(nothing, nothing_either)
-            return result.view(tokens), nothing, nothing_either
-        cross_entropy, metrics = token_terms(token_stats, batch.labels, passes.dtype)
-        if rows is not None:
-            assert batches[1].labels is not None
-            whole = result.new_zeros(2 + len(METRICS), tokens.numel())
-            whole[:, rows[0]] = torch.cat([torch.stack([result, cross_entropy]), metrics])
-            whole[1, rows[1]] = token_terms(stats_of_parts[1], batches[1].labels, passes.dtype)[0]
-            result, cross_entropy, metrics = whole[0], whole[1], whole[2:]
-        metrics = metrics.view(len(METRICS), *tokens)
+            return terms[0], nothing, nothing_either
+        metrics = terms[2:]
         ctx.mark_non_differentiable(metrics)
-        return result.view(tokens), cross_entropy.view(tokens), metrics
+        return terms[0], terms[1], metrics
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -377,11 +352,13 @@ class _Distillation(Function):
         out = student_logits.detach() if ctx.in_place else torch.empty_like(student_logits, memory_format=_CONTIGUOUS)
         for part, token_stats in zip(ctx.parts, ctx.stats_of_parts, strict=True):
             batch = part.batch(student_logits, teacher_logits, labels)
-            of_value, of_own = part.of(of_divergence), part.of(of_cross_entropy)
+            of_value, of_own = of_divergence, of_cross_entropy
             if not part.has_teacher:
                 of_value = None
-                of_own = out.new_zeros(batch.num_tokens, dtype=part.passes.dtype) if of_own is None else of_own
+                if of_own is None:
+                    of_own = out.new_zeros((), dtype=part.passes.dtype).expand(student_logits.shape[:-1])
             part.passes.write_gradient(out, batch, token_stats, of_value, of_own)
+        ctx.parts[0].passes.clear_padding(out)
         if ctx.in_place:  # makes autograd reject a later backward that saved the logits, this one included
             torch.autograd.graph.increment_version(student_logits)
         return out, *nothing
