@@ -4,10 +4,10 @@ Per kernel the larger of two bounds: its bytes at 3.0 TB/s of memory, and its in
 multiprocessors of 4 schedulers issue them, at 1.755 GHz. Latencies, barriers and hosts come on top: a launch costs a
 host about 4 us, which hides behind earlier work if that is longer.
 
-Of our kernels, instructions are counted in the binaries compiled for sm_90 (tests/unit/sass.py), and launches in
-Triton's interpreter (tests/unit/launches.py), collectives included, matrix products of a fused head not. Their bytes
-follow from the passes. Of the peers, bytes are those of the tensors that their operations read and write, at TP 1 unless
-stated, and instructions those of their kernels' loops.
+Of our kernels, instructions are counted in the binaries compiled for sm_90, on the path that most columns take
+(tests/unit/sass.py; where a record reads its rows twice, without the search for the maxima), and launches in Triton's
+interpreter (tests/unit/launches.py), collectives included. Their bytes follow from the passes. Of the peers, bytes are
+those of the tensors that their operations read and write, and instructions those of their kernels' loops.
 
 Writes benchmarks/results/roofline.json and prints the table of docs/costs.md. Takes two minutes.
 """
@@ -93,8 +93,7 @@ def count() -> dict[str, dict[str, Any]]:
             case = binaries.get(f"{binary}, bfloat16, T=1.0, labels=1, {which}")
             redoes = which == "exact record" and reads == 1  # only rows that are not finite
             if case is not None and not redoes:
-                paths = case["paths"] if which == "exact record" else case["paths"][-1:]
-                instructions[which] = sum(path["instructions"] for path in paths) / case["columns"]
+                instructions[which] = case["instructions"] / case["columns"]
         of_bytes = {
             which: 6 if which == "gradient" else 4 * (reads if which == "exact record" else 1) for which in instructions
         }
