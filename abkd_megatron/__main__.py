@@ -394,7 +394,7 @@ JOBS = {
         "train a student with a teacher",
         (
             f"{_TORCHRUN.format(4)} distill configs/tiny_cpu.yaml",
-            f"{_TORCHRUN.format(4)} distill configs/tiny_cpu.yaml distillation.alpha=0.3 megatron.train-iters=100",
+            f"{_TORCHRUN.format(4)} distill configs/tiny_cpu.yaml distillation.lm_weight=0.1 megatron.train-iters=100",
             f"{_TORCHRUN.format(4)} distill configs/tiny_cpu.yaml distillation.divergence=todi megatron.save=runs/todi",
         ),
         reads="teacher.load, data.dir (or Megatron's own data arguments), megatron.load if it is given",

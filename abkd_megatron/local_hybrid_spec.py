@@ -8,6 +8,7 @@ Names of weights in checkpoints are TransformerEngine's, except for the norm of 
 have another name, and their checkpoints can be read here.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -48,6 +50,15 @@ class LocalHybridStack(HybridStack):
         if self.post_process and post_layer_norm:
             config = self.config
             self.final_norm = WrappedTorchNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
+
+
+class LocalSelfAttention(SelfAttention):
+    """Megatron's attention with torch's norms of queries and keys, in place of TransformerEngine's."""
+
+    def __init__(self, config: TransformerConfig, submodules: SelfAttentionSubmodules, *args: Any, **kwargs: Any):
+        if config.qk_layernorm:
+            submodules = replace(submodules, q_layernorm=WrappedTorchNorm, k_layernorm=WrappedTorchNorm)
+        super().__init__(config, submodules, *args, **kwargs)
 
 
 def _renamed(norm: str, linear: str) -> dict[str, str]:
@@ -86,7 +97,7 @@ _ATTENTION = ModuleSpec(
     submodules=TransformerLayerSubmodules(
         input_layernorm=WrappedTorchNorm,
         self_attention=ModuleSpec(
-            module=SelfAttention,
+            module=LocalSelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=ColumnParallelLinear,

@@ -83,6 +83,15 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         _sizes(6, 512, 1024, 8),
         {},
     ),
+    # Every token takes all experts, so that their memory does not depend on the data.
+    "HybridModel, PP 2, experts, multi-token prediction": (
+        2,
+        {"hybrid-layer-pattern": "*E|*-/*-", "hidden-size": 256, "ffn-hidden-size": 512, "num-attention-heads": 4}
+        | {"vocab-size": 4095, "micro-batch-size": 4, "global-batch-size": 16, "pipeline-model-parallel-size": 2}
+        | {"num-experts": 4, "moe-ffn-hidden-size": 256, "moe-router-topk": 4},
+        _sizes(4, 384, 768, 8) | {"num-experts": "null", "moe-ffn-hidden-size": "null"},
+        {},
+    ),
 }
 
 

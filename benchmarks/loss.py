@@ -2,8 +2,8 @@
 
 Contestants, by default on logits of 1024 tokens x 32768 vocabulary columns (over all ranks):
 
-- ours, by each kernel: alpha-beta with cross entropy and metrics, into a buffer and in place; alpha-beta, forward KL
-  and ToDi alone;
+- ours, by each kernel: alpha-beta with cross entropy and metrics, into a buffer and in place; alpha-beta, forward KL,
+  ToDi, Jensen-Shannon, both skew KLs, total variation and a sum of three alone;
 - Megatron's vocabulary-parallel cross entropy: of one tensor, where a divergence reads two;
 - ModelOpt's LogitsKLLoss: a forward KL;
 - alpha-beta by autograd, on one rank: in log space, and in textbook form with powers of a softmax;
@@ -51,7 +51,18 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from abkd_megatron import kernels
-from abkd_megatron.losses import AlphaBeta, Divergence, ToDi, reference_cross_entropy, reference_divergence
+from abkd_megatron.losses import (
+    AlphaBeta,
+    Divergence,
+    JensenShannon,
+    SkewForwardKL,
+    SkewReverseKL,
+    ToDi,
+    TotalVariation,
+    WeightedSum,
+    reference_cross_entropy,
+    reference_divergence,
+)
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation, vocab_parallel_divergence
 
 BACKENDS = ("eager", "cpp")  # kernels of ours; each adds its rows
@@ -135,7 +146,18 @@ def ours(backend: str, group: dist.ProcessGroup | None) -> list[Contestant]:
 
         return Contestant(f"ours, {backend}: {name}", on_backend, reference)
 
-    divergences = {"alpha-beta": alpha_beta, "forward KL": AlphaBeta(1, 0), "ToDi": ToDi()}
+    divergences = {
+        "alpha-beta": alpha_beta,
+        "forward KL": AlphaBeta(1, 0),
+        "ToDi": ToDi(),
+        "Jensen-Shannon": JensenShannon(),
+        "skew forward KL": SkewForwardKL(),
+        "skew reverse KL": SkewReverseKL(),
+        "total variation": TotalVariation(),
+        "both KLs + Jensen-Shannon": WeightedSum(
+            [(1, AlphaBeta(1, 0)), (0.5, AlphaBeta(0, 1)), (0.3, JensenShannon())]
+        ),
+    }
     return [
         contestant("alpha-beta + CE + metrics", several, dense_several),
         contestant("the same, in place", in_place, dense_several),

@@ -1,7 +1,7 @@
 """End-to-end distillation demo on CPU, about ten minutes: ``python examples/demo.py``.
 
 It prepares the text that ships with Python, trains a teacher on it (two processes, data parallel), and distills a
-smaller student with the alpha-beta divergence (four processes, TP 2 x PP 2). It then trains the same student without a
+smaller student with the preset `pretrain` (four processes, TP 2 x PP 2). It then trains the same student without a
 teacher (same initial weights, batches and layout), and evaluates both students and the teacher on held-out documents.
 
 Sizes and settings are in ``configs/tiny_cpu_teacher.yaml`` and ``configs/tiny_cpu.yaml``.
@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ import yaml
 from tensorboard.backend.event_processing import event_accumulator
 
 from abkd_megatron.errors import HostError
+from abkd_megatron.tools.events import find_runs
 from abkd_megatron.tools.runs import SHORT_NAMES, Line, Pace, Progress, clock, end, evaluated, last_lines, progress
 
 matplotlib.use("Agg")
@@ -240,6 +242,7 @@ def make_rows(out: Path) -> dict[str, dict[str, float]]:
             "top-1 agreement": of["top-1 agreement"],
             "entropy": of["student entropy"],
             "parameters": count_parameters(out / directory),
+            "seconds per step": seconds_per_step(out / directory),
         }
 
     teacher = {
@@ -255,6 +258,11 @@ def make_rows(out: Path) -> dict[str, dict[str, float]]:
     }
 
 
+def seconds_per_step(directory: Path) -> float:
+    """Return a training run's median time per step, without validation and checkpoints; 0.0 if it was not logged."""
+    return statistics.median([pace for run in find_runs([directory]) for pace in run.paces] or [0.0])
+
+
 def count_parameters(directory: Path) -> int:
     """Count the parameters of the model in a checkpoint; replicated ones count once."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -268,11 +276,11 @@ def count_parameters(directory: Path) -> int:
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Format the comparison."""
-    lines = [f"{'':18}{'cross entropy':>15}{'KL to teacher':>15}{'top-1 agreement':>17}{'parameters':>12}"]
+    lines = [f"{'':18}{'cross entropy':>15}{'KL to teacher':>15}{'top-1 agreement':>17}{'parameters':>12}{'s/step':>9}"]
     for name, row in rows.items():
         lines.append(
             f"{name:18}{row['cross entropy']:15.4f}{row['kl to teacher']:15.4f}"
-            f"{row['top-1 agreement']:17.1%}{row['parameters']:12,}"
+            f"{row['top-1 agreement']:17.1%}{row['parameters']:12,}{row['seconds per step']:9.2f}"
         )
     return "\n".join([*lines, "on held-out text; cross entropy and KL in nats per token"])
 
@@ -285,10 +293,12 @@ def verdict(alone: dict[str, float], distilled: dict[str, float]) -> str:
         word = "the same" if ours == theirs else lower if ours < theirs else higher
         return f"{ours:.3f} against {theirs:.3f} ({word})"
 
+    gain = alone["cross entropy"] - distilled["cross entropy"]
     return (
-        f"The distilled student against the student alone: KL to the teacher "
-        f"{compare('kl to teacher', 'closer', 'farther')}, held-out cross entropy "
-        f"{compare('cross entropy', 'better', 'worse')}."
+        f"The distilled student against the student alone, after as many steps: held-out cross entropy "
+        f"{compare('cross entropy', f'{gain:.3f} better', f'{-gain:.3f} worse')}, KL to the teacher "
+        f"{compare('kl to teacher', 'closer', 'farther')}, "
+        f"{distilled['seconds per step']:.2f} against {alone['seconds per step']:.2f} seconds per step."
     )
 
 

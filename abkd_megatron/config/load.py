@@ -11,7 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from abkd_megatron.config.schema import DEVICES, SECTIONS, TEACHER_KEYS, Config, Scalar, Value
+from abkd_megatron.config.schema import DEVICES, PLAIN, SECTIONS, TEACHER_KEYS, Config, Scalar, Value
 from abkd_megatron.config.values import Given, MegatronOptions, Options, field_value, option_value, wrong
 from abkd_megatron.config.yaml import LineMapping, flow, load_yaml
 from abkd_megatron.errors import ConfigError, brief, check_name, shown
@@ -72,6 +72,8 @@ def load_config(
 ) -> Config:
     """Load a configuration. Later layers override earlier ones: defaults, device defaults, YAML file, overrides.
 
+    Keys that a preset sets and no layer gives have its values.
+
     Args:
         path: the YAML file, or None.
         overrides: ``section.key=value`` or ``device=NAME``, where the value is YAML. The last one of a key counts.
@@ -99,9 +101,14 @@ def load_config(
     ]
     options = MegatronOptions(megatron_options)
     for layer in (implied, from_file, from_command_line):
+        given = {item.key: item.value for item in layer if item.section == "distillation"}
+        # A preset stands for its keys: it replaces those of earlier layers.
+        if "preset" in given:
+            config.forget_preset()
         # An override of the divergence drops the parameters of the file's divergence.
-        kd, given = config.distillation, {item.key: item.value for item in layer if item.section == "distillation"}
-        if given.get("losses") or ("divergence" in given and (kd.losses or given["divergence"] != kd.divergence)):
+        kd = config.distillation
+        before = kd.divergence or PLAIN.divergence
+        if given.get("losses") or ("divergence" in given and (kd.losses or given["divergence"] != before)):
             config.forget_divergence()
         twins: dict[tuple[str, str], Given] = {}
         for item in layer:
@@ -113,6 +120,7 @@ def load_config(
                 config.origins[item.name] = item.origin
             elif item.section != "device":
                 _set_option(config, item, options, twins)
+    config.expand_preset()
     return config
 
 

@@ -21,6 +21,11 @@ def pattern_of(args: Namespace) -> str | None:
     return next((found for name in PATTERN_OPTIONS if (found := getattr(args, name, None))), None)
 
 
+def model_name(pattern: str | None) -> str:
+    """Return the class of a model, with its layer pattern, for output."""
+    return "GPTModel" if pattern is None else f"HybridModel {pattern}"
+
+
 def layers_and_pipes(pattern: str) -> str:
     """Return the main pattern, without multi-token prediction."""
     return pattern.partition("/")[0]

@@ -1,17 +1,19 @@
 """Schema of the configuration: keys, defaults and validation. Does not import megatron."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from abkd_megatron.config.presets import DEFAULT, PRESETS, preset_values
 from abkd_megatron.errors import ConfigError, brief, check_name
 from abkd_megatron.kernels import CHOICES
 from abkd_megatron.losses import Divergence, LogitLoss, LossTerm, WeightedSum, registry
 from abkd_megatron.losses.hidden import HiddenLoss
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
-from abkd_megatron.losses.schedule import Progress, Schedule
+from abkd_megatron.losses.schedule import Schedule
 from abkd_megatron.losses.selection import TokenSelection
+from abkd_megatron.losses.sources import SourceWeights
 from abkd_megatron.vocab_parallel.execution import HEADS, Execution
 
 type Scalar = str | int | float | bool | None
@@ -49,15 +51,18 @@ _DATA_ARGUMENTS = (
 class DistillationConfig:
     """The loss: ``kd_weight * divergence(teacher, student) + lm_weight * cross_entropy``.
 
-    The fields in `SCHEDULED` take a number or a schedule.
+    The fields in `SCHEDULED` take a number or a schedule. A field that is None has the preset's value; see `expanded`.
     """
 
-    divergence: str = "alpha_beta"
+    preset: str | None = None
+    """Values of `divergence`, `alpha`, `beta`, `temperature`, `kd_weight` and `lm_weight` where they are not given:
+    ``pretrain``, ``pruned``, ``finetune`` or ``none``. None: ``pretrain``, or ``none`` if a divergence is given."""
+    divergence: str | None = None
     """Name in ``abkd_megatron.losses.registry`` (logit losses use their defaults), or dotted path of a subclass of
     Divergence or LogitLoss."""
-    alpha: Number = 0.2
+    alpha: Number | None = None
     """Alpha of the alpha-beta divergence."""
-    beta: Number = 0.7
+    beta: Number | None = None
     """Beta of the alpha-beta divergence."""
     scale: Number = 1.0
     """Steepness of ToDi's weight between forward and reverse KL."""
@@ -71,13 +76,13 @@ class DistillationConfig:
     """Treat skew reverse KL's mixture as a constant in the gradient."""
     losses: list[dict[str, Scalar]] = field(default_factory=list)
     """Weighted sum of losses, instead of `divergence`: each with `name`, `weight` (default 1) and parameters."""
-    temperature: Number = 1.0
+    temperature: Number | None = None
     """Divides both models' logits in the divergence. The cross entropy always has temperature 1."""
     temperature_squared: bool = False
     """Multiply the divergence by the squared temperature, to keep the scale of its gradient."""
-    kd_weight: Number = 1.0
+    kd_weight: Number | None = None
     """Weight of the divergence."""
-    lm_weight: Number = 1.0
+    lm_weight: Number | None = None
     """Weight of the cross entropy with the labels."""
     kernel: str = "auto"
     """Code of the loss: ``auto`` (by device), ``eager``, ``cpp`` or ``triton``."""
@@ -96,11 +101,34 @@ class DistillationConfig:
     hidden_losses: list[HiddenLoss] = field(default_factory=list)
     """Losses between layers: each with `student_layer`, `teacher_layer`, `loss` (``cosine`` or ``mse``), `weight`
     (default 1) and `projector` (default true)."""
+    sources: list[SourceWeights] = field(default_factory=list)
+    """Weights by dataset of a blend, in place of `kd_weight` and `lm_weight`: each with `source` (its position in the
+    list of datasets, from 0), `kd_weight` and `lm_weight`."""
     skip_preflight: list[str] = field(default_factory=list)
     """Checks to skip before the first step: ``teacher_checksums``, ``teacher_weights``, ``memory``, ``gradient``,
     ``batch``, ``teacher_loss``."""
     on_change: str = "refuse"
     """Action if a run resumes with another teacher or loss than its checkpoint: ``refuse`` or ``warn``."""
+
+    @property
+    def names_its_loss(self) -> bool:
+        """True if a divergence, `losses` or a parameter is given, or a `kd_weight` that is 0 at some step."""
+        plain = DistillationConfig()
+        if any(getattr(self, name) != getattr(plain, name) for name in _OF_DIVERGENCE):
+            return True
+        return self.kd_weight is not None and Schedule.of(self.kd_weight).lowest == 0
+
+    def expanded(self) -> "DistillationConfig":
+        """Return a copy in which the preset and its values are filled in; an expanded one is returned as it is.
+
+        With `divergence` or `losses` given, the preset's divergence and its schedules are not used; its weights and
+        temperature are. An unknown preset counts as ``none`` here, and `Config.check` rejects it.
+        """
+        preset = self.preset or ("none" if self.names_its_loss else DEFAULT)
+        own = self.divergence is None and not self.losses
+        values = preset_values(preset if preset in PRESETS else "none", divergence=own)
+        missing = {name: value for name, value in values.items() if getattr(self, name) is None}
+        return replace(self, preset=preset, **missing)
 
     def make_objective(self) -> ScheduledObjective:
         """Create the objective.
@@ -108,10 +136,12 @@ class DistillationConfig:
         Raises:
             ConfigError: see `make_divergence` and `ScheduledObjective`.
         """
-        given: dict[str, Any] = {name: _first(getattr(self, name)) for name in _OF_OBJECTIVE}
-        given |= {"logit_losses": self.make_logit_losses(), "hidden_losses": tuple(self.hidden_losses)}
-        schedules = {name: it for name in SCHEDULED if isinstance(it := getattr(self, name), Schedule)}
-        return ScheduledObjective(Objective(self.make_divergence(), **given), schedules)
+        whole = self.expanded()
+        given: dict[str, Any] = {name: _first(getattr(whole, name)) for name in _OF_OBJECTIVE}
+        given |= {"logit_losses": whole.make_logit_losses(), "hidden_losses": tuple(whole.hidden_losses)}
+        given |= {"sources": tuple(whole.sources)}
+        schedules = {name: it for name in SCHEDULED if isinstance(it := getattr(whole, name), Schedule)}
+        return ScheduledObjective(Objective(whole.make_divergence(), **given), schedules)
 
     def make_execution(self) -> Execution:
         """Create the execution settings of the objective.
@@ -146,15 +176,20 @@ class DistillationConfig:
 
     def _terms(self) -> list[tuple[Any, LossTerm]]:
         if not self.losses:
-            given = {name: _first(getattr(self, name)) for name in registry.parameters(self.divergence)}
-            return [(1.0, registry.build(self.divergence, given))]
+            whole = self.expanded()
+            given = {name: _first(getattr(whole, name)) for name in registry.parameters(str(whole.divergence))}
+            return [(1.0, registry.build(str(whole.divergence), given))]
         terms = [{"name": "", "weight": 1.0, **term} for term in self.losses]
         return [(term.pop("weight"), registry.build(str(term.pop("name")), term)) for term in terms]
 
 
 def _first(number: Any) -> Any:
     """Return a schedule's first value; other values unchanged."""
-    return number(Progress()) if isinstance(number, Schedule) else number
+    return number.first if isinstance(number, Schedule) else number
+
+
+# What a missing key means, before a preset changes it.
+PLAIN = DistillationConfig(preset="none").expanded()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -169,6 +204,8 @@ class DataConfig:
     """Pieces of the SentencePiece model."""
     held_out: float = 0.05
     """Fraction of documents held out, half for validation and half for test."""
+    seed: int | None = None
+    """Order of the training samples and choice of the held-out ones; None for Megatron's `seed`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -210,7 +247,7 @@ class CompareConfig:
     losses: dict[str, list[str]] = field(default_factory=lambda: dict(_COMPARED))
     """{name: overrides}, where the overrides are keys of `distillation` or `section.key`."""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
-    """Values of `megatron.seed`, which sets initial weights and batch order; one run per loss and seed."""
+    """Values of `megatron.seed`, which sets initial weights; one run per loss and seed. All have one `data.seed`."""
     at_once: int = 1
     """Number of concurrent runs."""
     launch: str | None = None
@@ -256,9 +293,10 @@ class Config:
         Args:
             job: see `check`.
         """
-        kd, data, compare, loss = self.distillation, self.data, self.compare, self.teacher.expected_loss
+        kd, data, compare, loss = self.distillation.expanded(), self.data, self.compare, self.teacher.expected_loss
         names = {
             "device": ([self.device], DEVICES),
+            "distillation.preset": ([str(kd.preset)], tuple(PRESETS)),
             "distillation.kernel": ([kd.kernel], CHOICES),
             "distillation.head": ([kd.head], HEADS),
             "distillation.skip_preflight": (kd.skip_preflight, PREFLIGHT),
@@ -305,10 +343,10 @@ class Config:
 
     def _problems_of_losses(self, job: str) -> Iterator[ConfigError]:
         """Yield errors of the losses, applying one key at a time, and of parameters without effect."""
-        kd, good = self.distillation, DistillationConfig()
+        kd, good = self.distillation.expanded(), PLAIN
         chosen, losses = ("losses", kd.losses) if kd.losses else ("divergence", [{"name": kd.divergence}])
-        taken = () if kd.losses else registry.parameters(kd.divergence)
-        keys = [chosen, *taken, *_OF_OBJECTIVE, "hidden_losses", *_OF_EXECUTION]
+        taken = () if kd.losses else registry.parameters(str(kd.divergence))
+        keys = [chosen, *taken, *_OF_OBJECTIVE, "hidden_losses", "sources", *_OF_EXECUTION]
         keys = [key for key in keys if key == chosen or getattr(kd, key) != getattr(good, key)]
         if job != "distill" and any("." in str(term.get("name")) for term in losses):
             keys.remove(chosen)  # other jobs do not import custom losses
@@ -337,17 +375,33 @@ class Config:
 
     def without_effect(self) -> list[str]:
         """Return the keys of `distillation` that the chosen divergence does not take."""
-        kd = self.distillation
-        taken = {"losses"} if kd.losses else {"divergence", "losses", *registry.parameters(kd.divergence)}
+        kd = self.distillation.expanded()
+        taken = {"losses"} if kd.losses else {"divergence", "losses", *registry.parameters(str(kd.divergence))}
         return [name for name in _OF_DIVERGENCE if name not in taken]
 
     def is_given(self, name: str) -> bool:
         """Return whether a key of `distillation` was given, or differs from its default."""
-        value, default = getattr(self.distillation, name), getattr(DistillationConfig(), name)
-        return value != default or self._origin(f"distillation.{name}") != "default"
+        value, default = getattr(self.distillation, name), getattr(PLAIN, name)
+        return value not in (None, default) or self._origin(f"distillation.{name}") != "default"
 
     def forget_divergence(self) -> None:
         """Reset the divergence and its parameters to their defaults."""
-        for name in _OF_DIVERGENCE:
+        self._forget(_OF_DIVERGENCE)
+
+    def forget_preset(self) -> None:
+        """Reset the keys that a preset sets, and the other keys of a divergence, to their defaults."""
+        self._forget(dict.fromkeys((*_OF_DIVERGENCE, *PRESETS["none"])))
+
+    def expand_preset(self) -> None:
+        """Fill in the values of the preset, with it as their origin; see `DistillationConfig.expanded`."""
+        given, self.distillation = self.distillation, self.distillation.expanded()
+        of_preset = PRESETS.get(str(self.distillation.preset), {})
+        for name in PRESETS["none"]:
+            value = getattr(self.distillation, name)
+            if getattr(given, name) is None and value != getattr(PLAIN, name) and value == of_preset.get(name):
+                self.origins[f"distillation.{name}"] = f"preset: {self.distillation.preset}"
+
+    def _forget(self, names: Iterable[str]) -> None:
+        for name in names:
             setattr(self.distillation, name, getattr(DistillationConfig(), name))
             self.origins[f"distillation.{name}"] = "default"

@@ -150,18 +150,16 @@ UNSUPPORTED = (
         setting="dist.eval_context_parallel_size",
     ),
     # Cannot run without data.
-    Feature("num_experts", "a mixture of experts", _NO_DATA, (ESTIMATE,), remedy="leave it out here"),
     Feature("multi_latent_attention", "multi-latent attention", _NO_DATA, (ESTIMATE,), remedy="leave it out here"),
+    Feature(
+        "moe_latent_size",
+        "a latent mixture of experts",
+        "its projections are TransformerEngine's only",
+        (ESTIMATE,),
+        remedy="leave moe-latent-size out here",
+    ),
     Feature("fp8", "fp8", _NO_DATA, (ESTIMATE,), remedy="leave it out here"),
     Feature("fp4", "fp4", _NO_DATA, (ESTIMATE,), remedy="leave it out here"),
-    Feature("mtp_num_layers", "multi-token prediction", _NO_DATA, (ESTIMATE,), remedy="leave it out here"),
-    Feature(
-        "hybrid_layer_pattern",
-        "a HybridModel",
-        "its layers are not counted",
-        (ESTIMATE,),
-        remedy="estimate a GPTModel of its sizes",
-    ),
 )
 
 

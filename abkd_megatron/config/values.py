@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import functools
 import math
+import operator
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +30,7 @@ _EXPECTED: dict[type, tuple[str, type, str]] = {
 type Options = Mapping[str, argparse.Action]
 
 # Keys of each kind of schedule with their types, and the optional ones.
-_RAMP: dict[str, Any] = {"from": float, "to": float, "start": int, "end": int, "by": str}
+_RAMP: dict[str, Any] = {"from": float, "to": float, "start": None, "end": None, "by": str}
 _SCHEDULES = {"constant": {"value": float}, "linear": _RAMP, "cosine": _RAMP, "piecewise": {"points": None, "by": str}}
 _OPTIONAL = ("start", "by")
 
@@ -130,14 +132,16 @@ def _schedule(item: Given) -> Schedule:
     values = _typed(item, given, types, [key for key in types if key not in _OPTIONAL])
     by = values.get("by", COUNTS[0])
     check_name(by, COUNTS, given.get("by", item).origin, f"{item.name}.by")
-    points = [(0, values.get("value", 0.0))]
+    count: type = float if by == "fraction" else int
+    points: list[tuple[float, float]] = [(0, values.get("value", 0.0))]
     if kind.value == "piecewise":
         of = given["points"]
         if not all(isinstance(pair, list) and len(pair) == 2 for pair in _list(of.value)):
             raise wrong(of, f"pairs [{by}, value]", of.value)
-        points = [(_scalar(of, at, int), _scalar(of, value, float)) for at, value in of.value]
+        points = [(_scalar(of, at, count), _scalar(of, value, float)) for at, value in of.value]
     elif kind.value != "constant":
-        points = [(values.get("start", 0), values["from"]), (values["end"], values["to"])]
+        start, end = (_scalar(given[key], given[key].value, count) if key in given else 0 for key in ("start", "end"))
+        points = [(start, values["from"]), (end, values["to"])]
     with _named(item):
         return Schedule(kind.value, tuple(points), by)
 
@@ -178,7 +182,8 @@ def field_value(item: Given, kind: Any) -> Any:
     """Convert a value to the type of its dataclass field."""
     value, kinds = item.value, typing.get_args(kind)
     if NoneType in kinds:
-        return None if value is None else field_value(item, next(one for one in kinds if one is not NoneType))
+        others = functools.reduce(operator.or_, (one for one in kinds if one is not NoneType))
+        return None if value is None else field_value(item, others)
     if typing.get_origin(kind) is list:
         return [field_value(replace(item, value=of), kinds[0]) for of in _list(value)]
     if kind == dict[str, list[str]]:

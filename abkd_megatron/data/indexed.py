@@ -6,16 +6,18 @@ run, as an error of numpy or of the embedding kernel, or not at all.
 
 import struct
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from abkd_megatron.errors import DataError
+from abkd_megatron.errors import ConfigError, DataError
+from abkd_megatron.losses.sources import SourceWeights
 
 _REMEDY = "copy both files again, or prepare the data again"
 # Header of an index: magic, version, dtype code, number of sequences, number of document ends.
@@ -45,6 +47,41 @@ def prefixes_of(args: Namespace) -> list[str]:
     Raises:
         DataError: a file with a list of datasets cannot be read or is invalid.
     """
+    blends = _blends(args)
+    return list(dict.fromkeys(prefix for one in blends if one is not None for prefix in one[0]))
+
+
+def check_sources(sources: Sequence[SourceWeights], args: Namespace) -> None:
+    """Reject weights by source without a blend for training, or of a dataset that it does not have.
+
+    Args:
+        sources: the entries.
+        args: Megatron's validated arguments.
+
+    Raises:
+        DataError: a file with a list of datasets cannot be read or is invalid.
+        ConfigError: with the number of datasets.
+    """
+    if not sources:
+        return
+    blend, *splits = _blends(args) or [None]
+    of_training = blend if blend is not None else splits[0] if splits else None
+    count = len(of_training[0]) if of_training is not None else 0
+    if count < 2:
+        raise ConfigError(
+            f"sources: expected a blend of several datasets for training, got {count}; give megatron.data-path (or "
+            "train-data-path) with weights and prefixes in place of data.dir, or remove distillation.sources"
+        )
+    for of in sources:
+        if of.source >= count:
+            raise ConfigError(
+                f"sources: expected a source from 0 to {count - 1}, a position in the list of the {count} datasets, "
+                f"got {of.source}; correct it"
+            )
+
+
+def _blends(args: Namespace) -> list[Any]:
+    """Return Megatron's blend of all splits, None if there is none, and those of each split if they are given."""
     if args.mock_data:
         return []
     try:
@@ -54,8 +91,7 @@ def prefixes_of(args: Namespace) -> list[str]:
         raise DataError(
             f"{named}: expected dataset prefixes, or alternating weights and prefixes, got {error!r}; correct the list"
         ) from error
-    blends = [blend, *(per_split or [])]
-    return list(dict.fromkeys(prefix for one in blends if one is not None for prefix in one[0]))
+    return [blend, *(per_split or [])]
 
 
 def check_datasets(prefixes: Iterable[str], vocab_size: int | None) -> dict[str, Tokens]:

@@ -161,7 +161,8 @@ class MegatronHost:
         else:  # what was loaded was saved after a step
             iteration = max(args.iteration - 1, 0)
             samples = max(args.consumed_train_samples - get_current_running_global_batch_size(), 0)
-        return Progress(iteration, samples, samples * args.seq_length)
+        lengths = {"iterations": args.train_iters, "total_samples": args.train_samples}
+        return Progress.of_run(iteration, samples, args.seq_length, **lengths)
 
     def loss_checks(self) -> LossChecks:
         """Return what Megatron's arguments ask for."""

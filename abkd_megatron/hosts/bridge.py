@@ -34,6 +34,7 @@ try:
     from megatron.bridge import AutoBridge
     from megatron.bridge.models.model_provider import ModelProviderMixin
     from megatron.bridge.recipes.llama import llama3
+    from megatron.bridge.recipes.nemotronh import nemotron_3_nano_4b
     from megatron.bridge.recipes.qwen import qwen3
     from megatron.bridge.training import gpt_step
     from megatron.bridge.training.config import ConfigContainer, TokenizerConfig
@@ -221,7 +222,8 @@ class BridgeStep:
         iteration, samples = done.step, done.consumed_train_samples
         if not training:  # what was loaded was saved after a step
             iteration, samples = max(iteration - 1, 0), max(samples - config.train.global_batch_size, 0)
-        return Progress(iteration, samples, samples * config.model.seq_length)
+        lengths = {"iterations": config.train.train_iters, "total_samples": config.train.train_samples}
+        return Progress.of_run(iteration, samples, config.model.seq_length, **lengths)
 
     def loss_checks(self) -> LossChecks:
         """Return what Bridge's container asks for."""
@@ -312,6 +314,17 @@ def qwen3_8b_to_1p7b_distill_config() -> DistillConfigContainer:
     return _with_hf_teacher(qwen3.qwen3_1p7b_pretrain_config(), "Qwen/Qwen3-8B")
 
 
+def nemotron_nano_9b_to_4b_distill_config() -> DistillConfigContainer:
+    """Return Bridge's Nemotron 3 Nano 4B pretraining recipe (8 GPUs) with Nemotron Nano 9B v2 as the teacher.
+
+    Both are HybridModels of Mamba, attention and MLPs; the 4B was pruned from the 9B. Each rank holds 18 GB of the
+    teacher in bf16.
+    """
+    return _with_hf_teacher(
+        nemotron_3_nano_4b.nemotron_3_nano_4b_pretrain_config(), "nvidia/NVIDIA-Nemotron-Nano-9B-v2"
+    )
+
+
 def _with_hf_teacher(recipe: ConfigContainer, hf: str) -> DistillConfigContainer:
     # Both models use the teacher's tokenizer; the recipe's NullTokenizer would resize the student's vocabulary.
     recipe.tokenizer = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=hf)
@@ -335,6 +348,11 @@ def _check_host(config: DistillConfigContainer, objective: Objective) -> None:
         raise ConfigError(
             "distillation.hidden_losses need projectors that Bridge's checkpoints do not know; use `abkd-megatron "
             "distill`, or remove them"
+        )
+    if objective.sources:
+        raise ConfigError(
+            "distillation.sources need the dataset of each sequence, and Bridge's forward step does not pass "
+            "`dataset_id` on; use `abkd-megatron distill`, or remove them"
         )
     if not isinstance(config.model, ModelConfig | ModelProviderMixin):
         raise HostError(f"expected a model provider or a ModelConfig of Bridge's, got {type(config.model).__name__}")

@@ -18,6 +18,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.training.models.base import ModelConfig
 
 from abkd_megatron.config.model_config import model_config
+from abkd_megatron.config.pattern import layers_and_pipes
 from abkd_megatron.errors import CheckpointError, ConfigError, on_every_rank
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.preflight.live import check_files
@@ -37,6 +38,7 @@ _SHARED = (
     "sequence_parallel",
     "pipeline_dtype",
     "use_cpu_initialization",
+    "attention_backend",  # environment variables of the process
 )
 
 
@@ -73,6 +75,7 @@ def build_bridge_teacher(
             if args is not None:  # of Megatron-LM's loop, which saves its arguments
                 model = model_config(args)
         forget_run_of(model)
+        _forget_stages_of(model, transformer.pipeline_model_parallel_size)
         settings = {name: getattr(transformer, name) for name in _SHARED}
         if getattr(model, "num_moe_experts", None):
             settings |= {name: getattr(transformer, name) for name in ("expert_model_parallel_size",)}
@@ -114,6 +117,17 @@ def build_bridge_teacher(
     return Teacher.of(to_params_dtype(built, dtype), groups)
 
 
+def _forget_stages_of(model: Any, stages: int) -> None:
+    """Leave multi-token prediction out of a HybridModel's layer pattern, and the stages of another layout."""
+    pattern = getattr(model, "hybrid_layer_pattern", None)
+    if pattern is None:
+        return
+    main = layers_and_pipes(pattern)
+    model.hybrid_layer_pattern = main if main.count("|") + 1 == stages else main.replace("|", "")
+    if hasattr(model, "mtp_hybrid_override_pattern"):  # a provider would append it again
+        model.mtp_hybrid_override_pattern = None
+
+
 def _check_described(checkpoint: TeacherCheckpoint) -> None:
     """Reject a checkpoint from which Bridge cannot build a model."""
     if checkpoint.common.get("args") is None and not (checkpoint.directory / "run_config.yaml").is_file():
@@ -135,17 +149,17 @@ def _as_arguments(model: Any, overrides: Mapping[str, Any], seq_length: int) -> 
 
 
 def _resolved(overrides: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """Replace dotted paths by functions in the overrides of a model config."""
+    """Replace dotted paths by functions and layer specs in the overrides of a model config."""
     resolved = dict(overrides)
     for name, value in overrides.items():
         if not hasattr(model, name):
             raise ConfigError(f"teacher.overrides: a {type(model).__name__} has no {name}; remove it")
-        if isinstance(value, str) and callable(getattr(model, name)):
+        if isinstance(value, str) and (callable(getattr(model, name)) or name.endswith("_spec")):
             try:
                 resolved[name] = pkgutil.resolve_name(value)
             except (ImportError, AttributeError, ValueError) as error:
                 raise ConfigError(
-                    f"teacher.overrides.{name}: expected the dotted path of a function: {error}"
+                    f"teacher.overrides.{name}: expected the dotted path of a function or a layer spec: {error}"
                 ) from error
     return resolved
 

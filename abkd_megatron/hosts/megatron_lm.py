@@ -49,6 +49,7 @@ from abkd_megatron.config.unsupported import JOB
 from abkd_megatron.data.prepare import data_arguments
 from abkd_megatron.errors import ConfigError, on_every_rank
 from abkd_megatron.hosts.add_teacher import add_teacher
+from abkd_megatron.losses.sources import UNKNOWN
 from abkd_megatron.preflight.rules import EVENT_FILES, FOLDER_CHECKS, STUDENT_CHECKS, Setup, run_checks
 from abkd_megatron.preflight.student_checkpoint import only_writer, other_schedule_named
 from abkd_megatron.student.report import LossChecks, masked_loss
@@ -108,7 +109,7 @@ def _run(config: Config, job: str, held: ExitStack) -> None:
         with other_schedule_named():
             pretrain(
                 job_config,
-                _DatasetsProvider(plain),
+                _DatasetsProvider(plain, config.data.seed),
                 ModelType.encoder_or_decoder,
                 distilled or plain,
             )
@@ -250,6 +251,8 @@ class _ForwardStep:
     ) -> tuple[torch.Tensor, partial]:
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
+        attachment = self.distilled.attachment if self.distilled is not None else None
+        is_last = get_attr_wrapped_model(model, "post_process")
         tokens_on_last = self.distilled is not None and self.distilled.needs_input_ids
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         with _stimer(bdata=True):
@@ -259,8 +262,11 @@ class _ForwardStep:
                 tokens_on_last,
                 self.needs_loss_mask(vp_stage),
                 training=model.training,
-                counted=self.counted if get_attr_wrapped_model(model, "post_process") else None,
+                counted=self.counted if is_last else None,
+                with_sources=is_last and attachment is not None and bool(attachment.objective.sources),
             )
+        if attachment is not None:
+            attachment.sources = batch["dataset_id"]
         timers("batch-generator").stop()
         with _stimer:
             output = model(
@@ -296,22 +302,29 @@ def get_batch(
     *,
     training: bool = True,
     counted: _Counted | None = None,
+    with_sources: bool = False,
 ) -> dict[str, torch.Tensor | None]:
     """Return this rank's part of the next micro-batch; None values on pipeline stages that need no batch.
 
     With `tokens_on_last` the last stage also gets the input tokens, as with multi-token prediction. With `mask_here`
     this stage gets the whole batch. Validation may use another micro-batch size. `counted` gets the loss mask on the
-    rank that reads it.
+    rank that reads it. With `with_sources` there is a `dataset_id`, [b] int64: the position of each sequence's dataset
+    in a blend, or `UNKNOWN`.
+
+    Collectives: Megatron's broadcasts over the tensor-parallel group, and one more of [b] with `with_sources`.
     """
     args = get_args()
     keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens")
     batch: dict[str, Any] = dict.fromkeys(keys)
     predicts_ahead = mtp_on_this_rank(None, args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage)
     if not is_first_or_last_pipeline_stage(vp_stage) and not predicts_ahead and not mask_here:
-        return batch
+        return {**batch, "dataset_id": None}
+    size = args.micro_batch_size if training else args.eval_micro_batch_size
+    sources = None
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None
         data = next(data_iterator)
+        sources = data.get("dataset_id")
         if counted is not None:
             counted.add(data["loss_mask"], training)
         batch.update({key: data[key].cuda(non_blocking=True) for key in keys if data.get(key) is not None})
@@ -324,18 +337,31 @@ def get_batch(
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size if training else args.eval_micro_batch_size,
+        micro_batch_size=size,
         seq_length=args.seq_length,
         mtp_on_this_rank=predicts_ahead or tokens_on_last or mask_here,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    return {**batch, "dataset_id": _sources_on_tp_ranks(sources, size) if with_sources else None}
+
+
+def _sources_on_tp_ranks(read: torch.Tensor | None, size: int) -> torch.Tensor:
+    """Return the datasets that the first tensor-parallel rank has `read`, [size] int64 on the device of every one."""
+    if read is not None:
+        sources = read.cuda(non_blocking=True).long()
+    else:
+        sources = torch.full((size,), UNKNOWN, dtype=torch.int64, device=torch.cuda.current_device())
+    group = mpu.get_tensor_model_parallel_group()
+    if group.size() > 1:
+        torch.distributed.broadcast(sources, mpu.get_tensor_model_parallel_src_rank(), group=group)
+    return sources
 
 
 def train_valid_test_datasets_provider(
-    num_samples: Sequence[int], vp_stage: int | None = None, mask_here: bool = False
+    num_samples: Sequence[int], vp_stage: int | None = None, mask_here: bool = False, seed: int | None = None
 ) -> tuple:
     """Build Megatron's GPT datasets for training, validation and test on the ranks that read data; see `get_batch`."""
     args = get_args()
@@ -345,15 +371,15 @@ def train_valid_test_datasets_provider(
         return mpu.get_tensor_model_parallel_rank() == 0 and reads
 
     dataset = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, datasets_config(args)).build()
+    return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, datasets_config(args, seed)).build()
 
 
-def datasets_config(args: Namespace) -> GPTDatasetConfig:
-    """Make the configuration of Megatron's GPT datasets; packed sequences are not supported here."""
+def datasets_config(args: Namespace, seed: int | None = None) -> GPTDatasetConfig:
+    """Make the configuration of Megatron's GPT datasets; no packed sequences. No seed: Megatron's."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences = args.per_dataset_sequences_path
     return GPTDatasetConfig(
-        random_seed=args.seed,
+        random_seed=args.seed if seed is None else seed,
         sequence_length=args.seq_length,
         blend=blend,
         blend_per_split=blend_per_split,
@@ -389,8 +415,9 @@ class _DatasetsProvider:
 
     is_distributed = True
 
-    def __init__(self, step: _ForwardStep) -> None:
-        self._step = step
+    def __init__(self, step: _ForwardStep, seed: int | None) -> None:
+        self._step, self._seed = step, seed
 
     def __call__(self, num_samples: Sequence[int], vp_stage: int | None = None) -> tuple:
-        return train_valid_test_datasets_provider(num_samples, vp_stage, self._step.needs_loss_mask(vp_stage))
+        mask_here = self._step.needs_loss_mask(vp_stage)
+        return train_valid_test_datasets_provider(num_samples, vp_stage, mask_here, self._seed)

@@ -20,6 +20,7 @@ from abkd_megatron import cpu_backend
 from abkd_megatron.config.load import from_argv, load_config
 from abkd_megatron.config.megatron_args import megatron_options
 from abkd_megatron.config.model_config import check_layers_here, check_model_config
+from abkd_megatron.config.presets import PRESETS
 from abkd_megatron.config.schema import TEACHER_KEYS, DistillationConfig
 from abkd_megatron.config.stages import check_stages
 from abkd_megatron.config.unsupported import SCRIPT, check_layout
@@ -82,6 +83,8 @@ def add_kd_arguments(parser: ArgumentParser) -> ArgumentParser:
     for item in fields(DistillationConfig):
         default = getattr(DistillationConfig(), item.name)
         how: dict[str, Any] = {"nargs": "?", "const": "true"} if isinstance(default, bool) else {}
+        if item.name in PRESETS["none"]:
+            default = "the preset's"
         shown = "none" if default in (None, []) else str(default).lower() if isinstance(default, bool) else default
         text = f"{texts[item.name]} (default: {shown})"
         add(item.name.removeprefix("kd_"), text, metavar=item.name.rpartition("_")[2].upper(), **how)
@@ -148,6 +151,11 @@ def distill[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_s
             run_checks(FOLDER_CHECKS, Setup(config=config, job="distill", student=args))
             if args.rank == 0:
                 _held.enter_context(only_writer(args))
+            if config.distillation.sources:
+                raise ConfigError(
+                    "sources need the dataset of each sequence, and a forward step of Megatron's kind does not pass "
+                    "`dataset_id` on; use `abkd-megatron distill`, or remove --kd-sources"
+                )
             _check_shared_vocab(config.distillation.shared_vocab, get_tokenizer().vocab_size, args)
             if config.distillation.hidden_losses and args.pipeline_model_parallel_size > 1:
                 raise ConfigError(

@@ -1,7 +1,7 @@
 """Kernels: interchangeable implementations of the passes over a chunk of logits.
 
 - `eager`: plain PyTorch; any device, divergence and floating dtype.
-- `cpp`: C++ for CPUs, built in seconds. AlphaBeta and ToDi only.
+- `cpp`: C++ for CPUs, built in seconds; every built-in divergence, and sums of up to 8.
 - `triton`: for GPUs; every built-in divergence, and sums of up to 4. Compiled for GPUs and run in Triton's interpreter,
   not yet on a GPU.
 
@@ -24,9 +24,7 @@ from torch import Tensor
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.kernels import cpp, eager
 from abkd_megatron.kernels.parts import MAX_PARTS, weighted_parts
-from abkd_megatron.losses.alpha_beta import AlphaBeta
 from abkd_megatron.losses.base import Divergence
-from abkd_megatron.losses.todi import ToDi
 from abkd_megatron.tensors import has_memory, is_traced
 
 logger = logging.getLogger(__name__)
@@ -54,8 +52,6 @@ class Kernel:
     """Same signature as `eager.local_gradient`."""
     chunk_elements: int | None
     """Logits of one model per chunk; None for `chunk_elements` of the device."""
-    fixed_shape: bool = False
-    """All chunks have the same number of rows; the last one may overlap the previous one."""
     strided: bool = False
     """Accepts a row stride above the row length, so that padding need not be copied away."""
     indexed: bool = False
@@ -63,9 +59,7 @@ class Kernel:
     merge: ModuleType | None = None
     """Module with `can_merge`, `conclude` and `finish`, which merge the records of all ranks; None for `stats`."""
 
-    def chunks(
-        self, num_tokens: int, num_columns: int, device: torch.device, copied: bool = False, overlap: bool = True
-    ) -> list[slice]:
+    def chunks(self, num_tokens: int, num_columns: int, device: torch.device, copied: bool = False) -> list[slice]:
         """Return the rows of each chunk.
 
         Args:
@@ -73,16 +67,12 @@ class Kernel:
             num_columns: columns per row.
             device: of the logits.
             copied: rows have to be copied into the chunk, which limits its size.
-            overlap: let the last chunk overlap the previous one, to keep the shape fixed.
         """
         of_device = chunk_elements(device)
         elements = of_device if self.chunk_elements is None else self.chunk_elements
         if copied:
             elements = min(elements, of_device)
         rows = max(1, elements // max(num_columns, 1))
-        if self.fixed_shape and overlap and num_tokens > rows:
-            firsts = [*range(0, num_tokens - rows, rows), num_tokens - rows]
-            return [slice(first, first + rows) for first in firsts]
         return [slice(first, min(first + rows, num_tokens)) for first in range(0, num_tokens, rows)]
 
 
@@ -155,18 +145,22 @@ def _automatic(divergence: Divergence, student: Tensor, teacher: Tensor) -> str:
         if 0 < parts <= MAX_PARTS:
             return "triton"
         if parts > MAX_PARTS:
-            _warn_of_parts(parts)
+            _warn_of_parts("triton", MAX_PARTS, parts)
     on_cpu = student.device.type == teacher.device.type == "cpu"
-    if on_cpu and type(divergence) in (AlphaBeta, ToDi) and dtypes <= set(cpp.DTYPES) and cpp.compiler():
-        return "cpp"
+    if on_cpu and dtypes <= set(cpp.DTYPES) and cpp.compiler():
+        if cpp.supports(divergence):
+            return "cpp"
+        if (parts := len(weighted_parts(divergence))) > cpp.MAX_PARTS:
+            _warn_of_parts("cpp", cpp.MAX_PARTS, parts)
     return "eager"
 
 
 @functools.cache
-def _warn_of_parts(parts: int) -> None:
+def _warn_of_parts(kernel: str, most: int, parts: int) -> None:
     logger.warning(
-        "eager kernel: the triton kernel sums at most %d divergences, got %d; the eager one is 10 to 20 times slower",
-        MAX_PARTS,
+        "eager kernel, which is several times slower: the %s kernel sums at most %d divergences, got %d",
+        kernel,
+        most,
         parts,
     )
 

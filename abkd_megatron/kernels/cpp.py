@@ -17,17 +17,19 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from abkd_megatron.errors import ConfigError, HostError
 from abkd_megatron.kernels import eager
+from abkd_megatron.kernels.parts import weighted_parts
 from abkd_megatron.kernels.record import Layout
 from abkd_megatron.losses.alpha_beta import AlphaBeta
 from abkd_megatron.losses.base import Divergence, coefficient
+from abkd_megatron.losses.mixture import JensenShannon, SkewForwardKL, SkewReverseKL
 from abkd_megatron.losses.todi import ToDi
+from abkd_megatron.losses.total_variation import TotalVariation
 from abkd_megatron.tensors import has_memory, is_traced
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -39,19 +41,48 @@ _OPTIONS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapp
 _OPTIONS += ["-fopenmp", "-Wno-psabi", "-shared", "-fPIC"]
 
 
+# In the order of `Kind` in cpp.cpp.
+_KINDS = (AlphaBeta, ToDi, SkewForwardKL, SkewReverseKL, JensenShannon, TotalVariation)
+MAX_PARTS = 8
+"""Largest number of parts of a weighted sum."""
+_FORWARD, _REVERSE = AlphaBeta(1.0, 0.0), AlphaBeta(0.0, 1.0)
+_CHEAP = (_FORWARD, _REVERSE, TotalVariation())
+# Below, a share of a mixture is not a normal number of fp32, or has no normal square.
+_LEAST_SHARE = 2.0**-60
+
+
+class _Gap(ctypes.Structure):
+    _fields_ = [("size", ctypes.c_float), ("inverse", ctypes.c_float)]
+
+    @classmethod
+    def of(cls, number: float) -> "_Gap":
+        size = coefficient(number, torch.float32)
+        return cls(size, 1.0 / size if size else 0.0)
+
+
 class _Part(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_float) for name in ("alpha", "beta", "lam", "spread")] + [("widest", ctypes.c_int32)]
+    _fields_ = [
+        ("kind", ctypes.c_int32),
+        ("weight", ctypes.c_float),
+        *((name, _Gap) for name in ("alpha", "beta", "lam")),
+        ("spread", ctypes.c_float),
+        ("widest", ctypes.c_int32),
+        *((name, ctypes.c_float) for name in ("scale", "share", "rest")),
+        ("detach", ctypes.c_int32),
+    ]
 
 
 class _Settings(ctypes.Structure):
     _fields_ = [
         ("inverse_temperature", ctypes.c_float),
-        ("num_parts", ctypes.c_int32),
-        ("parts", _Part * 2),
-        ("todi", ctypes.c_int32),
-        ("scale", ctypes.c_float),
-        ("detach", ctypes.c_int32),
         ("threads", ctypes.c_int32),
+        ("num_parts", ctypes.c_int32),
+        ("num_others", ctypes.c_int32),
+        ("forward", ctypes.c_float),
+        ("reverse", ctypes.c_float),
+        ("total_variation", ctypes.c_float),
+        ("mirrored", ctypes.c_int32),
+        ("parts", _Part * (2 * MAX_PARTS)),
     ]
 
 
@@ -112,11 +143,25 @@ def _library() -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
 
 
+def supports(divergence: Divergence) -> bool:
+    """Return True for a built-in divergence, or a weighted sum of up to 8 of them, with shares of at least 2**-60."""
+    parts = weighted_parts(divergence)
+    shares = [share for _, part in parts if (share := _share(part)) is not None]
+    return 0 < len(parts) <= MAX_PARTS and all(min(share, 1.0 - share) >= _LEAST_SHARE for share in shares)
+
+
+def _share(part: Divergence) -> float | None:
+    if isinstance(part, JensenShannon):
+        return part.mixture
+    return part.skew if isinstance(part, SkewForwardKL | SkewReverseKL) else None
+
+
 def _check(student: Tensor, teacher: Tensor, divergence: Divergence) -> None:
-    if type(divergence) not in (AlphaBeta, ToDi) or not {student.dtype, teacher.dtype} <= set(DTYPES):
+    if not supports(divergence) or not {student.dtype, teacher.dtype} <= set(DTYPES):
         raise ConfigError(
-            "the cpp kernel supports AlphaBeta and ToDi on torch.float32 or torch.bfloat16 logits, got "
-            f"{divergence!r} on {student.dtype} and {teacher.dtype}: choose the eager kernel"
+            f"the cpp kernel supports the built-in divergences, and weighted sums of up to {MAX_PARTS} of them, on "
+            f"torch.float32 or torch.bfloat16 logits, got {divergence!r} on {student.dtype} and {teacher.dtype}: "
+            "choose the eager kernel"
         )
     if student.device.type != "cpu" or teacher.device.type != "cpu":
         raise HostError(
@@ -131,25 +176,52 @@ def _check(student: Tensor, teacher: Tensor, divergence: Divergence) -> None:
             )
 
 
-def _part(divergence: AlphaBeta) -> _Part:
-    alpha, beta = (coefficient(number, torch.float32) for number in (divergence.alpha, divergence.beta))
-    lam = coefficient(divergence.alpha + divergence.beta, torch.float32)
-    spread = max(abs(alpha), abs(beta), abs(lam))
-    return _Part(alpha, beta, lam, spread, [abs(beta), abs(lam), abs(alpha)].index(spread))
+def _part(divergence: Divergence, weight: float = 1.0) -> _Part:
+    part = _Part(kind=_KINDS.index(type(divergence)), weight=weight)
+    if isinstance(divergence, AlphaBeta):
+        part.alpha, part.beta = _Gap.of(divergence.alpha), _Gap.of(divergence.beta)
+        part.lam = _Gap.of(divergence.alpha + divergence.beta)
+        sizes = [abs(gap.size) for gap in (part.beta, part.lam, part.alpha)]
+        part.spread = max(sizes)
+        part.widest = sizes.index(part.spread)
+    elif isinstance(divergence, ToDi):
+        part.scale, part.detach = coefficient(divergence.scale, torch.float32), divergence.detach
+    elif isinstance(divergence, SkewReverseKL):
+        part.detach = divergence.detach_mixture
+    if (share := _share(divergence)) is not None:
+        part.share, part.rest = share, 1.0 - share
+    return part
 
 
-def _settings(parts: list[AlphaBeta], temperature: float, **others: Any) -> _Settings:
-    return _Settings(
-        inverse_temperature=1.0 / temperature,
-        num_parts=len(parts),
-        parts=(_Part * 2)(*(_part(part) for part in parts)),
-        threads=torch.get_num_threads(),
-        **others,
+def _settings(parts: list[_Part], temperature: float) -> _Settings:
+    held = (_Part * (2 * MAX_PARTS))(*parts)
+    return _Settings(1.0 / temperature, torch.get_num_threads(), len(parts), len(parts), parts=held)
+
+
+def _weighted(divergence: Divergence, temperature: float) -> _Settings:
+    """Return the parts of a divergence, the cheap ones last."""
+    parts = weighted_parts(divergence)
+    cheap = [(weight, part) for weight, part in parts if part in _CHEAP]
+    others = [(weight, part) for weight, part in parts if part not in _CHEAP]
+    settings = _settings([_part(part, weight) for weight, part in others + cheap], temperature)
+    settings.num_others = len(others)
+    settings.forward, settings.reverse, settings.total_variation = (
+        sum(weight for weight, part in cheap if part == kind) for kind in _CHEAP
     )
+    settings.mirrored = any(
+        isinstance(part, SkewForwardKL) or (isinstance(part, JensenShannon) and part.mixture > 0.5)
+        for _, part in others
+    )
+    return settings
 
 
-def _todi(divergence: ToDi) -> dict[str, Any]:
-    return {"todi": True, "scale": coefficient(divergence.scale, torch.float32), "detach": divergence.detach}
+def _separated(divergence: Divergence, temperature: float) -> _Settings:
+    """Return alpha-beta divergences, whose partial sums are the ones of `divergence`; none if it does not separate."""
+    parts: list[Divergence] = []
+    if divergence.num_partial_sums:
+        for _, part in weighted_parts(divergence):
+            parts += [part] if isinstance(part, AlphaBeta) else [_FORWARD, _REVERSE]  # ToDi
+    return _settings([_part(part) for part in parts], temperature)
 
 
 def _pointer(numbers: Tensor | None) -> ctypes.c_void_p:
@@ -191,21 +263,16 @@ def local_record(
     """Compute `eager.local_record` for all rows at once; any row stride.
 
     Raises:
-        ConfigError: for a divergence other than AlphaBeta and ToDi, or logits other than fp32 and bf16.
+        ConfigError: for a divergence that `supports` excludes, or logits other than fp32 and bf16.
         HostError: for tensors without CPU memory, or if the kernel cannot be built.
     """
     _check(student, teacher, divergence)
     num_rows, num_columns = student.shape
     if num_rows == 0 or num_columns == 0:
         return eager.local_record(student, teacher, labels, first_column, divergence, layout, dtype)
-    parts: list[AlphaBeta] = []
-    if isinstance(divergence, AlphaBeta):
-        parts = [divergence]
-    elif divergence.num_partial_sums:
-        parts = [AlphaBeta(1.0, 0.0), AlphaBeta(0.0, 1.0)]
     labels = _sized(labels, (num_rows,), torch.int64)
     record = torch.empty(layout.size, num_rows, dtype=torch.float64, device="cpu")
-    settings = _settings(parts, layout.temperature)
+    settings = _separated(divergence, layout.temperature)
     _library().abkd_record(
         _pointer(record),
         _Logits.of(student),
@@ -230,16 +297,15 @@ def local_second_record(
     """Compute `eager.local_second_record` for all rows at once; any row stride.
 
     Raises:
-        ConfigError: for a divergence other than ToDi, and as `local_record`.
+        ConfigError: as `local_record`.
         HostError: as `local_record`.
     """
     _check(student, teacher, divergence)
-    assert isinstance(divergence, ToDi)  # alpha-beta separates
     num_rows, num_columns = student.shape
     record = torch.zeros(value + grad_log_q, num_rows, dtype=torch.float64, device="cpu")
     if num_rows == 0 or num_columns == 0:
         return record
-    settings = _settings([], temperature, **_todi(divergence))
+    settings = _weighted(divergence, temperature)
     _library().abkd_second_record(
         _pointer(record[0] if value else None),
         _pointer(record[-1] if grad_log_q else None),
@@ -275,11 +341,7 @@ def local_gradient(
     num_rows, num_columns = student.shape
     if num_rows == 0 or num_columns == 0:
         return
-    if isinstance(divergence, ToDi):
-        settings = _settings([], temperature, **_todi(divergence))
-    else:
-        assert isinstance(divergence, AlphaBeta)
-        settings = _settings([divergence], temperature)
+    settings = _weighted(divergence, temperature)
     if out.shape != student.shape or out.dtype != student.dtype or (out.stride(1) != 1 and num_columns > 1):
         raise ConfigError(
             f"the cpp kernel needs an output of {list(student.shape)} {student.dtype} with a contiguous last "

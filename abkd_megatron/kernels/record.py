@@ -8,7 +8,6 @@ Legend: n tokens of a chunk, C this rank's real columns.
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -94,9 +93,11 @@ class Layout:
         self.metrics = slice(self.sums.stop, self.sums.stop + 3 * has_labels)
         self.size = self.metrics.stop
         # Slices, because indexing by a list copies it to the GPU and synchronizes.
-        self.maxima, _, self.targets, self.tops = (
-            slice(first, self.of_model + first + 1, self.of_model) for first in range(4)
+        # Each selects the student's field and the teacher's.
+        self.maxima, self.masses, self.targets, self.tops, at_1 = (
+            slice(first, self.of_model + first + 1, self.of_model) for first in range(5)
         )
+        self.masses_at_1 = at_1 if self.of_model == 5 else self.masses
         # In the order of the record, so that both models are summed in the same order.
         self._additive = [
             slice(first + at, first + at + 1)
@@ -114,20 +115,3 @@ class Layout:
         parts = sums.split([record[fields].shape[0] for fields in self._additive])
         for fields, part in zip(self._additive, parts, strict=True):
             record[fields] = part
-
-
-class Model(NamedTuple):
-    """One model's fields of a record; fp64."""
-
-    maximum: Tensor
-    sum_exp: Tensor  # of (logit - maximum) / T
-    sum_exp_at_1: Tensor
-    target: Tensor | None
-    top: Tensor | None
-
-    @classmethod
-    def of(cls, fields: Sequence[Tensor], layout: Layout) -> "Model":
-        """Read a model's fields of a record."""
-        if not layout.has_labels:
-            return cls(fields[0], fields[1], fields[1], None, None)
-        return cls(fields[0], fields[1], fields[4 if layout.temperature != 1.0 else 1], fields[2], fields[3])

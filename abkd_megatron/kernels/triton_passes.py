@@ -9,7 +9,7 @@ Numbers that vary between launches (rows, columns, strides of per-row numbers, c
 # mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code=assignment
 # ruff: noqa: RUF005 (Triton does not parse a starred tuple)
 
-from abkd_megatron.kernels.triton_math import (  # type: ignore[attr-defined]
+from abkd_megatron.kernels.triton_math import (  # type: ignore[attr-defined]  # tl is absent where Triton is
     alpha_beta_shifted,
     alpha_beta_sums,
     exp2,

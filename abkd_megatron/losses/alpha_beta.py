@@ -106,15 +106,16 @@ class AlphaBeta(Divergence):
         """Apply Leibniz' rule to the divided differences of exp(x r) exp(x R): r per column, R the shift."""
         mass, grad_log_q, value = sums
         a, b, lam = self._coefficients(log_ratio.dtype)
+        own_mass, own_slope, own_value = self.partial_sums(log_p, log_q, log_ratio)
         at_alpha = _exponent(a, log_p, b, log_q).exp()
         at_lam = _exponent(lam, log_p, 0.0, log_q)
-        new_value = weigh(mass, self.value(log_p, log_q, log_ratio))
+        new_value = weigh(mass, own_value)
         new_value -= weigh(grad_log_q, _difference(at_alpha, at_lam, b, log_ratio))
         new_value += weigh(value, at_lam.exp())
         # All terms are >= 0, so an infinite value stays infinite; the slopes are infinite there and would give NaN.
         new_value = torch.where(value == math.inf, value, new_value)
-        new_slope = weigh(grad_log_q, at_alpha) + weigh(mass, self.grad_log_q(log_p, log_q, log_ratio))
-        return weigh(mass, _exponent(0.0, log_p, lam, log_q).exp()), new_slope, new_value
+        new_slope = weigh(grad_log_q, at_alpha) + weigh(mass, own_slope)
+        return weigh(mass, own_mass), new_slope, new_value
 
     def finalize(self, sums: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Return D and H, which are partial sums."""

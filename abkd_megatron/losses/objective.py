@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, fields, is_dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.alpha_beta import AlphaBeta
 from abkd_megatron.losses.base import Divergence, LogitLoss
 from abkd_megatron.losses.hidden import HiddenLoss, reject_duplicate_pairs
 from abkd_megatron.losses.schedule import Progress, Schedule, both_zero
 from abkd_megatron.losses.selection import TokenSelection
+from abkd_megatron.losses.sources import SourceWeights, reject_duplicate_sources, weights_by_sequence
 from abkd_megatron.validation import flag, positive_number, weight_number, whole_number
 
 # Prefixes of "NAME loss" that are already in use.
@@ -49,6 +52,10 @@ class Objective:
     None: all tokens."""
     hidden_losses: tuple[HiddenLoss, ...] = ()
     """Losses between layers, added with their own weights regardless of `kd_weight`; each pair of layers once."""
+    sources: tuple[SourceWeights, ...] = ()
+    """Weights of some datasets of a blend, in place of `kd_weight` and `lm_weight`. They multiply the losses of their
+    tokens. The sum is still divided once, by the number of all counted tokens. Logged losses are unweighted, but the
+    total."""
 
     def __post_init__(self) -> None:
         if self.divergence is None and not self.logit_losses:
@@ -75,6 +82,7 @@ class Objective:
         reject_duplicate_pairs(self.hidden_losses)
         if self.kd_weight == 0 and self.lm_weight == 0:
             raise ConfigError("kd_weight and lm_weight must not both be 0; raise one of them")
+        reject_duplicate_sources(self.sources)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -90,6 +98,26 @@ class Objective:
                 )
             checked.append((positive_number(f"logit_losses, {loss}", "weight", weight), loss))
         return tuple(checked)
+
+    @property
+    def only_watches(self) -> bool:
+        """True if no token trains on the teacher, so that Megatron's own cross entropy is trained."""
+        return self.kd_weight == 0 and not any(of.kd_weight for of in self.sources)
+
+    def weights(self, ids: Tensor | None) -> tuple[float | Tensor, float | Tensor]:
+        """Return the weights of the divergence and the cross entropy: numbers, or [b] fp64 if there are `sources`.
+
+        Args:
+            ids: [b] int64, source of each sequence; None if not known.
+        """
+        weights = self.kd_weight, self.lm_weight
+        if not self.sources or ids is None:
+            return weights
+        kd_weight, lm_weight = (
+            weights_by_sequence(self.sources, name, default, ids)
+            for name, default in zip(("kd_weight", "lm_weight"), weights, strict=True)
+        )
+        return kd_weight, lm_weight
 
     @property
     def distillation_scale(self) -> float:
@@ -152,10 +180,20 @@ class ScheduledObjective:
         )
         if nothing := both_zero(kd_weight, lm_weight):
             raise ConfigError(f"kd_weight and lm_weight must not both be 0, but are {nothing}; raise one of them")
+        for of in self.objective.sources:
+            of_kd = kd_weight if of.kd_weight is None else Schedule.of(of.kd_weight)
+            of_lm = lm_weight if of.lm_weight is None else Schedule.of(of.lm_weight)
+            if nothing := both_zero(of_kd, of_lm):
+                raise ConfigError(
+                    f"source {of.source}: kd_weight and lm_weight must not both be 0, but are {nothing}; raise one, or "
+                    "leave the dataset out of the blend"
+                )
 
     @property
     def reaches_no_kd(self) -> bool:
         """True if `kd_weight` is 0 at some step, which then trains on Megatron's own cross entropy."""
+        if any(of.kd_weight for of in self.objective.sources):
+            return False
         return Schedule.of(self.schedules.get("kd_weight", self.objective.kd_weight)).lowest == 0
 
     def values(self, progress: Progress) -> dict[str, float]:

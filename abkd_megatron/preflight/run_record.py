@@ -12,7 +12,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.training.checkpointing import checkpoint_exists
 
-from abkd_megatron.config.schema import Config, DistillationConfig
+from abkd_megatron.config.schema import PLAIN, Config, DistillationConfig
 from abkd_megatron.config.yaml import flow
 from abkd_megatron.errors import CheckpointError, ConfigError
 from abkd_megatron.losses.schedule import Progress
@@ -23,7 +23,10 @@ from abkd_megatron.teacher.safe_load import read_common
 RECORD = "abkd_distillation"
 
 # Keys of `distillation:` that do not change the loss.
-_NOT_OF_LOSS = ("kernel", "head", "chunk_tokens", "gradient_in_place", "diagnostics", "skip_preflight", "on_change")
+_NOT_OF_LOSS = (
+    *("kernel", "head", "chunk_tokens", "gradient_in_place", "diagnostics", "skip_preflight", "on_change"),
+    "preset",  # its values are recorded
+)
 
 
 def record(config: Config, teacher: TeacherCheckpoint) -> dict[str, Any]:
@@ -147,7 +150,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     changes = []
     for name in dict.fromkeys([*ours, *theirs]):
         # A key that a version or a divergence does not have counts as its default.
-        default = flow(getattr(DistillationConfig(), name, None))
+        default = flow(getattr(PLAIN, name, None))
         there, here = (of.get(name, default) for of in (theirs, ours))
         if there != here:
             changes.append(f"distillation.{name}: {there} in the checkpoint, {here} in this run")

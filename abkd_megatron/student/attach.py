@@ -15,8 +15,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
 from abkd_megatron import kernels
-from abkd_megatron.config.stages import check_stages
-from abkd_megatron.config.unsupported import MODEL, check_features
 from abkd_megatron.errors import ConfigError, HostError, on_every_rank
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress
@@ -26,15 +24,16 @@ from abkd_megatron.student.hidden import HiddenLosses, Layers, check_pairs, laye
 from abkd_megatron.student.plan import Plan, agree, propose_plan
 from abkd_megatron.student.report import SELECTED, LossChecks, Report, masked_loss
 from abkd_megatron.student.supported import (
-    check_sharded_output,
     check_shared_vocab,
+    check_sources_given,
+    check_student,
     check_tokens,
     check_wrappers,
     warn_of_mtp_losses,
 )
 from abkd_megatron.student.timer import PassTimer
 from abkd_megatron.teacher.build import Teacher
-from abkd_megatron.teacher.model import Model, pattern_of_model, process_output, takes_output_processor
+from abkd_megatron.teacher.model import Model, process_output
 from abkd_megatron.teacher.output_layer import OutputLayer
 from abkd_megatron.teacher.runner import TeacherRunner
 from abkd_megatron.vocab_parallel import VocabShard
@@ -137,43 +136,7 @@ def _checked_student(
             )
         if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in model._forward_pre_hooks.values()):
             raise ConfigError("this student has a teacher attached already; call `detach()` on that attachment first")
-    for who, model in (("student", chunks[0]), ("teacher", teacher.model)):
-        check_features(model.config, who, MODEL)
-        check_stages(model.config, who, pattern_of_model(model))
-    if chunks[0].config.fine_grained_activation_offloading and not takes_output_processor(chunks[-1]):
-        raise ConfigError(
-            "student: fine_grained_activation_offloading is not supported with a HybridModel, which would offload the "
-            "output layer's parameters; turn it off"
-        )
-    if teacher.layout.num_dp_replicas > 1 and chunks[0].config.variable_seq_lengths:
-        raise ConfigError(
-            "variable_seq_lengths is not supported with a teacher that spans several DP replicas, whose micro-batches "
-            "it runs together: turn it off, or give the teacher the student's tensor parallelism"
-        )
-    if chunks[0].config.variable_seq_lengths and teacher.layout.student_stages > 1:
-        if not teacher.layout.matches_student:
-            raise ConfigError(
-                "variable_seq_lengths over pipeline stages is not supported with independent teacher parallelism: its "
-                "messages pass stages that do not know their length; pad micro-batches to one length, or remove the "
-                "teacher's tensor and pipeline parallelism"
-            )
-        if len(chunks) > 1:
-            raise ConfigError(
-                "variable_seq_lengths is not supported with a teacher and virtual pipeline stages: a stage cannot tell "
-                "in time which activations a message of the teacher comes with; pad micro-batches to one length, or "
-                "remove the virtual stages"
-            )
-    last = chunks[-1]
-    if last.post_process:
-        assert teacher.head is not None
-        check_sharded_output(last.output_layer, "student")
-        check_sharded_output(teacher.head, "teacher")
-        ours, theirs = last.output_layer.output_size_per_partition, teacher.head.output_size_per_partition
-        if ours != theirs:
-            raise ConfigError(
-                f"student and teacher must pad the vocabulary alike: {ours} columns per rank against {theirs}; "
-                "give both configs the same vocab_size, or make_vocab_size_divisible_by"
-            )
+    check_student(chunks, teacher)
     return chunks
 
 
@@ -201,6 +164,8 @@ class Attachment:
         needs_input_ids: whether the last pipeline stage needs the input ids.
         report: per-token numbers [b, s] of the last micro-batch, by logged name; only on the last pipeline stage.
         loss_mask: [b, s] of the last micro-batch, on the last pipeline stage; None if the model got none.
+        sources: [b] int64, dataset of each sequence of the next micro-batch, on the last pipeline stage. Set it before
+            the model runs if the objective has weights by source; the model's forward takes it.
         max_queued_microbatches: peak number of micro-batches whose teacher hidden states waited for the student here.
             1 without virtual pipeline stages; else Megatron's microbatch_group_size_per_vp_stage.
         max_queued_bytes: peak of their bytes; a micro-batch is s * b * H / (TP if sequence parallel) numbers.
@@ -229,6 +194,7 @@ class Attachment:
         self.needs_input_ids = self.objective.shares_part_of(vocab_size)
         self.report: dict[str, torch.Tensor] | None = None
         self.loss_mask: torch.Tensor | None = None
+        self.sources: torch.Tensor | None = None
         self.max_queued_microbatches = self.max_queued_bytes = 0
         self._tensors: dict[str, torch.Tensor] = {}
         self._vocab_size = vocab_size
@@ -405,6 +371,8 @@ class Attachment:
             "teacher hidden states": context.hidden_states,
         }
         student = OutputLayer(hidden_states, output_layer, output_weight, scale_logits)
+        sources, self.sources = self.sources, None
+        check_sources_given(self.objective, sources)
         assert self.plan is not None
         with kernels.using(self.plan.choice):
             loss = compute_loss(
@@ -418,6 +386,8 @@ class Attachment:
                 lambda logits: compute_language_model_loss(labels, logits).transpose(0, 1),
                 input_ids.transpose(0, 1) if input_ids is not None else None,
                 self._positions(labels.shape[1], packed_seq_params),
+                sources,
+                self._group_of_sequences(packed_seq_params),
                 chunk_tokens=self.plan.chunk_tokens,
                 gradient_in_place=self.execution.gradient_in_place,
                 diagnostics=self.execution.diagnostics,
@@ -437,12 +407,15 @@ class Attachment:
         """Return [length], the positions of this rank's tokens in their sequences; None if not needed."""
         if self.objective.tokens is None or not self.objective.tokens.by_position:
             return None
-        ends, group = None, self._cp_group
+        ends, group = None, self._group_of_sequences(packed)
         if packed is not None:
             ends = packed.cu_seqlens_q_padded if packed.cu_seqlens_q_padded is not None else packed.cu_seqlens_q
-            group = packed.cp_group or group
         rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
         return positions_here(length, ends, rank, size)
+
+    def _group_of_sequences(self, packed: PackedSeqParams | None) -> dist.ProcessGroup | None:
+        """Return the ranks over which a sequence is split."""
+        return (packed.cp_group if packed is not None else None) or self._cp_group
 
 
 def _batch_first(per_token: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ from abkd_megatron.vocab_parallel import (
     vocab_parallel_logit_loss,
 )
 from abkd_megatron.vocab_parallel.diagnostics import diagnose
+from abkd_megatron.vocab_parallel.head_gradients import weighted
 from abkd_megatron.vocab_parallel.transfer import to_device
 
 
@@ -55,6 +56,8 @@ def compute_loss(
     megatron_cross_entropy: Callable[[Tensor], Tensor],
     input_ids: Tensor | None = None,
     positions: Tensor | None = None,
+    sources: Tensor | None = None,
+    cp_group: dist.ProcessGroup | None = None,
     *,
     chunk_tokens: int | None = None,
     gradient_in_place: bool = False,
@@ -75,6 +78,9 @@ def compute_loss(
         input_ids: [s, b]; needed where the student has tokens beyond `objective.shared_vocab`.
         positions: [s], the tokens' positions in their sequences; needed for a selection by position. On the CPU, or the
             host waits for them.
+        sources: [b] int64, dataset of each sequence; needed for weights by source, see `Objective.weights`.
+        cp_group: the context-parallel group, over which sequences are split; None for whole sequences. Used by a
+            selection by quantile.
         chunk_tokens: `Plan.chunk_tokens`, of the fused head; None materializes logits, as diagnostics do.
         gradient_in_place: as in `Execution`.
         diagnostics: as in `Execution`.
@@ -85,7 +91,8 @@ def compute_loss(
 
     Collectives: those of `vocab_parallel_distillation`, twice if the student has tokens beyond the shared ones, and of
     `vocab_parallel_logit_loss` for each logit loss. With sequence parallelism and a selection by position, the
-    teacher's hidden states are gathered once more.
+    teacher's hidden states are gathered once more. A selection by quantile: one all-gather over `cp_group`, and with
+    chunks those of `_teacher_entropy`.
     """
     tokens = objective.tokens
     selected = None
@@ -94,20 +101,30 @@ def compute_loss(
         # On the CPU, so that the number of selected tokens is known without a synchronization. Positions of packed
         # sequences on a GPU are waited for here, once.
         selected = tokens.at(positions.cpu()).unsqueeze(-1).expand(labels.shape)
-    by_models = tokens.of if tokens is not None and not tokens.by_position else None
+    by_models = tokens.of if tokens is not None and not (tokens.by_position or tokens.by_rank) else None
+    counted = loss_mask != 0 if loss_mask is not None else None
+    kd_weight, lm_weight = (
+        it.expand(labels.shape) if isinstance(it, Tensor) else it for it in objective.weights(sources)
+    )
     diagnosing = diagnostics and not torch.is_grad_enabled()
     if chunk_tokens is not None and not diagnosing:
         run_pre_forward_hooks(student.layer)
+        teacher_hidden = teacher.whole_hidden_states(tp_group)
+        of_divergence, ranked = kd_weight * objective.distillation_scale, None
+        if tokens is not None and tokens.by_rank:
+            entropy = _teacher_entropy(teacher, teacher_hidden, labels, shard, chunk_tokens)
+            ranked = tokens.ranked(entropy, counted, cp_group)
+            of_divergence = ranked.double() * of_divergence
         total, terms = vocab_parallel_distillation_head(
             student.whole_hidden_states(tp_group),
             student.weight,
-            teacher.whole_hidden_states(tp_group),
+            teacher_hidden,
             teacher.weight,
             objective.effective_divergence,
             labels,
             shard,
-            kd_weight=objective.kd_weight * objective.distillation_scale,
-            lm_weight=objective.lm_weight,
+            kd_weight=of_divergence,
+            lm_weight=lm_weight,
             temperature=objective.temperature,
             token_weights=loss_mask,
             student_scale=student.scale(),
@@ -117,10 +134,13 @@ def compute_loss(
             selected=selected,
             select=by_models,
         )
+        if ranked is not None:
+            terms = terms._replace(divergence=torch.where(ranked, terms.divergence, 0.0))
         distillation = terms.divergence
         if objective.distillation_scale != 1:
             distillation = distillation * objective.distillation_scale
-        return Loss(total, distillation, terms, {}, _trained(objective.tokens, terms, selected))
+        trained = ranked if ranked is not None else _trained(objective.tokens, terms, selected)
+        return Loss(total, distillation, terms, {}, trained)
 
     student_logits = student.logits()
     with torch.no_grad():
@@ -135,11 +155,11 @@ def compute_loss(
 
     def loss_of(student_logits: Tensor) -> Loss:
         return _loss(
-            *(student_logits, teacher_logits, objective, labels, loss_mask, shard, compared, input_ids, selected),
-            gradient_in_place,
+            *(student_logits, teacher_logits, objective, (kd_weight, lm_weight), labels, counted),
+            *(shard, compared, input_ids, selected, cp_group, gradient_in_place),
         )
 
-    watch_only = objective.kd_weight == 0
+    watch_only = objective.only_watches
     with torch.set_grad_enabled(torch.is_grad_enabled() and not watch_only):
         loss = loss_of(student_logits)
     terms = loss.terms
@@ -152,7 +172,7 @@ def compute_loss(
     if watch_only:
         # Last, because Megatron's cross entropy overwrites fp32 logits.
         terms = terms._replace(cross_entropy=megatron_cross_entropy(student_logits))
-        loss = loss._replace(total=objective.lm_weight * terms.cross_entropy)
+        loss = loss._replace(total=weighted(lm_weight, terms.cross_entropy))
     return loss._replace(terms=terms)
 
 
@@ -160,20 +180,21 @@ def _loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     objective: Objective,
+    term_weights: tuple[float | Tensor, float | Tensor],
     labels: Tensor,
-    loss_mask: Tensor | None,
+    counted: Tensor | None,
     shard: VocabShard,
     compared: VocabShard,
     input_ids: Tensor | None,
     selected: Tensor | None,
+    cp_group: dist.ProcessGroup | None,
     gradient_in_place: bool,
 ) -> Loss:
     """Compute the objective's loss from materialized logits.
 
-    `compared` is the shard of columns that both models know. The teacher's logits cover all tokens, or [n, V/TP] those
-    `selected` by position.
+    `term_weights` are those of divergence and cross entropy. `compared` is the shard of columns that both models know.
+    The teacher's logits cover all tokens, or [n, V/TP] those `selected` by position.
     """
-    counted = loss_mask != 0 if loss_mask is not None else None
     if objective.shares_part_of(shard.size):
         read = _read(input_ids, shard, compared)
         terms = _terms_of_part(
@@ -183,7 +204,10 @@ def _loss(
     else:
         spared = selected if teacher_logits.dim() == 2 else None
         terms = _terms(student_logits, teacher_logits, objective, labels, shard, gradient_in_place, spared)
-    trained = _trained(objective.tokens, terms, selected)
+    if objective.tokens is not None and objective.tokens.by_rank:
+        trained: Tensor | None = objective.tokens.ranked(terms.metrics["teacher entropy"], counted, cp_group)
+    else:
+        trained = _trained(objective.tokens, terms, selected)
     if trained is not None:
         terms = terms._replace(divergence=torch.where(trained, terms.divergence, 0.0))
         counted = trained if counted is None else trained & counted
@@ -196,8 +220,9 @@ def _loss(
     distillation = functools.reduce(torch.add, parts)
     if objective.distillation_scale != 1:
         distillation = distillation * objective.distillation_scale
-    addends = ((objective.kd_weight, distillation), (objective.lm_weight, terms.cross_entropy))
-    total = functools.reduce(torch.add, [weight * addend for weight, addend in addends if weight != 0])
+    addends = zip(term_weights, (distillation, terms.cross_entropy), strict=True)
+    given = [(weight, addend) for weight, addend in addends if isinstance(weight, Tensor) or weight != 0]
+    total = functools.reduce(torch.add, [weighted(weight, addend) for weight, addend in given])
     return Loss(total, distillation, terms, logit_losses, trained)
 
 
@@ -206,6 +231,30 @@ def _trained(tokens: TokenSelection | None, terms: DistillationTerms, by_positio
     if tokens is not None and not tokens.by_position:
         return tokens.of(terms.metrics)
     return to_device(by_position, terms.divergence.device) if by_position is not None else None
+
+
+def _teacher_entropy(
+    teacher: OutputLayer, hidden_states: Tensor, labels: Tensor, shard: VocabShard, chunk_tokens: int
+) -> Tensor:
+    """Return the teacher's entropy per token, [s, b] in nats, from a further pass of its output layer over all chunks.
+
+    Args:
+        teacher: its output layer.
+        hidden_states: [s, b, H], whole.
+        labels: [s, b].
+        shard: of the vocabulary.
+        chunk_tokens: tokens per chunk.
+
+    Collectives: per chunk, that of `vocab_parallel_distillation`.
+    """
+    found = []
+    with torch.no_grad():
+        chunks = (it.flatten(0, 1).split(chunk_tokens) for it in (hidden_states.detach(), labels.unsqueeze(-1)))
+        for hidden, of in zip(*chunks, strict=True):
+            logits = (hidden @ teacher.weight.t()).mul_(teacher.scale())
+            terms = vocab_parallel_distillation(logits, logits, AlphaBeta(1.0, 0.0), of.squeeze(-1), shard)
+            found.append(terms.metrics["teacher entropy"])
+    return torch.cat(found).view(labels.shape)
 
 
 def _logit_losses(

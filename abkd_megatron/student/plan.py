@@ -167,6 +167,8 @@ def obstacle(layer: torch.nn.Module) -> str | None:
         "defers its weight gradient (defer-embedding-wgrad-compute)": config.defer_embedding_wgrad_compute,
         "offloads activations": config._cpu_offloading_context is not None,
         "shares its weight over another group": layer.gtp_remat_size != 1,
+        # An attribute from megatron-core 0.20 on.
+        "has logits of another type": getattr(layer, "output_dtype", None) not in (None, config.params_dtype),
         "has hooks that would not run": has_other_hooks(layer),
     }
     return next((f"the output layer {what}" for what, holds in found.items() if holds), None)
@@ -205,7 +207,7 @@ def obstacles(student: torch.nn.Module, teacher: torch.nn.Module, objective: Obj
 def obstacles_of(objective: Objective, vocab_size: int) -> list[str]:
     """Return why no head can be fused with this loss; empty if one can."""
     found = []
-    if objective.kd_weight == 0:
+    if objective.only_watches:
         found.append("kd_weight 0 trains on Megatron's own cross entropy, which takes logits")
     if objective.logit_losses:
         found.append(

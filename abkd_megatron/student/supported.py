@@ -8,15 +8,17 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import TorchFullyShardedDataParallel
-from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel as MegatronFSDP
+from megatron.core.distributed.fsdp import mcore_fsdp_adapter
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import log_single_rank
 from torch.distributed.fsdp import FSDPModule
 
+from abkd_megatron.config.stages import check_stages
 from abkd_megatron.config.unsupported import MODEL, check_features
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.objective import Objective
-from abkd_megatron.teacher.model import Model
+from abkd_megatron.teacher.build import Teacher
+from abkd_megatron.teacher.model import Model, pattern_of_model, takes_output_processor
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +74,78 @@ def check_sharded_output(layer: torch.nn.Module, who: str) -> None:
         )
 
 
+def check_sources_given(objective: Objective, sources: torch.Tensor | None) -> None:
+    """Reject a micro-batch without the datasets of its sequences where weights depend on them.
+
+    Raises:
+        ConfigError: naming what to set.
+    """
+    if objective.sources and sources is None:
+        raise ConfigError(
+            "weights by source need the dataset of each sequence (`dataset_id` of Megatron's BlendedDataset), and this "
+            "forward step has not given it; set attachment.sources before the model runs, use `abkd-megatron "
+            "distill`, or remove distillation.sources"
+        )
+
+
+def check_student(chunks: Sequence[Model], teacher: Teacher) -> None:
+    """Reject a student or teacher with a feature, a layout or an output layer that is not supported.
+
+    Args:
+        chunks: this rank's chunks of the student, unwrapped.
+        teacher: this rank's share.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    for who, model in (("student", chunks[0]), ("teacher", teacher.model)):
+        check_features(model.config, who, MODEL)
+        check_stages(model.config, who, pattern_of_model(model))
+    if chunks[0].config.fine_grained_activation_offloading and not takes_output_processor(chunks[-1]):
+        raise ConfigError(
+            "student: fine_grained_activation_offloading is not supported with a HybridModel, which would offload the "
+            "output layer's parameters; turn it off"
+        )
+    if teacher.layout.num_dp_replicas > 1 and chunks[0].config.variable_seq_lengths:
+        raise ConfigError(
+            "variable_seq_lengths is not supported with a teacher that spans several DP replicas, whose micro-batches "
+            "it runs together: turn it off, or give the teacher the student's tensor parallelism"
+        )
+    if chunks[0].config.variable_seq_lengths and teacher.layout.student_stages > 1:
+        if not teacher.layout.matches_student:
+            raise ConfigError(
+                "variable_seq_lengths over pipeline stages is not supported with independent teacher parallelism: its "
+                "messages pass stages that do not know their length; pad micro-batches to one length, or remove the "
+                "teacher's tensor and pipeline parallelism"
+            )
+        if len(chunks) > 1:
+            raise ConfigError(
+                "variable_seq_lengths is not supported with a teacher and virtual pipeline stages: a stage cannot tell "
+                "in time which activations a message of the teacher comes with; pad micro-batches to one length, or "
+                "remove the virtual stages"
+            )
+    last = chunks[-1]
+    if last.post_process:
+        assert teacher.head is not None
+        check_sharded_output(last.output_layer, "student")
+        check_sharded_output(teacher.head, "teacher")
+        ours, theirs = last.output_layer.output_size_per_partition, teacher.head.output_size_per_partition
+        if ours != theirs:
+            raise ConfigError(
+                f"student and teacher must pad the vocabulary alike: {ours} columns per rank against {theirs}; "
+                "give both configs the same vocab_size, or make_vocab_size_divisible_by"
+            )
+
+
+# Megatron FSDP is a class; from megatron-core 0.20 on it is a function that returns one of two.
+_MEGATRON_FSDP = [
+    kind
+    for name, kind in vars(mcore_fsdp_adapter).items()
+    if name.startswith("FullyShardedDataParallel") and isinstance(kind, type)
+]
 # Wrapper classes by the option that creates them.
 _WRAPPERS = {
-    MegatronFSDP: "use_megatron_fsdp",
+    **dict.fromkeys(_MEGATRON_FSDP, "use_megatron_fsdp"),
     TorchFullyShardedDataParallel: "use_torch_fsdp2",
     FSDPModule: "use_torch_fsdp2",
 }

@@ -96,6 +96,11 @@ _YARN = {
 }
 # Parameters of Llama 3's scaling that are constants in Megatron.
 _LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+# Letters of a layer pattern, by the names in Nemotron-H's list of layers.
+_LETTERS = {
+    **{"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*"},
+    **{"mlp": "-", "moe": "E"},
+}
 # Model types whose configurations may omit a rotary base of 10000.
 _ROTARY_BASE = ("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 
@@ -201,6 +206,8 @@ def of_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
     """Convert Hugging Face's config.json to Megatron's arguments; empty if it describes no model."""
     text = config.get("text_config")
     config = {**config, **text} if isinstance(text, Mapping) else config
+    is_hybrid = config.get("model_type") == "nemotron_h"
+    config = _as_others(config) if is_hybrid else config
     found: dict[str, Any] = {}
     for name, theirs in _HUGGING_FACE.items():
         value = next((config[key] for key in theirs if config.get(key) is not None), None)
@@ -233,13 +240,34 @@ def of_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
     found |= _positions(config, is_latent)
     found |= _experts(config, found)
     found |= _window(config, found["num_layers"])
+    if is_hybrid:
+        found |= {"normalization": "RMSNorm", "moe_router_score_function": "sigmoid"}
     if found.get("num_experts"):
         found.pop("ffn_hidden_size", None)
     return found
 
 
+def _as_others(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Nemotron-H's configuration with the fields of other models.
+
+    It has fields of layers that its pattern lacks, and of rotary embeddings, which its attention does not have.
+    """
+    layers = config.get("layers_block_type")
+    pattern = config.get("hybrid_override_pattern")
+    if pattern is None and isinstance(layers, list) and set(layers) <= set(_LETTERS):
+        pattern = "".join(_LETTERS[layer] for layer in layers)
+    known = {key: value for key, value in config.items() if not key.startswith(("rope_", "partial_rotary"))}
+    if isinstance(pattern, str):
+        known |= {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
+        if "E" not in pattern:
+            known = {key: value for key, value in known.items() if key not in _EXPERTS}
+    return {**known, "hidden_act": config.get("mlp_hidden_act"), "position_embedding_type": "none"}
+
+
 def _positions(config: Mapping[str, Any], is_latent: bool) -> dict[str, Any]:
     """Return the arguments of rotary embeddings, from rope_theta and rope_scaling or the newer rope_parameters."""
+    if config.get("position_embedding_type") == "none":
+        return {"position_embedding_type": "none"}
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
         return {}  # different for each type of layer

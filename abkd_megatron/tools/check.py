@@ -19,6 +19,7 @@ import torch
 from abkd_megatron import cpu_backend
 from abkd_megatron.config.megatron_args import megatron_options, parse_model
 from abkd_megatron.config.model_config import check_layers_here, model_config
+from abkd_megatron.config.pattern import model_name
 from abkd_megatron.config.schema import Config
 from abkd_megatron.config.unsupported import JOB
 from abkd_megatron.data.prepare import PreparedData
@@ -261,11 +262,10 @@ def _is_number(word: str) -> bool:
 
 def _model(args: Namespace) -> str:
     experts = f", {args.num_experts} experts" if args.num_experts else ""
-    layers = f"{args.num_layers} layers"
-    layers += f" {args.hybrid_layer_pattern}" if args.hybrid_layer_pattern is not None else ""
     return (
-        f"{layers}, hidden size {args.hidden_size}, {args.num_attention_heads} heads{experts}, "
-        f"{str(args.params_dtype).removeprefix('torch.')}, sequence length {args.seq_length}"
+        f"{model_name(args.hybrid_layer_pattern)}, {args.num_layers} layers, hidden size {args.hidden_size}, "
+        f"{args.num_attention_heads} heads{experts}, {str(args.params_dtype).removeprefix('torch.')}, "
+        f"sequence length {args.seq_length}"
     )
 
 

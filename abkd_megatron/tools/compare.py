@@ -2,8 +2,8 @@
 
 Each pair of loss and seed is a separate `distill` job with a directory below ``compare.out``. It holds ``config.yaml``
 (the complete configuration, which `distill` accepts), ``run.log``, ``checkpoints`` and finally ``result.json``. A run
-with a result is skipped; a run with a checkpoint resumes. Students with the same seed have the same initial weights and
-batches.
+with a result is skipped; a run with a checkpoint resumes. Students with the same seed have the same initial weights.
+Batches and held-out text are the same for all, by one `data.seed`.
 """
 
 import json
@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -23,28 +22,12 @@ from typing import Any
 from abkd_megatron.config.load import render
 from abkd_megatron.config.schema import SECTIONS, Config
 from abkd_megatron.errors import ConfigError, HostError
-from abkd_megatron.tools import runs
+from abkd_megatron.tools import comparison, runs
 from abkd_megatron.tools.env import need_plots
-from abkd_megatron.vocab_parallel.diagnostics import calibration_error
+from abkd_megatron.tools.events import find_runs
 
-# Columns of the table: (title, name in the report, format).
-_COLUMNS = (
-    ("cross entropy", "lm loss", "{:.3f}"),
-    ("KL(teacher, student)", "kl to teacher", "{:.3f}"),
-    ("KL(student, teacher)", "reverse kl to teacher", "{:.3f}"),
-    ("top-1 agreement", "top-1 agreement", "{:.3f}"),
-    ("calibration error", "calibration error", "{:.4f}"),
-    ("entropy", "student entropy", "{:.3f}"),
-)
-
-_CURVES = (
-    ("lm loss", "Cross entropy, nats per token"),
-    ("kl to teacher", "KL(teacher, student), nats per token"),
-    ("hardness concentration", "Hardness concentration"),
-    ("confidence concentration", "Confidence concentration"),
-    ("todi weight", "ToDi weight, mean over the vocabulary"),
-    ("todi weight of teacher", "ToDi weight, mean over the teacher"),
-)
+# `data.seed` of all runs if the configuration has none.
+DATA_SEED = 1234
 
 
 @dataclass(frozen=True)
@@ -105,16 +88,10 @@ class Run:
                 "compare.out, or remove the directory"
             )
 
-    def conclude(self, seconds: float) -> None:
-        """Read the results from the log and write result.json."""
-        log = self.log.read_text(errors="replace")
-        result = {
-            "loss": self.loss,
-            "seed": self.seed,
-            "seconds": round(seconds, 1),
-            "test": _with_calibration(runs.evaluated(log)),
-            "validation": {step: _with_calibration(of) for step, of in runs.validations(log).items()},
-        }
+    def conclude(self) -> None:
+        """Read the results from the event files and write result.json."""
+        (run,) = find_runs([self.directory / "tensorboard"])
+        result = {"loss": self.loss, "seed": self.seed, **comparison.result_of(run)}
         temporary = self.directory / "result.json.part"
         temporary.write_text(json.dumps(result, indent=1) + "\n")
         temporary.rename(self.directory / "result.json")
@@ -146,11 +123,13 @@ def compare(config: Config, load: Callable[[Sequence[str]], Config]) -> None:
     failed = _run_all(planned, of.launch, of.at_once, _environment(config))
     results = [result for run in planned if (result := run.result) is not None]
     if results:
-        summary = summarize(results, list(of.losses))
-        (out / "results.json").write_text(json.dumps({"summary": summary, "runs": results}, indent=1) + "\n")
-        (out / "table.md").write_text(table(summary))
-        draw(results, list(of.losses), out / "comparison.png")
-        print(f"\n{table(summary)}\n{out / 'table.md'}\n{out / 'results.json'}\n{out / 'comparison.png'}")
+        summary, line = comparison.summarize(results, list(of.losses)), comparison.recommend(results)
+        found = {"summary": summary, "recommendation": line, "differences": comparison.differences(results)}
+        (out / "results.json").write_text(json.dumps({**found, "runs": results}, indent=1) + "\n")
+        table = f"{comparison.table(summary)}\n{line}\n"
+        (out / "table.md").write_text(table)
+        comparison.draw(results, list(of.losses), out / "comparison.png")
+        print(f"\n{table}\n{out / 'table.md'}\n{out / 'results.json'}\n{out / 'comparison.png'}")
     if failed:
         named = "\n".join(f"  {run.name}: {run.log}" for run in failed)
         raise HostError(
@@ -201,6 +180,8 @@ def plan(config: Config, load: Callable[[Sequence[str]], Config]) -> list[Run]:
                 f"megatron.tensorboard-dir={directory / 'tensorboard'}",
                 "distillation.diagnostics=true",
             ]
+            if config.data.seed is None:
+                own.append(f"data.seed={DATA_SEED}")
             try:
                 of_run = load([*settings, *own])
                 of_run.check("distill")
@@ -240,7 +221,7 @@ def _run_all(planned: Sequence[Run], launch: str | None, at_once: int, environme
                     continue
                 del active[run]
                 if child.returncode == 0:
-                    run.conclude(time.monotonic() - started)
+                    run.conclude()
                     succeeded = True
                 else:
                     failed.append(run)
@@ -268,133 +249,9 @@ def _state(active: Mapping[Run, Any], done: int, total: int, pace: runs.Pace) ->
     parts, under_way = [], 0.0
     for run in active:
         progress = runs.progress(run.log.read_text(errors="replace"))
-        parts.append(f"{run.name} {progress.done}/{progress.total}" if progress.total else f"{run.name} starting")
+        where = f"{progress.done}/{progress.total} {progress.doing}".rstrip() if progress.total else "starting"
+        parts.append(f"{run.name} {where}")
         under_way += progress.done / progress.total if progress.total else 0.0
     seconds = pace.left(done + under_way, total)
     left = f", {runs.clock(seconds)} left" if seconds is not None else ""
     return f"[{done}/{total}] {runs.clock(pace.elapsed)}{left}  {';  '.join(parts)}"
-
-
-# Results ------------------------------------------------------------------------------------------
-
-
-def _with_calibration(report: dict[str, float]) -> dict[str, float]:
-    kept = {name: value for name, value in report.items() if not name.startswith("calibration gap")}
-    return {**kept, "calibration error": calibration_error(report)}
-
-
-def summarize(results: Sequence[Mapping[str, Any]], losses: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return statistics over the seeds, per loss and for the teacher.
-
-    An entry has the number of ``seeds``, and per column title:
-
-    - ``mean``;
-    - ``std``: sample standard deviation over the seeds;
-    - ``std within seeds``: the same after subtracting the mean over the losses at each seed, as in a repeated-measures
-      design. This removes effects of batches, test sample and initial weights that all losses share. None unless there
-      are at least two losses and two seeds, and every loss has every seed.
-    """
-    by_loss: dict[str, dict[int, Mapping[str, float]]] = {loss: {} for loss in losses}
-    for result in results:
-        by_loss[result["loss"]][result["seed"]] = result["test"]
-    by_loss = {loss: tests for loss, tests in by_loss.items() if tests}
-    seeds = {seed for tests in by_loss.values() for seed in tests}
-    complete = len(seeds) > 1 < len(by_loss) and all(set(tests) == seeds for tests in by_loss.values())
-    # Subtracting the mean over the losses also removes a part of each loss's own spread (Morey, 2008).
-    correction = (len(by_loss) / (len(by_loss) - 1)) ** 0.5 if complete else 0.0
-    summary: dict[str, dict[str, Any]] = {loss: {"seeds": len(tests)} for loss, tests in by_loss.items()}
-    for title, name, _ in _COLUMNS:
-        common = _common(by_loss, name) if complete else {}
-        for loss, tests in by_loss.items():
-            values = [test[name] for test in tests.values()]
-            within = [test[name] - common[seed] for seed, test in tests.items()] if complete else []
-            summary[loss][title] = {
-                "mean": statistics.fmean(values),
-                "std": statistics.stdev(values) if len(values) > 1 else None,
-                "std within seeds": correction * statistics.stdev(within) if complete else None,
-            }
-    names = {"cross entropy": "teacher lm loss", "entropy": "teacher entropy"}
-    first = next(iter(by_loss.values())).values()
-    summary["teacher"] = {title: {"mean": statistics.fmean(it[name] for it in first)} for title, name in names.items()}
-    return summary
-
-
-def _common(by_loss: Mapping[str, Mapping[int, Mapping[str, float]]], name: str) -> dict[int, float]:
-    """Return the mean over the losses, by seed."""
-    seeds = next(iter(by_loss.values()))
-    return {seed: statistics.fmean(tests[seed][name] for tests in by_loss.values()) for seed in seeds}
-
-
-def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the comparison as Markdown."""
-    within = all(entry[_COLUMNS[0][0]]["std within seeds"] is not None for entry in _losses(summary).values())
-
-    def cell(entry: Mapping[str, float | None] | None, form: str) -> str:
-        if entry is None:
-            return ""
-        spread = entry.get("std within seeds" if within else "std")
-        return form.format(entry["mean"]) + (f" ± {form.format(spread)}" if spread is not None else "")
-
-    titles = [title for title, _, _ in _COLUMNS]
-    lines = ["| " + " | ".join(["loss", *titles]) + " |", "|---" * (len(titles) + 1) + "|"]
-    for loss, entry in summary.items():
-        lines.append("| " + " | ".join([loss, *(cell(entry.get(title), form) for title, _, form in _COLUMNS)]) + " |")
-    counts = sorted({entry["seeds"] for entry in _losses(summary).values()})
-    of_seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    spread = "after subtracting each seed's mean over the losses" if within else "over the seeds"
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Test split, temperature 1; cross entropy, KL and entropy in nats per token. Mean over {of_seeds} seeds "
-            f"± standard deviation {spread}.",
-            "",
-        ]
-    )
-
-
-def _losses(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    return {loss: entry for loss, entry in summary.items() if loss != "teacher"}
-
-
-def draw(results: Sequence[Mapping[str, Any]], losses: Sequence[str], path: Path) -> None:
-    """Draw the test results as dots, and the validation curves as means over seeds.
-
-    A small dot is one seed. If every loss has every seed, each seed's mean over the losses is subtracted, as in the
-    table.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    losses = [loss for loss in losses if any(result["loss"] == loss for result in results)]
-    palette = pyplot.get_cmap("tab20" if len(losses) > 10 else "tab10")
-    colors = {loss: palette(index % palette.N) for index, loss in enumerate(losses)}
-    figure, axes = pyplot.subplots(2, len(_COLUMNS), figsize=(4.2 * len(_COLUMNS), 9), layout="constrained")
-    by_loss = {
-        loss: {result["seed"]: result["test"] for result in results if result["loss"] == loss} for loss in losses
-    }
-    complete = len({frozenset(tests) for tests in by_loss.values()}) == 1
-    for axis, (title, name, _) in zip(axes[0], _COLUMNS, strict=True):
-        common = _common(by_loss, name) if complete else {}
-        overall = statistics.fmean(common.values()) if complete else 0.0
-        for row, (loss, tests) in enumerate(by_loss.items()):
-            values = [test[name] - common.get(seed, 0.0) + overall for seed, test in tests.items()]
-            axis.plot(values, [row] * len(values), ".", color=colors[loss], alpha=0.5)
-            axis.plot(statistics.fmean(values), row, "o", color=colors[loss], markersize=9)
-        axis.set_title(f"{title}, test")
-        axis.set_yticks(range(len(losses)), losses if axis is axes[0][0] else [""] * len(losses))
-        axis.invert_yaxis()
-        axis.grid(axis="x", alpha=0.3)
-    for axis, (name, title) in zip(axes[1], _CURVES, strict=True):
-        for loss in losses:
-            curves = [result["validation"] for result in results if result["loss"] == loss]
-            steps = sorted(set.intersection(*({int(step) for step in curve} for curve in curves)))
-            means = [statistics.fmean(curve[str(step)][name] for curve in curves) for step in steps]
-            axis.plot(steps, means, ".-", color=colors[loss], label=loss)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-    axes[1][-1].legend(fontsize="small")
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)

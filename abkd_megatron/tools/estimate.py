@@ -3,60 +3,37 @@
 Memory is counted, not calculated. One rank of each kind runs the job on the meta device
 (`abkd_megatron.tools.meta_run`), and the estimate is the peak of all allocations of Megatron, teacher and head. With
 `device: cpu` this is the CPU backend's memory. With `device: cuda`, attention and norms keep what fused kernels keep,
-without an [s, s] tensor (`meta_layers.Attention`, `Norm`). All other layers are Megatron's local ones;
-TransformerEngine's are assumed to keep the same.
+without an [s, s] tensor, and so do Mamba and gated delta nets (`meta_layers`). All other layers are Megatron's local
+ones; TransformerEngine's are assumed to keep the same. Every expert gets the same number of tokens.
 
-Not counted: allocator fragmentation, NCCL buffers, CUDA context, workspaces of TransformerEngine, cuBLAS and attention
-kernels, checkpoint writing, validation. A weight's gradient counts until it is added to its buffer; gradient
+Not counted: allocator fragmentation, NCCL buffers, CUDA context, workspaces of TransformerEngine, cuBLAS, attention and
+Mamba kernels, checkpoint writing, validation. A weight's gradient counts until it is added to its buffer; gradient
 accumulation fusion avoids this temporary.
 
-FLOPs are two per multiply-add of the matrix products, with attention over the unmasked half of the positions. Norms,
-activations and losses are not counted. For recomputation see Korthikanti et al. 2022
-(https://arxiv.org/abs/2205.05198).
+FLOPs and parameters are calculated (`model_size`).
 """
 
 import math
 import multiprocessing
 import os
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from unittest import mock
 
-from abkd_megatron.config.schema import Config
+from abkd_megatron.config.pattern import layers_and_pipes, model_name
+from abkd_megatron.config.schema import Config, Value
 from abkd_megatron.config.unsupported import ESTIMATE, check_features
 from abkd_megatron.errors import AbkdError, ConfigError, HostError
 from abkd_megatron.teacher.layout import TeacherLayout
 from abkd_megatron.tools.dry_run import megatron_arguments
 from abkd_megatron.tools.meta_run import Account, measure, places_of
+from abkd_megatron.tools.model_size import Flops, flops, parameters
 
 GIB = 2**30
 TENSOR_PARALLEL_UP_TO = 8  # ranks of a node
 MICRO_BATCHES = (1, 2, 4)
-
-
-@dataclass(frozen=True)
-class Flops:
-    """FLOPs per token, summed over all ranks."""
-
-    student_forward: float
-    student_backward: float
-    recomputed: float
-    student_head: float
-    """Forward and backward."""
-    teacher_forward: float
-    teacher_head: float
-
-    @property
-    def total(self) -> float:
-        """Sum of all parts."""
-        return sum(vars(self).values())
-
-    @property
-    def teacher_share(self) -> float:
-        """The teacher's fraction of the total."""
-        return (self.teacher_forward + self.teacher_head) / self.total
 
 
 @dataclass(frozen=True)
@@ -89,6 +66,9 @@ class Estimate:
     device: str
     world_size: int
     layout: str
+    student: str
+    """Class and layer pattern."""
+    teacher: str
     parameters: int
     teacher_parameters: int
     gpu_memory: float
@@ -121,8 +101,7 @@ def estimate(
         progress: called with a line of text per simulated rank or layout.
 
     Raises:
-        ConfigError: the job would reject the configuration, or it needs data: experts, latent attention, fp8,
-            multi-token prediction, hidden losses.
+        ConfigError: the job would reject the configuration, or it needs data: latent attention, fp8, hidden losses.
         HostError: the simulation failed.
     """
     student, teacher = megatron_arguments(config, world_size)
@@ -143,6 +122,8 @@ def estimate(
         device=config.device,
         world_size=student.world_size,
         layout=_layout(student) + f"; teacher {_layout(teacher)}",
+        student=model_name(student.hybrid_layer_pattern),
+        teacher=model_name(teacher.hybrid_layer_pattern),
         parameters=parameters(student, student.padded_vocab_size),
         teacher_parameters=parameters(teacher, student.padded_vocab_size),
         gpu_memory=gpu_memory,
@@ -168,6 +149,11 @@ def _check(config: Config, student: Namespace, teacher: Namespace) -> None:
         raise ConfigError("hidden losses cannot be estimated: their ranks communicate; leave them out here")
     for who, args in (("student", student), ("teacher", teacher)):
         check_features(args, who, ESTIMATE)
+        if latent := sorted(set(args.hybrid_layer_pattern or "") & set("+D")):
+            raise ConfigError(
+                f"{who}: the layers {', '.join(latent)} (latent attention) of hybrid-layer-pattern "
+                f"{args.hybrid_layer_pattern} cannot be estimated; leave them out here"
+            )
 
 
 # ---- memory
@@ -177,7 +163,7 @@ def kinds_of_ranks(student: Namespace, teacher: Namespace) -> dict[str, int]:
     """Return one rank per kind: {description: rank}.
 
     The kinds are the student's first stage, the middle ones (represented by the second, the fullest) and the last,
-    combined with the teacher's stages there. If stages are uneven, each is a kind.
+    combined with the teacher's stages there. If stages are uneven, as those of a HybridModel, each is a kind.
 
     Args:
         student: Megatron's validated arguments.
@@ -188,14 +174,15 @@ def kinds_of_ranks(student: Namespace, teacher: Namespace) -> dict[str, int]:
     uneven = (
         *(student.decoder_first_pipeline_num_layers, student.decoder_last_pipeline_num_layers),
         *(student.pipeline_model_parallel_layout, student.account_for_embedding_in_pipeline_split or None),
-        student.account_for_loss_in_pipeline_split or None,
+        *(student.account_for_loss_in_pipeline_split or None,),
+        *(student.hybrid_layer_pattern, teacher.hybrid_layer_pattern),
     )
     chosen = set(range(stages)) if any(it is not None for it in uneven) else {0, min(1, stages - 1), stages - 1}
     places, found = places_of(student), dict[str, int]()
     for rank, place in enumerate(places):
         if place.tp or place.cp or place.pp not in chosen:
             continue
-        layout = TeacherLayout(places, rank, *sizes)
+        layout = TeacherLayout(places, rank, *sizes, has_experts=bool(teacher.num_experts))
         name = f"stage {place.pp + 1} of {stages}"
         if place.pp == 1 and stages > 3 and len(chosen) < stages:
             name = f"stages 2 to {stages - 1} of {stages}"
@@ -238,9 +225,8 @@ class _Measured:
     @classmethod
     def of(cls, pool: _Pool, config: Config, student: Namespace, teacher: Namespace, memory: float) -> "_Measured":
         """Create it from Megatron's arguments."""
-        layout = TeacherLayout(
-            places_of(student), 0, teacher.tensor_model_parallel_size, teacher.pipeline_model_parallel_size
-        )
+        sizes = teacher.tensor_model_parallel_size, teacher.pipeline_model_parallel_size
+        layout = TeacherLayout(places_of(student), 0, *sizes, has_experts=bool(teacher.num_experts))
         return cls(pool, config, student, memory, 0 if layout.matches_student else layout.num_replicas)
 
     def start(self, rank: int) -> Future:
@@ -285,6 +271,9 @@ def layouts(student: Namespace) -> list[tuple[int, int, int]]:
         student: Megatron's validated arguments.
     """
     heads = math.gcd(student.num_attention_heads, student.num_query_groups or student.num_attention_heads)
+    for letter, groups in (("M", "mamba_num_groups"), ("G", "linear_num_key_heads")):
+        if letter in (student.hybrid_layer_pattern or ""):
+            heads = math.gcd(heads, getattr(student, groups))
     found = []
     powers = [2**exponent for exponent in range(student.world_size.bit_length())]
     for tensor in powers:
@@ -339,7 +328,8 @@ def _with_layout(config: Config, tensor: int, stages: int, micro_batch_size: int
         *("microbatch-group-size-per-virtual-pipeline-stage", "decoder-first-pipeline-num-layers"),
         *("decoder-last-pipeline-num-layers", "pipeline-model-parallel-layout", "sequence-parallel"),
     )
-    megatron = {key: value for key, value in config.megatron.items() if key not in left_out}
+    megatron = {key: _without_pipes(key, value) for key, value in config.megatron.items() if key not in left_out}
+    teacher = {key: _without_pipes(key, value) for key, value in config.teacher.megatron.items()}
     megatron |= {
         "tensor-model-parallel-size": tensor,
         "pipeline-model-parallel-size": stages,
@@ -347,77 +337,12 @@ def _with_layout(config: Config, tensor: int, stages: int, micro_batch_size: int
     }
     if config.megatron.get("sequence-parallel") and tensor > 1:
         megatron["sequence-parallel"] = True
-    return replace(config, megatron=megatron)
+    return replace(config, megatron=megatron, teacher=replace(config.teacher, megatron=teacher))
 
 
-# ---- FLOPs and parameters
-
-
-def parameters(args: Namespace, vocab_size: int) -> int:
-    """Return the number of parameters of a dense model, summed over its ranks.
-
-    Args:
-        args: Megatron's validated arguments.
-        vocab_size: rows of the embedding; pass the padded size to count padding.
-    """
-    h, f = args.hidden_size, args.ffn_hidden_size
-    norm = h * (2 if args.normalization == "LayerNorm" else 1)
-    of_layer = _products(args) + 2 * norm
-    query, key_value = _widths(args)
-    if args.add_bias_linear or args.add_qkv_bias:
-        of_layer += query + key_value
-    if args.add_bias_linear:
-        of_layer += 2 * h + (2 if args.swiglu else 1) * f
-    if args.qk_layernorm:
-        of_layer += 2 * args.kv_channels * (2 if args.normalization == "LayerNorm" else 1)
-    embeddings = vocab_size * h * (2 if args.untie_embeddings_and_output_weights else 1)
-    if args.position_embedding_type == "learned_absolute":
-        embeddings += args.max_position_embeddings * h
-    return int(args.num_layers * of_layer + norm + embeddings)
-
-
-def flops(student: Namespace, teacher: Namespace, every: int = 1) -> Flops:
-    """Return the floating-point operations per token.
-
-    Args:
-        student: Megatron's validated arguments, with the `padded_vocab_size`.
-        teacher: Megatron's validated arguments.
-        every: one in `every` tokens is distilled; the teacher's head skips the others.
-    """
-    linear, attention = _forward(student)
-    head = 2.0 * student.hidden_size * student.padded_vocab_size
-    repeated = 0.0
-    if student.recompute_granularity == "full":
-        share = 1.0
-        if student.recompute_method == "block":
-            chunks = student.pipeline_model_parallel_size * (student.virtual_pipeline_model_parallel_size or 1)
-            share = min(1.0, student.recompute_num_layers * chunks / student.num_layers)
-        repeated = share * (linear + attention)
-    elif student.recompute_granularity == "selective" and "core_attn" in (student.recompute_modules or ["core_attn"]):
-        repeated = attention
-    return Flops(
-        student_forward=linear + attention,
-        student_backward=2 * (linear + attention),
-        recomputed=repeated,
-        student_head=3 * head,
-        teacher_forward=sum(_forward(teacher)),
-        teacher_head=2.0 * teacher.hidden_size * student.padded_vocab_size / every,
-    )
-
-
-def _forward(args: Namespace) -> tuple[float, float]:
-    """Return the forward FLOPs per token of all layers: (products with weights, attention products)."""
-    attention = 2.0 * args.seq_length * _widths(args)[0]  # 4 for two products, over half the positions
-    return 2.0 * args.num_layers * _products(args), args.num_layers * attention
-
-
-def _products(args: Namespace) -> int:
-    """Return the number of weights in a layer's matrices."""
-    query, key_value = _widths(args)
-    return int(args.hidden_size * (2 * query + key_value + (3 if args.swiglu else 2) * args.ffn_hidden_size))
-
-
-def _widths(args: Namespace) -> tuple[int, int]:
-    """Return the widths of a layer's queries, and of its keys and values together."""
-    groups: Sequence[int] = (args.num_query_groups if args.group_query_attention else args.num_attention_heads,)
-    return args.num_attention_heads * args.kv_channels, 2 * groups[0] * args.kv_channels
+def _without_pipes(key: str, value: Value) -> Value:
+    """Return a setting; of a layer pattern, one whose layers Megatron divides over any number of stages."""
+    if key not in ("hybrid-layer-pattern", "hybrid-override-pattern") or not isinstance(value, str):
+        return value
+    main = layers_and_pipes(value)
+    return main.replace("|", "") + value[len(main) :]

@@ -30,8 +30,9 @@ def show(estimate: Estimate, out: Path | None = None) -> None:
     console = tables.console()
     unit = _unit(estimate)
     console.print(
-        f"{estimate.world_size} ranks, {estimate.layout}; student {_of_many(estimate.parameters)} parameters, "
-        f"teacher {_of_many(estimate.teacher_parameters)} (with vocabulary padding)",
+        f"{estimate.world_size} ranks, {estimate.layout}\n"
+        f"student: {estimate.student}, {_of_many(estimate.parameters)} parameters with vocabulary padding\n"
+        f"teacher: {estimate.teacher}, {_of_many(estimate.teacher_parameters)}",
         highlight=False,
     )
     console.print(_memory(estimate, *unit))

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent
 
@@ -40,6 +41,8 @@ class Run:
     """Time of the first event, in seconds since 1970."""
     seconds: float = 0.0
     """Sum over jobs of the time from first to last event."""
+    paces: list[float] = field(default_factory=list)
+    """Seconds per step between consecutive logged steps, in the order of training."""
     samples: int = 0
     """Sequences trained on."""
     notes: list[str] = field(default_factory=list)
@@ -95,6 +98,7 @@ def _read_job(path: Path) -> Run:
     )
 
     job, taken = Run(path.name), 0
+    logged: dict[int, float] = {}
     numbers: dict[str, dict[int, list[float]]] = {}
     try:
         size = path.stat().st_size
@@ -110,11 +114,16 @@ def _read_job(path: Path) -> Run:
                     job.samples = job.samples if " validation" in value.tag else event.step
                 elif value.HasField("simple_value"):
                     numbers.setdefault(value.tag, {}).setdefault(event.step, []).append(value.simple_value)
+                    if not _VALIDATION.fullmatch(value.tag):
+                        logged.setdefault(event.step, event.wall_time)
         if taken < size:  # TensorBoard's reader ends at a damaged record without an error
             job.notes.append(f"{path.name} is damaged or was being written: bytes {taken} to {size} are ignored")
     except OSError as error:
         job.notes.append(f"{path.name} cannot be read ({error.strerror}) and is ignored")
     job.config = dedent(job.arguments.pop(CONFIG_TEXT, ""))
+    job.paces = [
+        (logged[after] - logged[before]) / (after - before) for before, after in pairwise(logged) if after > before
+    ]
     training = {tag: found for tag, found in numbers.items() if not _VALIDATION.fullmatch(tag)}
     job.splits[TRAINING] = {tag: {step: it[-1] for step, it in found.items()} for tag, found in training.items()}
     for tag, found in numbers.items():
@@ -157,6 +166,7 @@ def _merge(name: str, jobs: Iterable[Run]) -> Run:
             run.arguments, run.config = job.arguments, job.config
         run.started = min(run.started, job.started)
         run.seconds += job.seconds
+        run.paces += job.paces
         run.samples = job.samples or run.samples
         run.notes += job.notes
     return run

@@ -24,7 +24,11 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from megatron.core.ssm import mamba_context_parallel, mamba_mixer
+from megatron.core.ssm.gated_delta_net import common as delta_net
+from megatron.core.ssm.gated_delta_net import gdn
 from megatron.core.transformer import transformer_block
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.training import get_args, training
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
@@ -33,7 +37,8 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed import fake_pg
 from torch.utils._pytree import tree_map_only
 
-from abkd_megatron import cpu_backend, kernels
+from abkd_megatron import cpu_backend, kernels, local_hybrid_spec
+from abkd_megatron.config.pattern import PATTERN_OPTIONS
 from abkd_megatron.config.schema import PREFLIGHT, Config, Value
 from abkd_megatron.hosts import add_teacher, megatron_lm
 from abkd_megatron.losses import AlphaBeta, Divergence, ToDi
@@ -42,6 +47,7 @@ from abkd_megatron.student.attach import Attachment
 from abkd_megatron.teacher import runner
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.layout import RankCoords
+from abkd_megatron.tools import meta_layers
 from abkd_megatron.tools.memory_tracker import (
     ACTIVATIONS,
     GRADIENTS,
@@ -53,7 +59,6 @@ from abkd_megatron.tools.memory_tracker import (
     WAITING,
     MemoryTracker,
 )
-from abkd_megatron.tools.meta_layers import Norm
 from abkd_megatron.vocab_parallel.fused_head import automatic_chunk_tokens
 
 
@@ -99,11 +104,7 @@ def measure(
     Raises:
         AbkdError: the job would reject the configuration.
     """
-    os.environ.update(WORLD_SIZE=str(world_size), RANK=str(rank), LOCAL_RANK="0", CUDA_DEVICE_MAX_CONNECTIONS="1")
-    cpu_backend.install()
-    backend = "phantom"
-    dist.Backend.register_backend(backend, fake_pg._create_fake_pg, extended_api=True, devices=["cpu", "meta"])
-    dist.init_process_group(backend, store=fake_pg.FakeStore(), rank=rank, world_size=world_size)
+    start_rank(rank, world_size)
     tokens = config.distillation.tokens
     ledger = MemoryTracker(one_in=tokens.n if tokens is not None and tokens.n is not None else 1)
     watch = _Watch(ledger)
@@ -112,13 +113,24 @@ def measure(
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         logging.disable(logging.ERROR)
         for owner, name, value in _replacements(config, ledger, watch, memory):
-            stack.enter_context(mock.patch.object(owner, name, value))
+            # MambaMixer has no `rearrange` without einops.
+            stack.enter_context(mock.patch.object(owner, name, value, create=name == "rearrange"))
         stack.enter_context(ledger)
         stack.enter_context(_Numbers())
         with contextlib.suppress(_Enough):
             megatron_lm.run(_without_files(config, vocab_size, global_batch_size), "distill")
     assert watch.account is not None
     return watch.account
+
+
+def start_rank(rank: int, world_size: int) -> None:
+    """Start torch.distributed as one rank of a job whose other ranks do not exist."""
+    os.environ.update(WORLD_SIZE=str(world_size), RANK=str(rank), LOCAL_RANK="0", CUDA_DEVICE_MAX_CONNECTIONS="1")
+    cpu_backend.install()
+    backend = "phantom"
+    if not hasattr(dist.Backend, backend.upper()):
+        dist.Backend.register_backend(backend, fake_pg._create_fake_pg, extended_api=True, devices=["cpu", "meta"])
+    dist.init_process_group(backend, store=fake_pg.FakeStore(), rank=rank, world_size=world_size)
 
 
 class _Numbers(TorchFunctionMode):
@@ -131,7 +143,10 @@ class _Numbers(TorchFunctionMode):
             return _ones(args[0].shape, 1)
         if func is torch.tensor and args:
             args = tree_map_only(Tensor, lambda tensor: _ones(tensor.shape, 1.0), args[0]), *args[1:]
-        return func(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        if kwargs.get("out") is not None:  # on meta, whatever the caller's device is
+            kwargs.pop("device", None)
+        return func(*args, **kwargs)
 
 
 def _ones(shape: Sequence[int], one: float) -> Any:
@@ -210,8 +225,32 @@ def _replacements(
     yield plan, "automatic_chunk_tokens", lambda _, of_token: size_chunks(device, of_token)
     yield torch.cuda, "mem_get_info", lambda *_: (max(int(memory * 2**30) - ledger.total, 0), int(memory * 2**30))
     yield FakeWork, "is_completed", lambda _: config.device == "cuda"  # never true for gloo before wait()
+    experts = SequentialMLP.forward
+    yield SequentialMLP, "forward", lambda self, tokens, _, probs: experts(self, tokens, _Even(self, tokens), probs)
     if config.device == "cuda":
-        yield transformer_block, "LayerNormImpl", Norm
+        yield transformer_block, "LayerNormImpl", meta_layers.Norm
+        yield local_hybrid_spec, "WrappedTorchNorm", meta_layers.Norm
+        yield mamba_mixer, "HAVE_MAMBA_SSM", True
+        yield mamba_mixer, "HAVE_EINOPS", True
+        yield mamba_context_parallel, "HAVE_EINOPS", True
+        yield mamba_mixer, "rearrange", meta_layers.rearrange
+        yield mamba_mixer, "mamba_split_conv1d_scan_combined", meta_layers.mamba_scan
+        yield mamba_mixer, "ExtendedRMSNorm", meta_layers.GatedNorm
+        yield delta_net, "HAVE_FLA", True
+        yield delta_net, "l2norm", meta_layers.l2_norm
+        yield gdn, "causal_conv1d", meta_layers.causal_convolution
+        yield gdn, "chunk_gated_delta_rule", meta_layers.gated_delta_rule
+
+
+class _Even:
+    """Stands in for the number of tokens per expert of a rank, which are equal: see `_EXPERTS`."""
+
+    def __init__(self, experts: SequentialMLP, tokens: Tensor) -> None:
+        self._count = experts.num_local_experts
+        self._size = len(tokens) // self._count
+
+    def tolist(self) -> list[int]:
+        return [self._size] * self._count
 
 
 class _Device(NamedTuple):
@@ -248,6 +287,8 @@ def places_of(args: Any) -> list[RankCoords]:
 class _NoCheckpoint(TeacherCheckpoint):
     """Checkpoint that has every tensor and matches every configuration."""
 
+    is_hybrid = True  # read as it is, not as a GPTModel's
+
     def check_arguments(self, *_: Any, **__: Any) -> str:
         return ""
 
@@ -282,7 +323,6 @@ _LEFT_OUT = (
 # In place of TransformerEngine, apex and fused kernels.
 _ON_GPU: Mapping[str, Value] = {
     "transformer-impl": "local",
-    "spec": ["abkd_megatron.tools.meta_layers", "layers_of_a_gpu"],
     "no-gradient-accumulation-fusion": True,
     "no-persist-layer-norm": True,
     "no-masked-softmax-fusion": True,
@@ -291,16 +331,37 @@ _ON_GPU: Mapping[str, Value] = {
     "no-create-attention-mask-in-dataloader": True,
 }
 
+# Every expert gets the same number of tokens, padded or dropped to it, since no data says which expert a token takes.
+_EXPERTS: Mapping[str, Value] = {
+    "moe-token-dispatcher-type": "alltoall",
+    "moe-pad-expert-input-to-capacity": True,
+    "moe-grouped-gemm": False,
+}
+_EXPERTS_LEFT_OUT = ("moe-permute-fusion", "moe-router-fusion", "moe-flex", "moe-deepep", "moe-hybridep")
+
+
+def _layers(settings: Mapping[str, Value], device: str) -> dict[str, Value]:
+    """Return a model's own settings with its layers on the meta device."""
+    found = {key: value for key, value in settings.items() if not key.startswith(_EXPERTS_LEFT_OUT)}
+    if found.get("num-experts"):
+        found |= _EXPERTS
+        found.setdefault("moe-expert-capacity-factor", 1.0)
+        if found.get("moe-router-load-balancing-type") in ("sinkhorn", "quantile_balancing"):
+            found["moe-router-load-balancing-type"] = "none"  # Megatron allows no capacity with them
+    if device == "cuda":
+        is_hybrid = any(found.get(name.replace("_", "-")) for name in PATTERN_OPTIONS)
+        found["spec"] = [meta_layers.__name__, "hybrid_layers_of_a_gpu" if is_hybrid else "layers_of_a_gpu"]
+    return found
+
 
 def _without_files(config: Config, vocab_size: int, global_batch_size: int) -> Config:
     """Return the configuration of the job without data and checkpoints, for two steps."""
-    left_out = (*_LEFT_OUT, *(_ON_GPU if config.device == "cuda" else ()))
+    left_out = (*_LEFT_OUT, *(("spec", *_ON_GPU) if config.device == "cuda" else ()))
     kept = {key: value for key, value in config.megatron.items() if not key.removeprefix("no-").startswith(left_out)}
-    teacher = {
-        key: value for key, value in config.teacher.megatron.items() if not key.startswith(("transformer-impl", "spec"))
-    }
+    layers = "transformer-impl", *(("spec",) if config.device == "cuda" else ())
+    teacher = {key: value for key, value in config.teacher.megatron.items() if key not in layers}
     megatron: dict[str, Value] = {
-        **kept,
+        **_layers(kept, config.device),
         **(_ON_GPU if config.device == "cuda" else {}),
         "train-iters": 3,
         "eval-interval": 1000,
@@ -316,8 +377,8 @@ def _without_files(config: Config, vocab_size: int, global_batch_size: int) -> C
     return replace(
         config,
         megatron=megatron,
-        teacher=replace(config.teacher, load="none", megatron=teacher),
-        distillation=replace(config.distillation, skip_preflight=list(PREFLIGHT)),
+        teacher=replace(config.teacher, load="none", megatron=_layers(teacher, config.device)),
+        distillation=replace(config.distillation, skip_preflight=list(PREFLIGHT), sources=[]),
         data=replace(config.data, dir=None),
     )
 
@@ -329,7 +390,7 @@ def _automatic_kernel(config: Config, divergence: Divergence) -> str:
     known = isinstance(divergence, (AlphaBeta, ToDi))
     if config.device == "cuda":
         return "triton" if known else "eager"
-    return "cpp" if known and kernels.cpp.compiler() else "eager"
+    return "cpp" if kernels.cpp.supports(divergence) and kernels.cpp.compiler() else "eager"
 
 
 def _record(student: Tensor, teacher: Tensor, labels: Any, first: int, divergence: Any, layout: Any, _: Any) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from abkd_megatron.config.pattern import PATTERN_OPTIONS, model_name
 from abkd_megatron.config.schema import SCHEDULED
 from abkd_megatron.config.yaml import flow
 from abkd_megatron.errors import ConfigError
@@ -247,14 +248,24 @@ def _about(run: Run) -> dict[str, str]:
         "wall time": clock(run.seconds),
         "teacher's share of step time": f"{sum(shares.values()) / len(shares):.1%}" if shares else "",
     }
+    if run.arguments:
+        found["student"] = model_name(_pattern(run.arguments.get("hybrid_layer_pattern")))
     with suppress(yaml.YAMLError):
         config = yaml.safe_load(run.config)
         for section in ("teacher", "distillation"):
             values = config.get(section) if isinstance(config, dict) else None
+            if section == "teacher" and isinstance(values, dict) and values.get("load"):
+                given = [values.get(name.replace("_", "-")) for name in PATTERN_OPTIONS]
+                found["teacher"] = model_name(next(filter(None, map(_pattern, given)), None))
             for key, value in values.items() if isinstance(values, dict) else ():
                 found[f"{section}.{key}"] = "" if value is None else flow(value)
     of_script = [name for name in run.arguments if name.startswith("kd_")]
     return found | {name: run.arguments[name] for name in (*of_script, *_ARGUMENTS) if name in run.arguments}
+
+
+def _pattern(value: object) -> str | None:
+    """Return a layer pattern as TensorBoard or a configuration has it; None for a GPTModel."""
+    return None if value in (None, "None") else str(value)
 
 
 def _rows(columns: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:

@@ -37,12 +37,14 @@ class Progress:
     """0 until it is known."""
     numbers: dict[str, float] = field(default_factory=dict)
     """Losses of the last line: means since the line before. Megatron counts the first step twice."""
+    doing: str = ""
+    """What a job that trains does between its steps: ``saving``, or ``evaluating`` with its batches."""
 
 
 _STEP = re.compile(r"^ \[[^]\n]+\] iteration +(\d+)/ *(\d+) \|(.*\|) *\n", re.MULTILINE)
 _EVALUATED = re.compile(r"^Evaluating iter \d+/(\d+)\n", re.MULTILINE)
 _ENCODED = re.compile(r"^encoding: (\d+)/(\d+) documents\n", re.MULTILINE)
-_VALIDATED = re.compile(r"^ *validation loss at iteration (\d+) \|(.*)\n", re.MULTILINE)
+_SAVING = re.compile(r"(successfully saved|saving) checkpoint ")
 _CONCLUDED = re.compile(r"^ *validation loss at iteration \d+ on (validation|test) set \|(.*)\n", re.MULTILINE)
 
 
@@ -64,9 +66,12 @@ def numbers(line: str) -> dict[str, float]:
 
 def progress(log: str) -> Progress:
     """Return the progress in training steps, else evaluation batches, else encoded documents."""
-    if steps := _STEP.findall(log):
-        done, total, line = steps[-1]
-        return Progress(int(done), int(total), {k: v for k, v in numbers(line).items() if k in SHORT_NAMES})
+    step = None
+    for step in _STEP.finditer(log):  # noqa: B007  (the last one)
+        pass
+    if step is not None:
+        losses = {name: value for name, value in numbers(step[3]).items() if name in SHORT_NAMES}
+        return Progress(int(step[1]), int(step[2]), losses, _between_steps(log[step.end() :]))
     if batches := _EVALUATED.findall(log):
         return Progress(len(batches), 2 * int(batches[-1]))  # the validation split, then the test split
     if documents := _ENCODED.findall(log):
@@ -74,9 +79,12 @@ def progress(log: str) -> Progress:
     return Progress()
 
 
-def validations(log: str) -> dict[int, dict[str, float]]:
-    """Return Megatron's metrics on the validation split, by iteration."""
-    return {int(iteration): _values(line) for iteration, line in _VALIDATED.findall(log)}
+def _between_steps(log: str) -> str:
+    """Return what a job does after its last step."""
+    batches, saves = list(_EVALUATED.finditer(log)), list(_SAVING.finditer(log))
+    if batches and not (saves and saves[-1].start() > batches[-1].start()):
+        return f"evaluating {len(batches)}/{2 * int(batches[-1][1])}"  # the validation split, then the test split
+    return "saving" if saves and saves[-1][1] == "saving" else ""
 
 
 def evaluated(log: str) -> dict[str, float]:

@@ -24,7 +24,7 @@ from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.base import Divergence
 from abkd_megatron.tensors import Function, check_context, check_tensor, constant
 from abkd_megatron.validation import finite_number, flag, positive_number, whole_number
-from abkd_megatron.vocab_parallel.head_gradients import Gradients, Operands, token_weight_check
+from abkd_megatron.vocab_parallel.head_gradients import Gradients, Operands, factor_of, token_weight_check, weighted
 from abkd_megatron.vocab_parallel.logits import (
     STUDENT_ONLY,
     DistillationTerms,
@@ -46,8 +46,8 @@ def vocab_parallel_distillation_head(
     labels: Tensor,
     shard: VocabShard,
     *,
-    kd_weight: float = 1.0,
-    lm_weight: float = 1.0,
+    kd_weight: float | Tensor = 1.0,
+    lm_weight: float | Tensor = 1.0,
     temperature: float = 1.0,
     token_weights: Tensor | None = None,
     student_scale: float = 1.0,
@@ -67,8 +67,8 @@ def vocab_parallel_distillation_head(
         divergence: see `vocab_parallel_distillation`, also for `labels`, `shard` and `temperature`.
         labels: [...].
         shard: columns of the logits.
-        kd_weight: of the divergence.
-        lm_weight: of the student's cross entropy.
+        kd_weight: of the divergence; a number, or [...] floats. A term of weight 0 adds nothing, even if it is NaN.
+        lm_weight: of the student's cross entropy; as `kd_weight`.
         temperature: T > 0, for the divergence only.
         token_weights: [...], the weight of each token's loss up to one common factor, such as a loss mask. Gradients
             are then computed in forward, unless the hidden states are fp16. None recomputes the logits in backward, for
@@ -113,15 +113,12 @@ def vocab_parallel_distillation_head(
     check_shard(shard)
     check_divergence(divergence)
     temperature = positive_number(owner, "temperature", temperature, "1.0 leaves the logits as they are")
-    kd_weight, lm_weight, student_scale, teacher_scale = (
-        finite_number(owner, name, number)
-        for name, number in (
-            ("kd_weight", kd_weight),
-            ("lm_weight", lm_weight),
-            ("student_scale", student_scale),
-            ("teacher_scale", teacher_scale),
-        )
+    kd_weight, lm_weight = (
+        _term_weight(owner, name, weight, labels)
+        for name, weight in (("kd_weight", kd_weight), ("lm_weight", lm_weight))
     )
+    student_scale = finite_number(owner, "student_scale", student_scale)
+    teacher_scale = finite_number(owner, "teacher_scale", teacher_scale)
     into_main_grad = flag(owner, "into_main_grad", into_main_grad)
     num_tokens, width = labels.numel(), student_weight.shape[0]
     parameter = student_weight if into_main_grad and hasattr(student_weight, "main_grad") else None
@@ -190,7 +187,9 @@ def vocab_parallel_distillation_head(
         of_student, of_teacher, of_labels = of_student[order], of_teacher[chosen], of_labels[order]
         weights = weights[order] if weights is not None else None
         student_only = Passes.of(student_weight, student_weight, STUDENT_ONLY, shard, 1.0, has_labels=True)
-        head = replace(head, num_compared=len(chosen), student_only=student_only)
+        kd_weight, lm_weight = (it[order] if isinstance(it, Tensor) else it for it in (kd_weight, lm_weight))
+        head = replace(head, kd_weight=kd_weight, lm_weight=lm_weight, student_only=student_only)
+        head = replace(head, num_compared=len(chosen))
     loss, value, cross_entropy, metrics = _DistillationHead.apply(
         of_student,
         student_weight,
@@ -207,6 +206,19 @@ def vocab_parallel_distillation_head(
     metrics = metrics.view(len(METRICS), *labels.shape)
     named = dict(zip(METRICS, metrics.unbind(0), strict=True))
     return loss.view(labels.shape), DistillationTerms(value.view(labels.shape), cross_entropy.view(labels.shape), named)
+
+
+def _term_weight(owner: str, name: str, weight: float | Tensor, labels: Tensor) -> float | Tensor:
+    """Check the weight of a term; one per token becomes [N]."""
+    if not isinstance(weight, Tensor):
+        return finite_number(owner, name, weight)
+    check_tensor(f"a {name}", weight, like=labels)
+    if weight.shape != labels.shape:
+        raise ConfigError(
+            f"expected a {name} of the labels' shape {list(labels.shape)}, got {list(weight.shape)}: give a number, or "
+            "one per token"
+        )
+    return constant(weight).reshape(-1)
 
 
 def _as_under_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,11 +256,11 @@ def automatic_chunk_tokens(device: torch.device, of_token: int) -> int:
 
 @dataclass(frozen=True)
 class _Head:
-    """Parameters that all chunks share."""
+    """Parameters that all chunks share; the weights are numbers, or [N]."""
 
     passes: Passes
-    kd_weight: float
-    lm_weight: float
+    kd_weight: float | Tensor
+    lm_weight: float | Tensor
     student_scale: float
     teacher_scale: float
     chunk_tokens: int
@@ -292,12 +304,16 @@ class _Head:
     ) -> TokenStats:
         """Write a chunk's columns of `result`: the loss, then the terms, with the divergence after selection."""
         loss, terms = result[0, chunk], result[1:, chunk]
-        weights, compared = (self.kd_weight, self.lm_weight), chunk.start < self.num_compared
-        out = Terms(terms, None, compared, loss, weights)
+        kd_weight, lm_weight, compared = self.kd_weight, self.lm_weight, chunk.start < self.num_compared
+        out = Terms(terms, None, compared)
+        select = self.select if compared else None
+        if select is None and not isinstance(kd_weight, Tensor) and not isinstance(lm_weight, Tensor):
+            out = replace(out, loss=loss, weights=(kd_weight, lm_weight))
         token_stats = self.passes_of(chunk).conclude(batch, pending_record, needs_gradient, out)
-        if compared and self.select is not None:
+        if select is not None:
             terms[0] = torch.where(self._selected(terms[2:]), terms[0], 0.0)
-            torch.add(weights[0] * terms[0], weights[1] * terms[1], out=loss)
+        if out.loss is None:
+            loss.copy_(weighted(kd_weight, terms[0], chunk) + weighted(lm_weight, terms[1], chunk))
         return token_stats
 
     def gradient(
@@ -321,7 +337,7 @@ class _Head:
     def of_terms(self, of_loss: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of divergence and cross entropy for that of the loss, [N], with the student's scale."""
         of_loss = of_loss.to(self.passes.dtype) * self.student_scale
-        return of_loss * self.kd_weight, of_loss * self.lm_weight
+        return weighted(self.kd_weight, of_loss), weighted(self.lm_weight, of_loss)
 
     def _selected(self, metrics: Tensor) -> Tensor:
         assert self.select is not None
@@ -420,7 +436,7 @@ class _DistillationHead(Function):
             if of_hidden is None and of_weight is None:
                 raise RuntimeError("the gradients computed in forward are used up: call backward only once")
             ctx.gradients.of_hidden = ctx.gradients.of_weight = None
-            factor = _factor(of_loss, token_weights)
+            factor = factor_of(of_loss, token_weights)
             for gradient in (of_hidden, of_weight):
                 if gradient is not None:
                     gradient.mul_(factor)
@@ -434,17 +450,3 @@ class _DistillationHead(Function):
         # Megatron's hooks run only if autograd receives a gradient; they read it only with zero_out_wgrad.
         like = torch.zeros_like if getattr(parameter, "zero_out_wgrad", False) else torch.empty_like
         return of_hidden, like(of_weight, dtype=dtype), *nothing
-
-
-def _factor(of_loss: Tensor, token_weights: Tensor) -> Tensor:
-    """Return c in of_loss = c * token_weights; NaN, on a GPU, if there is none."""
-    weights = token_weights.to(of_loss.dtype)
-    if not weights.numel():
-        return weights.sum()
-    at = weights.abs().argmax(dim=0, keepdim=True)  # of the largest; keepdim, as indexing by a scalar synchronizes
-    largest = weights.gather(0, at)
-    factor = torch.where(largest != 0, of_loss.gather(0, at) / largest, 0.0).squeeze(0)
-    off = (of_loss - factor * weights).abs().amax()
-    is_off = off > 1e-5 * of_loss.abs().amax()
-    token_weight_check.watch(is_off)
-    return torch.where(is_off, torch.nan, factor)

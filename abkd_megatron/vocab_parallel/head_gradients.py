@@ -62,6 +62,28 @@ def _accumulates_in_place(device: torch.device, of_sum: torch.dtype, of_factors:
     return True
 
 
+def weighted(weight: float | Tensor, per_token: Tensor, chunk: slice = slice(None)) -> Tensor:
+    """Return weight * per_token; a weight per token is sliced, and gives 0 where it is 0, even of NaN."""
+    if not isinstance(weight, Tensor):
+        return weight * per_token
+    own = weight[chunk].to(per_token.dtype)
+    return torch.where(own == 0, 0.0, own * per_token)
+
+
+def factor_of(of_loss: Tensor, token_weights: Tensor) -> Tensor:
+    """Return c in of_loss = c * token_weights; NaN, on a GPU, if there is none."""
+    weights = token_weights.to(of_loss.dtype)
+    if not weights.numel():
+        return weights.sum()
+    at = weights.abs().argmax(dim=0, keepdim=True)  # of the largest; keepdim, as indexing by a scalar synchronizes
+    largest = weights.gather(0, at)
+    factor = torch.where(largest != 0, of_loss.gather(0, at) / largest, 0.0).squeeze(0)
+    off = (of_loss - factor * weights).abs().amax()
+    is_off = off > 1e-5 * of_loss.abs().amax()
+    token_weight_check.watch(is_off)
+    return torch.where(is_off, torch.nan, factor)
+
+
 class TokenWeightCheck:
     """Check that backward weights each token's loss by the token weights of forward.
 

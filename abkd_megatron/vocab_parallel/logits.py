@@ -333,7 +333,7 @@ class _Distillation(Function):
             ctx.save_for_backward(student_logits, teacher_logits, labels)
             ctx.stats_of_parts = stats_of_parts
 
-        terms = outs[0].terms.view(-1, *tokens)
+        terms = outs[0].terms.view(len(outs[0].terms), *tokens)
         if not has_labels:
             nothing, nothing_either = terms.new_empty(0), terms.new_empty(0)
             ctx.mark_non_differentiable(nothing, nothing_either)

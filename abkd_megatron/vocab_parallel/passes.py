@@ -111,10 +111,10 @@ class Batch:
             return self.all_labels
         return self.all_labels[self.rows]
 
-    def chunks(self, kernel: kernels.Kernel, overlap: bool = True) -> list[slice]:
+    def chunks(self, kernel: kernels.Kernel) -> list[slice]:
         """Return the kernel's chunks."""
         copied = self.student.copied or self.teacher.copied
-        return kernel.chunks(self.num_tokens, self.student.num_columns, self.student.logits.device, copied, overlap)
+        return kernel.chunks(self.num_tokens, self.student.num_columns, self.student.logits.device, copied)
 
     def operands(self, chunk: slice) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Tensor | None]]:
         """Return both models' logits and the labels; and, if indexed, the arguments `rows` and `teacher_rows`."""
@@ -269,12 +269,11 @@ class Passes:
         scalars = token_stats.scalars[:6]
         out_rows = out.view(batch.student.tokens.numel(), out.shape[-1])
         columns = slice(0, self.shard.num_columns)
-        in_place = out.data_ptr() == batch.student.logits.data_ptr()
 
         of_terms = [None if it is None else it.reshape(-1) for it in (of_divergence, of_cross_entropy)]
         if batch.rows is not None and not batch.indexed:
             of_terms = [None if it is None else it[batch.rows] for it in of_terms]
-        for chunk in batch.chunks(self.kernel, overlap=not in_place):
+        for chunk in batch.chunks(self.kernel):
             (student, teacher, labels), index = batch.operands(chunk)
             weights = of_terms if batch.indexed else [_at(it, chunk) for it in of_terms]
             copied = batch.rows is not None and not batch.indexed

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from abkd_megatron.kernels.record import Layout, Model, View, base
+from abkd_megatron.kernels.record import Layout, base
 from abkd_megatron.losses.base import Divergence, weigh
 
 # In a packed number the id takes the low bits of the fp64 mantissa, which are 0 for fp32 values.
@@ -60,76 +60,87 @@ def merge(records: Tensor, divergence: Divergence, layout: Layout) -> Tensor:
         # The smallest id among the ranks that hold the maximum.
         beaten = records[:, layout.maxima] != whole[layout.maxima]
         whole[layout.tops] = records[:, layout.tops].masked_fill(beaten, math.inf).amin(dim=0)
-    first, *others = records.unbind(0)
-    sums = shift_max(first, whole, divergence, layout)
-    for record in others:
-        sums += shift_max(record, whole, divergence, layout)
+    # All ranks at once, because the host's time per launch exceeds the time of the arithmetic.
+    of_ranks = shift_max(records.transpose(0, 1), whole.unsqueeze(1), divergence, layout)
+    sums, *others = of_ranks.unbind(1)
+    for of_rank in others:  # a sum over the dimension would have no defined order
+        sums += of_rank
     layout.set_additive(whole, sums)
     return whole
 
 
 def shift_max(record: Tensor, whole: Tensor, divergence: Divergence, layout: Layout) -> Tensor:
-    """Return `Layout.additive` of a shard's record, relative to the maxima in `whole`."""
-    ours, theirs = (tuple(of[layout.maxima].unbind(0)) for of in (record, whole))
-    q_rise, p_rise = (base(mine) - base(other) for mine, other in zip(ours, theirs, strict=True))
-    no_q, no_p = (maximum == -math.inf for maximum in ours)
+    """Return `Layout.additive` of a shard's record, relative to the maxima in `whole`.
 
-    def shift_by(temperature: float) -> View:
-        return _shift(q_rise / temperature, p_rise / temperature, (p_rise - q_rise) / temperature, no_q, no_p)
-
-    return layout.additive(_relative(record, shift_by(layout.temperature), shift_by(1.0), divergence, layout))
+    `record` may have a dimension of shards after the fields, to which `whole` broadcasts.
+    """
+    ours = record[layout.maxima]
+    absent = ours == -math.inf
+    rises = ours.masked_fill(absent, 0.0) - base(whole[layout.maxima])
+    ratio = rises[1] - rises[0]
+    shift = shift_at_1 = _shift(rises, ratio, absent)
+    if layout.temperature != 1.0:
+        shift = _shift(rises / layout.temperature, ratio / layout.temperature, absent)
+    masses = weigh(record[layout.masses], shift.logs.exp())
+    of_models = [masses]
+    if layout.masses_at_1 != layout.masses:
+        of_models.append(weigh(record[layout.masses_at_1], shift_at_1.logs.exp()))
+    by_model = [masses[model : model + 1] for model in (0, 1) for masses in of_models]
+    return torch.cat([*by_model, *_relative(record, shift, shift_at_1, divergence, layout)])
 
 
 def conclude(whole: Tensor, divergence: Divergence, layout: Layout) -> GlobalStats:
     """Compute the statistics from the merged record, [fields, N]."""
-    models = [Model.of(list(whole[fields]), layout) for fields in (layout.student, layout.teacher)]
-    q, p = (
-        Distribution(model.maximum, model.sum_exp.log(), model.sum_exp_at_1.log(), model.target, model.top)
-        for model in models
-    )
-    no_q, no_p = (model.maximum == -math.inf for model in models)
-    shift = _shift(-q.log_z, -p.log_z, -(p.log_z - q.log_z), no_q, no_p)
-    shift_at_1 = _shift(-q.log_z_at_1, -p.log_z_at_1, -(p.log_z_at_1 - q.log_z_at_1), no_q, no_p)
+    maxima = whole[layout.maxima]
+    absent = maxima == -math.inf
+    log_z = log_z_at_1 = whole[layout.masses].log()
+    shift = shift_at_1 = _shift(-log_z, log_z[0] - log_z[1], absent)
+    if layout.masses_at_1 != layout.masses:
+        log_z_at_1 = whole[layout.masses_at_1].log()
+        shift_at_1 = _shift(-log_z_at_1, log_z_at_1[0] - log_z_at_1[1], absent)
+    of_labels = (whole[layout.targets], whole[layout.tops]) if layout.has_labels else ((None, None), (None, None))
+    q, p = (Distribution(*of_model) for of_model in zip(maxima, log_z, log_z_at_1, *of_labels, strict=True))
+    value, slope_sum, metrics = None, None, []
     fields = _relative(whole, shift, shift_at_1, divergence, layout)
-    value, slope_sum = divergence.finalize(tuple(fields[layout.sums])) if divergence.num_partial_sums else (None, None)
-    metrics = []
+    if divergence.num_partial_sums:
+        value, slope_sum = divergence.finalize(tuple(fields[0]))
     if layout.has_labels:
-        kl, negative_p, negative_q = fields[layout.metrics]
-        metrics = [kl, -negative_p, -negative_q]
+        kl, p_entropy, q_entropy = fields[-1][0], *fields[-1][1:].neg()
+        metrics = [kl, p_entropy, q_entropy]
     return GlobalStats(q, p, value, slope_sum, metrics)
 
 
-def _shift(log_q: Tensor, log_p: Tensor, log_ratio: Tensor, no_q: Tensor, no_p: Tensor) -> View:
-    """Return the shifts of log p, log q and log p/q; a model that excludes the whole shard has probability 0."""
-    log_q, log_p = log_q.masked_fill(no_q, -math.inf), log_p.masked_fill(no_p, -math.inf)
-    log_ratio = log_ratio.masked_fill(no_q, math.inf).masked_fill(no_p, -math.inf)
-    return View(log_p, log_q, log_ratio, no_p & no_q)
+class _Shift(NamedTuple):
+    """Shifts of the logarithms that a record's sums are relative to, over the tokens."""
+
+    logs: Tensor  # [2, ...], of log q and log p
+    log_ratio: Tensor
+    outside: Tensor  # neither model uses the shard
 
 
-def _relative(record: Tensor, shift: View, shift_at_1: View, divergence: Divergence, layout: Layout) -> Tensor:
-    """Shift the additive fields of a record; [fields, N]."""
-    result = record.clone()
-    for model, at_t, at_1 in (
-        (layout.student, shift.log_q, shift_at_1.log_q),
-        (layout.teacher, shift.log_p, shift_at_1.log_p),
-    ):
-        result[model.start + 1] = weigh(record[model.start + 1], at_t.exp())
-        if layout.of_model == 5:
-            result[model.start + 4] = weigh(record[model.start + 4], at_1.exp())
+def _shift(logs: Tensor, log_ratio: Tensor, absent: Tensor) -> _Shift:
+    """Give a model that excludes the whole shard, `absent` [2, ...], probability 0."""
+    no_q, no_p = absent
+    log_ratio = log_ratio.masked_fill(no_q, math.inf).masked_fill_(no_p, -math.inf)
+    return _Shift(logs.masked_fill(absent, -math.inf), log_ratio, no_p & no_q)
+
+
+def _relative(
+    record: Tensor, shift: _Shift, shift_at_1: _Shift, divergence: Divergence, layout: Layout
+) -> list[Tensor]:
+    """Shift the sums and the metrics of a record, which has them from `Layout.sums` on."""
+    fields = []
     if divergence.num_partial_sums:
-        sums = divergence.shift_max(tuple(record[layout.sums]), *shift[:3])
-        result[layout.sums] = torch.stack(sums).masked_fill(shift.outside, 0.0)
+        log_q, log_p = shift.logs
+        sums = divergence.shift_max(tuple(record[layout.sums]), log_p, log_q, shift.log_ratio)
+        fields.append(torch.stack(sums).masked_fill_(shift.outside, 0.0))
     if layout.has_labels:
-        q, p = (Model.of(list(record[fields]), layout).sum_exp_at_1 for fields in (layout.student, layout.teacher))
-        kl, negative_p, negative_q = record[layout.metrics]
-        q_share, p_share = shift_at_1.log_q.exp(), shift_at_1.log_p.exp()
-        metrics = [
-            weigh(p_share, kl + weigh(p, shift_at_1.log_ratio)),
-            weigh(p_share, negative_p + weigh(p, shift_at_1.log_p)),
-            weigh(q_share, negative_q + weigh(q, shift_at_1.log_q)),
-        ]
-        result[layout.metrics] = torch.stack(metrics).masked_fill(shift_at_1.outside, 0.0)
-    return result
+        (q, p), (log_q, log_p) = record[layout.masses_at_1], shift_at_1.logs
+        terms = weigh(torch.stack([p, p, q]), torch.stack([shift_at_1.log_ratio, log_p, log_q]))
+        shares = torch.stack([log_p, log_p, log_q]).exp_()
+        metrics = weigh(shares, terms.add_(record[layout.metrics]))
+        fields.append(metrics.masked_fill_(shift_at_1.outside, 0.0))
+    return fields
 
 
 def pack(record: Tensor, layout: Layout) -> Tensor:

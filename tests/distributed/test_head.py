@@ -153,9 +153,9 @@ def head(**changes):
 
 
 def test_other_weights_than_were_said_raise_in_backward():
-    with pytest.raises(RuntimeError, match="not multiplied by its token weight times one factor"):
+    with pytest.raises(RuntimeError, match="token weight"):
         head(token_weights=torch.ones(6)).mul(torch.arange(6)).sum().backward()
-    with pytest.raises(RuntimeError, match="not multiplied by its token weight times one factor"):
+    with pytest.raises(RuntimeError, match="token weight"):
         head(token_weights=torch.zeros(6)).sum().backward()
     head(token_weights=torch.zeros(6)).mul(0.0).sum().backward()
     head().mul(torch.arange(6)).sum().backward()
@@ -269,10 +269,10 @@ def test_of_a_gpu_other_weights_are_waited_for_once_and_then_looked_at_when_they
     third.happened = True
     watch.raise_if_known()  # in their order
     second.happened = True
-    with pytest.raises(RuntimeError, match="not multiplied by its token weight times one factor"):
+    with pytest.raises(RuntimeError, match="token weight"):
         watch.raise_if_known()
     watch.raise_if_known()
-    with pytest.raises(RuntimeError, match="not multiplied by its token weight times one factor"):
+    with pytest.raises(RuntimeError, match="token weight"):
         TokenWeightCheck().expect(wrong, Event())
 
 

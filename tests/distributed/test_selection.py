@@ -54,6 +54,13 @@ CASES += [
         ("every third", "entropy"), HOWS, (AlphaBeta(1, 0), ToDi(), ToDi(2.0, detach=False))
     )
 ]
+# With weights per token of both terms, some of them 0.
+CASES += [
+    Case(which, how, dtype)
+    for which, how, dtype in itertools.product(
+        ("weights", "weights, every third"), HOWS[2:], (torch.float32, torch.bfloat16)
+    )
+]
 
 
 class Dense:
@@ -97,6 +104,8 @@ def choice(case: Case, dense: Dense) -> tuple[Tensor, TokenSelection | None]:
         return at < 0, TokenSelection("disagreement", kl_at_least=1e6)
     if case.which == "every token":
         return at >= 0, TokenSelection("teacher_entropy", at_most=1e6)
+    if "weights" in case.which:
+        return at % 3 == 2 if "third" in case.which else at >= 0, None
     return {"every third": at % 3 == 2, "one": at == 8, "none": at < 0, "all": at >= 0}[case.which], None
 
 
@@ -125,8 +134,11 @@ def run_case(case: Case, rank: int, world_size: int, group: dist.ProcessGroup | 
     leaves = hidden.double().requires_grad_(), weight.double().requires_grad_()
     dense = Dense(case, logits(*leaves), logits(teacher_hidden.double(), teacher_weight.double()), labels)
     chosen, rule = choice(case, dense)
+    kd, lm = KD, LM
+    if "weights" in case.which:
+        kd, lm = (torch.randint(3, TOKENS, generator=generator) * torch.rand(TOKENS, generator=generator) for _ in "12")
     wanted = {
-        "loss": torch.where(chosen, KD * dense.divergence, 0.0) + LM * dense.cross_entropy,
+        "loss": torch.where(chosen, kd * dense.divergence, 0.0) + lm * dense.cross_entropy,
         "divergence": torch.where(chosen, dense.divergence, 0.0),
         "cross entropy": dense.cross_entropy,
         **{name: value if rule else torch.where(chosen, value, 0.0) for name, value in dense.metrics.items()},
@@ -147,12 +159,12 @@ def run_case(case: Case, rank: int, world_size: int, group: dist.ProcessGroup | 
             case.divergence,
             labels,
             shard,
-            kd_weight=KD,
-            lm_weight=LM,
+            kd_weight=kd,
+            lm_weight=lm,
             temperature=case.temperature,
             token_weights=mask if case.how == "fused in forward" else None,
             chunk_tokens=4,
-            selected=None if rule else chosen,
+            selected=None if rule or case.which == "weights" else chosen,
             select=rule.of if rule else None,
         )
         found = terms
@@ -206,10 +218,31 @@ def test_equals_the_dense_form(ranks, index):
     which = CASES[index].which
     for results in ranks:
         share = results[index].pop("share")
-        assert share == {"none": 0, "no token": 0, "all": 1, "every token": 1}.get(which, share)
-        assert 0 < share < 1 or which in ("none", "no token", "all", "every token")
+        assert share == {"none": 0, "no token": 0, "all": 1, "every token": 1, "weights": 1}.get(which, share)
+        assert 0 < share < 1 or which in ("none", "no token", "all", "every token", "weights")
         assert all(error <= 1.0 for error in results[index].values()), results[index]
         results[index]["share"] = share
+
+
+def ranked_on(rank: int, world_size: int) -> list[bool]:
+    """Whether each sequence's quantile over context-parallel ranks is that of whole sequences, here."""
+    generator = torch.Generator().manual_seed(0)
+    entropy = torch.rand(24, 3, generator=generator)
+    counted = torch.rand(24, 3, generator=generator) < 0.8
+    rule, found = TokenSelection("teacher_entropy", quantile=[0.15, 0.9]), []
+    # Chunks r and 2 * size - 1 - r, as Megatron splits a sequence.
+    chunks = torch.arange(24).chunk(2 * world_size)
+    mine = torch.cat([chunks[rank], chunks[2 * world_size - 1 - rank]])
+    for mask in (counted, None):
+        wanted = rule.ranked(entropy, mask, None)
+        own = mask[mine] if mask is not None else None
+        found.append(torch.equal(rule.ranked(entropy[mine], own, dist.group.WORLD), wanted[mine]))
+    return found
+
+
+def test_a_quantile_is_of_the_whole_sequence_under_context_parallelism():
+    assert run_distributed(ranked_on, 2) == [[True, True]] * 2
+    assert run_distributed(ranked_on, 4) == [[True, True]] * 4
 
 
 def head_arguments():
@@ -256,11 +289,13 @@ def test_all_selected_is_no_selection_to_the_bit():
 
 
 def test_bad_selections_are_refused():
-    with pytest.raises(ConfigError, match=r"selection of shape \[12\], got \[5\]: give"):
+    with pytest.raises(ConfigError, match=r"kd_weight .*\[12\], got \[5\]"):
+        head(kd_weight=torch.ones(5))
+    with pytest.raises(ConfigError, match=r"selection .*\[12\], got \[5\]"):
         head(selected=torch.ones(5, dtype=torch.bool))
     with pytest.raises(ConfigError, match=r"dtype torch.bool, got torch.int64"):
         head(selected=torch.ones(12, dtype=torch.int64))
     logits, labels, shard = torch.randn(4, 10), torch.zeros(4, dtype=torch.int64), VocabShard.megatron(10)
     selected = labels == 0
-    with pytest.raises(ConfigError, match=r"teacher logits \[4, 10\] of the selected tokens, got \[3, 10\]"):
+    with pytest.raises(ConfigError, match=r"teacher .*\[4, 10\].*\[3, 10\]"):
         vocab_parallel_distillation(logits, logits[:3], ToDi(), labels, shard, selected=selected)

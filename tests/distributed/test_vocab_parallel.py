@@ -209,9 +209,9 @@ def run_cases(rank: int, world_size: int, indices: Sequence[int]) -> dict:
         here = dist.get_rank(last_two)
         results["last two"] = {index: run_case(CASES[index], here, 2, last_two) for index in range(3)}
     else:
-        with pytest.raises(ConfigError, match="a group that contains this rank"):
+        with pytest.raises(ConfigError, match="contains this rank"):
             VocabShard.megatron(8, last_two)
-    with pytest.raises(ConfigError, match=rf"vocab_size in 1 .. {8 * world_size} \({world_size} ranks of 8"):
+    with pytest.raises(ConfigError, match=rf"vocab_size .*{8 * world_size} \({world_size} "):
         VocabShard.megatron(8, group, 8 * world_size + 1)
     return results
 

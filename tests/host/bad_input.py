@@ -532,7 +532,7 @@ ALONE: dict[str, Case] = {
     "unknown device": Case("config", "show-config", ["device=gpu"], r"device.*gpu"),
     "list for a number": Case("config", "show-config", ["distillation.alpha=[1,2]"], r"\['1.*2'\]"),
     "nothing for a number": Case(
-        "config", "show-config", ["distillation.alpha=null"], r"expected a finite number, got nothing"
+        "config", "show-config", ["distillation.scale=null"], r"expected a finite number, got nothing"
     ),
     "infinite weight": Case(
         "config", "show-config", ["distillation.kd_weight=inf"], r"expected a finite number, got 'inf'"

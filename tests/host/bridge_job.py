@@ -19,6 +19,12 @@ from unittest.mock import MagicMock
 VOCABULARY = 256
 SNAPSHOT = "0" * 40
 LOCAL_SPEC = "megatron.bridge.models.gpt_provider.local_layer_spec"
+LOCAL_HYBRID_SPEC = "abkd_megatron.local_hybrid_spec.local_hybrid_stack_spec"
+# Name, name on the Hub, hidden size and layers. Mamba would need packages.
+HYBRIDS = (
+    ("hybrid-student", "nvidia/NVIDIA-Nemotron-3-Nano-4B-BF16", 32, "*-*-"),
+    ("hybrid-teacher", "nvidia/NVIDIA-Nemotron-Nano-9B-v2", 48, "*-*-*-"),
+)
 
 # How Megatron computes on a CPU: every fused kernel off.
 ON_CPU: dict[str, Any] = {
@@ -32,6 +38,11 @@ ON_CPU: dict[str, Any] = {
     "attention_dropout": 0.0,
 }
 OF_PROVIDER = {**ON_CPU, "cross_entropy_loss_fusion": False}
+# Bridge sets them for models without experts, too.
+OF_HYBRID = {
+    **OF_PROVIDER,
+    **dict.fromkeys(("moe_permute_fusion", "moe_grouped_gemm", "moe_shared_expert_overlap"), False),
+}
 
 
 def import_bridge() -> None:
@@ -59,8 +70,10 @@ def import_bridge() -> None:
 def make_models(folder: Path) -> None:
     """A student and a teacher of Hugging Face, and a cache of the Hub that has them under their recipe's names."""
     import torch
+    from safetensors.torch import load_file, save_file
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+    from transformers.models.nemotron_h import NemotronHConfig, NemotronHForCausalLM
 
     def snapshot_of(name: str) -> Path:
         cached = folder / "hub" / f"models--{name.replace('/', '--')}"
@@ -85,6 +98,30 @@ def make_models(folder: Path) -> None:
         )
         snapshot = snapshot_of(f"meta-llama/{of_hub}")
         LlamaForCausalLM(config).save_pretrained(snapshot)
+        tokenizer.save_pretrained(snapshot)
+        (folder / name).symlink_to(snapshot)
+    for name, of_hub, hidden, layers in HYBRIDS:
+        torch.manual_seed(hidden)
+        config = NemotronHConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            layers_block_type=[{"*": "attention", "-": "mlp"}[layer] for layer in layers],
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            mamba_num_heads=4,
+            mamba_head_dim=hidden // 2,
+            n_groups=2,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+        )
+        snapshot = snapshot_of(of_hub)
+        NemotronHForCausalLM(config).save_pretrained(snapshot)
+        weights = load_file(snapshot / "model.safetensors")
+        # As the models on the Hub have it; transformers 5.12 reads this name and writes another.
+        weights["backbone.embeddings.weight"] = weights.pop("backbone.embedding.weight")
+        save_file(weights, snapshot / "model.safetensors", {"format": "pt"})
         tokenizer.save_pretrained(snapshot)
         (folder / name).symlink_to(snapshot)
     # What other recipes build their student from: a config alone.
@@ -115,10 +152,16 @@ def small(config: Any, folder: Path) -> None:
     config.ddp.overlap_grad_reduce = config.ddp.overlap_param_gather = config.ddp.average_in_collective = False
     config.comm_overlap = None
     of_model = ON_CPU if hasattr(config.model, "transformer") else OF_PROVIDER
+    if hasattr(config.model, "hybrid_stack_spec"):
+        of_model = OF_HYBRID
     given = {**of_model, "use_cpu_initialization": True, "seq_length": 32, "bf16": False}
     for name, value in {**given, "params_dtype": torch.float32, "pipeline_dtype": torch.float32}.items():
         setattr(config.model, name, value)
-    if not hasattr(config.model, "transformer"):
+    if hasattr(config.model, "hybrid_stack_spec"):
+        from abkd_megatron.local_hybrid_spec import local_hybrid_stack_spec
+
+        config.model.hybrid_stack_spec = local_hybrid_stack_spec
+    elif not hasattr(config.model, "transformer"):
         from megatron.bridge.models.gpt_provider import local_layer_spec
 
         config.model.transformer_layer_spec = local_layer_spec
@@ -169,22 +212,29 @@ class Recording:
         return forward_step(state, batches() if data_iterator is not None else None, model)
 
 
-def dense_twin(folder: Path, micro_batches: list[dict[str, Any]], temperature: float) -> dict[str, float]:
+def dense_twin(
+    folder: Path,
+    micro_batches: list[dict[str, Any]],
+    temperature: float,
+    names: tuple[str, str] = ("student", "teacher"),
+) -> dict[str, float]:
     """The first step's numbers, by Hugging Face's models and the specification of the loss."""
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from abkd_megatron.losses.reference import reference_alpha_beta
 
-    student, teacher = (LlamaForCausalLM.from_pretrained(folder / name).double() for name in ("student", "teacher"))
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64).eval() for name in names
+    )
     sums = dict.fromkeys(("lm loss", "kd loss", "teacher lm loss"), 0.0)
     total, count = torch.zeros((), dtype=torch.float64), 0.0
     for batch in micro_batches:
         mask, labels = batch["loss_mask"].double(), batch["labels"].unsqueeze(-1)
-        q, p = student(batch["tokens"]).logits, teacher(batch["tokens"]).logits.detach()
+        q, p = (model(batch["tokens"], use_cache=False).logits for model in (student, teacher))
         losses = {
             "lm loss": -q.log_softmax(-1).gather(-1, labels).squeeze(-1),
-            "kd loss": reference_alpha_beta(q, p, 0.5, 0.7, temperature),
+            "kd loss": reference_alpha_beta(q, p.detach(), 0.5, 0.7, temperature),
             "teacher lm loss": -p.log_softmax(-1).gather(-1, labels).squeeze(-1),
         }
         # By default Megatron divides each micro-batch by its own count and averages; here all have the same.
@@ -224,7 +274,7 @@ def train(
     return facts
 
 
-def recipe(folder: Path, overrides: list[str]) -> Any:
+def recipe(folder: Path, overrides: list[str], names: tuple[str, str] = ("student", "teacher")) -> Any:
     """The student of Hugging Face in a recipe of Bridge's, with its teacher."""
     from megatron.bridge import AutoBridge
     from megatron.bridge.recipes.common import _pretrain_common
@@ -233,11 +283,14 @@ def recipe(folder: Path, overrides: list[str]) -> Any:
     from abkd_megatron.hosts import bridge
 
     plain = _pretrain_common()
-    plain.model = AutoBridge.from_hf_pretrained(str(folder / "student")).to_megatron_provider()
+    plain.model = AutoBridge.from_hf_pretrained(str(folder / names[0])).to_megatron_provider()
     plain.tokenizer.tokenizer_type, plain.tokenizer.use_tokenizer_vocab_size = "NullTokenizer", False
     plain.tokenizer.vocab_size = VOCABULARY - 1
     small(plain, folder)
-    teacher = {"hf": str(folder / "teacher"), "overrides": {**OF_PROVIDER, "transformer_layer_spec": LOCAL_SPEC}}
+    theirs = {**OF_PROVIDER, "transformer_layer_spec": LOCAL_SPEC}
+    if names[1].startswith("hybrid"):
+        theirs = {**OF_HYBRID, "hybrid_stack_spec": LOCAL_HYBRID_SPEC}
+    teacher = {"hf": str(folder / names[1]), "overrides": theirs}
     config = bridge.DistillConfigContainer.of(plain, bridge.TeacherConfig(**teacher))
     # The teachers here are untrained.
     untrained = "distillation.skip_preflight=[teacher_loss]"
@@ -255,6 +308,19 @@ def hf(folder: Path, overrides: list[str]) -> dict[str, Any]:
         return train(config, step)
     facts = train(config, step, lambda student: keep(folder, student[0], step.training[0]["tokens"]))
     facts["twin"] = dense_twin(folder, step.training[:2], 2.0)
+    return facts
+
+
+def hybrid(folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """Providers of HybridModels: both of Nemotron's family, then one of Llama's; the first names the models."""
+    import torch
+
+    student, teacher, *more = overrides
+    config, step = recipe(folder, more, (student, teacher)), Recording()
+    config.checkpoint.save = None
+    facts = train(config, step)
+    if torch.distributed.get_world_size() == 1:
+        facts["twin"] = dense_twin(folder, step.training[:2], 2.0, (student, teacher))
     return facts
 
 
@@ -368,7 +434,7 @@ def document(folder: Path, overrides: list[str]) -> dict[str, Any]:
     names: dict[str, Any] = {}
     exec(compile(of_any_recipe, "docs/bridge.md", "exec"), names)
     facts: dict[str, Any] = {"any recipe's teacher": names["config"].teacher.hf}
-    for name in ("llama32_3b_to_1b", "llama31_70b_to_8b", "qwen3_8b_to_1p7b"):
+    for name in ("llama32_3b_to_1b", "llama31_70b_to_8b", "qwen3_8b_to_1p7b", "nemotron_nano_9b_to_4b"):
         config = getattr(bridge, f"{name}_distill_config")()
         bridge.add_teacher(config)
         facts[name] = [config.teacher.hf, config.tokenizer.tokenizer_model, config.model.tensor_model_parallel_size]

@@ -39,6 +39,8 @@ teacher:
   num-layers: 4
   hidden-size: 48
   ffn-hidden-size: 96
+distillation:
+  preset: none
 data:
   source: [{text}]
   vocab_size: 400

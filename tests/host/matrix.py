@@ -195,6 +195,7 @@ REFERENCES: dict[str, Reference] = {
         )
         for name, teacher, how in (
             ("every third token", {}, "{select: every, n: 3}"),
+            ("surest tokens left out", VARIED, "{select: teacher_entropy, quantile: [0.3, 1.0]}"),
             ("unsure teacher", VARIED, "{select: teacher_entropy, at_least: 4.5, at_most: 4.6}"),
             ("other top-1", {}, "{select: disagreement}"),
             ("other by KL", VARIED, "{select: disagreement, kl_at_least: 1.1}"),
@@ -356,11 +357,13 @@ ROWS = [
         for how, reference in (
             ("`every`", "every third token"),
             ("`teacher_entropy`", "unsure teacher"),
+            ("`teacher_entropy` by `quantile`", "surest tokens left out"),
             ("`disagreement`", "other top-1"),
             ("`disagreement`", "other by KL"),
         )
         for num_ranks, settings in ((4, SP | PP), (2, DP | FUSED))
     ),
+    Row("divergence on some tokens, `teacher_entropy` by `quantile`", 2, SP | FUSED, "surest tokens left out"),
     Row(HIDDEN, 2, SP, "hidden losses"),
     Row(HIDDEN, 2, PP, "hidden losses"),
     Row(HIDDEN, 2, PP | FULL_RECOMPUTATION, "hidden losses, per token"),

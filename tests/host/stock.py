@@ -22,7 +22,11 @@ def main() -> None:
 
     from megatron.core.enums import ModelType
     from megatron.training import get_tensorboard_writer, pretrain
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        hybrid_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
     from megatron.training.arguments import parse_and_validate_args
 
     from abkd_megatron.hosts.megatron_lm import train_valid_test_datasets_provider
@@ -33,7 +37,7 @@ def main() -> None:
         checkpoint = sys.argv[at + 1]
         del sys.argv[at : at + 2]
     args = parse_and_validate_args()
-    config = gpt_config_from_args(args)
+    config = (hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args)(args)
     probe = Probe(args, checkpoint) if checkpoint else None
     if probe:
         config.post_wrap_hooks.append(probe.attach)
@@ -203,7 +207,7 @@ def teacher_config(args):
     from megatron.training.argument_utils import gpt_config_from_args
 
     args = copy.copy(args)
-    args.num_layers, args.hidden_size, args.ffn_hidden_size, args.kv_channels = 4, 48, 96, 12
+    args.num_layers, args.hidden_size, args.ffn_hidden_size, args.kv_channels, args.spec = 4, 48, 96, 12, None
     return gpt_config_from_args(args)
 
 

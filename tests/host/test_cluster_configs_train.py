@@ -19,10 +19,12 @@ import pytest
 import torch
 from launch import ROOT, Rank, launch, run_job, scalars
 from matrix import EXACT_ONLY, LOSSES
+from stand_ins import program_for
 
 from abkd_megatron import cpu_backend
 from abkd_megatron.config.load import load_config
 from abkd_megatron.config.megatron_args import megatron_options
+from abkd_megatron.config.pattern import layers_of_pattern
 from abkd_megatron.config.schema import Config, Value
 from abkd_megatron.student.plan import nothing_to_gain
 
@@ -33,10 +35,11 @@ CONFIGS = sorted((ROOT / "configs").glob("*H100.yaml"))
 # As the file has them, for the student and the teacher.
 _KEPT = """
     sequence-parallel use-distributed-optimizer overlap-grad-reduce overlap-param-gather calculate-per-token-loss
-    group-query-attention add-qkv-bias qk-layernorm normalization norm-epsilon swiglu disable-bias-linear
+    group-query-attention add-qkv-bias qk-layernorm normalization norm-epsilon swiglu squared-relu disable-bias-linear
     untie-embeddings-and-output-weights attention-dropout hidden-dropout make-vocab-size-divisible-by
     max-position-embeddings position-embedding-type rotary-base use-rope-scaling rope-scaling-factor
-    moe-router-dtype moe-token-dispatcher-type
+    moe-router-dtype moe-token-dispatcher-type moe-router-topk-scaling-factor moe-router-score-function
+    moe-router-enable-expert-bias expert-tensor-parallel-size
     micro-batch-size min-lr lr-decay-style weight-decay adam-beta2 clip-grad
     no-create-attention-mask-in-dataloader split
     ckpt-format exit-signal-handler log-throughput
@@ -51,15 +54,21 @@ SHRUNK = {
     "tensor-model-parallel-size": "2 if it is more; the teacher's twice the student's if it is more than that",
     "expert-model-parallel-size": "2 if it is more",
     "num-layers": "2 for the student, for the teacher in proportion",
+    "hybrid-layer-pattern": "one layer of each kind",
     "hidden-size": "by 64",
     "ffn-hidden-size": "by 64",
     "moe-ffn-hidden-size": "by 64",
+    "moe-shared-expert-intermediate-size": "by 64",
+    "mamba-num-heads": "by 8",
+    "mamba-num-groups": "by 4",
+    "mamba-head-dim": "by 16",
+    "mamba-state-dim": "by 16",
     "seq-length": "by 64: `head: auto` weighs tokens against the student's width",
     "num-attention-heads": "heads and groups of both models by one number, which leaves each rank a group",
     "num-query-groups": "with the heads",
     "kv-channels": "by 64 over that number",
     "num-experts": "by 16",
-    "moe-router-topk": "by 4",
+    "moe-router-topk": "by 2",
     "global-batch-size": "8: 2 or 4 micro-batches per rank",
     "train-iters": "3",
     "lr-warmup-iters": "1",
@@ -127,6 +136,7 @@ LAUNCHES = {
     "llama32_3b_to_1b_8xH100": Launch(2, "DP 2"),
     "qwen25_7b_to_1p5b_8xH100": Launch(2, "DP 2"),
     "qwen3_30b_a3b_to_1p7b_8xH100": Launch(2, "DP 2, the teacher at EP 2"),
+    "nemotron3_nano_30b_a3b_to_4b_64xH100": Launch(4, "TP 2 x DP 2 with SP, the teacher's experts at EP 2"),
     "qwen3_8b_to_1p7b_8xH100": Launch(4, "DP 4, two teachers at TP 2"),
 }
 
@@ -184,10 +194,12 @@ def shrink(path: Path) -> Settings:
     fewer = max(by for by in range(1, common + 1) if common % by == 0 and (by == 1 or min(groups) // by >= least))
     divisors = {
         **dict.fromkeys(("hidden-size", "ffn-hidden-size", "moe-ffn-hidden-size", "seq-length"), SMALLER),
+        "moe-shared-expert-intermediate-size": SMALLER,
         **dict.fromkeys(("num-attention-heads", "num-query-groups"), fewer),
         "kv-channels": SMALLER // fewer,
         "num-experts": 16,
-        "moe-router-topk": 4,
+        "moe-router-topk": 2,
+        **{"mamba-num-heads": 8, "mamba-num-groups": 4, "mamba-head-dim": 16, "mamba-state-dim": 16},
     }
     small: Settings = {"device": "cpu"}
     for section, values in own.items():
@@ -195,7 +207,11 @@ def shrink(path: Path) -> Settings:
             if name in values:
                 small[f"{section}.{name}"], rest = divmod(number(values, name), by)
                 assert rest == 0, f"{section}.{name} {values[name]} does not divide by {by}"
-        small[f"{section}.num-layers"] = round(2 * number(values, "num-layers") / number(student, "num-layers"))
+        if "hybrid-layer-pattern" in values:
+            layers = layers_of_pattern(str(values["hybrid-layer-pattern"]))
+            small[f"{section}.hybrid-layer-pattern"] = "".join(dict.fromkeys(layers))
+        else:
+            small[f"{section}.num-layers"] = round(2 * number(values, "num-layers") / number(student, "num-layers"))
         if "tensor-model-parallel-size" in values:
             small[f"{section}.tensor-model-parallel-size"] = tensors[section]
         if "expert-model-parallel-size" in values:
@@ -230,7 +246,8 @@ def alike(path: Path) -> Path:
 def run(job: str, path: Path, settings: Settings, num_ranks: int) -> list[Rank]:
     """Run a job by this file, with settings in place of its own; every rank must end well."""
     words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
-    ranks = launch([Path(__file__).with_name("counted.py"), job, "--config", path, *words], num_ranks)
+    program = program_for({key.removeprefix("megatron."): value for key, value in settings.items()})
+    ranks = launch([*program, Path(__file__).with_name("counted.py"), job, "--config", path, *words], num_ranks)
     for number, rank in enumerate(ranks):
         assert rank.code == 0, f"rank {number} of {job} ended with {rank.code}:\n{rank.output[-6000:]}"
     return ranks

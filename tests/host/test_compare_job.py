@@ -68,7 +68,9 @@ def test_it_goes_on_from_checkpoints_and_ends_with_a_table(compared, out: Path) 
     results = json.loads((out / "results.json").read_text())
     assert [(run["loss"], run["seed"]) for run in results["runs"]] == [("CE only", 2), ("ToDi", 2)]
     assert (out / "comparison.png").stat().st_size > 10_000
+    assert results["recommendation"] in compared.stdout and results["recommendation"].startswith("Recommendation: none")
     for run in results["runs"]:
+        assert run["tokens per step"] == 8 * 32 and run["seconds per step"] > 0
         assert sorted(map(int, run["validation"])) == [3, 6]
         test = run["test"]
         assert test["teacher lm loss"] == results["runs"][0]["test"]["teacher lm loss"]
@@ -93,6 +95,7 @@ def test_what_was_interrupted_equals_a_straight_run(
     assert one["test"] == other["test"]
     seeds = [json.loads((straight / f"todi/seed-{seed}/result.json").read_text())["test"] for seed in (1, 2)]
     assert seeds[0]["total loss"] != seeds[1]["total loss"]
+    assert seeds[0]["teacher lm loss"] == seeds[1]["teacher lm loss"], "one held-out text"
     assert one["validation"] == other["validation"]
 
 

@@ -1,8 +1,8 @@
 """What `estimate` says of a job's memory, beside the real job on CPU ranks.
 
 Proves: within 10 % of the tensors that the job's ranks hold at their peak, on every kind of rank, in fp32 and bf16,
-with and without logits, through 1F1B and the interleaved schedule; the parameters a rank; and that the teacher's hidden
-states wait as the README's formula says.
+with and without logits, through 1F1B and the interleaved schedule, of a HybridModel with experts and multi-token
+prediction; the parameters a rank; and that the teacher's hidden states wait as the README's formula says.
 """
 
 import multiprocessing
@@ -39,7 +39,9 @@ def test_estimate_is_within_a_tenth_of_what_a_job_takes(
     waited = re.search(r"waited here, (\d+) bytes", ended[-1].output)
     assert waited is not None and rows[-1]["estimated"]["waiting"] == int(waited[1])
     if ranks == len(rows):
-        parameters = [sum(of) for of in zip(*(row["estimated"]["parameters"] for row in rows), strict=True)]
-        assert parameters == rows[0]["estimated"]["of all ranks"]
+        student, teacher = (sum(of) for of in zip(*(row["estimated"]["parameters"] for row in rows), strict=True))
+        if "multi-token prediction" in name:
+            student -= 4096 * 256  # the last stage's copy of the embedding
+        assert [student, teacher] == rows[0]["estimated"]["of all ranks"]
     if "VPP" in name:  # G * s * b * H numbers of 2 bytes, G micro-batches being the pipeline parallelism
         assert int(waited[1]) == 2 * 128 * 4 * 512 * 2

@@ -1,13 +1,16 @@
 """Which heads there are, and when `head: auto` does without logits: where it takes less memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear
 
 from abkd_megatron import AlphaBeta
 from abkd_megatron.config import schema
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.objective import Objective
-from abkd_megatron.student.plan import check_fused, nothing_to_gain, obstacles_of
+from abkd_megatron.student.plan import check_fused, nothing_to_gain, obstacle, obstacles_of
 from abkd_megatron.vocab_parallel.execution import HEADS, Execution
 
 
@@ -48,6 +51,20 @@ def test_a_teacher_of_some_tokens_takes_less_with_logits():
 
 def test_a_fused_head_that_cannot_be_is_refused():
     fused, objective = Execution(head="fused"), Objective(AlphaBeta(0.2, 0.7), shared_vocab=100)
-    with pytest.raises(ConfigError, match="head: fused is not possible"):
+    with pytest.raises(ConfigError, match="head: fused"):
         check_fused(fused, obstacles_of(objective, 123))
     check_fused(fused, obstacles_of(objective, 100))
+
+
+def test_logits_of_another_type_are_materialized() -> None:
+    """As megatron-core 0.20 makes them with `logit_dtype`; before, an output layer has no such attribute."""
+    layer = ColumnParallelLinear.__new__(ColumnParallelLinear)
+    torch.nn.Module.__init__(layer)
+    layer.weight = layer.bias = None  # tied
+    layer.gather_output, layer.gtp_remat_size = False, 1
+    layer.config = SimpleNamespace(
+        defer_embedding_wgrad_compute=False, _cpu_offloading_context=None, params_dtype=torch.bfloat16
+    )
+    assert obstacle(layer) is None
+    layer.output_dtype = torch.float32
+    assert obstacle(layer) is not None

@@ -184,11 +184,11 @@ def test_a_digest_tells_order() -> None:
 def test_batches_are_compared() -> None:
     both, first, second = (0, 1), (0,), (1,)
     check_batch([(both, 7), (both, 7), None], [(first, 3), (second, 4), None])
-    with pytest.raises(ConfigError, match="student's tensor-parallel ranks 0, 1"):
+    with pytest.raises(ConfigError, match=r"student's .*ranks 0, 1"):
         check_batch([(both, 7), (both, 8)], [(both, 7), (both, 7)])
-    with pytest.raises(ConfigError, match="teacher's tensor-parallel ranks 0, 1"):
+    with pytest.raises(ConfigError, match=r"teacher's .*ranks 0, 1"):
         check_batch([(both, 7), (both, 7)], [(both, 7), (both, 8)])
-    with pytest.raises(ConfigError, match="given the student's tokens in the first step, got others"):
+    with pytest.raises(ConfigError, match="tokens in the first step"):
         check_batch([(both, 7), (both, 7)], [(both, 8), (both, 8)])
 
 
@@ -219,7 +219,7 @@ def test_a_job_is_warned_of_a_divergence_beyond_fp32(config: Path, teacher: Path
 
 def test_a_teacher_is_refused_above_guessing_and_warned_of_near_it(caplog: pytest.LogCaptureFixture) -> None:
     for loss in (math.log(400) + 0.6, math.nan, math.inf):
-        with pytest.raises(ConfigError, match="expected a teacher that knows the text's tokens"):
+        with pytest.raises(ConfigError, match="expected a teacher"):
             check_teacher_loss(loss, 400)
     with caplog.at_level(logging.WARNING):
         check_teacher_loss(math.log(400) - 0.2, 400)

@@ -54,11 +54,17 @@ def test_what_is_recorded(begun: Path, teacher: Path) -> None:
         "divergence": "alpha_beta",
         "alpha": "{schedule: linear, from: 0.5, to: 0.3, start: 0, end: 4, by: iteration}",
         **{"beta": "0.7", "losses": "[]", "temperature": "1.0", "kd_weight": "1.0", "lm_weight": "1.0"},
-        **{"temperature_squared": "false", "shared_vocab": "null", "tokens": "null", "hidden_losses": "[]"},
+        **{
+            "temperature_squared": "false",
+            "shared_vocab": "null",
+            "tokens": "null",
+            "hidden_losses": "[]",
+            "sources": "[]",
+        },
     }
     assert record["teacher"]["path"] == str((teacher / "iter_0000008").resolve())
     assert record["teacher"]["iteration"] == 8 and re.fullmatch("[0-9a-f]{64}", record["teacher"]["sha256"])
-    assert record["last step"]["progress"] == {"iteration": 1, "samples": 8, "tokens": 8 * 32}
+    assert record["last step"]["progress"] == {"iteration": 1, "samples": 8, "tokens": 8 * 32, "fraction": 0.25}
     assert record["last step"]["scheduled"] == {"alpha": pytest.approx(0.45)}
 
 

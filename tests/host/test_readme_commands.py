@@ -47,6 +47,6 @@ def test_the_commands_run(tmp_path: Path) -> None:
         for number, rank in enumerate(launch(["-m", "abkd_megatron", *command[1:], *places], num_ranks)):
             assert rank.code == 0, f"rank {number} of {command}:\n{rank.output[-4000:]}"
         if "show-config" in command:
-            assert "alpha: 0.2" in rank.output and "# tiny_cpu.yaml:" in rank.output
+            assert "preset: pretrain" in rank.output and "# tiny_cpu.yaml:" in rank.output
     assert (tmp_path / "tiny_cpu/report.html").is_file()
     assert "| ToDi |" in rank.output

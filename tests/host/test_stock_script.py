@@ -1,6 +1,7 @@
 """A script of one's own with our three lines: without a teacher what it was, with one what the command line's job is.
 
-`MEGATRON_LM_PRETRAIN_GPT=/path/to/Megatron-LM/pretrain_gpt.py` also runs the lines that the README has for that script.
+`MEGATRON_LM_PRETRAIN_GPT=/path/to/Megatron-LM/pretrain_gpt.py` also runs the lines that the README has for that script,
+and `MEGATRON_LM_PRETRAIN_HYBRID` does so for pretrain_hybrid.py.
 """
 
 import difflib
@@ -21,8 +22,10 @@ from abkd_megatron.data.prepare import PreparedData
 from abkd_megatron.errors import HostError
 
 SCRIPT = ROOT / "examples" / "pretrain_gpt.py"
-UPSTREAM = os.environ.get("MEGATRON_LM_PRETRAIN_GPT")
+UPSTREAM = {name: os.environ.get(f"MEGATRON_LM_PRETRAIN_{name}") for name in ("GPT", "HYBRID")}
 LAYOUT = {"tensor-model-parallel-size": 2, "pipeline-model-parallel-size": 2}
+HYBRID = {"hybrid-layer-pattern": '"*-|*-"', "num-layers": "null"}
+LOCAL_SPEC = ["--spec", "abkd_megatron.local_hybrid_spec", "local_hybrid_stack_spec"]
 TEACHER = {"num-layers": 4, "hidden-size": 48, "ffn-hidden-size": 96}
 DISTILLATION = {
     "alpha": "{schedule: linear, from: 0.5, to: 0.3, end: 4}",
@@ -97,15 +100,19 @@ def test_without_a_teacher_nothing_changes(workspace: Path, config: Path) -> Non
         assert torch.equal(tensor, plain_tensors[name]), name
 
 
-@pytest.fixture(scope="module")
-def job(workspace: Path, config: Path, teacher: Path) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
-    """What the command line's own job of those settings writes to TensorBoard, and to its log."""
-    out = workspace / "stock-job"
-    settings = {f"megatron.{name}": value for name, value in LAYOUT.items()}
+def of_command_line(config: Path, teacher: Path, out: Path, model: Mapping[str, str]) -> tuple[dict, dict]:
+    """What the command line's own job of these settings writes to TensorBoard, and to its log."""
+    settings = {f"megatron.{name}": value for name, value in {**LAYOUT, **model}.items()}
     settings |= {f"distillation.{name}": value for name, value in DISTILLATION.items()}
     settings |= {"megatron.tensorboard-dir": out / "tensorboard", "teacher.load": teacher}
+    settings |= {f"teacher.{name}": value for name, value in TEACHER.items()} if model else {}
     ranks = run_job("distill", config, settings, num_ranks=4)
     return scalars(out / "tensorboard"), logged(ranks)
+
+
+@pytest.fixture(scope="module")
+def job(workspace: Path, config: Path, teacher: Path) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
+    return of_command_line(config, teacher, workspace / "stock-job", {})
 
 
 def logged(ranks: Sequence[Rank]) -> dict[str, list[str]]:
@@ -173,13 +180,17 @@ def documented_lines() -> list[str]:
     return [line[1:] for line in block.splitlines() if line.startswith("+")]
 
 
-@pytest.mark.skipif(UPSTREAM is None, reason="MEGATRON_LM_PRETRAIN_GPT does not name Megatron-LM's pretrain_gpt.py")
-def test_the_documented_lines_serve_megatron_lms_own_script(tmp_path: Path, config: Path, teacher: Path, job) -> None:
-    assert UPSTREAM is not None
-    for helper in ("gpt_builders.py", "model_provider.py"):  # beside it, where there are such
-        if (source := Path(UPSTREAM).with_name(helper)).is_file():
-            (tmp_path / helper).write_text(source.read_text())
-    original = Path(UPSTREAM).read_text().splitlines(keepends=True)
+@pytest.mark.parametrize("name", UPSTREAM)
+def test_the_documented_lines_serve_megatron_lms_own_script(
+    name: str, tmp_path: Path, config: Path, teacher: Path, job
+) -> None:
+    source = UPSTREAM[name]
+    if source is None:
+        pytest.skip(f"MEGATRON_LM_PRETRAIN_{name} does not name Megatron-LM's script")
+    for helper in ("gpt_builders.py", "hybrid_builders.py", "model_provider.py"):  # where there are such
+        if (beside := Path(source).with_name(helper)).is_file():
+            (tmp_path / helper).write_text(beside.read_text())
+    original = Path(source).read_text().splitlines(keepends=True)
     imported, provider, call = (f"{line}\n" for line in documented_lines())
     changed: list[str] = []
     for line in original:
@@ -190,15 +201,17 @@ def test_the_documented_lines_serve_megatron_lms_own_script(tmp_path: Path, conf
         changed.append(provider if "extra_args_provider=" in line else line)
     edits = [line[0] for line in difflib.ndiff(original, changed) if line[0] in "+-"]
     assert sorted(edits) == ["+", "+", "+", "-"]
-    script = tmp_path / "pretrain_gpt.py"
+    script = tmp_path / Path(source).name
     script.write_text("".join(changed))
+    model = HYBRID if name == "HYBRID" else {}
+    words = [*command_line(config, {**LAYOUT, **model}), *(LOCAL_SPEC if model else []), *kd_arguments(teacher)]
     # It does not flush TensorBoard's writer, whose thread ends with the process; the log has all steps.
-    ranks = run_script(script, [*command_line(config, LAYOUT), *kd_arguments(teacher)], 4)
+    ranks = run_script(script, words, 4)
     for number, rank in enumerate(ranks):
         assert rank.code == 0, f"rank {number} ended with {rank.code}:\n{rank.output[-6000:]}"
-    found, (_, wanted) = logged(ranks), job
+    _, wanted = of_command_line(config, teacher, tmp_path / "job", model) if model else job
     assert all(len(values) == 5 for values in wanted.values())
-    assert found == wanted
+    assert logged(ranks) == wanted
 
 
 # name: (arguments, what the message must say). {teacher} is a good teacher of other sizes, {args} are these.
@@ -231,6 +244,10 @@ CASES: dict[str, tuple[list[str], str]] = {
     "losses between layers without a mask": (
         [*GOOD, "--kd-hidden-losses", "[{{student_layer: 1, teacher_layer: 2, loss: mse}}]", *PIPELINE],
         r"hidden_losses need the loss mask.*set pipeline-model-parallel-size to 1",
+    ),
+    "weights by source": (
+        [*GOOD, "--kd-sources", "[{{source: 0, kd_weight: 0.5}}]"],
+        r"sources need the dataset of each sequence.*remove --kd-sources",
     ),
 }
 
@@ -268,7 +285,7 @@ def test_a_model_without_the_hook_is_told() -> None:
     from abkd_megatron.student.step import DistilledStep
 
     step = DistilledStep(lambda *_: pytest.fail("was run"), MegatronHost())
-    with pytest.raises(HostError, match="give pretrain\\(\\) that one"):
+    with pytest.raises(HostError, match="pretrain\\(\\)"):
         step(None, torch.nn.Linear(1, 1))
 
 

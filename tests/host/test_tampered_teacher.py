@@ -86,7 +86,7 @@ PLACES = [put_into_index, put_into_common_state, put_into_legacy_common_state]
 def test_nothing_in_a_checkpoint_is_run(copied: Path, tmp_path: Path, put: Callable[[Path, Path], None]) -> None:
     put(copied, tmp_path / "ran")
     for read in (TeacherCheckpoint.open, read_common):  # of a teacher; of the student that a run goes on from
-        with pytest.raises(CheckpointError, match=r"disallowed pickle global posix\.system \(not executed\); use"):
+        with pytest.raises(CheckpointError, match=r"posix\.system.*use"):
             read(copied)
     assert not (tmp_path / "ran").exists()
 
@@ -133,7 +133,7 @@ class Calls:
 )
 def test_an_index_consists_of_little(tmp_path: Path, value: object, named: str) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({}, value)))
-    with pytest.raises(CheckpointError, match=rf"disallowed pickle global {named} \(not executed\)"):
+    with pytest.raises(CheckpointError, match=rf"pickle.* {named} "):
         read_index(tmp_path)
 
 
@@ -219,5 +219,5 @@ def test_a_flipped_weight_is_noticed_where_hashes_were_saved(config: Path, copie
     assert rank.code == 2 and "Traceback" not in rank.output, rank.output[-3000:]
     assert re.search(rf"(?s)is not known to be whole: .*{file.name}: hash mismatch.*copy it again", rank.output)
     (copied / "integrity.json").unlink()
-    with pytest.raises(CheckpointError, match=r"(?s)manifest not found.*give teacher\.verify-integrity=false"):
+    with pytest.raises(CheckpointError, match=r"(?s)manifest.*teacher\.verify-integrity=false"):
         TeacherCheckpoint.open(copied).verify()

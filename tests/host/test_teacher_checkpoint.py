@@ -144,9 +144,9 @@ def test_weights_without_a_place_in_the_configured_model_are_refused() -> None:
     TeacherCheckpoint(Path("teacher"), {}, Metadata(saved)).check_tensors(wanted)
     bias = {**saved, "decoder.layers.self_attention.linear_qkv.bias": sized(4)}
     inherited = {"add_bias_linear": "disable-bias-linear=true"}
-    with pytest.raises(CheckpointError, match=r"linear_qkv\.bias.*no such weight\n.*disable-bias-linear=true"):
+    with pytest.raises(CheckpointError, match=r"linear_qkv\.bias.*\n.*disable-bias-linear=true"):
         TeacherCheckpoint(Path("teacher"), {}, Metadata(bias), inherited).check_tensors(wanted)
-    with pytest.raises(CheckpointError, match=r"linear_fc1.weight: configured \(4, 6\), saved \(4, 5\)"):
+    with pytest.raises(CheckpointError, match=r"linear_fc1\.weight: .*\(4, 6\).*\(4, 5\)"):
         TeacherCheckpoint(Path("teacher"), {}, Metadata({**saved, names[0]: sized(4, 5)})).check_tensors(wanted)
 
 
@@ -158,5 +158,5 @@ def test_a_tokenizer_of_the_same_size_may_be_another(tmp_path: Path) -> None:
     for fine in ("theirs", "copied", "not here"):
         checkpoint.check_tokenizer(str(tmp_path / fine))
     checkpoint.check_tokenizer(None)
-    with pytest.raises(CheckpointError, match=r"trained with, .*theirs, got another one, .*other; train on data"):
+    with pytest.raises(CheckpointError, match=r"theirs.*other"):
         checkpoint.check_tokenizer(str(tmp_path / "other"))

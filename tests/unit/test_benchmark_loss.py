@@ -24,7 +24,7 @@ SPEC.loader.exec_module(benchmark)
 SETTINGS = benchmark.Settings("fp32", tensor_parallel=1, tokens=8, vocab=512, rounds=2, peers=False)
 OURS = [
     f"ours, eager: {loss}"
-    for loss in ("alpha-beta + CE + metrics", "the same, in place", "alpha-beta", "forward KL", "ToDi")
+    for loss in ("alpha-beta + CE + metrics", "the same, in place", "forward KL", "ToDi", "both KLs + Jensen-Shannon")
 ]
 
 

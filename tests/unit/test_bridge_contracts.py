@@ -59,6 +59,7 @@ CALLS = [
     Call("megatron.bridge.recipes.llama.h100.llama3:llama32_1b_pretrain_1gpu_h100_bf16_config"),
     Call("megatron.bridge.recipes.llama.h100.llama3:llama31_8b_pretrain_2gpu_h100_bf16_config"),
     Call("megatron.bridge.recipes.qwen.h100.qwen3:qwen3_1p7b_pretrain_1gpu_h100_bf16_config"),
+    Call("megatron.bridge.recipes.nemotronh.h100.nemotron_3_nano_4b:nemotron_3_nano_4b_pretrain_8gpu_h100_bf16_config"),
 ]
 
 # Classes, the fields or attributes of theirs that are read, and those that only a base in Megatron has.
@@ -75,12 +76,17 @@ FIELDS = {
         *("vocab_size", "should_pad_vocab", "make_vocab_size_divisible_by", "seq_length", "num_moe_experts"),
         *("virtual_pipeline_model_parallel_size", "transformer_layer_spec"),
     ),
+    f"{MODELS}.hybrid.hybrid_provider:HybridModelProvider": (
+        *("vocab_size", "should_pad_vocab", "make_vocab_size_divisible_by", "seq_length", "hybrid_stack_spec"),
+        *("hybrid_layer_pattern", "mtp_hybrid_override_pattern"),
+    ),
 }
 
 # What our recipes call is another name of these.
 ALIASES = {
     "megatron.bridge.recipes.llama.llama3": ("llama32_1b_pretrain_config", "llama31_8b_pretrain_config"),
     "megatron.bridge.recipes.qwen.qwen3": ("qwen3_1p7b_pretrain_config",),
+    "megatron.bridge.recipes.nemotronh.nemotron_3_nano_4b": ("nemotron_3_nano_4b_pretrain_config",),
 }
 
 
@@ -198,5 +204,5 @@ def test_without_bridge_that_is_said() -> None:
     pytest.importorskip("megatron.training")
     if importlib.util.find_spec("megatron.bridge") is not None:
         pytest.skip("Megatron Bridge is installed")
-    with pytest.raises(HostError, match=r"expected Megatron Bridge 0.6 .* got: No module named 'megatron.bridge'"):
+    with pytest.raises(HostError, match=r"Bridge 0\.6 .*'megatron\.bridge'"):
         importlib.import_module("abkd_megatron.hosts.bridge")

@@ -24,7 +24,7 @@ from abkd_megatron.tools.dry_run import megatron_arguments
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
-# By model: what its page on https://huggingface.co gives as its size, to the digit, and the rows of the embedding in
+# By model: what its page on https://huggingface.co gives as its size, and the rows of the embedding in
 # its config.json.
 PUBLISHED = {
     "llama-3.1-8b": (8_030_261_248, 128256),
@@ -36,22 +36,30 @@ PUBLISHED = {
     "qwen3-1.7b": (1_720_574_976, 151936),
     "qwen3-8b": (8_190_735_360, 151936),
     "qwen3-30b-a3b": (30_532_122_624, 151936),
+    # Three digits: its page, and https://arxiv.org/abs/2512.20848.
+    "nemotron-3-nano-4b": (3.97e9, 131072),
+    "nemotron-3-nano-30b-a3b": (31.6e9, 131072),
 }
 
 
 def parameters(model: dict[str, Any], rows: int) -> int:
-    """Of a decoder with RMSNorm, grouped queries and gated MLPs."""
+    """Of a decoder with RMSNorm and grouped queries, gated MLPs unless it has squared ReLU."""
     hidden, heads = model["hidden-size"], model["num-attention-heads"]
-    channels = model.get("kv-channels", hidden // heads)
+    channels, matrices = model.get("kv-channels", hidden // heads), 2 if model.get("squared-relu") else 3
     queries, keys = heads * channels, model["num-query-groups"] * channels
     attention = hidden * (queries + 2 * keys) + queries * hidden
     attention += (queries + 2 * keys) * bool(model.get("add-qkv-bias")) + 2 * channels * bool(model.get("qk-layernorm"))
+    layers = {"*": attention, "-": matrices * hidden * model.get("ffn-hidden-size", 0)}
     if experts := model.get("num-experts"):
-        mlp = experts * 3 * hidden * model["moe-ffn-hidden-size"] + experts * hidden
-    else:
-        mlp = 3 * hidden * model["ffn-hidden-size"]
+        layers["E"] = experts * matrices * hidden * model["moe-ffn-hidden-size"] + experts * hidden
+        layers["E"] += matrices * hidden * model.get("moe-shared-expert-intermediate-size", 0)
+    if heads := model.get("mamba-num-heads"):
+        inner, states = heads * model["mamba-head-dim"], model["mamba-num-groups"] * model["mamba-state-dim"]
+        convolved = inner + 2 * states
+        layers["M"] = hidden * (inner + convolved + heads) + 5 * convolved + 3 * heads + inner + inner * hidden
+    pattern = model.get("hybrid-layer-pattern") or ("*E" if experts else "*-") * model["num-layers"]
     embeddings = rows * hidden * (2 if model.get("untie-embeddings-and-output-weights") else 1)
-    return model["num-layers"] * (attention + mlp + 2 * hidden) + hidden + embeddings
+    return sum(layers[letter] + hidden for letter in pattern) + hidden + embeddings
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*H100.yaml")), ids=lambda path: path.stem)
@@ -61,7 +69,8 @@ def test_the_models_have_their_published_sizes(path: Path) -> None:
     teacher = {**student, **config["teacher"]}
     for model, checkpoint in ((student, student["pretrained-checkpoint"]), (teacher, teacher["load"])):
         expected, rows = PUBLISHED[Path(checkpoint).name]
-        assert parameters(model, rows) == expected, checkpoint
+        found = parameters(model, rows)
+        assert found == (expected if isinstance(expected, int) else pytest.approx(expected, rel=0.002)), checkpoint
 
 
 # What the teachers' config.json has on https://huggingface.co, apart from what no model is built from.
@@ -157,6 +166,40 @@ OF_HUGGING_FACE: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 48,
         "num_key_value_heads": 4,
     },
+    "nemotron-3-nano-30b-a3b": {
+        "model_type": "nemotron_h",
+        "attention_bias": False,
+        "chunk_size": 128,
+        "conv_kernel": 4,
+        "expand": 2,
+        "head_dim": 128,
+        "hidden_size": 2688,
+        "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+        "intermediate_size": 1856,
+        "layer_norm_epsilon": 1e-05,
+        "mamba_head_dim": 64,
+        "mamba_num_heads": 64,
+        "max_position_embeddings": 262144,
+        "mlp_hidden_act": "relu2",
+        "moe_intermediate_size": 1856,
+        "moe_shared_expert_intermediate_size": 3712,
+        "n_group": 1,
+        "n_groups": 8,
+        "n_routed_experts": 128,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts_per_tok": 6,
+        "num_hidden_layers": 52,
+        "num_key_value_heads": 2,
+        "partial_rotary_factor": 1.0,
+        "rope_theta": 10000,
+        "routed_scaling_factor": 2.5,
+        "ssm_state_size": 128,
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "vocab_size": 131072,
+    },
 }
 
 
@@ -177,11 +220,19 @@ def test_the_teachers_are_those_of_hugging_face(path: Path, tmp_path: Path) -> N
 
     def compare(**changes: Any) -> str:
         (tmp_path / "config.json").write_text(json.dumps({**described, **changes}))
-        index = Metadata({"embedding.word_embeddings.weight": rows(described["vocab_size"])})
+        norm = "final_norm" if teacher.hybrid_layer_pattern else "final_layernorm"
+        index = Metadata(
+            {"embedding.word_embeddings.weight": rows(described["vocab_size"]), f"decoder.{norm}.weight": rows(1)}
+        )
         return check_teacher(config, TeacherCheckpoint(tmp_path, {}, index), teacher, student.vocab_size)
 
     assert "config.json" in compare()
-    other: list[dict[str, Any]] = [{"rope_theta": 10000.0}, {"num_attention_heads": 16}, {"rms_norm_eps": 1e-4}]
-    for changes in (*other, {"vocab_size": 100000}, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}):
+    other: list[dict[str, Any]] = [{"num_attention_heads": 16}, {"vocab_size": 100000}]
+    if described["model_type"] == "nemotron_h":
+        other += [{"hybrid_override_pattern": "ME*" * 17 + "M"}, {"ssm_state_size": 64}, {"mlp_hidden_act": "silu"}]
+    else:
+        rope_scaling = {"rope_type": "linear", "factor": 4.0}
+        other += [{"rope_theta": 10000.0}, {"rms_norm_eps": 1e-4}, {"rope_scaling": rope_scaling}]
+    for changes in other:
         with pytest.raises(CheckpointError):
             compare(**changes)

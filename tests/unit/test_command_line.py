@@ -39,7 +39,7 @@ def words_of(line: str) -> list[str]:
 
 def test_the_stand_in_refuses_to_start_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(HostError, match=r"this machine has a GPU.*device: cuda"):
+    with pytest.raises(HostError, match=r"device: cuda"):
         cpu_backend.install()
     assert not torch.cuda.is_initialized()
 

@@ -7,8 +7,11 @@ from functools import partial
 import pytest
 
 from abkd_megatron.config.load import load_config
-from abkd_megatron.errors import ConfigError
-from abkd_megatron.tools import compare
+from abkd_megatron.config.presets import PRESETS
+from abkd_megatron.errors import ConfigError, HostError
+from abkd_megatron.tools import compare, comparison
+from abkd_megatron.tools.events import Run
+from abkd_megatron.vocab_parallel.diagnostics import NUM_BINS, gap_name
 
 YAML = """\
 device: cpu
@@ -51,13 +54,27 @@ def test_every_loss_at_every_seed_with_a_configuration_of_its_own(load, tmp_path
         runs[run.loss].check("distill")
         assert runs[run.loss].megatron["seed"] == 5
         assert runs[run.loss].megatron["save"] == str(run.directory / "checkpoints")
-        assert runs[run.loss].distillation.diagnostics
+        assert runs[run.loss].distillation.diagnostics and runs[run.loss].data.seed == compare.DATA_SEED
     of = {name: run.distillation for name, run in runs.items()}
     assert (of["CE only"].kd_weight, of["CE only"].lm_weight, of["CE only"].alpha) == (0.0, 1.0, 0.4)
     assert of["steep"].losses == [{"name": "forward_kl", "weight": 0.5}]
     assert of["steep"].temperature.points == ((0, 2.0), (9, 1.0))
     assert (of["ToDi"].divergence, of["ToDi"].lm_weight) == ("todi", 0.0)
     assert (runs["ToDi"].megatron["lr"], "lr" in runs["steep"].megatron) == (0.1, False)
+
+
+def test_a_preset_of_a_loss_replaces_what_the_file_has(load):
+    override = "compare.losses={annealed: {preset: pretrain, kd_weight: 2}, late: {kd_weight: {schedule: linear, "
+    override += "from: 0, to: 1, start: 0.9, end: 1.0, by: fraction}, lm_weight: 1}}"
+    planned = compare.plan(load([override]), partial(_with, load, override))
+    for run in planned:
+        run.prepare()
+    options = load.keywords["megatron_options"]
+    of = {run.loss: load_config(run.directory / "config.yaml", [], options).distillation for run in planned}
+    assert (of["annealed"].preset, of["annealed"].kd_weight, of["annealed"].lm_weight) == ("pretrain", 2.0, 0.0)
+    assert of["annealed"].alpha == PRESETS["pretrain"]["alpha"] and of["annealed"].beta == PRESETS["pretrain"]["beta"]
+    assert (of["late"].preset, of["late"].alpha, of["late"].lm_weight) == ("none", 0.4, 1.0)
+    assert (of["late"].kd_weight.by, of["late"].kd_weight.points) == ("fraction", ((0.9, 0.0), (1.0, 1.0)))
 
 
 def test_the_shown_configuration_is_the_same(load, tmp_path):
@@ -104,9 +121,7 @@ def test_what_another_configuration_left_is_kept(load, tmp_path):
         run.prepare()  # its own is found again
     override = "distillation.chunk_tokens=64"
     changed = compare.plan(load([override]), partial(_with, load, override))
-    with pytest.raises(
-        ConfigError, match=r"configuration \(chunk_tokens: 64; chunk_tokens: null\); choose another comp"
-    ):
+    with pytest.raises(ConfigError, match=r"chunk_tokens: 64; chunk_tokens: null.*comp"):
         changed[0].prepare()
     assert "chunk_tokens: null" in (tmp_path / "out/ce-only/seed-3/config.yaml").read_text()
 
@@ -120,25 +135,68 @@ def result(loss: str, seed: int, ce: float) -> dict:
 def test_spread_within_seeds_leaves_out_what_they_have_in_common():
     found = {"A": (4.0, 5.0, 6.0), "B": (4.1, 5.3, 6.2), "C": (4.2, 5.1, 6.1)}
     results = [result(loss, seed, ce) for loss, values in found.items() for seed, ce in enumerate(values)]
-    summary = compare.summarize(results, list(found))
+    summary = comparison.summarize(results, list(found))
     of = {loss: summary[loss]["cross entropy"] for loss in found}
     assert of["B"]["mean"] == pytest.approx(5.2)
     assert of["B"]["std"] == pytest.approx(statistics.stdev(found["B"]))
     residues = [4.1 - 4.1, 5.3 - 15.4 / 3, 6.2 - 6.1]
     assert of["B"]["std within seeds"] == pytest.approx(statistics.stdev(residues) * (3 / 2) ** 0.5)
     assert summary["teacher"]["cross entropy"]["mean"] == 3.0
-    text = compare.table(summary)
-    assert f"| B | 5.200 ± {of['B']['std within seeds']:.3f} |" in text
+    text = comparison.table(summary)
+    assert f"| B | 5.200 ± {of['B']['std within seeds']:.3f} | 0.200 [" in text
     assert "| teacher | 3.000 |" in text and "3 seeds ± standard deviation after subtracting" in text
 
 
 def test_an_unfinished_comparison_is_told_as_such():
     results = [result("A", 0, 4.0), result("A", 1, 5.0), result("B", 0, 4.5)]
-    summary = compare.summarize(results, ["A", "B", "C"])
+    summary = comparison.summarize(results, ["A", "B", "C"])
     assert summary["A"]["cross entropy"]["std within seeds"] is None and "C" not in summary
-    text = compare.table(summary)
-    assert "| A | 4.500 ± 0.707 |" in text and "| B | 4.500 |" in text
+    text = comparison.table(summary)
+    assert "| A | 4.500 ± 0.707 |  |" in text and "| B | 4.500 | 0.500 |" in text
     assert "1 to 2 seeds ± standard deviation over the seeds" in text
+
+
+def test_differences_are_paired_by_seed():
+    found = {"A": (4.0, 5.0, 6.0), "B": (4.1, 5.3, 6.2), "C": (4.0, 5.1, 6.3)}
+    results = [result(loss, seed, ce) for loss, values in found.items() for seed, ce in enumerate(values)]
+    of = comparison.differences(results)["B"]["A"]
+    half = 4.3027 * statistics.stdev([0.1, 0.3, 0.2]) / 3**0.5
+    assert [of["mean"], of["low"], of["high"], of["seeds"]] == pytest.approx([0.2, 0.2 - half, 0.2 + half, 3])
+    assert comparison.differences(results)["A"]["B"]["low"] == pytest.approx(-0.2 - half)
+    line = comparison.recommend(results)
+    assert line.startswith("Recommendation: none. A has") and "nor is B told apart" in line
+    assert comparison.differences([*results, result("D", 9, 4.0)])["D"] == {}, "no seed in common"
+
+    won = [
+        result(loss, seed, ce) for loss, values in found.items() if loss != "C" for seed, ce in enumerate(values * 3)
+    ]
+    assert comparison.recommend(won).startswith(
+        "Recommendation: A. Its cross entropy is 0.200 [0.133, 0.267] nats below B"
+    )
+    for few in (results[:1], [*results[:3], result("B", 0, 4.1)]):
+        assert comparison.recommend(few).startswith("Recommendation: none.")
+
+
+@pytest.mark.parametrize(
+    ("freedom", "wanted"), [(1, 12.7062), (4, 2.7764), (10, 2.2281), (11, 2.2010), (20, 2.0860), (60, 2.0003)]
+)
+def test_points_of_students_t(freedom, wanted):
+    assert comparison.t_quantile(freedom) == pytest.approx(wanted, abs=2e-4)
+
+
+def test_results_of_event_files():
+    run = Run("A", paces=[0.5, 0.4, 9.0], arguments={"global_batch_size": "8", "seq_length": "32"})
+    run.splits |= {"validation": {"lm loss": {10: 5.0, 20: 4.5}}, "test": {"lm loss": {20: 4.4}}}
+    for split, steps in (("test", [20]), ("validation", [10, 20])):
+        run.splits[split] |= {gap_name(index): dict.fromkeys(steps, 0.01) for index in range(NUM_BINS)}
+    found = comparison.result_of(run)
+    assert found["test"]["lm loss"] == 4.4 and found["validation"]["10"]["lm loss"] == 5.0
+    assert (found["seconds per step"], found["tokens per step"]) == (0.5, 256)
+    assert found["test"]["calibration error"] == pytest.approx(0.01 * NUM_BINS)
+    assert not any(gap_name(0) in report for report in (found["test"], found["validation"]["20"]))
+    run.splits["test"] = {}
+    with pytest.raises(HostError, match="test split"):
+        comparison.result_of(run)
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path):
@@ -154,21 +212,25 @@ def test_the_picture_is_drawn_of_whatever_is_done(tmp_path, monkeypatch):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     figures = []
     monkeypatch.setattr(pyplot, "close", figures.append)
-    names = [name for name, _ in compare._CURVES]
+    names = [name for name, _ in comparison._CURVES]
     results = [result("A", 0, 4.0), result("A", 1, 5.0), result("B", 0, 4.5)]
     for one in results:
+        one |= {"tokens per step": 64, "seconds per step": 0.5}
         one["validation"] = {str(step): dict.fromkeys(names, one["seed"] + step) for step in (10, 20)}
-    compare.draw(results, ["A", "B", "C"], tmp_path / "picture.png")
+    comparison.draw(results, ["A", "B", "C"], tmp_path / "picture.png")
     (figure,) = figures
     height, width, _ = pyplot.imread(tmp_path / "picture.png").shape
     assert [width, height] == [round(inches * 100) for inches in figure.get_size_inches()]
     assert [axis.get_title() for axis in figure.axes[:2]] == ["cross entropy, test", "KL(teacher, student), test"]
     dots = [(list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines]
     assert dots == [([4.0, 5.0], [0, 0]), ([4.5], [0]), ([4.5], [1]), ([4.5], [1])]  # seeds, then their mean
-    for axis, name in zip(figure.axes[6:], names, strict=True):
+    units = [("step", 1)] * 6 + [("tokens", 64), ("seconds", 0.5)]
+    for axis, name, (unit, scale) in zip(figure.axes[8:], [*names, names[0], names[0]], units, strict=True):
         curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines}
-        assert curves == {"A": ([10, 20], [10.5, 20.5]), "B": ([10, 20], [10.0, 20.0])}, name
-    json.dumps(compare.summarize(results, ["A", "B"]))
+        steps = [10 * scale, 20 * scale]
+        assert curves == {"A": (steps, [10.5, 20.5]), "B": (steps, [10.0, 20.0])}, name
+        assert axis.get_xlabel() == unit
+    json.dumps(comparison.summarize(results, ["A", "B"]))
 
 
 @pytest.mark.parametrize("content", [None, "mine", "[1]", '{"runs": []}'])
@@ -177,7 +239,7 @@ def test_what_no_comparison_has_written_is_not_written_over(tmp_path, content):
     (tmp_path / "table.md").write_text("mine")
     if content is not None:
         (tmp_path / "results.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"without .*table.md.*choose another"):
+    with pytest.raises(ConfigError, match=r"table\.md"):
         compare.check_out(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps({"summary": {}, "runs": []}))
     compare.check_out(tmp_path)

@@ -228,7 +228,6 @@ CALLS = [
     Call("megatron.training.training:get_optimizer_param_scheduler", JOB, ("optimizer",)),
     *(Call(f"megatron.training:get_{name}", JOB) for name in ("args", "tensorboard_writer", "timers", "tokenizer")),
     Call("megatron.training:print_rank_0", f"{ADD}, {RULES}", ("message",)),
-    Call("megatron.core.utils:log_single_rank", "student/supported.py", ("logger",)),
     Call("megatron.core.num_microbatches_calculator:get_current_running_global_batch_size", ADD),
     Call("megatron.core.utils:get_attr_wrapped_model", ADD, ("model", "attr")),
     # A job without its ranks and its GPU.
@@ -270,6 +269,17 @@ CALLS = [
         META_RUN,
         (),
         ("qk_layernorm", "normalization"),
+    ),
+    Call(
+        "megatron.core.models.gpt.gpt_layer_specs:get_gpt_decoder_block_spec",
+        META_RUN,
+        ("config", "use_transformer_engine", "normalization"),
+        ("vp_stage",),
+    ),
+    Call(
+        "megatron.core.transformer.moe.experts:SequentialMLP.forward",
+        META_RUN,
+        ("self", "permuted_local_hidden_states", "tokens_per_expert", "permuted_probs"),
     ),
     # Batches and data.
     Call(
@@ -404,7 +414,7 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
     ),
     (f"{CHECKPOINTS}.core:CheckpointingException", CHECKPOINT, ()),
     ("megatron.core.distributed:TorchFullyShardedDataParallel", ATTACH, ()),
-    ("megatron.core.distributed.fsdp.mcore_fsdp_adapter:FullyShardedDataParallel", ATTACH, ()),
+    ("megatron.core.distributed.fsdp:mcore_fsdp_adapter", ATTACH, ("FullyShardedDataParallel",)),
     (
         "megatron.core.transformer.moe.router:TopKRouter",
         f"{TEACHER}, {BRIDGE}",
@@ -487,7 +497,18 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
     ),
     ("megatron.core.models.common.embeddings.rope_utils", DRY, ("fused_apply_rotary_pos_emb",)),
     ("megatron.core.transformer.moe.moe_utils", DRY, ("fused_permute", "fused_unpermute")),
+    ("megatron.core.utils:log_single_rank", "student/supported.py", ()),  # two signatures: *args, or level and msg
     ("megatron.core.transformer:transformer_block", META_RUN, ("LayerNormImpl",)),
+    ("megatron.core.models.gpt.gpt_layer_specs:LNImpl", META_RUN, ()),
+    ("megatron.core.ssm:mamba_context_parallel", META_RUN, ("HAVE_EINOPS",)),
+    (
+        "megatron.core.ssm:mamba_mixer",
+        META_RUN,
+        ("HAVE_MAMBA_SSM", "HAVE_EINOPS", "mamba_split_conv1d_scan_combined", "ExtendedRMSNorm"),
+    ),
+    ("megatron.core.ssm.gated_delta_net:common", META_RUN, ("HAVE_FLA", "l2norm")),
+    ("megatron.core.ssm.gated_delta_net:gdn", META_RUN, ("causal_conv1d", "chunk_gated_delta_rule")),
+    ("megatron.core.transformer.moe.experts:SequentialMLP", META_RUN, ("forward",)),
     ("megatron.core.transformer.spec_utils:ModuleSpec", META_RUN, ("submodules",)),
     ("megatron.training.models:GPTModelConfig", META_RUN, ("transformer",)),
     ("megatron.core.datasets.gpt_dataset:GPTDataset", JOB, ()),
@@ -513,6 +534,12 @@ def test_it_can_be_called_as_we_do(call: Call) -> None:
         signature.bind(*call.positional, **dict.fromkeys(call.keywords))
     except TypeError as error:
         pytest.fail(f"{told} calls it with {call.positional} and {call.keywords}: {error}")
+
+
+def test_the_wrappers_are_classes() -> None:
+    from abkd_megatron.student.supported import _MEGATRON_FSDP, _WRAPPERS
+
+    assert _MEGATRON_FSDP and all(isinstance(wrapper, type) for wrapper in _WRAPPERS)
 
 
 def assigned(kind: type) -> Iterator[str]:

@@ -194,17 +194,17 @@ def test_changed_documents_are_refused(tmp_path, config):
     config = replace(config, source=[str(text)], dir=str(tmp_path / "d"), vocab_size=360)
     prepare(config, quiet)
     (text / "0.txt").write_text("another text")
-    with pytest.raises(DataError, match="has other data: expected documents_sha256"):
+    with pytest.raises(DataError, match="documents_sha256"):
         prepare(config, quiet)
 
 
 def test_any_other_directory_is_refused(tmp_path, config):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(DataError, match=r"exists but is not a complete prepared.*choose another data.dir"):
+    with pytest.raises(DataError, match=r"data\.dir"):
         prepare(replace(config, dir=str(tmp_path / "mine")), quiet)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
-    with pytest.raises(DataError, match="exists but is not a complete prepared"):
+    with pytest.raises(DataError, match="complete"):
         prepare(replace(config, dir=str(tmp_path / "mine" / "thesis.tex")), quiet)
 
 
@@ -221,9 +221,9 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, config, failure):
 
 
 def test_open_names_what_is_missing(prepared, tmp_path):
-    with pytest.raises(DataError, match="got no directory; run `abkd-megatron prepare`"):
+    with pytest.raises(DataError, match="`abkd-megatron prepare`"):
         PreparedData.open(tmp_path / "none")
-    with pytest.raises(DataError, match=r"expected a manifest.json.*run `abkd-megatron prepare`"):
+    with pytest.raises(DataError, match=r"manifest\.json.*`abkd-megatron prepare`"):
         PreparedData.open(tmp_path)
     for number, (name, change, message) in enumerate(
         [
@@ -247,7 +247,7 @@ def test_open_names_what_is_missing(prepared, tmp_path):
             PreparedData.open(copy)
     manifest = {**prepared.manifest, "format": 0}
     (tmp_path / "6" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match="expected manifest format 1, got 0"):
+    with pytest.raises(DataError, match="format 1, got 0"):
         PreparedData.open(tmp_path / "6")
 
 
@@ -275,15 +275,15 @@ def test_too_little(tmp_path, config):
         (str(tmp_path / "*.txt"), "check the path"),
         (str(tmp_path), "a glob"),  # which is there
     ):
-        with pytest.raises(DataError, match=f"got nothing to read; .*{remedy}"):
+        with pytest.raises(DataError, match=remedy):
             prepare(replace(config, source=[source]), quiet)
     for size in (300, 100_000):
-        with pytest.raises(DataError, match=f"data.vocab_size {size}: SentencePiece makes no such model"):
+        with pytest.raises(DataError, match=f"data.vocab_size {size}"):
             prepare(replace(config, vocab_size=size), quiet)
-    with pytest.raises(DataError, match=r"data.dir: expected an output directory"):
+    with pytest.raises(DataError, match=r"data\.dir"):
         prepare(replace(config, dir=None), quiet)
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="expected a writable directory"):
+    with pytest.raises(DataError, match="writable"):
         prepare(replace(config, dir=str(tmp_path / "file" / "d")), quiet)
     assert not (tmp_path / "d").exists()
 
@@ -295,7 +295,7 @@ def test_what_is_advised_of_too_few_documents_helps(tmp_path, config):
         documents = [f"document {number} {name} " * 40 for name in range(1 + number % 4)]
         (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
         one = replace(config, source=[str(tmp_path / "a.jsonl")], dir=str(tmp_path / "d"), held_out=0.01)
-        with pytest.raises(DataError, match=r"expected documents in each of .*add documents to data.source") as caught:
+        with pytest.raises(DataError, match=r"data\.source") as caught:
             prepare(one, quiet)
         assert "raise" not in str(caught.value)
         if named := re.search(r"set data.held_out=(\S+),", str(caught.value)):
@@ -331,7 +331,7 @@ def test_what_is_advised_of_a_vocabulary_helps(text, vocab_size, remedy):
 
 def test_a_file_that_may_not_be_read_is_not_said_to_be_no_utf_8(tmp_path):
     (tmp_path / "a.txt").mkdir()
-    with pytest.raises(DataError, match=r"expected a readable file, got: .*Is a directory"):
+    with pytest.raises(DataError, match=r"Is a directory"):
         module._read_text(tmp_path / "a.txt")
 
 

@@ -75,10 +75,11 @@ def test_only_the_students_differ_in_their_teacher(tmp_path):
 
 
 def test_verdict_follows_the_numbers():
-    alone = {"kl to teacher": 0.58, "cross entropy": 4.4}
-    distilled = {"kl to teacher": 0.31, "cross entropy": 4.5}
+    alone = {"kl to teacher": 0.58, "cross entropy": 4.4, "seconds per step": 0.2}
+    distilled = {"kl to teacher": 0.31, "cross entropy": 4.5, "seconds per step": 0.5}
     text = demo.verdict(alone, distilled)
-    assert "0.310 against 0.580 (closer)" in text and "4.500 against 4.400 (worse)" in text
+    assert "0.310 against 0.580 (closer)" in text and "4.500 against 4.400 (0.100 worse)" in text
+    assert "0.50 against 0.20" in text
     text = demo.verdict(distilled, alone)
-    assert "(farther)" in text and "(better)" in text
+    assert "(farther)" in text and "(0.100 better)" in text
     assert demo.verdict(alone, alone).count("the same") == 2

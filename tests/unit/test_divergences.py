@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from abkd_megatron import AlphaBeta, ToDi, kernels, vocab_parallel_divergence
+from abkd_megatron.config.presets import PRESETS
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses import (
     Divergence,
@@ -244,6 +245,30 @@ def test_equal_probabilities_have_no_slope_in_total_variation():
     log_p = torch.tensor([-1.0, -2.0, -0.5, -1.0])
     grad_log_q = TotalVariation().grad_log_q(log_p, log_q, log_p - log_q)
     torch.testing.assert_close(grad_log_q, torch.tensor([0.0, 0.5, -0.5, 0.0]) * math.exp(-1.0))
+
+
+@pytest.mark.parametrize("kernel", ["eager", "cpp"])
+@pytest.mark.parametrize("spread", [0.1, 3.0, 10.0])
+def test_an_annealed_alpha_beta_is_exact_from_its_limit_on(kernel, spread):
+    """Forward KL first, (0.2, 0.7) last, in fp32: next to the limit, and where probabilities vanish."""
+    generator = torch.Generator().manual_seed(0)
+    logits = spread * torch.randn(2, 40, 300, generator=generator, dtype=torch.float64)
+    alpha, beta = PRESETS["pretrain"]["alpha"], PRESETS["pretrain"]["beta"]
+    for done in (0.0, 0.5, 0.5 + 1e-15, 0.5 + 1e-9, 0.5 + 1e-6, 0.501, 0.75, 0.999, 1.0):
+        divergence = AlphaBeta(alpha.value(done), beta.value(done))
+        student, teacher = logits.float().double()
+        student.requires_grad_()
+        # The dense form cancels this near to the limit, from which the divergence differs by less than fp32 can tell.
+        dense = divergence if done > 0.5 + 1e-8 else AlphaBeta(1, 0)
+        expected = reference_divergence(dense, student, teacher)
+        (of_expected,) = torch.autograd.grad(expected.sum(), student)
+        ours = student.detach().float().requires_grad_()
+        with kernels.using(kernel):
+            value = vocab_parallel_divergence(ours, teacher.float(), divergence)
+        (gradient,) = torch.autograd.grad(value.sum(), ours)
+        assert value.isfinite().all() and gradient.isfinite().all()
+        torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=1e-8)
+        assert (gradient - of_expected).abs().amax() <= 1e-5 * of_expected.abs().amax()
 
 
 @pytest.mark.parametrize(
@@ -648,7 +673,7 @@ def test_parameters_that_are_no_finite_number_are_refused(bad):
         lambda: ToDi(bad),
         lambda: JensenShannon(bad),
     ):
-        with pytest.raises(ConfigError, match=r"expected .* finite number, got .*: give"):
+        with pytest.raises(ConfigError, match=r"finite number, got "):
             build()
 
 
@@ -657,12 +682,12 @@ def test_other_parameters_are_refused():
         AlphaBeta(1.7e308, 1.7e308)
     with pytest.raises(ConfigError, match="scale >= 0, got -1"):
         ToDi(-1.0)
-    with pytest.raises(ConfigError, match="detach to be true or false, got 1"):
+    with pytest.raises(ConfigError, match=r"detach .*got 1"):
         ToDi(1.0, 1)
     assert AlphaBeta(1, -2) == AlphaBeta(1.0, -2.0)
     for bad in (0, 1, -0.1, 1.1, 1e-400):
         for build in (JensenShannon, SkewForwardKL, SkewReverseKL):
-            with pytest.raises(ConfigError, match=r"between 0 and 1, both excluded, got .*kl"):
+            with pytest.raises(ConfigError, match=r"between 0 and 1.*got .*kl"):
                 build(bad)
     for terms, message in (
         ([], "at least one term"),
@@ -678,17 +703,17 @@ def test_input_that_cannot_be_right_is_refused():
     student, teacher = random_logits(3, 8)
     labels = torch.zeros(3, dtype=torch.int64)
     ab, shard = AlphaBeta(0.5, 0.5), VocabShard.megatron(8)
-    with pytest.raises(ConfigError, match=r"one shape .*\[3, 8\] and \[3, 7\]: pad"):
+    with pytest.raises(ConfigError, match=r"\[3, 8\] and \[3, 7\]"):
         vocab_parallel_divergence(student, teacher[:, :7], ab)
-    with pytest.raises(ConfigError, match=r"teacher logits of a floating dtype, got torch.int64"):
+    with pytest.raises(ConfigError, match=r"teacher .*torch\.int64"):
         vocab_parallel_divergence(student, teacher.long(), ab)
     for bad in (0.0, -1.0, math.nan, math.inf, "2"):
-        with pytest.raises(ConfigError, match="temperature to be a finite number above 0, got"):
+        with pytest.raises(ConfigError, match=r"temperature .*above 0, got"):
             vocab_parallel_divergence(student, teacher, ab, temperature=bad)
     for bad in (0, 9, -1, 7.5, True, "8"):
         with pytest.raises(ConfigError, match=r"vocab_size .*got"):
             vocab_parallel_divergence(student, teacher, ab, vocab_size=bad)
-    with pytest.raises(ConfigError, match="expected a Divergence such as"):
+    with pytest.raises(ConfigError, match="expected a Divergence"):
         vocab_parallel_divergence(student, teacher, "alpha_beta")
     for bad in (labels[:2], labels[:, None], labels.int()):
         with pytest.raises(ConfigError, match=r"labels of (shape|dtype)"):
@@ -712,7 +737,7 @@ def test_logits_that_cannot_be_overwritten_are_refused():
     leaf = student.requires_grad_()
     with pytest.raises(ConfigError, match="got a leaf"):
         in_place(leaf)
-    with pytest.raises(ConfigError, match=r"contiguous student logits, got shape \[3, 4\] with strides \(8, 2\)"):
+    with pytest.raises(ConfigError, match=r"student .*\[3, 4\].*\(8, 2\)"):
         in_place((leaf * 1)[:, ::2], teacher[:, ::2])
     both = (leaf * 1).expand(2, 3, 8).contiguous()
     with pytest.raises(ConfigError, match="one storage for both"):

@@ -13,7 +13,7 @@ from pages import DOCS, PAGES, ROOT
 
 from abkd_megatron.config.schema import CompareConfig, DataConfig, DistillationConfig, TeacherConfig
 from abkd_megatron.losses.registry import DIVERGENCES, LOGIT_LOSSES, parameters
-from abkd_megatron.tools.compare import summarize, table
+from abkd_megatron.tools.comparison import differences, recommend, summarize, table
 
 RESULTS = json.loads((DOCS / "comparison.json").read_text())
 
@@ -30,6 +30,8 @@ def test_the_comparison_shows_its_results() -> None:
     summary = summarize(RESULTS["runs"], list(RESULTS["summary"])[:-1])
     assert summary == RESULTS["summary"]
     assert table(summary) in (DOCS / "comparison.md").read_text()
+    assert recommend(RESULTS["runs"]) == RESULTS["recommendation"] in (DOCS / "comparison.md").read_text()
+    assert differences(RESULTS["runs"]) == RESULTS["differences"]
     seeds = {run["seed"] for run in RESULTS["runs"]}
     assert len(seeds) >= 5 and len(RESULTS["runs"]) == len(seeds) * (len(summary) - 1)
     assert (DOCS / "comparison.png").stat().st_size > 50_000
@@ -42,7 +44,7 @@ def test_concepts_quotes_the_comparison() -> None:
     found = [line.strip("| ").split(" | ") for line in table(RESULTS["summary"]).splitlines()]
     for name, *numbers in quoted:
         (row,) = [row for row in found if row[0] == name]
-        assert [cell.split()[0] for cell in row[1:3]] == numbers
+        assert [cell.split()[0] for cell in (row[1], row[3])] == numbers
     assert [row[1] for row in quoted] == sorted(row[1] for row in quoted)
 
 

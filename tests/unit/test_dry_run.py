@@ -130,7 +130,7 @@ def test_a_tokenizer_that_is_not_here() -> None:
     absent = config("megatron.tokenizer-type=SentencePieceTokenizer", "megatron.tokenizer-model=/nowhere")
     assert megatron_arguments(absent, 8)[0].padded_vocab_size == 5120  # of the size that is given
     del absent.megatron["vocab-size"]
-    with pytest.raises(DataError, match=r"SentencePieceTokenizer /nowhere on this machine.*megatron.vocab-size"):
+    with pytest.raises(DataError, match=r"SentencePieceTokenizer /nowhere .*megatron\.vocab-size"):
         megatron_arguments(absent, 8)
 
 
@@ -141,7 +141,7 @@ def test_a_tokenizer_that_megatron_would_download(kind: str, tmp_path: Path, mon
     download = megatron_hf_tokenizer.MegatronHFTokenizer._download
     absent = config(f"megatron.tokenizer-type={kind}")
     del absent.megatron["vocab-size"]
-    with pytest.raises(DataError, match=f"{kind} on this machine, got FileNotFoundError: .*a job would download from"):
+    with pytest.raises(DataError, match=f"{kind} .*FileNotFoundError"):
         megatron_arguments(absent, 8)
     assert not cache.exists()
     assert megatron_hf_tokenizer.MegatronHFTokenizer._download is download

@@ -1,22 +1,49 @@
 """An estimate's own arithmetic, and how it is shown; what a job takes is in tests/host/test_estimate.py.
 
-Proves: parameters of published models; FLOPs against six a weight and attention, recomputation and spared heads; which
+Proves: parameters of published models, and of models that Megatron builds at TP, PP and EP, for every layer of a
+pattern; FLOPs against six a weight and attention, against Megatron's own formula, recomputation and spared heads; which
 ranks stand for the others; which layouts are tried; a ledger's account of storages; the table and the picture.
 """
 
+import contextlib
+import json
+import multiprocessing
 from argparse import Namespace
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
 pytest.importorskip("megatron.training")
 
 import torch
-from megatron.core.transformer.spec_utils import import_module
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.spec_utils import ModuleSpec, import_module
+from megatron.training.training import num_floating_point_operations
 
-from abkd_megatron.tools import estimate_view, memory_tracker, meta_layers, meta_run
-from abkd_megatron.tools.estimate import Alternative, Estimate, RankEstimate, flops, kinds_of_ranks, layouts, parameters
+from abkd_megatron.config.load import load_config
+from abkd_megatron.config.megatron_args import megatron_options
+from abkd_megatron.config.model_config import model_config
+from abkd_megatron.config.schema import Config
+from abkd_megatron.errors import ConfigError
+from abkd_megatron.tools import dry_run, estimate_view, memory_tracker, meta_layers, meta_run
+from abkd_megatron.tools.estimate import (
+    Alternative,
+    Estimate,
+    RankEstimate,
+    _check,
+    _with_layout,
+    kinds_of_ranks,
+    layouts,
+)
 from abkd_megatron.tools.meta_run import Account, MemoryTracker
+from abkd_megatron.tools.model_size import flops, parameters
 
 # https://huggingface.co/meta-llama/Llama-3.1-8B/blob/main/config.json, and that of 70B.
 SIZES = {
@@ -58,6 +85,10 @@ def llama(size: str, **others: object) -> Namespace:
         "pipeline_model_parallel_layout": None,
         "account_for_embedding_in_pipeline_split": False,
         "account_for_loss_in_pipeline_split": False,
+        "hybrid_layer_pattern": None,
+        "mtp_num_layers": None,
+        "mtp_use_repeated_layer": False,
+        "num_experts": None,
     }
     return Namespace(**{**settings, **others})
 
@@ -85,6 +116,137 @@ def test_parameters_of_another_kind() -> None:
         max_position_embeddings=1024,
     )
     assert parameters(gpt2, 50257) == 124_439_808
+
+
+# A HybridModel with every kind of layer.
+HYBRID = {
+    **{"hidden-size": 64, "ffn-hidden-size": 160, "num-attention-heads": 4, "kv-channels": 32, "seq-length": 32},
+    **{"group-query-attention": True, "num-query-groups": 2, "max-position-embeddings": 32, "swiglu": True},
+    **{"position-embedding-type": "rope", "normalization": "RMSNorm", "disable-bias-linear": True},
+    **{"mamba-state-dim": 8, "mamba-head-dim": 16, "mamba-num-groups": 2, "linear-conv-kernel-dim": 4},
+    **{"linear-key-head-dim": 16, "linear-value-head-dim": 16, "linear-num-key-heads": 2, "linear-num-value-heads": 4},
+    **{"num-experts": 4, "moe-ffn-hidden-size": 96, "moe-router-topk": 2, "moe-shared-expert-intermediate-size": 80},
+    **{"untie-embeddings-and-output-weights": True, "hybrid-layer-pattern": "M*-|EG*/*-"},
+    **{"tokenizer-type": "NullTokenizer", "vocab-size": 250, "mock-data": True, "train-iters": 1, "eval-interval": 9},
+    **{"micro-batch-size": 1, "global-batch-size": 8, "lr": 0.1},
+}
+# Sizes with which none of Megatron's formulas assumes another.
+GPT = {"hybrid-layer-pattern": None, "num-layers": 4, "moe-layer-freq": "([1,0]*2)"}
+DENSE = dict.fromkeys(["moe-layer-freq", *(name for name in HYBRID if "moe" in name or "experts" in name)])
+MODELS: dict[str, tuple[int, dict[str, object]]] = {
+    "one rank": (1, {"hybrid-layer-pattern": "M*-EG*"}),
+    "tied, LayerNorm, biases": (
+        1,
+        {
+            **{"normalization": "LayerNorm", "untie-embeddings-and-output-weights": False, "qk-layernorm": True},
+            **{"hybrid-layer-pattern": "M*-EG*", "moe-shared-expert-intermediate-size": None},
+            **{"position-embedding-type": "learned_absolute", "disable-bias-linear": False},
+        },
+    ),
+    "TP 2 with SP, a size of heads of its own": (
+        2,
+        {
+            **{"hybrid-layer-pattern": "M*-EG*/-/-", "tensor-model-parallel-size": 2, "sequence-parallel": True},
+            "mamba-num-heads": 4,
+        },
+    ),
+    "PP 2, tied": (2, {"pipeline-model-parallel-size": 2, "untie-embeddings-and-output-weights": False}),
+    "PP 2 x EP 2": (4, {"pipeline-model-parallel-size": 2, "expert-model-parallel-size": 2}),
+    "GPTModel, EP 2": (2, {**GPT, "expert-model-parallel-size": 2}),
+    "GPTModel, multi-token prediction": (1, {**GPT, **DENSE, "mtp-num-layers": 2}),
+}
+
+
+def job(settings: dict[str, object]) -> Config:
+    """A configuration of these Megatron arguments, without a teacher."""
+    given = {name: value for name, value in {**HYBRID, **settings}.items() if value is not None}
+    words = [f"megatron.{name}={json.dumps(value)}" for name, value in given.items()]
+    return load_config(None, ["device=cuda", *words], megatron_options())
+
+
+def arguments(config: Config, world_size: int) -> Namespace:
+    student, _ = dry_run.megatron_arguments(config, world_size)
+    return student
+
+
+def built(settings: dict[str, object], world_size: int) -> int:
+    """The parameters of the model that Megatron builds, on the meta device: of all ranks, each once.
+
+    In a process of its own, because it patches torch and Megatron.
+    """
+    config, ledger, found = job(settings), MemoryTracker(), 0
+    for rank in range(world_size):
+        with contextlib.ExitStack() as stack:
+            watch = SimpleNamespace(step=None)
+            for owner, name, value in meta_run._replacements(config, ledger, watch, 80.0):
+                stack.enter_context(mock.patch.object(owner, name, value, create=name == "rearrange"))
+            meta_run.start_rank(rank, world_size)
+            stack.enter_context(ledger)
+            stack.enter_context(meta_run._Numbers())
+            try:
+                shortened = meta_run._without_files(config, 250, 8)
+                found += of_rank(arguments(replace(shortened, teacher=config.teacher), world_size))
+            finally:
+                dist.destroy_process_group()
+                parallel_state.destroy_model_parallel()
+    return found
+
+
+def of_rank(args: Namespace) -> int:
+    """The parameters of a rank that no earlier rank has."""
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        create_gloo_process_groups=False,
+    )
+    model_parallel_cuda_manual_seed(1)
+    groups, config = ProcessGroupCollection.use_mpu_process_groups(), model_config(args)
+    model = config.get_builder_cls()(config).build_model(groups)
+    count = 0
+    for name, parameter in model.named_parameters():
+        of_expert = not getattr(parameter, "allreduce", True)
+        tensor, data = (groups.expt_tp, groups.expt_dp) if of_expert else (groups.tp, groups.dp_cp)
+        first = data.rank() == 0 and (tensor.rank() == 0 or getattr(parameter, "tensor_model_parallel", False))
+        # Tied to the first stage's embedding, or a copy of it for multi-token prediction.
+        copy = groups.pp.rank() > 0 and name.startswith(
+            ("embedding", *(("output_layer",) if model.share_embeddings_and_output_weights else ()))
+        )
+        count += parameter.numel() if first and not copy else 0
+    return count
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_of_what_megatron_builds(processes: ProcessPoolExecutor, name: str) -> None:
+    world_size, settings = MODELS[name]
+    args = arguments(job(settings), world_size)
+    assert processes.submit(built, settings, world_size).result() == parameters(args, args.padded_vocab_size)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_against_megatrons_formula(name: str) -> None:
+    world_size, settings = MODELS[name]
+    args = arguments(job(settings), world_size)
+    found = flops(args, args)
+    training = found.student_forward + found.student_backward + found.student_head
+    # Megatron's formula leaves out routers; of a HybridModel the projections of multi-token prediction, too, and the
+    # width of a Mamba layer is twice the hidden size there.
+    h, depths, pattern = args.hidden_size, args.mtp_num_layers or 0, args.hybrid_layer_pattern
+    experts = pattern.count("E") if pattern else 2 * bool(args.num_experts)
+    besides = 6 * (h * (args.num_experts or 0) * experts)
+    if pattern:
+        besides += 6 * 2 * h * h * depths
+        inner = (args.mamba_num_heads or 2 * h // args.mamba_head_dim) * args.mamba_head_dim
+        besides += 3 * pattern.count("M") * (inner - 2 * h) * (2 * h * 3 + 7 * args.mamba_state_dim)
+    else:
+        besides -= 6 * 3 * h * depths  # norms
+    assert training == pytest.approx(num_floating_point_operations(args, 1) / args.seq_length + besides, rel=1e-12)
 
 
 def test_flops_are_six_a_weight_and_attention() -> None:
@@ -130,6 +292,8 @@ def test_a_rank_of_each_kind() -> None:
         "stages 2 to 3 of 4, teacher's 2 of 2": 16,
         "stage 4 of 4, teacher's 2 of 2": 48,
     }
+    hybrid = llama("8B", hybrid_layer_pattern="M-|M-|*-|M-")  # stages of other layers
+    assert list(kinds_of_ranks(hybrid, llama("70B")).values()) == [0, 16, 32, 48]
     swapped = llama("8B", use_tp_pp_dp_mapping=True)
     assert list(kinds_of_ranks(swapped, llama("70B")).values()) == [0, 4, 12]
 
@@ -140,6 +304,28 @@ def test_layouts_are_those_that_the_sizes_allow() -> None:
     assert (1, 1, 4) not in found  # 128 samples over 64 ranks
     assert all(tensor <= 8 and 64 % (tensor * stages) == 0 for tensor, stages, _ in found)
     assert {stages for _, stages, _ in layouts(llama("8B", num_layers=6))} == {1, 2}
+    mamba = {"hybrid_layer_pattern": "M-" * 16, "mamba_num_groups": 2}
+    assert {tensor for tensor, _, _ in layouts(llama("8B", **mamba))} == {1, 2}
+
+
+def test_layers_of_a_pattern_are_divided_over_the_stages_of_another_layout() -> None:
+    teacher = {"teacher.load": "here", "teacher.hybrid-layer-pattern": "M|*"}
+    config = load_config(
+        None,
+        [f"{name}={value}" for name, value in teacher.items()] + ["megatron.hybrid-layer-pattern=M-|*-/M-/M-"],
+        megatron_options(),
+    )
+    other = _with_layout(config, 1, 4, 1)
+    assert other.megatron["hybrid-layer-pattern"] == "M-*-/M-/M-"
+    assert other.teacher.megatron["hybrid-layer-pattern"] == "M*"
+
+
+@pytest.mark.parametrize(
+    ("student", "named"), [({"hybrid_layer_pattern": "+-"}, r"\+"), ({"moe_latent_size": 64}, "moe-latent-size")]
+)
+def test_what_cannot_be_counted_is_named(student: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError, match=rf"student.*{named}"):
+        _check(load_config(None, [], megatron_options()), llama("8B", **student), llama("70B"))
 
 
 def test_a_ledger_follows_storages_by_part() -> None:
@@ -191,6 +377,8 @@ def an_estimate() -> Estimate:
         device="cuda",
         world_size=64,
         layout="TP 4 x PP 4",
+        student="HybridModel M*-",
+        teacher="GPTModel",
         parameters=8 * 10**9,
         teacher_parameters=70 * 10**9,
         gpu_memory=24.0,
@@ -200,8 +388,10 @@ def an_estimate() -> Estimate:
     )
 
 
-def test_the_layer_spec_of_gpus_can_be_imported() -> None:
-    assert import_module(meta_run._ON_GPU["spec"]) is meta_layers.layers_of_a_gpu
+def test_the_layer_specs_of_gpus_can_be_imported() -> None:
+    of_gpt, of_hybrid = ({"num-layers": 2}, {"hybrid-layer-pattern": "M-"})
+    assert import_module(meta_run._layers(of_gpt, "cuda")["spec"]) is meta_layers.layers_of_a_gpu
+    assert isinstance(import_module(meta_run._layers(of_hybrid, "cuda")["spec"]), ModuleSpec)
 
 
 def test_what_is_shown(capsys, tmp_path, monkeypatch) -> None:
@@ -213,6 +403,7 @@ def test_what_is_shown(capsys, tmp_path, monkeypatch) -> None:
     estimate_view.show(estimate, tmp_path / "folder")
     text = capsys.readouterr().out
     assert "32.00" in text and "7.00" in text
+    assert "HybridModel M*-" in text and "GPTModel" in text
     assert "activations kept for backward, 94%. Does not fit in 24 GiB." in text
     assert "Not counted" in text
     rows = [line for line in text.splitlines() if line.startswith("│")]

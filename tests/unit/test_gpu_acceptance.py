@@ -203,7 +203,7 @@ def test_what_this_machine_cannot_run_is_skipped(stand_in):
 def test_only_brings_what_it_needs():
     assert [one.name for one in gpu.choose(["train TP 2"])] == ["data", "train local", "train TP 2"]
     assert len(gpu.choose(None)) == len(gpu.stages())
-    with pytest.raises(ValueError, match="no stage 'nothing'; there are: versions"):
+    with pytest.raises(ValueError, match=r"'nothing'.*versions"):
         gpu.choose(["nothing"])
 
 

@@ -24,7 +24,7 @@ def parser() -> ArgumentParser:
 def test_each_setting_has_one_and_its_docstring(parser: ArgumentParser) -> None:
     actions = {action.dest: action for action in parser._actions}
     text = " ".join(parser.format_help().split())
-    assert "abkd_megatron.losses.registry" in text and "(default: alpha_beta)" in text
+    assert "abkd_megatron.losses.registry" in text and "(default: the preset's)" in text
     for item in fields(DistillationConfig):
         action = actions.pop(f"kd_{item.name.removeprefix('kd_')}")
         assert action.help and "(default: " in action.help
@@ -50,7 +50,7 @@ def test_without_a_teacher_the_forward_step_is_the_same_object() -> None:
     args = Namespace(seed=1, skip_train=False, load=None, finetune=False, pretrained_checkpoint=None)
     assert distill(args, None, forward_step) is forward_step
     assert args == Namespace(seed=1, skip_train=False, load=None, finetune=False, pretrained_checkpoint=None)
-    with pytest.raises(ConfigError, match="got only --kd-alpha, --kd-teacher-args; add it, or remove them"):
+    with pytest.raises(ConfigError, match="--kd-alpha, --kd-teacher-args"):
         distill(Namespace(kd_alpha="1", kd_teacher_args=["num-layers=4"]), None, forward_step)
 
 

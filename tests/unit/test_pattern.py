@@ -222,3 +222,12 @@ def test_a_hugging_face_description() -> None:
         }
     )
     assert (found["hybrid_layer_pattern"], found["mamba_num_groups"], found["mamba_state_dim"]) == ("M-*-", 2, 8)
+    assert found["squared_relu"] and found["normalization"] == "RMSNorm"
+
+
+def test_a_hugging_face_description_lists_layers_and_what_it_does_not_use() -> None:
+    layers = ["mamba", "mlp", "full_attention", "linear_attention"]
+    of = {"hidden_size": 64, "layers_block_type": layers, "rope_theta": 10000, "n_routed_experts": 8}
+    found = of_hugging_face({"model_type": "nemotron_h", **of})
+    assert (found["hybrid_layer_pattern"], found["num_layers"]) == ("M-*M", 4)
+    assert found["position_embedding_type"] == "none" and found["num_experts"] is None

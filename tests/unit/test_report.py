@@ -244,7 +244,7 @@ def test_names_are_the_paths_that_differ(tmp_path: Path) -> None:
 def test_more_runs_than_colors_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for index in range(9):
         write_job(tmp_path / f"{index}", range(1, 2), ("lm loss",))
-    with pytest.raises(ConfigError, match="at most 8 runs, got 9"):
+    with pytest.raises(ConfigError, match="8 runs, got 9"):
         write_report(tmp_path)
     assert main(["report", str(tmp_path)]) == 2
     assert not (tmp_path / "report.html").exists()
@@ -273,7 +273,7 @@ def test_what_the_files_say_is_text(tmp_path: Path) -> None:
 def test_nothing_of_others_is_overwritten(tmp_path: Path, run: Path) -> None:
     out = tmp_path / "report.html"
     out.write_text("<html>precious</html>")
-    with pytest.raises(ConfigError, match=r"earlier report.*change --out"):
+    with pytest.raises(ConfigError, match=r"--out"):
         write_report(run, out)
     assert out.read_text() == "<html>precious</html>"
     with pytest.raises(ConfigError, match="writable"):
@@ -283,12 +283,12 @@ def test_nothing_of_others_is_overwritten(tmp_path: Path, run: Path) -> None:
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="expected TensorBoard event files"):
+    with pytest.raises(ConfigError, match="event files"):
         write_report(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="expected TensorBoard event files"):
+    with pytest.raises(ConfigError, match="event files"):
         write_report(tmp_path)
     SummaryWriter(str(tmp_path / "empty")).close()
-    with pytest.raises(ConfigError, match="expected numbers in the event files"):
+    with pytest.raises(ConfigError, match="numbers"):
         write_report(tmp_path)
 
 
@@ -296,7 +296,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 def test_a_missing_package_is_named_with_its_extra(package: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
-    with pytest.raises(HostError, match=rf"expected {package}, found none.*abkd-megatron\[plots\]"):
+    with pytest.raises(HostError, match=rf"{package}.*abkd-megatron\[plots\]"):
         write_report(run)
 
 
@@ -314,7 +314,7 @@ def test_damaged_files_are_named_and_read_as_far_as_they_go(tmp_path: Path) -> N
         assert 1 < len(line) < 20 and line[1] == pytest.approx(curve("lm loss", 1))
     file.unlink()
     file.mkdir()  # no file at all
-    with pytest.raises(ConfigError, match=r"events.out.*cannot be read"):
+    with pytest.raises(ConfigError, match=r"events\.out"):
         write_report(tmp_path / "run")
 
 
@@ -367,7 +367,8 @@ def test_validation_sets_have_curves_of_their_own(tmp_path: Path) -> None:
 
 def test_the_arguments_of_a_script_of_ones_own_are_shown(tmp_path: Path) -> None:
     writer = SummaryWriter(str(tmp_path / "run"))
-    for name, value in {**ARGUMENTS, "kd_teacher_load": "runs/<teacher>", "kd_alpha": "0.3"}.items():
+    own = {"kd_teacher_load": "runs/<teacher>", "kd_alpha": "0.3", "hybrid_layer_pattern": "M*-|M*-"}
+    for name, value in {**ARGUMENTS, **own}.items():
         writer.add_text(name, value)
     for name in TRAINED:
         writer.add_scalar(name, 1.0, 1)
@@ -375,6 +376,7 @@ def test_the_arguments_of_a_script_of_ones_own_are_shown(tmp_path: Path) -> None
     page = report(tmp_path / "run", out=tmp_path / "report.html")
     assert page.rows["kd_teacher_load"] == ["runs/<teacher>"] and page.rows["kd_alpha"] == ["0.3"]
     assert page.rows["seq_length"] == ["4096"]
+    assert page.rows["student"] == ["HybridModel M*-|M*-"]
 
 
 def test_calibration_is_one_number_of_its_gaps(tmp_path: Path) -> None:

@@ -63,8 +63,20 @@ def test_the_last_lines_end_before_the_launchers():
     assert runs.last_lines(log) == "first\n[rank 1] abkd-megatron distill: error: no teacher"
 
 
-def test_validations_by_iteration():
-    assert runs.validations(STEPS + REPORT) == {20: {"lm loss": 5.9}}
+@pytest.mark.parametrize(
+    ("log", "doing"),
+    [
+        ("", ""),
+        ("saving checkpoint at iteration 10 to x\n", "saving"),
+        ("saving checkpoint at iteration 10 to x\n  successfully saved checkpoint from iteration 10\n", ""),
+        ("Evaluating on 64 samples\nEvaluating iter 1/2\nEvaluating iter 2/2\nEvaluating iter 1/2\n", "evaluating 3/4"),
+        ("Evaluating iter 1/2\nsaving checkpoint at iteration 10 to x\n", "saving"),
+        ("saving checkpoint at iteration 10 to x\nEvaluating iter 1/2\n", "evaluating 1/4"),
+    ],
+)
+def test_progress_between_steps(log, doing):
+    found = runs.progress(STEPS + log)
+    assert (found.done, found.total, found.doing) == (10, 30, doing)
 
 
 def test_the_time_left_follows_the_pace(monkeypatch):

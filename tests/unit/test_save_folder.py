@@ -53,7 +53,7 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(
 ) -> None:
     for asks in (False, True):
         with (
-            pytest.raises(ConfigError, match=f"no other job writes to.*process {other_job.pid} on "),
+            pytest.raises(ConfigError, match=f"process {other_job.pid} on "),
             only_writer(arguments(tmp_path), asks=asks),
         ):
             pass
@@ -96,7 +96,7 @@ def test_which_folders_a_run_may_save_to(tmp_path: Path) -> None:
         arguments(full, load=str(empty), pretrained_checkpoint=str(full)),
     ]
     for args in refused:
-        with pytest.raises(ConfigError, match=r"without checkpoints.*step 100.*Give another folder"):
+        with pytest.raises(ConfigError, match=r"step 100.*folder"):
             check_save(args)
 
 

@@ -34,9 +34,33 @@ def test_what_the_models_say(rule, wanted):
     assert not rule.by_position
 
 
+def test_a_quantile_is_of_the_counted_tokens_of_a_sequence():
+    entropy = torch.tensor([[0.4, 3.0], [0.1, NAN], [0.3, 2.0], [0.2, 1.0], [0.0, 0.5]])
+    counted = torch.tensor([[1, 1], [1, 1], [1, 1], [1, 1], [0, 1]]) == 1
+
+    def ranked(low, high, counted=counted):
+        rule = TokenSelection("teacher_entropy", quantile=[low, high])
+        return rule.ranked(entropy, counted, None).T.int().tolist()
+
+    assert ranked(0.5, 1.0) == [[1, 0, 1, 0, 0], [1, 0, 1, 0, 0]], "four of the second five are numbers"
+    assert ranked(0.0, 0.25) == [[0, 1, 0, 0, 0], [0, 0, 0, 0, 1]]
+    assert ranked(0.0, 1.0) == [[1, 1, 1, 1, 0], [1, 0, 1, 1, 1]]
+    assert ranked(0.0, 0.25, None) == [[0, 1, 0, 0, 1], [0, 0, 0, 0, 1]]
+    rule = TokenSelection("teacher_entropy", quantile=[0.15, 1.0])
+    assert rule.ranked(torch.rand(100, 3), None, None).sum(0).tolist() == [85] * 3
+    assert rule.ranked(torch.rand(4, 1), torch.zeros(4, 1) == 1, None).sum() == 0
+    assert rule.described() == {"select": "teacher_entropy", "quantile": [0.15, 1.0]} and rule.by_rank
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"select": "disagreement", "quantile": [0.1, 1.0]}, "no quantile with select: disagreement"),
+        ({"select": "teacher_entropy", "quantile": [0.1, 1.0], "at_most": 1.0}, "got both"),
+        ({"select": "teacher_entropy", "quantile": [0.1]}, r"\[low, high\], got \[0.1\]"),
+        ({"select": "teacher_entropy", "quantile": [0.5, 0.5]}, "0 <= low < high <= 1"),
+        ({"select": "teacher_entropy", "quantile": [0.5, 1.5]}, "0 <= low < high <= 1"),
+        ({"select": "teacher_entropy", "quantile": [NAN, 1.0]}, "finite"),
         ({"select": "evry", "n": 2}, "unknown select 'evry'; did you mean 'every'"),
         ({"select": "every"}, "n to be a whole number of at least 2, got None: leave the selection out"),
         ({"select": "every", "n": 1}, "n to be a whole number of at least 2, got 1: leave the selection out"),

@@ -39,20 +39,20 @@ HARD += [("ab(0.2,0.7)", 2.0, 3), ("todi", 3.0, 3)]
 # Losses whose kernels are compiled, and instructions per logit that they may take on any of ARCHITECTURES with labels,
 # at T = 1, in bf16: for the record, the second record if there is one, and the gradient.
 BUDGET = {
-    "ab(0.2,0.7)": (AlphaBeta(0.2, 0.7), 73, None, 51),
-    "ab(1,0)": (AlphaBeta(1.0, 0.0), 62, None, 51),
-    "ab(0,1)": (AlphaBeta(0.0, 1.0), 62, None, 40),
-    "ab(1.2,-0.3)": (AlphaBeta(1.2, -0.3), 112, None, 51),
-    "todi": (ToDi(), 98, 56, 60),
-    "js": (JensenShannon(), 28, 180, 102),
-    "skew": (SkewForwardKL(), 28, 180, 102),
-    "skew reverse": (SkewReverseKL(), 28, 180, 102),
-    "tv": (TotalVariation(), 28, 180, 102),
+    "ab(0.2,0.7)": (AlphaBeta(0.2, 0.7), 74, None, 50),
+    "ab(1,0)": (AlphaBeta(1.0, 0.0), 66, None, 50),
+    "ab(0,1)": (AlphaBeta(0.0, 1.0), 66, None, 40),
+    "ab(1.2,-0.3)": (AlphaBeta(1.2, -0.3), None, None, 50),
+    "todi": (ToDi(), 100, 53, 61),
+    "js": (JensenShannon(), 28, 157, 107),
+    "skew": (SkewForwardKL(), 28, 127, 66),
+    "skew reverse": (SkewReverseKL(), 28, 127, 122),
+    "tv": (TotalVariation(), 28, 47, 38),
     "sum": (
         WeightedSum([(1.0, AlphaBeta(0.2, 0.7)), (0.5, AlphaBeta(1.0, 0.0)), (2.0, JensenShannon())]),
         28,
         280,
-        145,
+        147,
     ),
 }
 ARCHITECTURES = (80, 90, 100)
@@ -265,7 +265,7 @@ def check_budget(results):
         assert "LDG.E.128" in of["loads"], (case, of)
         assert which != "gradient" or "STG.E.128" in of["stores"], (case, of)
         if which != "exact record":  # of rows that are not finite, or outside of alpha, beta >= 0
-            limit += 30 * (temperature != "T=1.0") + 10 * (dtype == "float32")
+            limit += 16 * (temperature != "T=1.0") + 10 * (dtype == "float32")
             assert of["instructions"] / of["columns"] <= limit, (case, of["instructions"] / of["columns"])
 
 
