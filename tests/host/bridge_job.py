@@ -151,30 +151,30 @@ def small(config: Any, folder: Path) -> None:
     config.dist.distributed_timeout_minutes = 3
     config.ddp.overlap_grad_reduce = config.ddp.overlap_param_gather = config.ddp.average_in_collective = False
     config.comm_overlap = None
-    of_model = ON_CPU if hasattr(config.model, "transformer") else OF_PROVIDER
-    if hasattr(config.model, "hybrid_stack_spec"):
-        of_model = OF_HYBRID
+    is_hybrid, is_built = (hasattr(config.model, name) for name in ("hybrid_stack_spec", "transformer"))
+    of_model = ON_CPU if is_built else OF_HYBRID if is_hybrid else OF_PROVIDER
     given = {**of_model, "use_cpu_initialization": True, "seq_length": 32, "bf16": False}
     for name, value in {**given, "params_dtype": torch.float32, "pipeline_dtype": torch.float32}.items():
         setattr(config.model, name, value)
-    if hasattr(config.model, "hybrid_stack_spec"):
+    if is_hybrid:
         from abkd_megatron.local_hybrid_spec import local_hybrid_stack_spec
 
         config.model.hybrid_stack_spec = local_hybrid_stack_spec
-    elif not hasattr(config.model, "transformer"):
+    elif not is_built:
         from megatron.bridge.models.gpt_provider import local_layer_spec
 
         config.model.transformer_layer_spec = local_layer_spec
 
 
-def builder_config(vocab_size: int, **settings: Any) -> Any:
-    """A student in Bridge's newer kind of model config."""
+def builder_config(vocab_size: int, pattern: str | None = None, **settings: Any) -> Any:
+    """A student in Bridge's newer kind of model config; a hybrid of that pattern if given."""
     import torch
     from megatron.bridge.models.gpt.gpt_builder import GPTModelConfig
+    from megatron.bridge.models.hybrid.hybrid_builder import HybridModelConfig
     from megatron.bridge.models.transformer_config import TransformerConfig
 
     transformer = TransformerConfig(
-        num_layers=2,
+        num_layers=len(pattern) if pattern else 2,
         hidden_size=32,
         ffn_hidden_size=64,
         num_attention_heads=4,
@@ -186,7 +186,10 @@ def builder_config(vocab_size: int, **settings: Any) -> Any:
         init_method_std=0.3,
     )
     given = {"vocab_size": vocab_size, "seq_length": 32, "position_embedding_type": "rope", **settings}
-    config = GPTModelConfig(transformer=transformer, **given)
+    if pattern:
+        config = HybridModelConfig(transformer=transformer, hybrid_layer_pattern=pattern, **given)
+    else:
+        config = GPTModelConfig(transformer=transformer, **given)
     config.transformer.seq_length = 32  # where Bridge 0.6.2 looks for it when it warms functions up
     return config
 
@@ -355,10 +358,10 @@ def keep(folder: Path, student: Any, tokens: Any) -> None:
 
 
 def builder(folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """A student that a builder builds, and a teacher's torch_dist checkpoint of Bridge's."""
+    """A student that a builder builds, of a pattern if given, and a teacher's torch_dist checkpoint of Bridge's."""
     config = recipe(folder, [])
-    config.model = builder_config(VOCABULARY)
-    small(config, folder / "builder")
+    config.model = builder_config(VOCABULARY, *overrides)
+    small(config, folder / "-".join(["builder", *map(str, map(len, overrides))]))
     config.teacher.hf, config.teacher.load = None, str(folder / "teacher-of-bridge")
     config.teacher.overrides = {}
     return train(config, Recording())

@@ -102,8 +102,11 @@ def test_the_student_comes_back_to_hugging_face(folder: Path, distilled: dict[st
     assert found["learned"] > 0.1, "not the model that it began as"
 
 
-def test_a_builders_student_learns_from_bridges_checkpoint(folder: Path, distilled: dict[str, Any]) -> None:
-    found = run("builder", folder)
+@pytest.mark.parametrize("pattern", [(), ("*-*-",)], ids=["GPTModel", "HybridModel"])
+def test_a_builders_student_learns_from_bridges_checkpoint(
+    folder: Path, distilled: dict[str, Any], pattern: tuple[str, ...]
+) -> None:
+    found = run("builder", folder, *pattern)
     for mine, theirs in zip(found["steps"], distilled["steps"], strict=True):
         for name in ("teacher lm loss", "teacher entropy"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-6), "the teacher that was of Hugging Face before"
