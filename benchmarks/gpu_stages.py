@@ -326,6 +326,7 @@ def loss(report: Report, place: Place, given: argparse.Namespace) -> None:
     import torch
 
     group = start_ranks(place)
+    import roofline
     from loss import (
         DTYPES,
         MEGATRON,
@@ -401,6 +402,8 @@ def loss(report: Report, place: Place, given: argparse.Namespace) -> None:
         if "in place" in name and clone is not None:
             row["seconds"] -= clone["seconds"]
             row["note"] = "less the time of the clone that it is given"
+        if (expected := roofline.predicted_of(name, tokens * width)) is not None:
+            row["predicted seconds on an H100"] = expected
         # Two reads of both logits and a gradient written: what any such loss has to move.
         row["x copy limit"] = row["seconds"] / (2.5 * copy["seconds"])
     ratios(report, {"x Megatron": MEGATRON, "x Megatron fused": fused_name, "x ModelOpt": MODELOPT})
@@ -414,6 +417,10 @@ def loss(report: Report, place: Place, given: argparse.Namespace) -> None:
     parts = [f"{found[key]:.2f} x {name}" for key, name in shown.items() if key in found]
     report.summary = f"{tokens} x {vocab}: {found['seconds'] * 1e3:.2f} ms = " + " = ".join(parts)
     report.summary += f"; copy {report.numbers[COPY]['GB/s']:.0f} GB/s"
+    for name, row in report.numbers.items():
+        if "predicted seconds on an H100" in row:
+            expected = row["predicted seconds on an H100"] * 1e3
+            report.summary += f"; {name}: {row['seconds'] * 1e3:.2f} ms, predicted for an H100 {expected:.2f}"
     absent = [f"{name} cannot run ({row['why']})" for name, row in report.numbers.items() if "why" in row]
     report.summary = "; ".join([report.summary, *absent])
 

@@ -159,9 +159,7 @@ def evaluation_stages(out: Path, fast: bool, test_tokens: int) -> list[Stage]:
         "megatron.save": "null",
         "megatron.tensorboard-dir": "null",
         "megatron.eval-iters": 2 if fast else batches,
-        "distillation.alpha": 1,  # forward KL
-        "distillation.beta": 0,
-        "distillation.temperature": 1,
+        "distillation.preset": "pretrain",  # forward KL
     }
     return [
         Stage(f"evaluate-{name}", "distill", STUDENT, 4, {**settings, "megatron.load": out / directory})

@@ -5,6 +5,7 @@ from typing import Any
 from abkd_megatron.losses.schedule import Schedule
 
 _ABKD = {"divergence": "alpha_beta", "alpha": 0.2, "beta": 0.7}
+_FORWARD_KL = {"divergence": "forward_kl"}
 _ANNEALED = {
     "divergence": "alpha_beta",
     "alpha": Schedule.linear(1.0, 0.2, start=0.5, end=1.0, by="fraction"),
@@ -14,10 +15,12 @@ _ANNEALED = {
 # The values of `distillation` that each name stands for. A row changes `none`, whose values are the plain defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "none": {**_ABKD, "temperature": 1.0, "kd_weight": 1.0, "lm_weight": 1.0},
-    # From scratch: forward KL, annealed to alpha-beta over the last half of the run.
-    "pretrain": {**_ANNEALED, "lm_weight": 0.0},
-    # Pruned from a trained model: forward KL.
-    "pruned": {"divergence": "forward_kl", "lm_weight": 0.0},
+    # From scratch.
+    "pretrain": {**_FORWARD_KL, "lm_weight": 0.0},
+    # Pruned from a trained model; apart from `pretrain` so that evidence may change one of them.
+    "pruned": {**_FORWARD_KL, "lm_weight": 0.0},
+    # Forward KL, annealed to alpha-beta over the last half of the run.
+    "annealed": {**_ANNEALED, "lm_weight": 0.0},
     # Trained before, distilled on other text such as instructions.
     "finetune": {**_ABKD, "lm_weight": 0.0},
 }

@@ -56,7 +56,8 @@ class DistillationConfig:
 
     preset: str | None = None
     """Values of `divergence`, `alpha`, `beta`, `temperature`, `kd_weight` and `lm_weight` where they are not given:
-    ``pretrain``, ``pruned``, ``finetune`` or ``none``. None: ``pretrain``, or ``none`` if a divergence is given."""
+    ``pretrain``, ``pruned``, ``annealed``, ``finetune`` or ``none``. None: ``pretrain``, or ``none`` if a divergence is
+    given."""
     divergence: str | None = None
     """Name in ``abkd_megatron.losses.registry`` (logit losses use their defaults), or dotted path of a subclass of
     Divergence or LogitLoss."""

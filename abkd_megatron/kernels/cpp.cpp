@@ -118,13 +118,13 @@ INLINE F load(const T* from, int64_t count, float other) {
     return x;
 }
 
-INLINE void store(float* to, F x, int64_t count = LANES) { std::memcpy(to, &x, sizeof(float) * count); }
+INLINE void store(float* to, F x) { std::memcpy(to, &x, sizeof x); }
 
-INLINE void store(bf16* to, F x, int64_t count = LANES) {
+INLINE void store(bf16* to, F x) {
     U bits = as<U>(x);
     U nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // ties to even
     H half = __builtin_convertvector(x == x ? nearest : (bits >> 16) | 0x40, H);
-    std::memcpy(to, &half, sizeof(bf16) * count);
+    std::memcpy(to, &half, sizeof half);
 }
 
 // ---------------------------------------------------------------- exponentials
@@ -522,9 +522,9 @@ struct Columns {
 // Up to TILE columns of a row.
 struct alignas(64) Tile {
     float s_copy[TILE], t_copy[TILE];
-    Columns all, last;  // `last` has the columns that do not fill a vector; its lanes without a column are -inf
-    int whole, count;   // columns in whole vectors, and all of them
-    bool safe;          // the short forms are valid for the whole vectors: no NaN, nothing further below than `limit`
+    Columns all, last;     // `last` has the columns that do not fill a vector; its lanes without a column have the bases
+    int whole, count;      // columns in whole vectors, and all of them
+    bool safe, last_safe;  // the short forms are valid: no NaN, nothing further below than `limit`
 
     template <class S, class T>
     INLINE Tile(const S* s, const T* t, int64_t columns, float s_base, float t_base, float limit)
@@ -534,26 +534,35 @@ struct alignas(64) Tile {
         if constexpr (std::is_same_v<S, float>) all.s = s;
         if constexpr (std::is_same_v<T, float>) all.t = t;
         I fit = ~I{};
+        auto check = [&](F of_s, F of_t) __attribute__((always_inline)) {
+            fit &= (of_s - s_base >= -limit) & (of_t - t_base >= -limit);
+        };
+        auto checked = [&] {
+            int32_t every = -1;
+            for (int lane = 0; lane < LANES; ++lane) every &= fit[lane];
+            return every != 0;
+        };
         for (int v = 0; v < whole; v += LANES) {
             F of_s = load(s + v), of_t = load(t + v);
-            fit &= (of_s - s_base >= -limit) & (of_t - t_base >= -limit);
+            check(of_s, of_t);
             if (!std::is_same_v<S, float>) store(s_copy + v, of_s);
             if (!std::is_same_v<T, float>) store(t_copy + v, of_t);
         }
-        int32_t every = -1;
-        for (int lane = 0; lane < LANES; ++lane) every &= fit[lane];
-        safe = every != 0;
-        if (whole < count) {
-            store(s_copy + whole, load(s + whole, count - whole, -INF));
-            store(t_copy + whole, load(t + whole, count - whole, -INF));
-        }
+        safe = checked();
+        if (whole == count) return;
+        F of_s = load(s + whole, count - whole, s_base), of_t = load(t + whole, count - whole, t_base);
+        fit = ~I{};
+        check(of_s, of_t);
+        last_safe = checked();
+        store(s_copy + whole, of_s);
+        store(t_copy + whole, of_t);
     }
 
-    // Calls `safely` or `anyhow` for the whole vectors, and `anyhow` for what is left of a row.
+    // Calls `safely` or `anyhow` for the whole vectors, and for what is left of a row.
     template <class Call, class... Arguments>
     INLINE void run(Call safely, Call anyhow, Arguments&&... arguments) const {
         (safe ? safely : anyhow)(all, 0, whole, arguments...);
-        if (whole < count) anyhow(last, whole, count, arguments...);
+        if (whole < count) (last_safe ? safely : anyhow)(last, whole, count, arguments...);
     }
 };
 
@@ -589,8 +598,12 @@ INLINE I lanes() {
     return lane;
 }
 
-INLINE void add_to(double (&total)[LANES], F sum) {
-    for (int lane = 0; lane < LANES; ++lane) total[lane] += sum[lane];
+// Only the first `count` lanes have columns.
+INLINE void add_to(Lanes& total, F sum, int count) {
+    if (count >= LANES)
+        for (int lane = 0; lane < LANES; ++lane) total[lane] += sum[lane];
+    else
+        for (int lane = 0; lane < count; ++lane) total[lane] += sum[lane];
 }
 
 enum Parts { NONE, FIRST, ALL };
@@ -636,9 +649,9 @@ void add_record(Columns at, int first, int end, Lanes* models, Lanes (*parts)[3]
         add(sums[NEGATIVE_P], SAFELY ? p * x_at_1 : weigh(p, x_at_1));
         add(sums[NEGATIVE_Q], SAFELY ? q * y_at_1 : weigh(q, y_at_1));
     }
-    for (int i = 0; i < NUM_SUMS; ++i) add_to(models[i], sums[i]);
+    for (int i = 0; i < NUM_SUMS; ++i) add_to(models[i], sums[i], end - first);
     for (int i = 0; i < num_parts; ++i)
-        for (int field = 0; field < 3; ++field) add_to(parts[i][field], of_parts[i][field]);
+        for (int field = 0; field < 3; ++field) add_to(parts[i][field], of_parts[i][field], end - first);
 }
 
 // `s_next` and `t_next`, the next row, are only prefetched.
@@ -712,8 +725,8 @@ void add_both(Columns at, int first, int end, Lanes* total, const Scalars& row, 
         sums.value += SAFELY ? of.value : inside ? of.value : splat(0.0f);
         sums.slope += SAFELY ? of.slope : inside ? of.slope : splat(0.0f);
     }
-    add_to(total[0], sums.value);
-    add_to(total[1], sums.slope);
+    add_to(total[0], sums.value, end - first);
+    add_to(total[1], sums.slope, end - first);
 }
 
 template <bool SAFELY, Kind KIND, class S>
@@ -741,10 +754,7 @@ void write_gradient(
             F one = lanes() == label_column - v ? splat(1.0f) : splat(0.0f);
             gradient += (q - one) * row.of_cross_entropy;
         }
-        if (SAFELY || end - v >= LANES)
-            store(out + v, gradient);
-        else
-            store(out + v, gradient, end - v);
+        store(out + v, gradient);
     }
 }
 
@@ -798,7 +808,11 @@ void gradient_row(
     for (int64_t c = 0; c < columns; c += TILE) {
         const Tile tile(s + c, t + c, columns - c, row.s_base, row.t_base, limit);
         const int label = label_column >= c && label_column - c < TILE ? int(label_column - c) : -1;
-        tile.run(pass.safely, pass.anyhow, out + c, label, row, k);
+        (tile.safe ? pass.safely : pass.anyhow)(tile.all, 0, tile.whole, out + c, label, row, k);
+        if (tile.whole == tile.count) continue;
+        S rest[TILE];  // a whole vector would end outside of the row
+        (tile.last_safe ? pass.safely : pass.anyhow)(tile.last, tile.whole, tile.count, rest, label, row, k);
+        std::memcpy(static_cast<void*>(out + c + tile.whole), rest + tile.whole, sizeof(S) * (tile.count - tile.whole));
     }
 }
 

@@ -103,7 +103,7 @@ def vocab_parallel_distillation_head(
 
     Memory: two [chunk_tokens, W] of logits, four in a group of several ranks; the gradients of hidden states and
     weight, from forward on with token_weights, else from backward on, the weight's in at least fp32 (on CPU, a bf16
-    weight also needs a chunk's logits and hidden states in fp32); 39 fp64 numbers per token. With `selected`, a
+    weight also needs a chunk's logits and hidden states in fp32); 10 fp64 numbers per token. With `selected`, a
     reordered copy of the hidden states.
     """
     owner = "vocab_parallel_distillation_head"
@@ -319,10 +319,7 @@ class _Head:
     def gradient(
         self, chunk: slice, batch: Batch, token_stats: TokenStats, of_terms: tuple[Tensor, Tensor], result: Tensor
     ) -> Tensor:
-        """Compute the gradient with respect to hidden @ weight^T in place of the student's logits.
-
-        `of_terms` is `of_terms` of the whole loss.
-        """
+        """Compute the gradient of hidden @ weight^T in place of the student's logits, given all tokens' `of_terms`."""
         of_divergence: Tensor | None = None
         if chunk.start < self.num_compared:
             of_divergence = of_terms[0][chunk]

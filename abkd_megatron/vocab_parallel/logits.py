@@ -93,8 +93,8 @@ def vocab_parallel_divergence(
     none. A single rank has none. Groups of more than 16 ranks use all-reduces (maxima, then sums, and one in the second
     exchange), except for fp64 logits, which always use all-gathers.
 
-    Memory: references to both logits and 39 fp64 numbers per token (23 without labels) until backward; a few chunks of
-    the kernel's size while running; one gradient buffer in the student's dtype unless in place.
+    Memory: references to both logits and at most 10 fp64 numbers per token until backward; a few chunks of the kernel's
+    size while running; one gradient buffer in the student's dtype unless in place.
     """
     check_context("vocab_parallel_divergence")
     check_logits(student_logits, teacher_logits)

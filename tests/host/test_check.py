@@ -203,7 +203,7 @@ OF_LLAMA: dict[str, tuple[list[str], list[str]]] = {
             r"ok +ranks: 64: TP 8 x PP 2 x DP 4, sequence parallel",
             r"ok +batch: 64 sequences per step, 524288 tokens: 16 micro-batches of 1 on each of 4 DP",
             r"ok +vocabulary: 128256 tokens, padded to 129024 columns: 16128 per rank of TP 8",
-            r"ok +teacher: 80 layers, hidden size 8192, 64 heads, bfloat16",
+            r"ok +teacher: GPTModel, 80 layers, hidden size 8192, 64 heads, bfloat16",
             r"ok +teacher's layout: TP 8 x PP 4: 1 per 2 DP replicas",
             r"not here +environment: CUDA_DEVICE_MAX_CONNECTIONS=1",
             r"not here +apex: .*megatron.no-gradient-accumulation-fusion=true",

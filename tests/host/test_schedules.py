@@ -75,8 +75,8 @@ def test_a_resumed_run_repeats_the_straight_one(train, straight, saved: Path) ->
         assert resumed[name] == straight[name][3:], name
 
 
-# The default preset, whose schedules begin at the limit case (1, 0) and count fractions of the run.
-GLIDE = {"preset": "pretrain", "lm_weight": 0.1}
+# A preset whose schedules begin at the limit case (1, 0) and count fractions of the run.
+GLIDE = {"preset": "annealed", "lm_weight": 0.1}
 
 
 def test_an_annealed_run_resumes_to_the_bit(train, workspace: Path) -> None:

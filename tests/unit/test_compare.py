@@ -64,15 +64,15 @@ def test_every_loss_at_every_seed_with_a_configuration_of_its_own(load, tmp_path
 
 
 def test_a_preset_of_a_loss_replaces_what_the_file_has(load):
-    override = "compare.losses={annealed: {preset: pretrain, kd_weight: 2}, late: {kd_weight: {schedule: linear, "
+    override = "compare.losses={annealed: {preset: annealed, kd_weight: 2}, late: {kd_weight: {schedule: linear, "
     override += "from: 0, to: 1, start: 0.9, end: 1.0, by: fraction}, lm_weight: 1}}"
     planned = compare.plan(load([override]), partial(_with, load, override))
     for run in planned:
         run.prepare()
     options = load.keywords["megatron_options"]
     of = {run.loss: load_config(run.directory / "config.yaml", [], options).distillation for run in planned}
-    assert (of["annealed"].preset, of["annealed"].kd_weight, of["annealed"].lm_weight) == ("pretrain", 2.0, 0.0)
-    assert of["annealed"].alpha == PRESETS["pretrain"]["alpha"] and of["annealed"].beta == PRESETS["pretrain"]["beta"]
+    assert (of["annealed"].preset, of["annealed"].kd_weight, of["annealed"].lm_weight) == ("annealed", 2.0, 0.0)
+    assert of["annealed"].alpha == PRESETS["annealed"]["alpha"] and of["annealed"].beta == PRESETS["annealed"]["beta"]
     assert (of["late"].preset, of["late"].alpha, of["late"].lm_weight) == ("none", 0.4, 1.0)
     assert (of["late"].kd_weight.by, of["late"].kd_weight.points) == ("fraction", ((0.9, 0.0), (1.0, 1.0)))
 

@@ -253,7 +253,7 @@ def test_an_annealed_alpha_beta_is_exact_from_its_limit_on(kernel, spread):
     """Forward KL first, (0.2, 0.7) last, in fp32: next to the limit, and where probabilities vanish."""
     generator = torch.Generator().manual_seed(0)
     logits = spread * torch.randn(2, 40, 300, generator=generator, dtype=torch.float64)
-    alpha, beta = PRESETS["pretrain"]["alpha"], PRESETS["pretrain"]["beta"]
+    alpha, beta = PRESETS["annealed"]["alpha"], PRESETS["annealed"]["beta"]
     for done in (0.0, 0.5, 0.5 + 1e-15, 0.5 + 1e-9, 0.5 + 1e-6, 0.501, 0.75, 0.999, 1.0):
         divergence = AlphaBeta(alpha.value(done), beta.value(done))
         student, teacher = logits.float().double()
