@@ -76,15 +76,15 @@ MUTATIONS = [
     Mutation(
         "kd_weight ignored with logits",
         "student/head.py",
-        "addends = ((objective.kd_weight, distillation), (",
-        "addends = ((1.0, distillation), (",
+        "addends = zip(term_weights, (",
+        "addends = zip((1.0, term_weights[1]), (",
         "tests/host/test_schedules.py",
     ),
     Mutation(
         "lm_weight ignored by the fused head",
         "vocab_parallel/fused_head.py",
-        "of_loss * self.lm_weight)",
-        "of_loss)",
+        "weighted(self.lm_weight, of_loss)",
+        "of_loss",
         "tests/distributed/test_head.py -k ranks2",
     ),
     Mutation(
