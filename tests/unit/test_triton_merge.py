@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -271,8 +272,44 @@ def count(divergence, shard):
     return found
 
 
+def compiled(arch):
+    """Bytes of local memory of the kernels, compiled for a GPU that is not there, at 8 ranks; and numbers of binaries
+    after launches that differ in coefficients, weights, temperature and tokens."""
+    import sass
+    from test_triton import without_gpu
+
+    without_gpu(int(arch))
+    from abkd_megatron.kernels import triton_merge
+
+    binaries, found = [], {}
+    jits = {"conclude": triton_merge._conclude_kernel, "finish": triton_merge._finish_kernel}
+    for jit in jits.values():
+        build = jit.run
+        jit.run = lambda *args, build=build, **kwargs: binaries.append(build(*args, **{**kwargs, "warmup": True}))
+
+    def launch(divergence, temperature, num_tokens):
+        layout = Layout(divergence, True, temperature)
+        terms, loss = torch.zeros(2 + len(METRICS), num_tokens), torch.zeros(num_tokens)
+        how = {"rows": torch.arange(num_tokens), "loss": loss, "weights": (temperature, 1.0)}
+        records = torch.zeros(8, layout.size, num_tokens).double()
+        labels = torch.zeros(num_tokens, dtype=torch.int64)
+        scalars, *_ = triton_merge.conclude(records, labels, divergence, layout, terms, **how)
+        triton_merge.finish(records[:, :2].contiguous(), scalars, terms, **how, has_value=True, has_slope=True)
+
+    for step in range(10):
+        launch(AlphaBeta(0.9 - step / 10, step / 4 - 0.5), 1.5 + step, (48, 1, 33)[step % 3])
+    for name, jit in jits.items():
+        found[f"{name} binaries"] = sum(len(cache[0]) for cache in jit.device_caches.values())
+    with tempfile.TemporaryDirectory() as folder:
+        for name, binary in zip(jits, binaries[:2], strict=True):
+            found[f"{name} local"] = sass.described(binary.asm["cubin"], folder)["local"]
+    return found
+
+
 def run(mode, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
+    if mode == "compiled":
+        del environment["TRITON_INTERPRET"]
     command = [sys.executable, "-W", "ignore", __file__, mode, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if "only 0-dimensional arrays" in done.stderr:  # Triton 3.6 with numpy 2.4
@@ -298,6 +335,14 @@ def test_whole_losses_equal_eager():
     assert all(error <= 1e-5 for error in errors.values()), errors
 
 
+@pytest.mark.parametrize(
+    "arch", [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
+)
+def test_compiles_once_for_any_numbers(arch):
+    found = run("compiled", str(arch))
+    assert found == {"conclude binaries": 1, "finish binaries": 1, "conclude local": 0, "finish local": 0}
+
+
 def test_launches_are_few():
     """Collectives included; matrix products of the head are not."""
     found = run("launches")
@@ -313,5 +358,5 @@ def test_launches_are_few():
 
 
 if __name__ == "__main__":
-    modes = {"compared": compared, "whole_losses": whole_losses, "launches": launches}
+    modes = {"compared": compared, "whole_losses": whole_losses, "launches": launches, "compiled": compiled}
     print(json.dumps(modes[sys.argv[1]](*sys.argv[2:])))
