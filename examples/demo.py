@@ -1,4 +1,4 @@
-"""End-to-end distillation demo on CPU, about ten minutes: ``python examples/demo.py``.
+"""End-to-end distillation demo on CPU, 10 to 15 minutes: ``python examples/demo.py``.
 
 It prepares the text that ships with Python, trains a teacher on it (two processes, data parallel), and distills a
 smaller student with the preset `pretrain` (four processes, TP 2 x PP 2). It then trains the same student without a

@@ -1,6 +1,7 @@
 """Runs many command lines of `abkd-megatron check` one after another: python checked.py CASES.json.
 
-CASES.json holds {name: [words behind `check`]}. The last line of stdout is {name: [exit code, stdout, stderr]}.
+CASES.json holds {name: [words behind `check`]}; they run in its folder, whose runs/ no demo has filled. The last line
+of stdout is {name: [exit code, stdout, stderr]}.
 """
 
 import contextlib
@@ -16,8 +17,10 @@ def main() -> None:
 
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):  # as on a machine where no job runs
         os.environ.pop(name, None)
+    cases = Path(sys.argv[1])
+    os.chdir(cases.parent)
     ended = {}
-    for name, words in json.loads(Path(sys.argv[1]).read_text()).items():
+    for name, words in json.loads(cases.read_text()).items():
         before = dict(os.environ)
         with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
             code = command_line(["check", *words])

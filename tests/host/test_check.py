@@ -252,7 +252,10 @@ def ended(workspace: Path, config: Path, teacher: Path, spoilt: Path) -> dict[st
     for name, (words, _) in OF_TINY.items():
         cases[f"tiny {name}"] = [*tiny, *(word.replace("{workspace}", str(workspace)) for word in words)]
     cases["llama beside the stand-in"] = [str(llama), "--world-size", "64"]
-    path = workspace / "checked.json"
+    away = workspace / "away"
+    away.mkdir()
+    (away / "configs").symlink_to(ROOT / "configs")
+    path = away / "checked.json"
     path.write_text(json.dumps(cases))
     (rank,) = launch([Path(__file__).with_name("checked.py"), path], 1)
     assert rank.code == 0, rank.output[-6000:]
