@@ -4,6 +4,7 @@ from typing import Any
 
 from abkd_megatron.losses.schedule import Schedule
 
+_OF_DIVERGENCE = ("divergence", "alpha", "beta")
 _ABKD = {"divergence": "alpha_beta", "alpha": 0.2, "beta": 0.7}
 _FORWARD_KL = {"divergence": "forward_kl"}
 _ANNEALED = {
@@ -39,6 +40,3 @@ def preset_values(name: str, *, divergence: bool) -> dict[str, Any]:
     """
     plain, own = PRESETS["none"], PRESETS[name]
     return plain | {key: value for key, value in own.items() if divergence or key not in _OF_DIVERGENCE}
-
-
-_OF_DIVERGENCE = ("divergence", "alpha", "beta")

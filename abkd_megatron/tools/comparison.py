@@ -135,7 +135,7 @@ def recommend(results: Sequence[Mapping[str, Any]]) -> str:
     how = f"paired over {of['seeds']} seeds, 95 % t interval"
     if not close:
         return f"Recommendation: {best}. Its cross entropy is {margin}, the next ({how})."
-    too = f"; nor is {', '.join(others)} told apart from it" if others else ""
+    too = f"; nor does it differ from {', '.join(others)}" if others else ""
     return f"Recommendation: none. {best} has the lowest cross entropy, but only by {margin} ({how}){too}."
 
 

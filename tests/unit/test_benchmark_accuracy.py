@@ -71,8 +71,11 @@ def test_limits_hold_where_nothing_cancels(rows):
         assert result["loss"] <= 1 and result["loss, bf16"] <= 1, row
         if row["loss"] != "total variation":  # of first order in the errors of a probability
             assert result["relative"] < 1e-4, row
-        # Where the student is sure of one token, h - q H cancels.
-        if row["case"] != "randn*20" and row["largest gradient"] > 1e-8:
+        # Where the student is sure of one token, h - q H cancels; in these losses also where both models are.
+        tiny = (
+            row["loss"] in ("skew forward KL", "skew reverse KL", "total variation") and row["largest gradient"] < 1e-8
+        )
+        if row["case"] != "randn*20" and not tiny:
             assert result["gradient"] <= 1e-5 and result["above"] == [], row
 
 

@@ -50,6 +50,14 @@ def results(name, student, teacher, divergence, labels, shard, temperature):
     return terms.divergence.detach(), terms.cross_entropy.detach(), student.grad, *terms.metrics.values()
 
 
+def value_and_gradient(kernel, student, teacher, divergence):
+    kernels.use(kernel)
+    student = student.clone().requires_grad_()
+    value = vocab_parallel_divergence(student, teacher, divergence)
+    value.sum().backward()
+    return value.detach(), student.grad
+
+
 @needs_compiler
 @pytest.mark.parametrize("setting", [name for name, (*dtypes, _, _, _, _) in SETTINGS.items() if FP16 not in dtypes])
 @pytest.mark.parametrize("name", EVERY)
@@ -85,18 +93,12 @@ def test_cpp_over_a_large_vocabulary(deviation):
         # Without powers of q in F, fp32 rounds H by more than the limit where the models are close.
         if deviation < 1.0 and name in ("ab(0,0)", "ab(0.5,-0.5)"):
             continue
-        kernels.use("cpp")
-        fast = student.clone().requires_grad_()
-        value = vocab_parallel_divergence(fast, teacher, divergence)
-        value.sum().backward()
-        kernels.use("eager")
-        exact = student.double().requires_grad_()
-        expected = vocab_parallel_divergence(exact, teacher.double(), divergence)
-        expected.sum().backward()
+        value, gradient = value_and_gradient("cpp", student, teacher, divergence)
+        expected, of_expected = value_and_gradient("eager", student.double(), teacher.double(), divergence)
         assert ((value - expected).abs() <= 1e-6 + 1e-5 * expected.abs()).all(), divergence
-        assert value[1] == 0.0 and (fast.grad[1] == 0.0).all()
-        largest = exact.grad.abs().amax(dim=-1, keepdim=True)
-        assert ((fast.grad - exact.grad).abs() <= 1e-5 * largest).all(), divergence
+        assert value[1] == 0.0 and (gradient[1] == 0.0).all()
+        largest = of_expected.abs().amax(dim=-1, keepdim=True)
+        assert ((gradient - of_expected).abs() <= 1e-5 * largest).all(), divergence
 
 
 @needs_compiler
@@ -162,16 +164,10 @@ def test_digits_are_kept_near_convergence(kernel, divergence):
         (teacher + 1e-3 * torch.randn(8, 4096, generator=generator)).bfloat16().float(),
         teacher.bfloat16().float(),
     )
-    kernels.use(kernel)
-    fast = student.clone().requires_grad_()
-    value = vocab_parallel_divergence(fast, teacher, divergence)
-    value.sum().backward()
-    kernels.use("eager")
-    exact = student.double().requires_grad_()
-    expected = vocab_parallel_divergence(exact, teacher.double(), divergence)
-    expected.sum().backward()
+    value, gradient = value_and_gradient(kernel, student, teacher, divergence)
+    expected, of_expected = value_and_gradient("eager", student.double(), teacher.double(), divergence)
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
-    error = (fast.grad.double() - exact.grad).abs().amax(-1) / exact.grad.abs().amax(-1)
+    error = (gradient.double() - of_expected).abs().amax(-1) / of_expected.abs().amax(-1)
     assert error.max() < 1e-5
 
 

@@ -254,14 +254,14 @@ def test_special_rows(found, name):
     assert found["special"][name]
 
 
-def check_budget(results):
+def check_budget(results, most_local):
     if "refused" in results:
         pytest.skip(f"this Triton's ptxas does not compile for it: {results['refused']}")
     for case, of in results.items():
         name, dtype, temperature, _, which = case.split(", ")
         _, *limits = BUDGET[name]
         limit = dict(zip(("record", "second record", "gradient"), limits, strict=True)).get(which)
-        assert of["local"] <= 32, (case, of)
+        assert of["local"] <= most_local, (case, of)
         assert "LDG.E.128" in of["loads"], (case, of)
         assert which != "gradient" or "STG.E.128" in of["stores"], (case, of)
         if which != "exact record":  # of rows that are not finite, or outside of alpha, beta >= 0
@@ -271,14 +271,14 @@ def check_budget(results):
 
 @pytest.mark.parametrize("name", BUDGET)
 def test_budget(name, tmp_path):
-    check_budget(run(tmp_path, "compiled", 90, [name], VARIANTS[:1]))
+    check_budget(run(tmp_path, "compiled", 90, [name], VARIANTS[:1]), most_local=8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", BUDGET)
 def test_budget_of_every_variant(name, arch, tmp_path):
-    check_budget(run(tmp_path, "compiled", arch, [name], VARIANTS))
+    check_budget(run(tmp_path, "compiled", arch, [name], VARIANTS), most_local=32)
 
 
 def test_a_schedule_compiles_nothing(tmp_path):
