@@ -8,7 +8,6 @@ To run any script on it, unmodified: `python -m abkd_megatron.cpu_backend SCRIPT
 """
 
 import copy
-import importlib.util
 import os
 import runpy
 import sys
@@ -24,6 +23,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from abkd_megatron.errors import HostError
+from abkd_megatron.hosts import launch
 
 _installed = False
 
@@ -133,7 +133,6 @@ def install() -> None:
     _installed = True
 
     # First, because importing Megatron makes torch.compile inspect torch.cuda, which must not be patched yet.
-    import megatron.core.datasets.utils
     import megatron.core.tensor_parallel.random as megatron_random
     import megatron.training
 
@@ -213,9 +212,7 @@ def install() -> None:
     # Megatron decorated its small fusions with torch.compile, which cannot trace through this mode.
     torch.compiler.set_stance("force_eager")
 
-    # It would run `make`. The wheel has the compiled helper but no Makefile; a source checkout has one.
-    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
-        megatron.core.datasets.utils.compile_helpers = nothing
+    launch.use_compiled_helpers()
     # This module imported the names from torch.cuda before they were patched.
     megatron_random._lazy_call = torch.cuda._lazy_call
     megatron_random._lazy_init = torch.cuda._lazy_init

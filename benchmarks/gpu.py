@@ -97,6 +97,9 @@ class Machine:
     """The error, if GPUs could not be queried."""
 
 
+RANKS_PER_GPU = "RANKS_PER_GPU"
+"""Variable that `--ranks-per-gpu` sets for the stages."""
+
 TRAINING = ("megatron.training", "sentencepiece", "psutil")
 TE = "transformer_engine"
 
@@ -114,7 +117,7 @@ def stages() -> list[Stage]:
         for name, limit, modules in (
             ("triton", 90, ("torch", "triton")),
             ("eager", 60, ("torch",)),
-            ("cpp", 60, ("torch",)),
+            ("cpp", 150, ("torch",)),
         )
     }
 
@@ -183,9 +186,7 @@ def run_stage(
     name = re.sub(r"\W+", "-", stage.name)
     result, log = work / f"{name}.json", work / f"{name}.log"
     result.unlink(missing_ok=True)
-    command = [python]
-    if stage.ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(stage.ranks)]
+    command = on_ranks(stage.ranks, python) if stage.ranks > 1 else [python]
     command += [str(STAGES), *stage.words, "--device", device, "--size", size]
     command += ["--work", str(work), "--result", str(result)]
     environment = {
@@ -231,6 +232,22 @@ def run_stage(
         outcome.why = ended_by(code)
     outcome.output = last_lines(log.read_text(errors="replace"))
     return outcome
+
+
+def on_ranks(number: int, python: str, *options: str) -> list[str]:
+    """Return the words that start a Python program on several ranks of this machine, which follow them.
+
+    Args:
+        number: of ranks.
+        python: the interpreter.
+        options: further options of torchrun.
+    """
+    shared = int(os.environ.get(RANKS_PER_GPU, "1"))
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number), *options]
+    if shared == 1:
+        return command
+    # Megatron takes the local rank as the number of the GPU.
+    return [*command, "--no-python", "bash", "-c", f'LOCAL_RANK=$((LOCAL_RANK / {shared})) exec "$@"', "-", python]
 
 
 def ended_by(code: int) -> str:
@@ -290,7 +307,7 @@ def why_not(stage: Stage, machine: Machine, done: dict[str, str], chosen: Collec
         done: results of earlier stages, by name.
         chosen: names of all stages of this run.
     """
-    if stage.gpus > len(machine.gpus):
+    if stage.gpus > len(machine.gpus) * int(os.environ.get(RANKS_PER_GPU, "1")):
         return f"needs {stage.gpus} GPUs, found {len(machine.gpus)}"
     if absent := [name for name in stage.modules if not is_installed(name)]:
         return f"needs {', '.join(absent)}, not installed"
@@ -456,6 +473,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--budget-seconds", type=float, metavar="N", help="default: 600 with one GPU, 1500 with more")
     parser.add_argument("--work", type=Path, metavar="DIR", help="where to leave logs, data and checkpoints")
+    parser.add_argument(
+        "--ranks-per-gpu", type=int, default=1, metavar="N", help="run the stages of several GPUs on fewer; NCCL 2.30"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and end")
     # For the tests of this script: the same stages on CPU ranks, tiny.
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
@@ -465,6 +485,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = choose(given.only)
     except ValueError as error:
         parser.error(str(error))
+    if given.ranks_per_gpu > 1:
+        os.environ |= {RANKS_PER_GPU: str(given.ranks_per_gpu), "NCCL_MULTI_RANK_GPU_ENABLE": "1"}
     machine = look(given.device)
     budget = given.budget_seconds or (BUDGET_OF_SEVERAL if len(machine.gpus) > 1 else BUDGET_OF_ONE)
     if given.dry_run or not machine.gpus:
@@ -487,6 +509,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = {
             "device": machine.device,
             "gpus": machine.gpus,
+            "ranks per GPU": given.ranks_per_gpu,
             "versions": versions(),
             "budget seconds": budget,
             "seconds": round(time.monotonic() - start, 1),

@@ -8,6 +8,7 @@ meaningless.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -26,6 +27,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from gpu import on_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -124,6 +127,8 @@ def tests(report: Report, place: Place, given: argparse.Namespace) -> None:
     """All of tests/gpu."""
     found = place.work / "tests.xml"
     words = ["-m", "pytest", "-q", "-x" if place.is_tiny else "-ra", "--tb=short", f"--junitxml={found}", "tests/gpu"]
+    if importlib.util.find_spec("xdist") is not None:  # Triton's compilation, on a CPU, takes most of the time
+        words += ["-n", str(min(8, os.cpu_count() or 1))]
     code = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     for case in xml.etree.ElementTree.parse(found).iter("testcase"):  # noqa: S314, pytest wrote it just now
@@ -625,8 +630,7 @@ def run_job(job: str, settings: Mapping[str, object], place: Place, ranks: int =
         shutil.rmtree(logs, ignore_errors=True)
         # A file for each rank, since their lines run into each other on one pipe; and all of it to the stage's own
         # output as it comes, which is kept if the stage is killed.
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += ["--log-dir", str(logs), "--tee", "3"]
+        command = on_ranks(ranks, sys.executable, "--log-dir", str(logs), "--tee", "3")
     command += ["-m", "abkd_megatron", job, *(f"{key}={text(value)}" for key, value in settings.items())]
     print(f"\n$ {' '.join(command[1:])}", flush=True)
     code = subprocess.run(command, cwd=ROOT, stderr=subprocess.STDOUT).returncode

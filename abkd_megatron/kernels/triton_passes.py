@@ -69,7 +69,7 @@ def _terms(s, t, q_base, p_base, inverse_temperature, numbers, KINDS: tl.constex
     outside = (y == -float("inf")) & (x == -float("inf"))
     terms = (q, p)
     for part in tl.static_range(len(KINDS)):
-        of_part = alpha_beta_sums(log_p, log_q, log_ratio, numbers[part], KINDS[part], EXACT)
+        of_part = alpha_beta_sums(log_p, log_q, log_ratio, numbers[part], tl.constexpr(KINDS[part]), EXACT)
         for i in tl.static_range(3):
             terms = terms + (tl.where(outside, 0.0, of_part[i]) if EXACT else of_part[i],)
     if HAS_LABELS:
@@ -116,7 +116,7 @@ def _shifted(sums, q_shift, p_shift, inverse_temperature, numbers, KINDS: tl.con
     for part in tl.static_range(PARTS):
         shifted = shifted + alpha_beta_shifted(
             sums[2 + 3 * part], sums[3 + 3 * part], sums[4 + 3 * part], log_p, log_q, log_ratio, numbers[part],
-            KINDS[part],
+            tl.constexpr(KINDS[part]),
         )  # fmt: skip
     if HAS_LABELS:
         LAST: tl.constexpr = 2 + 3 * PARTS
@@ -393,11 +393,11 @@ def _view(y, x, q_log_z, p_log_z, inverse_temperature, AT_T: tl.constexpr):
 @jit
 def _weighted(log_p, log_q, log_ratio, p, q, factor, numbers, KINDS: tl.constexpr, EXACT: tl.constexpr):
     """Return value and grad_log_q of all parts, each times its weight and `factor`."""
-    value, slope = value_and_slope(log_p, log_q, log_ratio, p, q, numbers[0], KINDS[0], EXACT)
+    value, slope = value_and_slope(log_p, log_q, log_ratio, p, q, numbers[0], tl.constexpr(KINDS[0]), EXACT)
     value = value * (factor * numbers[0][0])
     slope = slope * (factor * numbers[0][0])
     for part in tl.static_range(1, len(KINDS)):
-        of_part = value_and_slope(log_p, log_q, log_ratio, p, q, numbers[part], KINDS[part], EXACT)
+        of_part = value_and_slope(log_p, log_q, log_ratio, p, q, numbers[part], tl.constexpr(KINDS[part]), EXACT)
         value += of_part[0] * (factor * numbers[part][0])
         slope += of_part[1] * (factor * numbers[part][0])
     return value, slope

@@ -6,6 +6,7 @@ therefore connects all pairs at construction, and `Outbox` holds messages to lat
 the student's activation.
 """
 
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.transformer import TransformerConfig
+
+from abkd_megatron.errors import HostError
 
 Link = tuple[int, int]
 """Global ranks (source, destination)."""
@@ -26,6 +29,9 @@ def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup | N
     Args:
         ranks: global ranks of the group, in group order; identical on each of them. Empty for no group.
         timeout: of its collectives and messages, which torch does not inherit.
+
+    Raises:
+        HostError: on every rank, if this torch cannot create a group in an order that is not rising.
 
     Collectives: one all_gather_object and one new group per set, over the whole job.
     """
@@ -46,12 +52,28 @@ def new_group_of(
 
     Collectives: one new group per set, over the whole job.
     """
-    # Every rank must create every group, in the same order. Sorting the ranks would renumber the teacher's stages if
-    # its pipeline does not run along rising ranks (--use-tp-pp-dp-mapping).
-    groups = {of: dist.new_group(of, timeout=timeout, sort_ranks=False) for of in sorted(set(wanted)) if of}
+    # Every rank must create every group, in the same order.
+    groups = {of: _new_group_in_order(of, timeout) for of in sorted(set(wanted)) if of}
     group = groups.get(tuple(ranks))
     assert group is None or isinstance(group, dist.ProcessGroup)  # new_group's type for ranks in the group
     return group
+
+
+def _new_group_in_order(ranks: tuple[int, ...], timeout: timedelta) -> object:
+    """Create a group with these ranks in this order.
+
+    torch sorts them by default, which would renumber the teacher's stages if its pipeline does not run along rising
+    ranks (--use-tp-pp-dp-mapping). Older versions of torch always do.
+    """
+    if list(ranks) == sorted(ranks):
+        return dist.new_group(ranks, timeout=timeout)
+    if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
+        raise HostError(
+            f"the teacher's layout needs a process group of the ranks {list(ranks)} in this order, which torch "
+            f"{torch.__version__} cannot create: use a later torch, or drop use-tp-pp-dp-mapping or the teacher's own "
+            "layout"
+        )
+    return dist.new_group(ranks, timeout=timeout, sort_ranks=False)
 
 
 class Channel:

@@ -43,12 +43,14 @@ def of_head(in_forward):
     torch.manual_seed(0)
     shapes = (TOKENS, HIDDEN), (VOCAB, HIDDEN)
     hidden, weight = (torch.randn(shape, device="cuda").bfloat16().requires_grad_() for shape in shapes)
-    others = [torch.randn(shape, device="cuda").bfloat16() for shape in shapes]
+    of_teacher = (torch.randn(shape, device="cuda").bfloat16() for shape in shapes)
+    teacher_hidden, teacher_weight = of_teacher
     mask = torch.ones(TOKENS, device="cuda")
     loss, _ = vocab_parallel_distillation_head(
         hidden,
         weight,
-        *others,
+        teacher_hidden,
+        teacher_weight,
         AlphaBeta(0.2, 0.7),
         torch.arange(TOKENS, device="cuda"),
         VocabShard.megatron(VOCAB),
@@ -60,7 +62,7 @@ def of_head(in_forward):
 
 def digests():
     """Of everything, once with each kernel."""
-    found = {}
+    found: dict[str, str] = {}
     for name in ("triton", "eager"):
         kernels.use(name)
         found |= {f"{name}, {divergence}": of_loss(divergence) for divergence in (AlphaBeta(0.2, 0.7), ToDi())}

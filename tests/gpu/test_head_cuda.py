@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-import abkd_megatron.vocab_parallel.fused_head as head
 from abkd_megatron import ToDi
-from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation_head
-from abkd_megatron.vocab_parallel.head_gradients import TokenWeightCheck
+from abkd_megatron.vocab_parallel import VocabShard, fused_head, head_gradients, vocab_parallel_distillation_head
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -16,7 +14,7 @@ def test_a_product_of_halves_is_summed_in_fp32(dtype):
     left, right = (torch.randn(shape, device="cuda").to(dtype) for shape in ((24, 4096), (4096, 16)))
     total = torch.zeros(24, 16, device="cuda")
     for chunk in range(0, 4096, 64):
-        head._add_product(total, left[:, chunk : chunk + 64], right[chunk : chunk + 64])
+        head_gradients.add_product(total, left[:, chunk : chunk + 64], right[chunk : chunk + 64])
     exact, magnitude = left.double() @ right.double(), left.double().abs() @ right.double().abs()
     assert ((total - exact).abs() <= 2**-20 * magnitude).all()
 
@@ -31,7 +29,9 @@ def loss_of(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_host_does_not_wait_and_other_weights_are_told(monkeypatch):
-    monkeypatch.setattr(head, "token_weight_check", TokenWeightCheck())
+    check = head_gradients.TokenWeightCheck()
+    for module in (fused_head, head_gradients):
+        monkeypatch.setattr(module, "token_weight_check", check)
     hidden = torch.randn(64, 8, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(32, 8, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     loss_of(hidden, weight).sum().backward()  # the first is waited for

@@ -50,6 +50,7 @@ def test_logit_loss(loss, deterministic):
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_divergence(name, deterministic):
     divergence = DistillationConfig(divergence=name).make_divergence()
+    assert divergence is not None
     student, teacher = logits(torch.float32)
     found = vocab_parallel_divergence(student, teacher, divergence)
     wide = student.detach().double().requires_grad_()

@@ -96,7 +96,7 @@ def reference_clipped_kl(
     p = teacher.softmax(dim=-1)
     descending, ids = _first_by_probability(p)
     if top_k is not None:
-        kept = torch.arange(p.shape[-1]).expand_as(p) < top_k
+        kept = torch.arange(p.shape[-1], device=p.device).expand_as(p) < top_k
     else:
         assert mass is not None
         kept = descending.cumsum(dim=-1) - descending < mass
@@ -135,9 +135,9 @@ def reference_sinkhorn(
     tokens = p.shape[:-1]
     shape = (tokens[:-1].numel(), tokens[-1])
     if counted is None:
-        counted = torch.ones(tokens, dtype=torch.bool)
+        counted = torch.ones(tokens, dtype=torch.bool, device=p.device)
     p, q = p.reshape(*shape, p.shape[-1]), q.reshape(*shape, q.shape[-1])
-    result = torch.zeros(p.shape[:-1], dtype=torch.float64)
+    result = torch.zeros(p.shape[:-1], dtype=torch.float64, device=p.device)
     for row, of_row in enumerate(counted.reshape(shape)):
         for first in range(0, tokens[-1], group):
             index = first + of_row[first : first + group].nonzero()[:, 0]
