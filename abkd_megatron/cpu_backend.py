@@ -134,7 +134,7 @@ def install() -> None:
 
     # First, because importing Megatron makes torch.compile inspect torch.cuda, which must not be patched yet.
     import megatron.core.tensor_parallel.random as megatron_random
-    import megatron.training
+    import megatron.training  # noqa: F401
 
     # Required by Megatron for tensor parallelism; no effect without a GPU.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
