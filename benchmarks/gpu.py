@@ -131,6 +131,7 @@ def stages() -> list[Stage]:
         return tuple(f"teacher.{name}-model-parallel-size={size}" for name, size in sizes.items())
 
     tp, pp = "megatron.tensor-model-parallel-size=2", "megatron.pipeline-model-parallel-size=2"
+    vpp = "megatron.num-layers-per-virtual-pipeline-stage"
     dp = tuple(
         f"megatron.{name}=true" for name in ("use-distributed-optimizer", "overlap-grad-reduce", "overlap-param-gather")
     )
@@ -145,11 +146,13 @@ def stages() -> list[Stage]:
         train("te", "the same with TransformerEngine's layer spec", spec="te"),
         train("TP 2", as_one, tp, gpus=2),
         train("PP 2", as_one, pp, gpus=2),
+        train("PP 2 x VPP 2", f"interleaved schedule: {as_one}", pp, f"{vpp}=1", gpus=2),
         train("DP 2", f"distributed optimizer, overlap-param-gather: {as_one}", *dp, gpus=2),
         train("DP 2, teacher TP 2", f"independent teacher: {as_one}", *dp, *of_teacher(tensor=2), gpus=2),
         train("DP 2, teacher PP 2", f"independent teacher: {as_one}", *dp, *of_teacher(pipeline=2), gpus=2),
         train("PP 2, teacher PP 1", f"independent teacher: {as_one}", pp, *of_teacher(pipeline=1), gpus=2),
         train("TE, TP 2 + SP", f"as te: {as_one}", tp, "megatron.sequence-parallel=true", gpus=2, spec="te"),
+        train("TE, CP 2", f"as te: {as_one}", "megatron.context-parallel-size=2", gpus=2, spec="te"),
         train("TP 2 x PP 2", as_one, tp, pp, gpus=4),
         Stage(
             "kernel triton, TP 2",

@@ -462,6 +462,7 @@ def tiles(report: Report, place: Place, given: argparse.Namespace) -> None:
 
         for name, action in (("record", record), ("gradient", gradient)):
             key = name, architecture, dtype.itemsize, columns
+            before = table.MEASURED.get(key)
             taken: dict[table.Tile, float] = {}
             for candidate in table.CANDIDATES[name][: 2 if place.is_tiny else None]:
                 table.MEASURED[key] = candidate
@@ -469,6 +470,8 @@ def tiles(report: Report, place: Place, given: argparse.Namespace) -> None:
                 if row is not None:
                     taken[candidate] = row["seconds"]
             del table.MEASURED[key]
+            if before is not None:
+                table.MEASURED[key] = before
             if not taken:
                 report.problems.append(f"{name}, {dtype}, {columns} columns: no tile runs")
                 continue
@@ -584,7 +587,7 @@ SHAPE = {
     "distributed-timeout-minutes": 1,
 }
 # (layers, hidden size, feed-forward size, heads)
-STUDENT = {"full": (2, 256, 512, 4), "tiny": (2, 32, 64, 4)}
+STUDENT = {"full": (4, 256, 512, 4), "tiny": (4, 32, 64, 4)}
 TEACHER = {"full": (4, 384, 768, 6), "tiny": (4, 48, 96, 4)}
 TRAINING = {
     "full": {"seq-length": 256, "max-position-embeddings": 256, "micro-batch-size": 2, "global-batch-size": 16},

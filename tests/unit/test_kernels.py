@@ -9,7 +9,7 @@ from kernel_cases import DIVERGENCES, OTHERS, SETTINGS, compare, hard, special
 
 from abkd_megatron import AlphaBeta, ToDi, kernels, vocab_parallel_divergence
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.kernels import cpp
+from abkd_megatron.kernels import cpp, tiles
 from abkd_megatron.losses import JensenShannon, SkewForwardKL, SkewReverseKL, TotalVariation, WeightedSum
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation
 
@@ -224,3 +224,16 @@ def test_a_divergence_that_cpp_does_not_know(divergence):
 def test_an_unknown_kernel_is_refused():
     with pytest.raises(ConfigError, match=r"auto, eager, cpp, triton.*'fast'"):
         kernels.use("fast")
+
+
+@pytest.mark.parametrize(
+    ("columns", "wanted"),
+    [(100, "small"), (16032, "small"), (16033, "large"), (128256, "large"), (151936, "large")],
+)
+def test_a_tile_is_the_measured_one_of_the_next_size(columns, wanted, monkeypatch):
+    found = {"small": tiles.Tile(1024, 4), "large": tiles.Tile(512, 2)}
+    rows = {("record", 91, 2, 16032): found["small"], ("record", 91, 2, 128256): found["large"]}
+    monkeypatch.setattr(tiles, "MEASURED", rows)
+    assert tiles.tile("record", columns, 1, 91) == tiles.tile("record", columns, 2, 91) == found[wanted]
+    for other in (("record", columns, 4, 91), ("record", columns, 2, None), ("gradient", columns, 2, 91)):
+        assert tiles.tile(*other) == tiles.PREDICTED[other[0]][other[2]]
