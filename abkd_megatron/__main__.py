@@ -244,7 +244,7 @@ def _train(arguments: Namespace) -> int:
                 minutes = config.megatron.get("distributed-timeout-minutes", 10)
                 cpu_backend.init_process_group(timedelta(minutes=float(str(minutes))))
             else:
-                launch.use_compiled_helpers()
+                cpu_backend.use_compiled_helpers()
             megatron_lm.run(config, arguments.job)
     except UNEXPECTED as error:
         if not training_started(error):

@@ -8,6 +8,7 @@ To run any script on it, unmodified: `python -m abkd_megatron.cpu_backend SCRIPT
 """
 
 import copy
+import importlib.util
 import os
 import runpy
 import sys
@@ -23,7 +24,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from abkd_megatron.errors import HostError
-from abkd_megatron.hosts import launch
 
 _installed = False
 
@@ -212,13 +212,26 @@ def install() -> None:
     # Megatron decorated its small fusions with torch.compile, which cannot trace through this mode.
     torch.compiler.set_stance("force_eager")
 
-    launch.use_compiled_helpers()
+    use_compiled_helpers()
     # This module imported the names from torch.cuda before they were patched.
     megatron_random._lazy_call = torch.cuda._lazy_call
     megatron_random._lazy_init = torch.cuda._lazy_init
     _fix_resumed_adam()
     _let_torch_norms_be_sequence_parallel()
     _keep_data_loaders_from_the_generator()
+
+
+def use_compiled_helpers() -> None:
+    """Keep Megatron from running `make` for its dataset helper where the compiled helper is installed; also on GPUs.
+
+    A wheel of megatron-core has the compiled helper but no Makefile, and Megatron ends the process if `make` fails. A
+    source checkout has a Makefile.
+    """
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+        return
+    import megatron.core.datasets.utils
+
+    megatron.core.datasets.utils.compile_helpers = lambda: None
 
 
 def _copy_of(answer: Any) -> Any:

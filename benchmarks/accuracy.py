@@ -58,6 +58,8 @@ LOSSES: dict[str, Divergence] = {
     "sum of three": WeightedSum([(1.0, AlphaBeta(0.2, 0.7)), (0.5, AlphaBeta(1.0, 0.0)), (2.0, JensenShannon())]),
 }
 EQUAL = "equal"
+OTHER_DEVICE = {"cpu": "triton", "cuda": "cpp"}
+"""The kernel that does not run on a device."""
 PEER = "autograd, log space"
 LIMITS = {"loss": 1.0, "loss, bf16": 1.0, "gradient": 1e-5}
 ROUNDING, FEW, OF_DEFINITION = 2.0**-24, 8, 2.0**-49
@@ -188,10 +190,11 @@ class Exact:
         return (log_q.exp().max() * h.sum().abs()).item() * ROUNDING
 
 
-def measure(contestants: dict[str, Loss], tokens: int, vocab: int) -> list[Row]:
+def measure(contestants: dict[str, Loss], tokens: int, vocab: int, device: str = "cpu") -> list[Row]:
     """Return one row per case and loss, with the results of every contestant."""
     rows: list[Row] = []
-    for case, (student, teacher) in cases(tokens, vocab).items():
+    for case, pair in cases(tokens, vocab).items():
+        student, teacher = (logits.to(device) for logits in pair)
         limits = dict.fromkeys(LIMITS, 0.0) if case == EQUAL else LIMITS
         for name, divergence in LOSSES.items():
             exact = Exact(divergence, student, teacher)
@@ -227,16 +230,18 @@ def table(rows: list[Row], contestant: str) -> str:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = [name for name in kernels.NAMES if name != "triton"]
-    parser.add_argument("--kernels", nargs="+", choices=kernels.NAMES, default=default)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--kernels", nargs="+", choices=kernels.NAMES, help="default: all of the device")
     parser.add_argument("--tokens", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=131072)
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "accuracy.json")
     given = parser.parse_args()
+    given.kernels = given.kernels or [name for name in kernels.NAMES if name != OTHER_DEVICE[given.device]]
 
-    report: Row = {"machine": machine(), "tokens": given.tokens, "vocab": given.vocab, "limits": LIMITS}
+    where = machine() | ({"GPU": torch.cuda.get_device_name()} if given.device == "cuda" else {})
+    report: Row = {"machine": where, "tokens": given.tokens, "vocab": given.vocab, "limits": LIMITS}
     contestants = {name: ours(name) for name in given.kernels} | {PEER: autograd_loss}
-    report["rows"] = measure(contestants, given.tokens, given.vocab)
+    report["rows"] = measure(contestants, given.tokens, given.vocab, given.device)
     for name in given.kernels:
         print(table(report["rows"], name), flush=True)
     given.json.parent.mkdir(parents=True, exist_ok=True)

@@ -24,19 +24,6 @@ def log_to_stdout() -> None:
     logger.propagate = not last
 
 
-def use_compiled_helpers() -> None:
-    """Keep Megatron from running `make` for its dataset helper where the compiled helper is already installed.
-
-    A wheel of megatron-core has the compiled helper but no Makefile, and Megatron ends the process if `make` fails. A
-    source checkout has a Makefile.
-    """
-    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
-        return
-    import megatron.core.datasets.utils
-
-    megatron.core.datasets.utils.compile_helpers = lambda: None
-
-
 def check_launcher() -> None:
     """Check the variables of torchrun and similar launchers.
 

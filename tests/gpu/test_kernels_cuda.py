@@ -7,7 +7,7 @@ in bf16 at the vocabularies of Llama 3 and Qwen 2.5; offsets beyond 2^31 logits.
 import gpu_stages
 import pytest
 import torch
-from kernel_cases import DIVERGENCES, SETTINGS, compare, special
+from kernel_cases import DIVERGENCES, SETTINGS, compare, special, vectors
 
 from abkd_megatron import AlphaBeta, ToDi, kernels
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation
@@ -47,6 +47,11 @@ def test_triton_on_special_rows():
     from abkd_megatron.kernels import triton
 
     assert special(triton, "cuda") == {"nan and inf logits": True, "no columns": True, "equal models": True}
+
+
+def test_vectors(use):
+    found = vectors("triton", "cuda")
+    assert all(number <= 1.0 for of_row in found.values() for number in of_row), found
 
 
 @pytest.mark.parametrize("vocab", gpu_stages.VOCABULARIES["full"])

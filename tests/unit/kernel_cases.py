@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from abkd_megatron import AlphaBeta, ToDi
+from abkd_megatron import AlphaBeta, ToDi, kernels
 from abkd_megatron.kernels import eager
 from abkd_megatron.kernels.record import Layout
 from abkd_megatron.losses import JensenShannon, SkewForwardKL, SkewReverseKL, TotalVariation, WeightedSum
@@ -237,3 +237,21 @@ def hard(kernel, divergence, temperature, columns=2100, parts=1, device="cpu"):
     for name, one, other in zip(("kl", "entropy p", "entropy q"), got.metrics, wanted.metrics, strict=True):
         worst[name] = ((one - other).abs() / (1e-6 + 1e-5 * other.abs())).max().item()
     return worst
+
+
+def vectors(kernel, device):
+    """Errors of fp32 losses and gradients against the 60-digit values of vectors.json, relative to their limits."""
+    import test_divergences as exact
+
+    kernels.use(kernel)
+    found = {}
+    for (row, divergence), name in zip(exact.ROWS, exact.ROW_IDS, strict=True):
+        student, teacher = (
+            torch.tensor(logits, dtype=torch.float32, device=device) for logits in exact.PAIRS[row["pair"]]
+        )
+        value, gradient = (of.double().cpu() for of in exact.fast(student, teacher, divergence))
+        loss, slope = (torch.tensor(row[key], dtype=torch.float64) for key in ("loss", "grad"))
+        largest = slope.abs().amax(dim=-1, keepdim=True)
+        of_loss = ((value - loss).abs() / (1e-6 + 1e-5 * loss)).max().item()
+        found[name] = [of_loss, ((gradient - slope).abs() / (1e-5 * largest)).max().item()]
+    return found

@@ -343,7 +343,7 @@ CALLS = [
         CPU,
         ("cls", "config", "hidden_size"),
     ),
-    Call("megatron.core.datasets.utils:compile_helpers", "hosts/launch.py"),
+    Call("megatron.core.datasets.utils:compile_helpers", CPU),
     Call("megatron.core.tensor_parallel.random:_lazy_call", CPU, ("callable",)),
     Call("megatron.core.tensor_parallel.random:_lazy_init", CPU),
 ]

@@ -25,7 +25,7 @@ WITHOUT_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 def load(name):
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    sys.modules[spec.name] = sys.modules[name] = module  # also by its own name: the stages import gpu
     spec.loader.exec_module(module)
     return module
 
@@ -369,3 +369,19 @@ def test_other_losses_than_one_gpus_are_seen():
     assert len(wrong) == 1 and wrong[0].startswith("grad norm differs from one GPU's by 5.0e-02")
     _, wrong = gpu_stages.compared({"kd loss": [float("nan")], "grad norm": []}, one)
     assert len(wrong) == 2
+
+
+def test_ranks_share_gpus(tmp_path, monkeypatch):
+    four = gpu.Stage("four", "", 1, gpus=4)
+    one_gpu = gpu.Machine("cuda", ("a",))
+    assert gpu.why_not(four, one_gpu, {}, [])
+    monkeypatch.setenv(gpu.RANKS_PER_GPU, "4")
+    assert not gpu.why_not(four, one_gpu, {}, [])
+    monkeypatch.setenv(gpu.RANKS_PER_GPU, "2")
+    assert gpu.why_not(four, one_gpu, {}, [])
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, sys\nopen(f'{sys.argv[1]}/{os.environ[\"RANK\"]}', 'w').write(os.environ['LOCAL_RANK'])\n"
+    )
+    subprocess.run([*gpu.on_ranks(4, sys.executable), str(script), str(tmp_path)], check=True, env=os.environ)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(4)] == ["0", "0", "1", "1"]

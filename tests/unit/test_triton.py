@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import sass
 import torch
-from kernel_cases import DIVERGENCES, OTHERS, SETTINGS, compare, hard, special
+from kernel_cases import DIVERGENCES, OTHERS, SETTINGS, compare, hard, special, vectors
 
 from abkd_megatron import AlphaBeta, ToDi
 from abkd_megatron.errors import ConfigError, HostError
@@ -201,6 +201,7 @@ def interpreted(cases, hard_cases):
         return {"skipped": str(failure)}
     return {
         "special": specials,
+        "vectors": vectors("triton", "cpu"),
         "compared": {f"{name}, {setting}": compare(kernel, ALL[name], setting) for name, setting in cases},
         "hard": {f"{name}, {T}, {parts}": hard(kernel, ALL[name], T, parts=parts) for name, T, parts in hard_cases},
     }
@@ -234,6 +235,11 @@ def found(request, tmp_path_factory):
     if "skipped" in results:
         pytest.skip(f"this Triton's interpreter does not run with this numpy: {results['skipped']}")
     return results
+
+
+def test_vectors(found):
+    assert len(found["vectors"]) > 30
+    assert all(number <= 1.0 for of_row in found["vectors"].values() for number in of_row), found["vectors"]
 
 
 @pytest.mark.parametrize(("name", "setting"), cases(CASES, SHORT))
