@@ -33,8 +33,8 @@ class Identity:
     vocab_size: int
     seq_length: int
     """Tokens per sample."""
-    resets: str
-    """Megatron's settings by which a document's end changes attention, which no key has."""
+    reset_attention_mask: bool
+    """Megatron's setting by which attention ends with a document, which no key has."""
     temperature: float
     """Of `log_probs` and `log_rest`."""
     top_k: int

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.vocab_parallel.records import TeacherRecords
+from abkd_megatron.vocab_parallel.record_passes import TeacherRecords
 
 PRECISIONS = {"fp16": torch.float16, "fp32": torch.float32}
 # log_rest, entropy and label_log_prob in fp32, in this order.
@@ -83,7 +83,7 @@ class RecordLayout:
         whole = torch.nn.functional.pad(ids.reshape(len(packed), self.top_k, self.id_bytes), (0, 4 - self.id_bytes))
         log_rest, entropy, label_log_prob = head.contiguous().view(torch.float32).unbind(-1)
         return TeacherRecords(
-            ids=whole.contiguous().view(torch.int32).squeeze(-1).long(),
+            ids=whole.contiguous().view(torch.int32).squeeze(-1),
             log_probs=log_probs.contiguous().view(self._dtype).float(),
             log_rest=log_rest,
             entropy=entropy,

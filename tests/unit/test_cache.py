@@ -19,7 +19,7 @@ from abkd_megatron.cache.manifest import FORMAT, MANIFEST, Identity, read_manife
 from abkd_megatron.cache.record import RecordLayout
 from abkd_megatron.cache.store import CacheReader, CacheWriter, count_hits
 from abkd_megatron.errors import ConfigError, DataError
-from abkd_megatron.vocab_parallel.records import TeacherRecords
+from abkd_megatron.vocab_parallel.record_passes import TeacherRecords
 
 IDENTITY = Identity(
     teacher="a" * 64,
@@ -28,7 +28,7 @@ IDENTITY = Identity(
     tokenizer="t",
     vocab_size=400,
     seq_length=4,
-    resets="none",
+    reset_attention_mask=False,
     temperature=1.0,
     top_k=8,
     precision="fp16",
@@ -90,7 +90,7 @@ def test_records_come_back(vocab_size: int, id_bytes: int, precision: str) -> No
     log_probs = -30 * torch.rand(7, 5, generator=draw)
     log_probs[0, 0] = -torch.inf
     given = TeacherRecords(
-        ids=torch.randint(0, vocab_size, (7, 5), generator=draw),
+        ids=torch.randint(0, vocab_size, (7, 5), generator=draw, dtype=torch.int32),
         log_probs=log_probs,
         log_rest=torch.tensor([-torch.inf, *(-float(n) for n in range(6))]),
         entropy=torch.rand(7, generator=draw),

@@ -1,0 +1,61 @@
+"""Keys of the section `cache`, and the rules of a teacher cache. Does not import megatron."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from abkd_megatron.losses.schedule import Schedule
+
+if TYPE_CHECKING:
+    from abkd_megatron.config.schema import Config
+
+PRECISIONS = ("fp16", "fp32")
+DEFAULT_TOP_K = 64
+
+
+@dataclass(kw_only=True, slots=True)
+class CacheConfig:
+    """The teacher cache that the job `cache` writes."""
+
+    dir: str | None = None
+    """Directory of the cache; an existing one of the same teacher and form is extended."""
+    top_k: int | None = None
+    """Log-probabilities kept per token; None for 64, or for as many as `bytes_per_token` holds."""
+    bytes_per_token: int | None = None
+    """Largest size of a token's record, in place of `top_k`."""
+    precision: str = "fp16"
+    """Of the log-probabilities: ``fp16`` or ``fp32``."""
+    shard_mib: int = 256
+    """Size of a file in MiB. Every writing rank holds one in memory, and loses it if it is killed."""
+
+
+def cache_problems(config: "Config", job: str) -> Iterator[tuple[str, str]]:
+    """Yield (key, what was expected and found) of each setting of a cache that is invalid.
+
+    Args:
+        config: of the job.
+        job: see `Config.check`.
+    """
+    cache, kd = config.cache, config.distillation.expanded()
+    if cache.precision not in PRECISIONS:
+        yield "cache.precision", f"expected {' or '.join(PRECISIONS)}, got {cache.precision!r}"
+    for name in ("top_k", "bytes_per_token", "shard_mib"):
+        number = getattr(cache, name)
+        if number is not None and number < 1:
+            yield f"cache.{name}", f"expected 1 or more, got {number}"
+    if cache.top_k is not None and cache.bytes_per_token is not None:
+        yield "cache.bytes_per_token", f"expected it or cache.top_k, got both ({cache.top_k}); remove one"
+    if job != "cache":
+        return
+    if not cache.dir:
+        yield "cache.dir", "expected an output directory, got none; set it"
+    if isinstance(kd.temperature, Schedule):
+        yield (
+            "distillation.temperature",
+            f"expected one number, since a cache is of one temperature, got {kd.temperature}; remove the schedule",
+        )
+    if kd.shared_vocab is not None:
+        yield (
+            "distillation.shared_vocab",
+            f"expected none, since a cache is of one vocabulary, got {kd.shared_vocab}; use a live teacher",
+        )

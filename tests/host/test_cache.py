@@ -1,0 +1,105 @@
+"""The job `cache` writes the same records in every layout, once per sample."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from launch import launch, run_job
+
+from abkd_megatron.cache.store import CacheReader
+from abkd_megatron.vocab_parallel.record_passes import TeacherRecords
+
+TENSOR, PIPELINE = "tensor-model-parallel-size", "pipeline-model-parallel-size"
+# {name: (ranks, teacher's layout)}.
+LAYOUTS = {
+    "one": (1, {}),
+    "tensor": (2, {TENSOR: 2}),
+    "pipeline": (2, {PIPELINE: 2}),
+    "data": (2, {}),
+}
+EXACT = {"cache.top_k": 400, "cache.precision": "fp32"}
+SAMPLES = 5 * 8 + 2 * 8
+
+
+def settings(teacher: Path, directory: Path, layout: dict[str, int]) -> dict[str, object]:
+    return {
+        "teacher.load": teacher,
+        "cache.dir": directory,
+        **EXACT,
+        **{f"teacher.{name}": value for name, value in layout.items()},
+    }
+
+
+@pytest.fixture(scope="module")
+def caches(workspace: Path, config: Path, teacher: Path) -> dict[str, Path]:
+    found = {name: workspace / f"cache-{name}" for name in LAYOUTS}
+    for name, (ranks, layout) in LAYOUTS.items():
+        run_job("cache", config, settings(teacher, found[name], layout), num_ranks=ranks)
+    return found
+
+
+def records(reader: CacheReader, key: bytes) -> TeacherRecords:
+    packed = reader.read(key)
+    assert packed is not None
+    return reader.identity.layout.unpack(torch.from_numpy(packed))
+
+
+def keys_of(directory: Path) -> set[bytes]:
+    from safetensors.numpy import load_file
+
+    return {row.tobytes() for path in directory.glob("*.safetensors") for row in load_file(path)["keys"]}
+
+
+def dense(found: TeacherRecords) -> torch.Tensor:
+    """[s, V] log-probabilities in the order of ids."""
+    return torch.empty_like(found.log_probs).scatter_(-1, found.ids.long(), found.log_probs)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
+def test_every_layout_writes_the_same_records(caches: dict[str, Path], name: str) -> None:
+    keys = keys_of(caches["one"])
+    assert keys_of(caches[name]) == keys
+    assert len(keys) == SAMPLES
+    one, other = (CacheReader(caches[it]) for it in ("one", name))
+    assert len(other) == SAMPLES
+    for key in keys:
+        a, b = records(one, key), records(other, key)
+        torch.testing.assert_close(dense(b), dense(a), rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(dense(a).logsumexp(-1), torch.zeros(32), rtol=0.0, atol=1e-5)
+        for field in ("entropy", "label_log_prob"):
+            torch.testing.assert_close(getattr(b, field), getattr(a, field), rtol=1e-5, atol=2e-5)
+
+
+def test_a_second_job_writes_what_is_missing(caches: dict[str, Path], config: Path, teacher: Path) -> None:
+    directory = caches["data"]
+    before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
+    more = {**settings(teacher, directory, {}), "megatron.train-iters": 6, "megatron.global-batch-size": 4}
+    run_job("cache", config, more)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    lost = next(directory.glob("*.safetensors"))
+    number = sum(1 for line in next(directory.glob(f"{lost.name.rpartition('-')[0]}.jsonl")).open())
+    assert number == 1
+    (directory / f"{lost.name.rpartition('-')[0]}.jsonl").unlink()
+    lost.unlink()
+    keys = keys_of(caches["one"])
+    assert not keys <= keys_of(directory)
+    run_job("cache", config, {**settings(teacher, directory, {TENSOR: 2}), "megatron.micro-batch-size": 1}, num_ranks=2)
+    assert keys <= keys_of(directory)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"cache.top_k": 8}, "top_k: 400 in the cache, 8 in this job"),
+        ({"distillation.temperature": 2}, "temperature: 1.0 in the cache, 2.0 in this job"),
+        ({"megatron.context-parallel-size": 2}, "context-parallel-size"),
+        ({"cache.top_k": 500}, "cache.top_k: expected 1 to the vocabulary's 400 tokens, got 500"),
+    ],
+)
+def test_a_cache_of_something_else_is_rejected(
+    caches: dict[str, Path], config: Path, teacher: Path, change: dict, message: str
+) -> None:
+    given = {**settings(teacher, caches["one"], {}), **change}
+    words = [f"{key}={value}" for key, value in given.items()]
+    for rank in launch(["-m", "abkd_megatron", "cache", config, *words], 2):
+        assert rank.code == 2 and message in rank.output, rank.output[-3000:]
