@@ -82,7 +82,7 @@ MUTATIONS = [
     ),
     Mutation(
         "lm_weight ignored by the fused head",
-        "vocab_parallel/fused_head.py",
+        "vocab_parallel/head_function.py",
         "weighted(self.lm_weight, of_loss)",
         "of_loss",
         "tests/distributed/test_head.py -k ranks2",

@@ -51,7 +51,7 @@ from abkd_megatron.losses.extra.clipped import ClippedKL
 from abkd_megatron.losses.registry import LOGIT_LOSSES
 from abkd_megatron.vocab_parallel import (
     VocabShard,
-    fused_head,
+    head_function,
     head_gradients,
     logit_loss,
     logits,
@@ -386,7 +386,7 @@ def check_head(
     for value in (terms.divergence, terms.cross_entropy, *terms.metrics.values()):
         spmd.assert_type(value, {group: R})
     differentiate(bodies, loss, (student_hidden, student_weight), token_weights)
-    assert fused_head._DistillationHead in bodies.backwards
+    assert head_function._DistillationHead in bodies.backwards
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES[1:4], ids=str)
