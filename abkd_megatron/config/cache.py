@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from abkd_megatron.config.schema import Config
 
 PRECISIONS = ("fp16", "fp32")
+ON_MISS = ("error", "lm")
 DEFAULT_TOP_K = 64
 
 
@@ -45,8 +46,14 @@ def cache_problems(config: "Config", job: str) -> Iterator[tuple[str, str]]:
             yield f"cache.{name}", f"expected 1 or more, got {number}"
     if cache.top_k is not None and cache.bytes_per_token is not None:
         yield "cache.bytes_per_token", f"expected it or cache.top_k, got both ({cache.top_k}); remove one"
+    if kd.on_miss not in ON_MISS:
+        yield "distillation.on_miss", f"expected {' or '.join(ON_MISS)}, got {kd.on_miss!r}"
+    if job == "distill" and kd.cache is not None:
+        yield from _problems_of_reading(config)
     if job != "cache":
         return
+    if kd.cache is not None:
+        yield "distillation.cache", f"expected cache.dir for the job `cache`, got {kd.cache}; remove it"
     if not cache.dir:
         yield "cache.dir", "expected an output directory, got none; set it"
     if isinstance(kd.temperature, Schedule):
@@ -58,4 +65,25 @@ def cache_problems(config: "Config", job: str) -> Iterator[tuple[str, str]]:
         yield (
             "distillation.shared_vocab",
             f"expected none, since a cache is of one vocabulary, got {kd.shared_vocab}; use a live teacher",
+        )
+
+
+def _problems_of_reading(config: "Config") -> Iterator[tuple[str, str]]:
+    """Yield what conflicts with a cache in place of a teacher."""
+    teacher = config.teacher
+    given = [f"teacher.{name}" for name in teacher.megatron]
+    given += [
+        f"teacher.{name.replace('_', '-')}" for name in ("load", "ckpt_step") if getattr(teacher, name) is not None
+    ]
+    given += ["teacher.declared"] if teacher.declared else []
+    if given:
+        yield (
+            "distillation.cache",
+            f"expected a cache or a live teacher, got both: {', '.join(given)}; a cache has its own teacher: remove "
+            "the section `teacher`, or distillation.cache",
+        )
+    if config.distillation.diagnostics:
+        yield (
+            "distillation.diagnostics",
+            "expected false with distillation.cache: diagnostics need the teacher's logits",
         )

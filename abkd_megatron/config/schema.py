@@ -109,6 +109,10 @@ class DistillationConfig:
     skip_preflight: list[str] = field(default_factory=list)
     """Checks to skip before the first step: ``teacher_checksums``, ``teacher_weights``, ``memory``, ``gradient``,
     ``batch``, ``teacher_loss``."""
+    cache: str | None = None
+    """Teacher cache to train from, in place of `teacher.load`: the `cache.dir` of the job `cache`."""
+    on_miss: str = "error"
+    """Action for a sample that is not in the cache: ``error``, or ``lm`` to train it on the cross entropy only."""
     on_change: str = "refuse"
     """Action if a run resumes with another teacher or loss than its checkpoint: ``refuse`` or ``warn``."""
 
@@ -334,10 +338,10 @@ class Config:
             yield self._error(key, text)
         if job == "prepare" and not data.dir:
             yield ConfigError("data.dir: expected an output directory, got none; set data.dir")
-        if job in ("cache", "distill") and not self.teacher.load:
+        if job in ("cache", "distill") and not self.teacher.load and not self.distillation.cache:
             yield ConfigError(
                 "teacher.load: expected the path of the teacher's Megatron checkpoint, got none; set teacher.load, or "
-                "use `pretrain` to train without a teacher"
+                "distillation.cache to train from a cache, or use `pretrain` to train without a teacher"
             )
         twice = [name for name in _DATA_ARGUMENTS if data.dir and self.megatron.get(name) not in (None, False)]
         if twice:

@@ -1,10 +1,13 @@
-"""The job `cache` writes the same records in every layout, once per sample."""
+"""The job `cache` writes the same records in every layout, once per sample, and any layout trains from them.
+
+With all columns in fp32 a student trains as with the live teacher.
+"""
 
 from pathlib import Path
 
 import pytest
 import torch
-from launch import launch, run_job
+from launch import launch, run_job, scalars
 
 from abkd_megatron.cache.store import CacheReader
 from abkd_megatron.vocab_parallel.record_passes import TeacherRecords
@@ -103,3 +106,67 @@ def test_a_cache_of_something_else_is_rejected(
     words = [f"{key}={value}" for key, value in given.items()]
     for rank in launch(["-m", "abkd_megatron", "cache", config, *words], 2):
         assert rank.code == 2 and message in rank.output, rank.output[-3000:]
+
+
+# ---- students
+
+
+# {name: (ranks, the student's settings, the layout that wrote its cache)}.
+STUDENTS = {
+    "one": (1, {}, "tensor"),
+    "fused": (1, {"distillation.head": "fused", "distillation.chunk_tokens": 16}, "one"),
+    "tensor": (2, {f"megatron.{TENSOR}": 2, "megatron.sequence-parallel": True}, "pipeline"),
+    "pipeline": (2, {f"megatron.{PIPELINE}": 2, "megatron.micro-batch-size": 1}, "data"),
+    "data": (2, {"distillation.head": "fused", "distillation.chunk_tokens": 16}, "one"),
+}
+LOGGED = ("lm loss", "kd loss", "total loss", "grad-norm", "teacher lm loss", "teacher entropy", "top-1 agreement")
+
+
+def train(workspace: Path, config: Path, student: Path, name: str, ranks: int, given: dict) -> dict[str, list[float]]:
+    folder = workspace / f"events-{name}"
+    common = {
+        "megatron.load": student,
+        "megatron.finetune": True,
+        "megatron.tensorboard-dir": folder,
+        "distillation.divergence": "alpha_beta",
+        "distillation.alpha": 0.5,
+        "distillation.beta": 0.5,
+    }
+    run_job("distill", config, {**common, **given}, num_ranks=ranks)
+    return scalars(folder)
+
+
+@pytest.fixture(scope="module")
+def live(workspace: Path, config: Path, teacher: Path, student: Path) -> dict[str, list[float]]:
+    return train(workspace, config, student, "live", 1, {"teacher.load": teacher})
+
+
+def of_cache(directory: Path) -> dict[str, object]:
+    """A student's settings, without the section `teacher` of the configuration's file."""
+    return {"distillation.cache": directory}
+
+
+@pytest.fixture(scope="module")
+def alone(config: Path, workspace: Path) -> Path:
+    """The configuration without a teacher."""
+    path = workspace / "without-teacher.yaml"
+    text = config.read_text()
+    before, _, after = text.partition("teacher:\n")
+    path.write_text(before + after[after.index("distillation:") :])
+    return path
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_student_trains_as_with_the_live_teacher(
+    caches: dict[str, Path],
+    live: dict[str, list[float]],
+    workspace: Path,
+    alone: Path,
+    student: Path,
+    name: str,
+) -> None:
+    ranks, given, written = STUDENTS[name]
+    found = train(workspace, alone, student, f"cached-{name}", ranks, {**given, **of_cache(caches[written])})
+    for key in (*LOGGED, *(f"{it} validation" for it in LOGGED if it != "grad-norm")):
+        assert len(found[key]) == len(live[key]) > 0, key
+        torch.testing.assert_close(torch.tensor(found[key]), torch.tensor(live[key]), rtol=1e-5, atol=1e-5, msg=key)
