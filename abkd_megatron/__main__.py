@@ -398,10 +398,8 @@ JOBS = {
         _train,
         "run the teacher once over a student's samples, and keep what it predicts",
         (
-            f"{_TORCHRUN.format(2)} cache configs/tiny_cpu.yaml cache.dir=runs/demo/cache "
-            "megatron.pipeline-model-parallel-size=1",
-            f"{_TORCHRUN.format(2)} cache configs/tiny_cpu.yaml cache.dir=runs/demo/cache cache.bytes_per_token=140 "
-            "teacher.pipeline-model-parallel-size=1",
+            f"{_TORCHRUN.format(4)} cache configs/tiny_cpu.yaml cache.dir=runs/demo/cache",
+            f"{_TORCHRUN.format(4)} cache configs/tiny_cpu.yaml cache.dir=runs/small cache.bytes_per_token=76",
         ),
         reads="teacher.load, data.dir (or Megatron's own data arguments)",
         writes="cache.dir: shards, and what is missing in an existing cache; the log to stdout",

@@ -170,3 +170,48 @@ def test_a_student_trains_as_with_the_live_teacher(
     for key in (*LOGGED, *(f"{it} validation" for it in LOGGED if it != "grad-norm")):
         assert len(found[key]) == len(live[key]) > 0, key
         torch.testing.assert_close(torch.tensor(found[key]), torch.tensor(live[key]), rtol=1e-5, atol=1e-5, msg=key)
+
+
+def test_a_sample_that_is_missing(
+    caches: dict[str, Path], workspace: Path, config: Path, alone: Path, teacher: Path, student: Path
+) -> None:
+    """One of five batches is in the cache: rejected before a step, or trained on the cross entropy."""
+    part = workspace / "cache-part"
+    few = {**settings(teacher, part, {}), "cache.top_k": 8, "cache.precision": "fp16", "megatron.train-iters": 1}
+    run_job("cache", config, few)
+    words = [f"{key}={value}" for key, value in of_cache(part).items()]
+    for rank in launch(["-m", "abkd_megatron", "distill", alone, *words], 2):
+        assert rank.code == 2 and "on_miss=lm" in rank.output, rank.output[-3000:]
+        assert "iteration        1/" not in rank.output
+    found = train(workspace, alone, student, "missing", 2, {**of_cache(part), "distillation.on_miss": "lm"})
+    assert found["cached share"] == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert found["selected tokens"] == found["cached share"]
+    assert found["kd loss"][0] > 0 and found["kd loss"][1:] == [0.0] * 4
+    assert all(0 < a <= b + 1 for a, b in zip(found["lm loss"], found["total loss"], strict=True))
+    assert found["total loss"][1:] == found["lm loss"][1:]
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"distillation.temperature": 2}, "temperature: 1.0 in the cache, 2.0 in this job"),
+        ({"megatron.seq-length": 16}, "seq_length: 32 in the cache, 16 in this job"),
+        ({"distillation.divergence": "clipped_kl"}, "clipped_kl"),
+        ({"teacher.num-layers": 4}, "teacher.num-layers"),
+        ({"distillation.cache": "/nowhere"}, "manifest.json"),
+    ],
+)
+def test_a_job_that_the_cache_does_not_fit(
+    caches: dict[str, Path], alone: Path, given: dict[str, object], message: str
+) -> None:
+    words = [f"{key}={value}" for key, value in {**of_cache(caches["one"]), **given}.items()]
+    (rank,) = launch(["-m", "abkd_megatron", "distill", alone, *words], 1)
+    assert rank.code == 2 and message in rank.output, rank.output[-3000:]
+
+
+def test_check_of_a_student_with_a_cache(caches: dict[str, Path], alone: Path) -> None:
+    words = [f"{key}={value}" for key, value in of_cache(caches["one"]).items()]
+    (rank,) = launch(["-m", "abkd_megatron", "check", alone, *words], 1)
+    assert rank.code == 0 and f"of {SAMPLES} samples" in rank.output, rank.output[-3000:]
+    (rank,) = launch(["-m", "abkd_megatron", "check", alone, *words, "distillation.temperature=2"], 1)
+    assert rank.code == 2 and "temperature: 1.0" in rank.output, rank.output[-3000:]
