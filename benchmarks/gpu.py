@@ -152,6 +152,13 @@ def stages() -> list[Stage]:
         train("DP 2, teacher PP 2", f"independent teacher: {as_one}", *dp, *of_teacher(pipeline=2), gpus=2),
         train("PP 2, teacher PP 1", f"independent teacher: {as_one}", pp, *of_teacher(pipeline=1), gpus=2),
         train("TE, TP 2 + SP", f"as te: {as_one}", tp, "megatron.sequence-parallel=true", gpus=2, spec="te"),
+        train(
+            "TE, TP 2, hybrid teacher",
+            f"a GPTModel's checkpoint as a HybridModel, as te: {as_one}",
+            *(tp, "teacher.hybrid-layer-pattern=*-*-*-*-", "teacher.num-layers=null"),
+            gpus=2,
+            spec="te",
+        ),
         train("TE, CP 2", f"as te: {as_one}", "megatron.context-parallel-size=2", gpus=2, spec="te"),
         train("TP 2 x PP 2", as_one, tp, pp, gpus=4),
         Stage(
