@@ -96,7 +96,7 @@ def apply_head(
         back = torch.empty_like(order)
         back[order] = torch.arange(num_tokens, device=order.device)
         loss, value, cross_entropy, metrics = loss[back], value[back], cross_entropy[back], metrics[:, back]
-    named = dict(zip(head.passes.metrics, metrics.view(-1, *labels.shape).unbind(0), strict=True))
+    named = dict(zip(head.passes.metrics, metrics.view(len(head.passes.metrics), *labels.shape).unbind(0), strict=True))
     terms = DistillationTerms(value.view(labels.shape), cross_entropy.view(labels.shape), named)
     return loss.view(labels.shape), terms
 

@@ -216,7 +216,7 @@ class _RecordDistillation(Function):
         ctx.passes, ctx.records, ctx.stats, ctx.in_place = passes, records, stats, gradient_in_place
         if needs_gradient:
             ctx.save_for_backward(student_logits, labels)
-        terms = out.terms.view(-1, *labels.shape)
+        terms = out.terms.view(len(out.terms), *labels.shape)
         ctx.mark_non_differentiable(metrics := terms[2:])
         return terms[0], terms[1], metrics
 
