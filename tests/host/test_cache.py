@@ -167,9 +167,44 @@ def test_a_student_trains_as_with_the_live_teacher(
 ) -> None:
     ranks, given, written = STUDENTS[name]
     found = train(workspace, alone, student, f"cached-{name}", ranks, {**given, **of_cache(caches[written])})
+    assert_equal(found, live)
+
+
+def assert_equal(found: dict[str, list[float]], live: dict[str, list[float]]) -> None:
     for key in (*LOGGED, *(f"{it} validation" for it in LOGGED if it != "grad-norm")):
         assert len(found[key]) == len(live[key]) > 0, key
         torch.testing.assert_close(torch.tensor(found[key]), torch.tensor(live[key]), rtol=1e-5, atol=1e-5, msg=key)
+
+
+def test_virtual_stages(caches: dict[str, Path], workspace: Path, config: Path, alone: Path, teacher: Path) -> None:
+    layers = {"megatron.num-layers": 4}
+    start = workspace / "student-of-4"
+    run_job("pretrain", alone, {**layers, "megatron.train-iters": 1, "megatron.save": start})
+    live = train(workspace, config, start, "live-4", 1, {**layers, "teacher.load": teacher})
+    stages = {**layers, f"megatron.{PIPELINE}": 2, "megatron.num-layers-per-virtual-pipeline-stage": 1}
+    assert_equal(train(workspace, alone, start, "virtual", 2, {**stages, **of_cache(caches["one"])}), live)
+
+
+@pytest.mark.parametrize(
+    "tokens", ["{select: every, n: 4}", "{select: teacher_entropy, quantile: [0.3, 1.0]}"], ids=["every", "quantile"]
+)
+def test_selected_tokens(
+    caches: dict[str, Path],
+    workspace: Path,
+    config: Path,
+    alone: Path,
+    teacher: Path,
+    student: Path,
+    request: pytest.FixtureRequest,
+    tokens: str,
+) -> None:
+    name, chosen = request.node.callspec.id, {"distillation.tokens": tokens}
+    live = train(workspace, config, student, f"live-{name}", 1, {**chosen, "teacher.load": teacher})
+    given = {**chosen, **of_cache(caches["one"]), "distillation.head": "fused", "distillation.chunk_tokens": 16}
+    found = train(workspace, alone, student, f"cached-{name}", 2, given)
+    assert_equal(found, live)
+    assert found["selected tokens"] == live["selected tokens"]
+    assert 0 < found["selected tokens"][0] < 1
 
 
 def test_a_sample_that_is_missing(
@@ -183,12 +218,18 @@ def test_a_sample_that_is_missing(
     for rank in launch(["-m", "abkd_megatron", "distill", alone, *words], 2):
         assert rank.code == 2 and "on_miss=lm" in rank.output, rank.output[-3000:]
         assert "iteration        1/" not in rank.output
-    found = train(workspace, alone, student, "missing", 2, {**of_cache(part), "distillation.on_miss": "lm"})
+    lenient = {**of_cache(part), "distillation.on_miss": "lm"}
+    found = train(workspace, alone, student, "missing", 2, lenient)
     assert found["cached share"] == [1.0, 0.0, 0.0, 0.0, 0.0]
     assert found["selected tokens"] == found["cached share"]
     assert found["kd loss"][0] > 0 and found["kd loss"][1:] == [0.0] * 4
     assert all(0 < a <= b + 1 for a, b in zip(found["lm loss"], found["total loss"], strict=True))
     assert found["total loss"][1:] == found["lm loss"][1:]
+    fused = {**lenient, "distillation.head": "fused", "distillation.chunk_tokens": 16}
+    again = train(workspace, alone, student, "missing, fused", 1, fused)
+    for key, values in found.items():
+        if key in (*LOGGED, "cached share", "selected tokens"):
+            torch.testing.assert_close(torch.tensor(again[key]), torch.tensor(values), rtol=1e-5, atol=1e-5, msg=key)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pickle
 import resource
@@ -13,12 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 
+from abkd_megatron.cache.dataset import RECORDS, WithRecords
 from abkd_megatron.cache.key import sample_key
 from abkd_megatron.cache.manifest import FORMAT, MANIFEST, Identity, read_manifest
 from abkd_megatron.cache.record import RecordLayout
 from abkd_megatron.cache.store import CacheReader, CacheWriter, count_hits
 from abkd_megatron.errors import ConfigError, DataError
+from abkd_megatron.student.cached import CachedTeacher
 from abkd_megatron.vocab_parallel.record_passes import TeacherRecords
 
 IDENTITY = Identity(
@@ -271,3 +275,82 @@ def test_a_shard_of_another_cache_is_rejected(tmp_path: Path, change: dict) -> N
     path.rename(tmp_path / "cache" / path.name)
     with pytest.raises(DataError, match=path.name):
         CacheReader(tmp_path / "cache")
+
+
+# ---- samples
+
+
+class Samples(Dataset):
+    """Four samples of a data set; `split` is what Megatron's loader asks for."""
+
+    split = "valid"
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int | None) -> dict[str, torch.Tensor]:
+        tokens = torch.arange(4) + 10 * (index or 0)
+        return {
+            "tokens": tokens,
+            "labels": tokens + 1,
+            "position_ids": torch.arange(4),
+            "loss_mask": torch.full((4,), float(index is not None)),
+        }
+
+
+def fill(directory: Path, numbers: range, **changed: float) -> WithRecords:
+    """Write uniform records of some of the samples, and return all samples with them."""
+    uniform = -math.log(400)
+    with CacheWriter(directory, IDENTITY) as writer:
+        for number in numbers:
+            labels = Samples()[number]["labels"]
+            ids = (labels.unsqueeze(-1) + torch.arange(8)).to(torch.int32)
+            values = {"log_probs": uniform, "log_rest": math.log(392 / 400), "label": uniform, **changed}
+            records = TeacherRecords(
+                ids=ids,
+                log_probs=torch.full((4, 8), values["log_probs"]),
+                log_rest=torch.full((4,), values["log_rest"]),
+                entropy=torch.full((4,), -uniform),
+                label_log_prob=torch.full((4,), values["label"]),
+            )
+            writer.add(sample_key(Samples()[number]), IDENTITY.layout.pack(records).numpy())
+    return WithRecords(Samples(), CacheReader(directory), "error")
+
+
+def test_samples_get_their_records(tmp_path: Path) -> None:
+    samples = fill(tmp_path, range(3))
+    assert len(samples) == 4 and samples.split == "valid"
+    assert samples.check(3) == 3
+    for each in (samples, pickle.loads(pickle.dumps(samples))):
+        found = each[2]
+        assert found[RECORDS].shape == (4, BYTES + 1) and bool((found[RECORDS][:, -1] == 1).all())
+        assert torch.equal(IDENTITY.layout.unpack(found[RECORDS][:, :-1]).ids[:, 0], found["labels"].to(torch.int32))
+
+
+def test_a_sample_without_records(tmp_path: Path) -> None:
+    samples = fill(tmp_path, range(1, 3))
+    for rejected in (lambda: samples[0], lambda: samples.check(None)):
+        with pytest.raises(DataError, match="on_miss"):
+            rejected()
+    assert not samples[None][RECORDS].any()  # fills up a batch and does not count
+    lenient = WithRecords(Samples(), CacheReader(tmp_path), "lm")
+    assert not lenient[0][RECORDS].any() and lenient.check(None) == 2
+
+
+@pytest.mark.parametrize("changed", [{"label": -1.0}, {"log_rest": -5.0}, {"log_probs": float("nan")}])
+def test_records_that_are_not_of_the_data(tmp_path: Path, changed: dict[str, float]) -> None:
+    with pytest.raises(DataError, match="records of this data"):
+        fill(tmp_path, range(4), **changed).check(None)
+
+
+def test_missing_records_are_uniform(tmp_path: Path) -> None:
+    samples = fill(tmp_path, range(1))
+    lenient = WithRecords(samples._dataset, samples._reader, "lm")
+    teacher = CachedTeacher(IDENTITY.layout, "lm", torch.stack([lenient[0][RECORDS], lenient[1][RECORDS]]))
+    records, cached = teacher.take()
+    assert cached is not None and cached.tolist() == [[True, False]] * 4
+    total = torch.cat([records.log_probs, records.log_rest.unsqueeze(-1)], dim=-1).logsumexp(-1)
+    torch.testing.assert_close(total, torch.zeros(8), rtol=0.0, atol=2e-3)
+    assert records.ids[1].tolist() == list(range(8)) and records.ids[0, 0] == 1
+    with pytest.raises(ConfigError):
+        teacher.take()
