@@ -27,7 +27,7 @@ RECORD = "abkd_distillation"
 _NOT_OF_LOSS = (
     *("kernel", "head", "chunk_tokens", "gradient_in_place", "diagnostics", "skip_preflight", "on_change"),
     "preset",  # its values are recorded
-    "cache",  # so is what it holds
+    *("cache", "on_miss"),  # so is what a cache holds
 )
 
 
@@ -41,7 +41,8 @@ def record(config: Config, teacher: TeacherCheckpoint | Identity) -> dict[str, A
     if isinstance(teacher, TeacherCheckpoint):
         return {"distillation": settings, "teacher": teacher.identity()}
     of_teacher = {"path": teacher.teacher_path, "iteration": teacher.teacher_iteration, "sha256": teacher.teacher}
-    return {"distillation": {**settings, "cache": f"top {teacher.top_k}, {teacher.precision}"}, "teacher": of_teacher}
+    settings |= {"cache": f"top {teacher.top_k}, {teacher.precision}", "on_miss": config.distillation.on_miss}
+    return {"distillation": settings, "teacher": of_teacher}
 
 
 def note_progress(args: Namespace, progress: Progress, scheduled: Mapping[str, float]) -> None:

@@ -269,13 +269,13 @@ class RecordPasses:
         of_ranks = weigh(shift.exp(), logs + weigh(masses_at_1, shift))
         of_kept = weigh(at_1.log_q.exp(), at_1.log_q)[:-1].sum(dim=0)
         values["student entropy"] = -(of_kept + _sum_over_ranks(of_ranks))
+        kept_ids, of_teacher = ids.double(), log_p[:-1].amax(dim=0)  # ids are exact in fp64
         top = torch.minimum(
             torch.where(maxima == maximum, tops, math.inf).amin(dim=0),
-            torch.where(kept == maximum, ids, math.inf).amin(dim=0),
+            torch.where(kept == maximum, kept_ids, math.inf).amin(dim=0),
         )
-        of_teacher = log_p[:-1].amax(dim=0)
-        teacher_top = torch.where((log_p[:-1] == of_teacher) & of_teacher.isfinite(), ids, -1.0)
-        teacher_top = teacher_top.masked_fill(teacher_top < 0, math.inf).amin(dim=0)
+        is_top = (log_p[:-1] == of_teacher) & of_teacher.isfinite()
+        teacher_top = torch.where(is_top & (ids >= 0), kept_ids, math.inf).amin(dim=0)
         values["top-1 agreement"] = (top == teacher_top) & top.isfinite()
         values["top-1 accuracy"] = top == labels
         values["student confidence"] = (-at_1.log_z).exp()

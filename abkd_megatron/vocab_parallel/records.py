@@ -79,8 +79,9 @@ def vocab_parallel_record_distillation(
     Collectives: forward: 1 all-reduce of 5 fp64 numbers per rank (6 if T is not 1) and K more, per token, for every
     divergence. Backward: none. A single rank has none.
 
-    Memory: a reference to the logits and 2 (K + 1) numbers per token of their precision until backward; a copy of a
-    chunk of the kernel's size, or of the logits on a GPU, in forward; one gradient buffer unless in place.
+    Memory: a reference to the logits and 2 (K + 1) numbers per token of their precision until backward; copies of a
+    chunk of logits, and of a chunk of [K + 1] fp64 numbers per token, while running; one gradient buffer unless in
+    place.
     """
     owner = "vocab_parallel_record_distillation"
     check_context(owner)
