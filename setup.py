@@ -43,6 +43,7 @@ setup(
         "torch>=2.6,<2.15",
         "megatron-core[training]>=0.19,<0.20",
         "sentencepiece>=0.2",
+        "safetensors>=0.4",
         "pyyaml>=6",
         "rich>=13",
         # Megatron's checkpoint writer hangs without a word when it is missing.

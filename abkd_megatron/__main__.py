@@ -24,8 +24,8 @@ PROG = "abkd-megatron"
 _DESCRIPTION = "Knowledge distillation inside Megatron-Core's training loop."
 _SETTINGS = """\
 Settings after CONFIG override the file: section.key=value, with the value in YAML. Sections are device, megatron (any
-Megatron argument, without its dashes), teacher, distillation, data, compare. `abkd-megatron JOB --help` lists inputs,
-outputs, exit codes and examples."""
+Megatron argument, without its dashes), teacher, distillation, data, cache, compare. `abkd-megatron JOB --help` lists
+inputs, outputs, exit codes and examples."""
 _CODES = "0; 2 and one message on stderr for a job that cannot run, before the first step"
 _CODES_OF_TRAINING = f"{_CODES}, on every rank; 1 and a message below the traceback for an error after that"
 
@@ -229,7 +229,7 @@ def _train(arguments: Namespace) -> int:
     config = load(arguments)
     config.check(arguments.job)
     from abkd_megatron import cpu_backend
-    from abkd_megatron.hosts import megatron_lm
+    from abkd_megatron.hosts import cache_job, megatron_lm
     from abkd_megatron.hosts.crash_report import UNEXPECTED, describe_crash, training_started
     from abkd_megatron.hosts.startup_errors import StartupErrors
 
@@ -245,7 +245,10 @@ def _train(arguments: Namespace) -> int:
                 cpu_backend.init_process_group(timedelta(minutes=float(str(minutes))))
             else:
                 cpu_backend.use_compiled_helpers()
-            megatron_lm.run(config, arguments.job)
+            if arguments.job == "cache":
+                cache_job.run(config)
+            else:
+                megatron_lm.run(config, arguments.job)
     except UNEXPECTED as error:
         if not training_started(error):
             startup_errors.report(error)
@@ -389,6 +392,18 @@ JOBS = {
         reads="data.dir (or Megatron's own data arguments), megatron.load if it is given",
         writes="megatron.save, megatron.tensorboard-dir; Megatron's log to stdout",
         codes=_CODES_OF_TRAINING,
+        options=_debug,
+    ),
+    "cache": Job(
+        _train,
+        "run the teacher once over a student's samples, and keep what it predicts",
+        (
+            f"{_TORCHRUN.format(4)} cache configs/tiny_cpu.yaml cache.dir=runs/demo/cache",
+            f"{_TORCHRUN.format(4)} cache configs/tiny_cpu.yaml cache.dir=runs/small cache.bytes_per_token=76",
+        ),
+        reads="teacher.load, data.dir (or Megatron's own data arguments)",
+        writes="cache.dir: shards, and what is missing in an existing cache; the log to stdout",
+        codes=_CODES,
         options=_debug,
     ),
     "distill": Job(

@@ -82,10 +82,24 @@ MUTATIONS = [
     ),
     Mutation(
         "lm_weight ignored by the fused head",
-        "vocab_parallel/fused_head.py",
+        "vocab_parallel/head_function.py",
         "weighted(self.lm_weight, of_loss)",
         "of_loss",
         "tests/distributed/test_head.py -k ranks2",
+    ),
+    Mutation(
+        "kept logits of other ranks taken for one's own",
+        "vocab_parallel/record_passes.py",
+        "torch.where(batch.owned[chunk], logits, 0.0)",
+        "logits",
+        "tests/distributed/test_sharded_records.py -k ranks2",
+    ),
+    Mutation(
+        "a label among a record's rest has no gradient",
+        "vocab_parallel/record_passes.py",
+        "& ~is_kept",
+        "& is_kept",
+        "tests/unit/test_records.py -k gradcheck",
     ),
     Mutation(
         "teacher not frozen",

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from abkd_megatron.config.cache import CacheConfig, cache_problems
 from abkd_megatron.config.presets import DEFAULT, PRESETS, preset_values
 from abkd_megatron.errors import ConfigError, brief, check_name
 from abkd_megatron.kernels import CHOICES
@@ -25,7 +26,7 @@ DEVICES = ("cuda", "cpu")
 TEACHER_KEYS = ("load", "ckpt-step", "declared", "expected-loss")
 PREFLIGHT = ("teacher_checksums", "teacher_weights", "memory", "gradient", "batch", "teacher_loss")
 ON_CHANGE = ("refuse", "warn")
-SECTIONS = ("device", "megatron", "teacher", "distillation", "data", "compare")
+SECTIONS = ("device", "megatron", "teacher", "distillation", "data", "cache", "compare")
 LEAST_VOCAB_SIZE = 300
 
 # Limit of a message about losses, which may quote custom names.
@@ -108,6 +109,10 @@ class DistillationConfig:
     skip_preflight: list[str] = field(default_factory=list)
     """Checks to skip before the first step: ``teacher_checksums``, ``teacher_weights``, ``memory``, ``gradient``,
     ``batch``, ``teacher_loss``."""
+    cache: str | None = None
+    """Teacher cache to train from, in place of `teacher.load`: the `cache.dir` of the job `cache`."""
+    on_miss: str = "error"
+    """Action for a sample that is not in the cache: ``error``, or ``lm`` to train it on the cross entropy only."""
     on_change: str = "refuse"
     """Action if a run resumes with another teacher or loss than its checkpoint: ``refuse`` or ``warn``."""
 
@@ -269,6 +274,8 @@ class Config:
     """The ``distillation`` section."""
     data: DataConfig = field(default_factory=DataConfig)
     """The ``data`` section."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """The ``cache`` section."""
     compare: CompareConfig = field(default_factory=CompareConfig)
     """The ``compare`` section."""
     origins: dict[str, str] = field(default_factory=dict)
@@ -278,7 +285,7 @@ class Config:
         """Raise the first of `problems`.
 
         Args:
-            job: prepare, pretrain, distill or compare.
+            job: prepare, pretrain, cache, distill or compare.
 
         Raises:
             ConfigError: with origin and key.
@@ -327,12 +334,14 @@ class Config:
             if not holds:
                 yield self._error(key, f"expected {expected}, got {brief(str(got))}")
         yield from self._problems_of_losses(job)
+        for key, text in cache_problems(self, job):
+            yield self._error(key, text)
         if job == "prepare" and not data.dir:
             yield ConfigError("data.dir: expected an output directory, got none; set data.dir")
-        if job == "distill" and not self.teacher.load:
+        if job in ("cache", "distill") and not self.teacher.load and not self.distillation.cache:
             yield ConfigError(
                 "teacher.load: expected the path of the teacher's Megatron checkpoint, got none; set teacher.load, or "
-                "use `pretrain` to train without a teacher"
+                "distillation.cache to train from a cache, or use `pretrain` to train without a teacher"
             )
         twice = [name for name in _DATA_ARGUMENTS if data.dir and self.megatron.get(name) not in (None, False)]
         if twice:

@@ -34,6 +34,7 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.training import get_optimizer_param_scheduler
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from abkd_megatron.cache.dataset import RECORDS
 from abkd_megatron.config.load import CONFIG_TEXT, render
 from abkd_megatron.config.megatron_args import (
     assertion,
@@ -48,10 +49,12 @@ from abkd_megatron.config.schema import Config
 from abkd_megatron.config.unsupported import JOB
 from abkd_megatron.data.prepare import data_arguments
 from abkd_megatron.errors import ConfigError, on_every_rank
+from abkd_megatron.hosts.add_cache import add_cache, with_records
 from abkd_megatron.hosts.add_teacher import add_teacher
 from abkd_megatron.losses.sources import UNKNOWN
 from abkd_megatron.preflight.rules import EVENT_FILES, FOLDER_CHECKS, STUDENT_CHECKS, Setup, run_checks
 from abkd_megatron.preflight.student_checkpoint import only_writer, other_schedule_named
+from abkd_megatron.student.cached import CachedTeacher
 from abkd_megatron.student.report import LossChecks, masked_loss
 from abkd_megatron.student.step import DistilledStep
 
@@ -102,14 +105,17 @@ def _run(config: Config, job: str, held: ExitStack) -> None:
     plain = _ForwardStep()
     distilled = None
     if job == "distill":
-        distilled = add_teacher(config, megatron, args, config_of_model, plain, JOB)
+        if config.distillation.cache is not None:
+            distilled = add_cache(config, args, config_of_model, plain)
+        else:
+            distilled = add_teacher(config, megatron, args, config_of_model, plain, JOB)
         plain.distilled = distilled
 
     try:
         with other_schedule_named():
             pretrain(
                 job_config,
-                _DatasetsProvider(plain, config.data.seed),
+                _DatasetsProvider(plain, config),
                 ModelType.encoder_or_decoder,
                 distilled or plain,
             )
@@ -254,6 +260,8 @@ class _ForwardStep:
         attachment = self.distilled.attachment if self.distilled is not None else None
         is_last = get_attr_wrapped_model(model, "post_process")
         tokens_on_last = self.distilled is not None and self.distilled.needs_input_ids
+        teacher = attachment.teacher if attachment is not None else None
+        cache = teacher if isinstance(teacher, CachedTeacher) else None
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         with _stimer(bdata=True):
             batch = get_batch(
@@ -264,9 +272,12 @@ class _ForwardStep:
                 training=model.training,
                 counted=self.counted if is_last else None,
                 with_sources=is_last and attachment is not None and bool(attachment.objective.sources),
+                record_bytes=cache.layout.bytes_per_token + 1 if cache is not None and is_last else None,
             )
         if attachment is not None:
             attachment.sources = batch["dataset_id"]
+            if cache is not None and is_last:
+                cache.packed = batch[RECORDS]
         timers("batch-generator").stop()
         with _stimer:
             output = model(
@@ -303,28 +314,30 @@ def get_batch(
     training: bool = True,
     counted: _Counted | None = None,
     with_sources: bool = False,
+    record_bytes: int | None = None,
 ) -> dict[str, torch.Tensor | None]:
     """Return this rank's part of the next micro-batch; None values on pipeline stages that need no batch.
 
     With `tokens_on_last` the last stage also gets the input tokens, as with multi-token prediction. With `mask_here`
     this stage gets the whole batch. Validation may use another micro-batch size. `counted` gets the loss mask on the
     rank that reads it. With `with_sources` there is a `dataset_id`, [b] int64: the position of each sequence's dataset
-    in a blend, or `UNKNOWN`.
+    in a blend, or `UNKNOWN`. With `record_bytes` there are `RECORDS`, [b, s, record_bytes] uint8.
 
-    Collectives: Megatron's broadcasts over the tensor-parallel group, and one more of [b] with `with_sources`.
+    Collectives: Megatron's broadcasts over the tensor-parallel group, and one more each of [b] with `with_sources` and
+    of the records.
     """
     args = get_args()
     keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens")
     batch: dict[str, Any] = dict.fromkeys(keys)
     predicts_ahead = mtp_on_this_rank(None, args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage)
     if not is_first_or_last_pipeline_stage(vp_stage) and not predicts_ahead and not mask_here:
-        return {**batch, "dataset_id": None}
+        return {**batch, "dataset_id": None, RECORDS: None}
     size = args.micro_batch_size if training else args.eval_micro_batch_size
-    sources = None
+    sources = records = None
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None
         data = next(data_iterator)
-        sources = data.get("dataset_id")
+        sources, records = data.get("dataset_id"), data.get(RECORDS)
         if counted is not None:
             counted.add(data["loss_mask"], training)
         batch.update({key: data[key].cuda(non_blocking=True) for key in keys if data.get(key) is not None})
@@ -344,20 +357,23 @@ def get_batch(
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
+    shape = (size, args.seq_length, record_bytes or 0)
+    batch[RECORDS] = _on_tp_ranks(records, shape, torch.uint8) if record_bytes is not None else None
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
-    return {**batch, "dataset_id": _sources_on_tp_ranks(sources, size) if with_sources else None}
+    return {**batch, "dataset_id": _on_tp_ranks(sources, (size,), torch.int64) if with_sources else None}
 
 
-def _sources_on_tp_ranks(read: torch.Tensor | None, size: int) -> torch.Tensor:
-    """Return the datasets that the first tensor-parallel rank has `read`, [size] int64 on the device of every one."""
+def _on_tp_ranks(read: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return what the first tensor-parallel rank has `read` (None: `UNKNOWN`) on the device of every one."""
     if read is not None:
-        sources = read.cuda(non_blocking=True).long()
+        found = read.cuda(non_blocking=True).to(dtype)
     else:
-        sources = torch.full((size,), UNKNOWN, dtype=torch.int64, device=torch.cuda.current_device())
+        unknown = UNKNOWN if dtype.is_signed else 0
+        found = torch.full(shape, unknown, dtype=dtype, device=torch.cuda.current_device())
     group = mpu.get_tensor_model_parallel_group()
     if group.size() > 1:
-        torch.distributed.broadcast(sources, mpu.get_tensor_model_parallel_src_rank(), group=group)
-    return sources
+        torch.distributed.broadcast(found, mpu.get_tensor_model_parallel_src_rank(), group=group)
+    return found
 
 
 def train_valid_test_datasets_provider(
@@ -415,9 +431,16 @@ class _DatasetsProvider:
 
     is_distributed = True
 
-    def __init__(self, step: _ForwardStep, seed: int | None) -> None:
-        self._step, self._seed = step, seed
+    def __init__(self, step: _ForwardStep, config: Config) -> None:
+        self._step, self._config = step, config
 
     def __call__(self, num_samples: Sequence[int], vp_stage: int | None = None) -> tuple:
         mask_here = self._step.needs_loss_mask(vp_stage)
-        return train_valid_test_datasets_provider(num_samples, vp_stage, mask_here, self._seed)
+        found = train_valid_test_datasets_provider(num_samples, vp_stage, mask_here, self._config.data.seed)
+        cache = self._config.distillation.cache
+        if cache is None or self._step.distilled is None:
+            return found
+        with on_every_rank():
+            if not mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage):
+                return found
+            return with_records(found, num_samples, Path(cache).expanduser(), self._config.distillation.on_miss)

@@ -29,6 +29,7 @@ from abkd_megatron.losses.extra.squared_error import LogitMSE
 from abkd_megatron.losses.mixture import JensenShannon, SkewForwardKL, SkewReverseKL
 from abkd_megatron.losses.reference import (
     reference_alpha_beta,
+    reference_bucketed_divergence,
     reference_cross_entropy,
     reference_divergence,
     reference_jensen_shannon,
@@ -67,6 +68,7 @@ __all__ = [
     "neyman_chi_square",
     "pearson_chi_square",
     "reference_alpha_beta",
+    "reference_bucketed_divergence",
     "reference_cross_entropy",
     "reference_divergence",
     "reference_jensen_shannon",

@@ -194,3 +194,35 @@ def reference_divergence(
         "expected a divergence with a reference (one of abkd_megatron.losses), got "
         f"{type(divergence).__name__}: add its dense form to abkd_megatron.losses.reference"
     )
+
+
+def reference_bucketed_divergence(
+    divergence: Divergence,
+    student_logits: Tensor,
+    ids: Tensor,
+    log_probs: Tensor,
+    log_rest: Tensor,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Compute `divergence` on K + 1 buckets: the tokens `ids` [..., K], negative ones being padding, and the rest.
+
+    `log_probs` [..., K] and `log_rest` [...] are the teacher's at this temperature. The student's rest is the logsumexp
+    of its log-probabilities of all other tokens.
+
+    Raises:
+        ConfigError: as `reference_divergence`.
+    """
+    log_q = (student_logits.double()[..., :vocab_size] / temperature).log_softmax(dim=-1)
+    padding = ids < 0
+    columns = ids.long().clamp_min(0)
+    kept = torch.zeros_like(log_q).scatter_add(-1, columns, (~padding).double()) > 0
+    # A sum of exponentials relative to a constant, whose derivative is defined where there is no rest.
+    rest = log_q.masked_fill(kept, -math.inf)
+    largest = rest.detach().amax(dim=-1, keepdim=True)
+    mass = (rest - largest.masked_fill(largest.isneginf(), 0.0)).exp().sum(dim=-1, keepdim=True)
+    no_rest = mass == 0.0
+    of_rest = (mass.masked_fill(no_rest, 1.0).log() + largest).masked_fill(no_rest, -math.inf)
+    of_student = torch.cat([log_q.gather(-1, columns).masked_fill(padding, -math.inf), of_rest], dim=-1)
+    of_teacher = torch.cat([log_probs.masked_fill(padding, -math.inf), log_rest.unsqueeze(-1)], dim=-1)
+    return reference_divergence(divergence, of_student, of_teacher)

@@ -39,8 +39,8 @@ class Observed:
 
     student: Sequence[Digest | None]
     """Per rank, of the student's tokens; None beyond the first pipeline stage."""
-    teacher: Sequence[Digest | None]
-    """The same of the teacher, whose first stage may be on other ranks."""
+    teacher: Sequence[Digest | None] | None
+    """The same of the teacher, whose first stage may be on other ranks; None for a cache."""
     teacher_loss: float | None
     """The teacher's cross entropy in nats per token; None if no token counts."""
     kd_loss: float | None
@@ -61,7 +61,7 @@ def digest(tokens: Tensor) -> Tensor:
     return (mixed ^ (mixed >> 32)).sum()
 
 
-def check_batch(student: Sequence[Digest | None], teacher: Sequence[Digest | None]) -> None:
+def check_batch(student: Sequence[Digest | None], teacher: Sequence[Digest | None] | None) -> None:
     """Reject a step in which tensor-parallel ranks, or the two models, got different tokens.
 
     Args:
@@ -72,7 +72,8 @@ def check_batch(student: Sequence[Digest | None], teacher: Sequence[Digest | Non
         ConfigError: with the ranks.
     """
     sums = []
-    for who, ranks in (("student", student), ("teacher", teacher)):
+    models = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
+    for who, ranks in models.items():
         groups: dict[tuple[int, ...], set[int]] = defaultdict(set)
         for group, of in filter(None, ranks):
             groups[group].add(of)
@@ -84,7 +85,7 @@ def check_batch(student: Sequence[Digest | None], teacher: Sequence[Digest | Non
                     "first of them, or read the same samples on each"
                 )
         sums.append(sum(of for found in groups.values() for of in found) % 2**64)
-    if sums[0] != sums[1]:
+    if sums[0] != sums[-1]:
         raise ConfigError(
             "expected the teacher to be given the student's tokens in the first step, got others; a forward step has "
             "to call the student once per micro-batch, with the tokens that it is trained on"

@@ -15,6 +15,7 @@ from abkd_megatron.preflight.first_step import Observed, digest
 from abkd_megatron.preflight.models import Models
 from abkd_megatron.preflight.rules import CHECKSUMS, FIRST_STEP_CHECKS, MODEL_CHECKS, run_checks
 from abkd_megatron.student.attach import Attachment
+from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.model import Model
 
@@ -69,6 +70,8 @@ def check_models(
     Collectives: one all_gather_object per check, and those of the loss on a few tokens with an all-gather of their
     logits.
     """
+    if not isinstance(attachment.teacher, Teacher):
+        skip = {*skip, "teacher_weights"}
     shared = min(attachment.objective.shared_vocab or vocab_size, vocab_size)
     models = Models(student, attachment, shared, pg_collection.tp, tokens)
     for check in MODEL_CHECKS:
@@ -95,8 +98,10 @@ class FirstStep:
         teacher = models.attachment.teacher
         self._objective = models.attachment.objective
         self._config = get_model_config(models.student[0])
-        self._groups = {"student": models.tp_group, "teacher": teacher.pg_collection.tp}
-        self._models: dict[str, Model] = {"student": unwrap_model(models.student[0]), "teacher": teacher.model}
+        self._groups = {"student": models.tp_group}
+        self._models: dict[str, Model] = {"student": unwrap_model(models.student[0])}
+        if isinstance(teacher, Teacher):
+            self._groups["teacher"], self._models["teacher"] = teacher.pg_collection.tp, teacher.model
         self._vocab_size = models.vocab_size
         self._skip = skip
         self._expected_loss = expected_loss
@@ -170,7 +175,7 @@ class FirstStep:
         teacher_loss, kd_loss = (total / number if number >= 1 else None for total, number in totals)
         observed = Observed(
             student=[digests.get("student") for digests, _ in ranks],
-            teacher=[digests.get("teacher") for digests, _ in ranks],
+            teacher=[digests.get("teacher") for digests, _ in ranks] if "teacher" in self._models else None,
             teacher_loss=teacher_loss,
             kd_loss=kd_loss,
             vocab_size=self._vocab_size,

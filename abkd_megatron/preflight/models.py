@@ -54,6 +54,7 @@ def check_weights(models: Models) -> None:
     Raises:
         CheckpointError: with the first such tensor.
     """
+    assert isinstance(models.attachment.teacher, Teacher)
     if wrong := wrong_weights(models.attachment.teacher, models.vocab_size, models.tp_group):
         more = f", and {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
         raise CheckpointError(

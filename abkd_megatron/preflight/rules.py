@@ -13,6 +13,7 @@ from megatron.training import print_rank_0
 from megatron.training.checkpointing import checkpoint_exists
 
 from abkd_megatron import kernels
+from abkd_megatron.cache.manifest import Identity
 from abkd_megatron.config.model_config import model_config
 from abkd_megatron.config.schema import PREFLIGHT, Config
 from abkd_megatron.config.stages import layers_of_stages
@@ -23,10 +24,11 @@ from abkd_megatron.preflight import first_step, models, run_record, student_chec
 from abkd_megatron.preflight.first_step import Observed
 from abkd_megatron.student.hidden import Layers, check_layers
 from abkd_megatron.student.plan import check_fused, obstacles_of, try_kernel
-from abkd_megatron.student.supported import check_shared_vocab, check_tokens
+from abkd_megatron.student.supported import check_cacheable, check_shared_vocab, check_tokens
 from abkd_megatron.teacher.args import check_teacher
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.checksums import check_contents
+from abkd_megatron.teacher.compatibility import tokenizer_identity
 from abkd_megatron.vocab_parallel.execution import Execution
 
 
@@ -83,6 +85,8 @@ class Setup:
     teacher: Namespace | None = None
     """Megatron's arguments of the teacher, validated."""
     checkpoint: TeacherCheckpoint | None = None
+    cache: Identity | None = None
+    """Of the cache that is used in place of a teacher."""
     objective: Objective | None = None
     execution: Execution | None = None
     dry_run: bool = False
@@ -193,6 +197,23 @@ def _teacher_checkpoint(setup: Setup) -> Finding | None:
     return Finding(f"{checkpoint.directory}: complete, and of the configured model; compared with {compared}")
 
 
+def _cache(setup: Setup) -> Finding | None:
+    """Compare a cache with the job that reads it."""
+    cache, args, config = setup.cache, setup.student, setup.config
+    if cache is None or args is None:
+        return None
+    expected = {
+        "tokenizer": tokenizer_identity(args),
+        "seq_length": args.seq_length,
+        "reset_attention_mask": args.reset_attention_mask,
+        "temperature": float(config.distillation.make_objective().objective.temperature),
+    }
+    if setup.vocab_size is not None:
+        expected["vocab_size"] = setup.vocab_size
+    cache.check(Path(str(config.distillation.cache)).expanduser(), expected)
+    return Finding(f"of {cache.teacher_path}: {cache.top_k} log-probabilities, {cache.layout.bytes_per_token} bytes")
+
+
 def _teacher_tokenizer(setup: Setup) -> Finding | None:
     """Compare the tokenizers, since two vocabularies may have the same size."""
     if setup.checkpoint is None or setup.student is None or setup.config.distillation.shared_vocab is not None:
@@ -209,12 +230,14 @@ def _teacher_tokenizer(setup: Setup) -> Finding | None:
 def _loss(setup: Setup) -> Finding | None:
     """Reject early what `attach` rejects when the models are built."""
     objective, student = setup.objective, setup.student
-    if objective is None or student is None or setup.teacher is None:
+    if objective is None or student is None or (setup.teacher is None and setup.cache is None):
         return None
     check_sources(objective.sources, student)
     if setup.vocab_size is not None:
         check_shared_vocab(objective, setup.vocab_size, student.context_parallel_size)
         check_tokens(objective, setup.vocab_size)
+        if setup.cache is not None:
+            check_cacheable(setup.config.distillation.make_objective())
         if setup.execution is not None:
             check_fused(setup.execution, obstacles_of(objective, setup.vocab_size))
     return Finding(str(objective.divergence or ", ".join(objective.names_of_logit_losses)))
@@ -253,9 +276,11 @@ def _hidden_losses(setup: Setup) -> Finding | None:
 
 
 def _resume(setup: Setup) -> Finding | None:
-    if setup.checkpoint is None or setup.student is None or setup.teacher is None:
+    checkpoint = setup.checkpoint if setup.teacher is not None else None
+    source = setup.cache or checkpoint
+    if source is None or setup.student is None:
         return None
-    setup.record = run_record.record(setup.config, setup.checkpoint)
+    setup.record = run_record.record(setup.config, source)
     changed = run_record.check_resumed(setup.student, setup.record, setup.config.distillation.on_change)
     return Finding(changed, Verdict.WARNING) if changed is not None else None
 
@@ -298,6 +323,7 @@ STUDENT_CHECKS: tuple[Check[Setup], ...] = (
 TEACHER_CHECKS: tuple[Check[Setup], ...] = (
     Check("teacher's checkpoint", Phase.FILES, _teacher_checkpoint),
     Check("teacher's tokenizer", Phase.FILES, _teacher_tokenizer),
+    Check("teacher's cache", Phase.FILES, _cache),
     Check("loss", Phase.CONFIG, _loss),
     Check("kernel", Phase.CONFIG, _kernel),
     Check("hidden losses", Phase.FILES, _hidden_losses),

@@ -12,6 +12,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.training.checkpointing import checkpoint_exists
 
+from abkd_megatron.cache.manifest import Identity
 from abkd_megatron.config.schema import PLAIN, Config, DistillationConfig
 from abkd_megatron.config.yaml import flow
 from abkd_megatron.errors import CheckpointError, ConfigError
@@ -26,15 +27,22 @@ RECORD = "abkd_distillation"
 _NOT_OF_LOSS = (
     *("kernel", "head", "chunk_tokens", "gradient_in_place", "diagnostics", "skip_preflight", "on_change"),
     "preset",  # its values are recorded
+    *("cache", "on_miss"),  # so is what a cache holds
 )
 
 
-def record(config: Config, teacher: TeacherCheckpoint) -> dict[str, Any]:
+def record(config: Config, teacher: TeacherCheckpoint | Identity) -> dict[str, Any]:
     """Return what defines the loss: {"distillation": {key: YAML on one line}, "teacher": `TeacherCheckpoint.identity`}.
 
-    A custom loss is recorded by its dotted path; its source is not recorded.
+    A custom loss is recorded by its dotted path; its source is not recorded. A cache is recorded by its teacher, and by
+    the number and precision of its log-probabilities.
     """
-    return {"distillation": _settings(config), "teacher": teacher.identity()}
+    settings = _settings(config)
+    if isinstance(teacher, TeacherCheckpoint):
+        return {"distillation": settings, "teacher": teacher.identity()}
+    of_teacher = {"path": teacher.teacher_path, "iteration": teacher.teacher_iteration, "sha256": teacher.teacher}
+    settings |= {"cache": f"top {teacher.top_k}, {teacher.precision}", "on_miss": config.distillation.on_miss}
+    return {"distillation": settings, "teacher": of_teacher}
 
 
 def note_progress(args: Namespace, progress: Progress, scheduled: Mapping[str, float]) -> None:

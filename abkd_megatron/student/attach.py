@@ -19,11 +19,13 @@ from abkd_megatron.errors import ConfigError, HostError, on_every_rank
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.losses.selection import positions_here
+from abkd_megatron.student.cached import CachedBatch, CachedTeacher, compute_cached_loss
 from abkd_megatron.student.head import compute_loss
 from abkd_megatron.student.hidden import HiddenLosses, Layers, check_pairs, layers_of_stages
 from abkd_megatron.student.plan import Plan, agree, propose_plan
-from abkd_megatron.student.report import SELECTED, LossChecks, Report, masked_loss
+from abkd_megatron.student.report import CACHED, SELECTED, LossChecks, Report, masked_loss
 from abkd_megatron.student.supported import (
+    check_cacheable,
     check_shared_vocab,
     check_sources_given,
     check_student,
@@ -38,6 +40,7 @@ from abkd_megatron.teacher.output_layer import OutputLayer
 from abkd_megatron.teacher.runner import TeacherRunner
 from abkd_megatron.vocab_parallel import VocabShard
 from abkd_megatron.vocab_parallel.execution import Execution
+from abkd_megatron.vocab_parallel.record_passes import BUCKETED_KL
 from abkd_megatron.vocab_parallel.terms import METRICS
 
 logger = logging.getLogger(__name__)
@@ -45,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 def attach(
     student: torch.nn.Module | Sequence[torch.nn.Module],
-    teacher: Teacher,
+    teacher: Teacher | CachedTeacher,
     objective: Objective | ScheduledObjective,
     *,
     vocab_size: int,
@@ -61,7 +64,7 @@ def attach(
 
     Args:
         student: this rank's model as Megatron built it: one chunk, or the list of its virtual pipeline stages.
-        teacher: this rank's share, as `build_teacher` returns it.
+        teacher: this rank's share, as `build_teacher` returns it; or a cache.
         objective: what is trained. A scheduled one needs `Attachment.on_step` before every step.
         vocab_size: the student's vocabulary size without padding. Padded columns are excluded from the loss.
         pg_collection: the student's process groups. `tp` is used; `cp` for tokens selected by position; `pp` for
@@ -92,10 +95,13 @@ def attach(
     with on_every_rank():
         check_shared_vocab(objective, vocab_size, pg_collection.cp.size())
         check_tokens(objective, vocab_size)
+        if isinstance(teacher, CachedTeacher):
+            check_cacheable(scheduled)
         execution = (execution or Execution()).resolve(scheduled)
-        chunks = _checked_student(student, teacher, objective, vocab_size)
+        chunks = _checked_student(student, teacher)
     stages = {}
     if objective.hidden_losses:
+        assert isinstance(teacher, Teacher)
         stages = layers_of_stages(chunks, teacher, pg_collection)
         with on_every_rank():
             check_pairs(chunks, teacher, objective.hidden_losses, stages)
@@ -115,7 +121,7 @@ def attach(
             if last.share_embeddings_and_output_weights:
                 weight = last.shared_embedding_or_output_weight()
             shard = VocabShard.megatron(weight.shape[0], pg_collection.tp, vocab_size)
-            layers = last.output_layer, teacher.head
+            layers = last.output_layer, teacher.head if isinstance(teacher, Teacher) else None
             proposed = propose_plan(*layers, weight, objective, execution, shard, tokens=tokens)
     return Attachment(
         *(chunks, teacher, scheduled, execution, vocab_size, pg_collection, timeout, stages), plan=agree(proposed)
@@ -123,7 +129,7 @@ def attach(
 
 
 def _checked_student(
-    student: torch.nn.Module | Sequence[torch.nn.Module], teacher: Teacher, objective: Objective, vocab_size: int
+    student: torch.nn.Module | Sequence[torch.nn.Module], teacher: Teacher | CachedTeacher
 ) -> list[Model]:
     chunks = list(student) if isinstance(student, Sequence) else [student]
     check_wrappers(chunks)
@@ -136,7 +142,7 @@ def _checked_student(
             )
         if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in model._forward_pre_hooks.values()):
             raise ConfigError("this student has a teacher attached already; call `detach()` on that attachment first")
-    check_student(chunks, teacher)
+    check_student(chunks, teacher if isinstance(teacher, Teacher) else None)
     return chunks
 
 
@@ -154,7 +160,7 @@ class Attachment:
     """A teacher attached to a student.
 
     Attributes:
-        teacher: the frozen teacher's share of this rank.
+        teacher: the frozen teacher's share of this rank, or a cache.
         plan: how the loss is computed, the same on every rank of the job.
         objective: what the student is trained on, in the current step.
         execution: how the loss is computed.
@@ -174,7 +180,7 @@ class Attachment:
     def __init__(
         self,
         chunks: Sequence[Model],
-        teacher: Teacher,
+        teacher: Teacher | CachedTeacher,
         objective: ScheduledObjective,
         execution: Execution,
         vocab_size: int,
@@ -201,10 +207,10 @@ class Attachment:
         self._tp_group = pg_collection.tp
         self._cp_group: dist.ProcessGroup | None = getattr(pg_collection, "cp", None)
         self._waiting: deque[torch.Tensor] = deque()
-        self._runner = TeacherRunner(chunks, teacher, timeout)
+        self._runner = TeacherRunner(chunks, teacher, timeout) if isinstance(teacher, Teacher) else None
         # Only where the loss is reported.
         device = next(chunks[-1].parameters()).device
-        self._timer = PassTimer(device) if chunks[-1].post_process else None
+        self._timer = PassTimer(device) if chunks[-1].post_process and self._runner is not None else None
         self._is_single_stage = chunks[0].pre_process and chunks[0].post_process
         self._signature = inspect.signature(chunks[0].forward)
         # The first chunk sees its micro-batches in order, and so does the last one; other chunks may run in between.
@@ -213,6 +219,7 @@ class Attachment:
             self._hooks += process_output(chunks[-1], self._head_context, self._head)
         self._hidden = None
         if losses := self.objective.hidden_losses:
+            assert isinstance(teacher, Teacher)
             self._hidden = HiddenLosses(
                 chunks, teacher, losses, stages, pg_collection.tp, self._logits_are_wanted, timeout
             )
@@ -230,7 +237,8 @@ class Attachment:
         elif self.progress is not None:
             return
         if progress != self.progress:
-            self._runner.drain()
+            if self._runner is not None:
+                self._runner.drain()
             if self._hidden is not None:
                 self._hidden.drain()
             self.progress = progress
@@ -246,7 +254,8 @@ class Attachment:
             hook.remove()
         if self._hidden is not None:
             self._hidden.remove()
-        self._runner.close()
+        if self._runner is not None:
+            self._runner.close()
         self._waiting.clear()
 
     def loss_func(
@@ -279,6 +288,9 @@ class Attachment:
     def _selected_only(self) -> tuple[str, ...]:
         """The names in `report` that are means over the selected tokens."""
         tokens = self.objective.tokens
+        if isinstance(self.teacher, CachedTeacher):
+            some = self.teacher.on_miss == "lm" or (tokens is not None and tokens.by_position)
+            return (*METRICS, BUCKETED_KL) if some else ()
         of_all = self.execution.diagnostics and not torch.is_grad_enabled()  # a diagnosis is of all tokens
         return METRICS if tokens is not None and tokens.by_position and not of_all else ()
 
@@ -306,7 +318,7 @@ class Attachment:
     @property
     def num_in_flight(self) -> int:
         """Number of the teacher's messages that this rank has started and that are not known to have arrived."""
-        return self._runner.num_in_flight + (self._hidden.num_in_flight if self._hidden is not None else 0)
+        return sum(of.num_in_flight for of in (self._runner, self._hidden) if of is not None)
 
     @property
     def hidden(self) -> dict[str, tuple[float, torch.Tensor]] | None:
@@ -331,6 +343,8 @@ class Attachment:
             raise ConfigError(
                 "a ScheduledObjective needs the training progress: call attachment.on_step() before each step"
             )
+        if self._runner is None:
+            return
         measured = self._timer.measure() if self._timer and torch.is_grad_enabled() else nullcontext()
         with measured, torch.no_grad():
             hidden_states = self._runner.run(batch)
@@ -339,10 +353,12 @@ class Attachment:
             self.max_queued_microbatches = max(self.max_queued_microbatches, len(self._waiting))
             self.max_queued_bytes = max(self.max_queued_bytes, sum(hidden.nbytes for hidden in self._waiting))
 
-    def _head_context(self, args: tuple, kwargs: dict[str, Any]) -> OutputLayer | None:
+    def _head_context(self, args: tuple, kwargs: dict[str, Any]) -> OutputLayer | CachedBatch | None:
         """Return the teacher's side of the next micro-batch's loss; None where the model was called for logits."""
         if self._logits_are_wanted(self._signature.bind_partial(*args, **kwargs).arguments):
             return None
+        if isinstance(self.teacher, CachedTeacher):
+            return self.teacher.take()
         return self.teacher.output_layer(self._waiting.popleft())
 
     def _logits_are_wanted(self, batch: dict[str, Any]) -> bool:
@@ -358,7 +374,7 @@ class Attachment:
         labels: torch.Tensor,
         loss_mask: torch.Tensor | None,
         input_ids: torch.Tensor | None,
-        context: OutputLayer,
+        context: OutputLayer | CachedBatch,
         compute_language_model_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         scale_logits: Callable[[torch.Tensor], torch.Tensor],
         packed_seq_params: PackedSeqParams | None = None,
@@ -366,32 +382,34 @@ class Attachment:
     ) -> torch.Tensor:
         """Compute the per-token loss [b, s] from both models' hidden states; see `process_output`."""
         self.loss_mask = loss_mask
-        self._tensors = {
-            "student hidden states": hidden_states.detach(),
-            "teacher hidden states": context.hidden_states,
-        }
+        self._tensors = {"student hidden states": hidden_states.detach()}
+        if isinstance(context, OutputLayer):
+            self._tensors["teacher hidden states"] = context.hidden_states
         student = OutputLayer(hidden_states, output_layer, output_weight, scale_logits)
         sources, self.sources = self.sources, None
         check_sources_given(self.objective, sources)
         assert self.plan is not None
+        of_tokens: dict[str, Any] = {
+            "labels": labels.transpose(0, 1),
+            "loss_mask": loss_mask.transpose(0, 1) if loss_mask is not None else None,
+            "shard": VocabShard.megatron(student.weight.shape[0], self._tp_group, self._vocab_size),
+            "tp_group": self._tp_group,
+            "megatron_cross_entropy": lambda logits: compute_language_model_loss(labels, logits).transpose(0, 1),
+            "positions": self._positions(labels.shape[1], packed_seq_params),
+            "sources": sources,
+            "cp_group": self._group_of_sequences(packed_seq_params),
+            "chunk_tokens": self.plan.chunk_tokens,
+            "gradient_in_place": self.execution.gradient_in_place,
+        }
         with kernels.using(self.plan.choice):
-            loss = compute_loss(
-                student,
-                context,
-                self.objective,
-                labels.transpose(0, 1),
-                loss_mask.transpose(0, 1) if loss_mask is not None else None,
-                VocabShard.megatron(student.weight.shape[0], self._tp_group, self._vocab_size),
-                self._tp_group,
-                lambda logits: compute_language_model_loss(labels, logits).transpose(0, 1),
-                input_ids.transpose(0, 1) if input_ids is not None else None,
-                self._positions(labels.shape[1], packed_seq_params),
-                sources,
-                self._group_of_sequences(packed_seq_params),
-                chunk_tokens=self.plan.chunk_tokens,
-                gradient_in_place=self.execution.gradient_in_place,
-                diagnostics=self.execution.diagnostics,
-            )
+            if isinstance(context, CachedBatch):
+                loss = compute_cached_loss(student, context, self.objective, **of_tokens)
+            else:
+                read = input_ids.transpose(0, 1) if input_ids is not None else None
+                diagnostics = self.execution.diagnostics
+                loss = compute_loss(
+                    student, context, self.objective, **of_tokens, input_ids=read, diagnostics=diagnostics
+                )
         several = (self.objective.divergence is not None) + len(loss.logit_losses) > 1
         self.report = {
             "lm loss": _batch_first(loss.terms.cross_entropy.detach()),
@@ -401,6 +419,8 @@ class Attachment:
         }
         if loss.selected is not None:
             self.report[SELECTED] = _batch_first(loss.selected).float()
+        if isinstance(context, CachedBatch) and context.cached is not None:
+            self.report[CACHED] = _batch_first(context.cached).float()
         return _batch_first(loss.total)
 
     def _positions(self, length: int, packed: PackedSeqParams | None) -> torch.Tensor | None:

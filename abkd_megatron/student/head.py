@@ -4,7 +4,7 @@ Legend: s sequence, b micro-batch, h hidden size, V/TP vocabulary columns of a r
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -220,10 +220,15 @@ def _loss(
     distillation = functools.reduce(torch.add, parts)
     if objective.distillation_scale != 1:
         distillation = distillation * objective.distillation_scale
-    addends = zip(term_weights, (distillation, terms.cross_entropy), strict=True)
-    given = [(weight, addend) for weight, addend in addends if isinstance(weight, Tensor) or weight != 0]
-    total = functools.reduce(torch.add, [weighted(weight, addend) for weight, addend in given])
+    total = sum_of(term_weights, (distillation, terms.cross_entropy))
     return Loss(total, distillation, terms, logit_losses, trained)
+
+
+def sum_of(term_weights: Sequence[float | Tensor], addends: Sequence[Tensor]) -> Tensor:
+    """Return the weighted sum per token; a term with the number 0 as its weight is not computed."""
+    pairs = zip(term_weights, addends, strict=True)
+    given = [(weight, addend) for weight, addend in pairs if isinstance(weight, Tensor) or weight != 0]
+    return functools.reduce(torch.add, [weighted(weight, addend) for weight, addend in given])
 
 
 def _trained(tokens: TokenSelection | None, terms: DistillationTerms, by_position: Tensor | None) -> Tensor | None:

@@ -11,6 +11,9 @@ from abkd_megatron.student.loss_guard import check_losses
 # Per token in a report: 1.0 where the divergence is trained, else 0.0; logged as a share.
 SELECTED = "selected tokens"
 
+# Per token in a report: 1.0 where a teacher cache has a record, else 0.0; logged as a share.
+CACHED = "cached share"
+
 # Seconds of the teacher's pass on a micro-batch.
 TEACHER_SECONDS = "teacher seconds"
 

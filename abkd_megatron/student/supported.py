@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from abkd_megatron.config.stages import check_stages
 from abkd_megatron.config.unsupported import MODEL, check_features
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.losses.objective import Objective
+from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.model import Model, pattern_of_model, takes_output_processor
 
@@ -56,6 +56,28 @@ def check_tokens(objective: Objective, vocab_size: int) -> None:
         )
 
 
+def check_cacheable(objective: ScheduledObjective) -> None:
+    """Reject an objective that needs more of a teacher than a cache has.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    now = objective.objective
+    found = {
+        "hidden_losses": bool(now.hidden_losses),
+        f"the losses {', '.join(now.names_of_logit_losses)}": bool(now.logit_losses),
+        "a scheduled temperature": "temperature" in objective.schedules,
+        "shared_vocab": now.shared_vocab is not None,
+        "tokens: {select: disagreement}": now.tokens is not None and now.tokens.select == "disagreement",
+    }
+    for name, is_on in found.items():
+        if is_on:
+            raise ConfigError(
+                f"expected a loss that a teacher cache has records for, got {name}, which needs a live teacher; remove "
+                "it, or give teacher.load in place of distillation.cache"
+            )
+
+
 def check_sharded_output(layer: torch.nn.Module, who: str) -> None:
     """Reject an output layer that gathers its logits over the tensor-parallel ranks.
 
@@ -88,17 +110,18 @@ def check_sources_given(objective: Objective, sources: torch.Tensor | None) -> N
         )
 
 
-def check_student(chunks: Sequence[Model], teacher: Teacher) -> None:
+def check_student(chunks: Sequence[Model], teacher: Teacher | None) -> None:
     """Reject a student or teacher with a feature, a layout or an output layer that is not supported.
 
     Args:
         chunks: this rank's chunks of the student, unwrapped.
-        teacher: this rank's share.
+        teacher: this rank's share; None for a cache.
 
     Raises:
         ConfigError: naming the setting.
     """
-    for who, model in (("student", chunks[0]), ("teacher", teacher.model)):
+    models = {"student": chunks[0]} | ({"teacher": teacher.model} if teacher is not None else {})
+    for who, model in models.items():
         check_features(model.config, who, MODEL)
         check_stages(model.config, who, pattern_of_model(model))
     if chunks[0].config.fine_grained_activation_offloading and not takes_output_processor(chunks[-1]):
@@ -106,6 +129,11 @@ def check_student(chunks: Sequence[Model], teacher: Teacher) -> None:
             "student: fine_grained_activation_offloading is not supported with a HybridModel, which would offload the "
             "output layer's parameters; turn it off"
         )
+    last = chunks[-1]
+    if last.post_process:
+        check_sharded_output(last.output_layer, "student")
+    if teacher is None:
+        return
     if teacher.layout.num_dp_replicas > 1 and chunks[0].config.variable_seq_lengths:
         raise ConfigError(
             "variable_seq_lengths is not supported with a teacher that spans several DP replicas, whose micro-batches "
@@ -124,10 +152,8 @@ def check_student(chunks: Sequence[Model], teacher: Teacher) -> None:
                 "in time which activations a message of the teacher comes with; pad micro-batches to one length, or "
                 "remove the virtual stages"
             )
-    last = chunks[-1]
     if last.post_process:
         assert teacher.head is not None
-        check_sharded_output(last.output_layer, "student")
         check_sharded_output(teacher.head, "teacher")
         ours, theirs = last.output_layer.output_size_per_partition, teacher.head.output_size_per_partition
         if ours != theirs:

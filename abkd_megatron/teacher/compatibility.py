@@ -1,6 +1,7 @@
 """Comparison of the model, vocabulary and tokenizer of a checkpoint with the configured ones."""
 
 import filecmp
+import hashlib
 import json
 import logging
 import math
@@ -298,6 +299,15 @@ def same_tokenizer(theirs: str | None, ours: str | None) -> bool | None:
     except (ValueError, KeyError, TypeError):
         return False  # not of Hugging Face, and not identical files
     return bool(vocabularies[0] == vocabularies[1])
+
+
+def tokenizer_identity(args: Namespace) -> str:
+    """Return the SHA-256 of the tokenizer's file; its type and name if it is not a file on this machine."""
+    name = args.tokenizer_model or args.vocab_file or ""
+    file = _tokenizer_file(Path(name)) if name else None
+    return (
+        hashlib.sha256(file.read_bytes()).hexdigest() if file is not None else f"{args.tokenizer_type} {name}".strip()
+    )
 
 
 def option_name(name: str) -> str:

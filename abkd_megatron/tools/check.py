@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from abkd_megatron import cpu_backend
+from abkd_megatron.cache.store import CacheReader
 from abkd_megatron.config.megatron_args import megatron_options, parse_model
 from abkd_megatron.config.model_config import check_layers_here, model_config
 from abkd_megatron.config.pattern import model_name
@@ -92,7 +93,8 @@ class _Report:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.rows: list[Row] = []
-        self._setup = Setup(config=config, job="distill" if config.teacher.load else "pretrain", dry_run=True)
+        self._distills = bool(config.teacher.load or config.distillation.cache)
+        self._setup = Setup(config=config, job="distill" if self._distills else "pretrain", dry_run=True)
         self._settings_are_good = True
         self._connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
 
@@ -163,7 +165,7 @@ class _Report:
         except DataError:  # reported already
             megatron = dry_run.arguments_without_data(config)
         ranks = dry_run.ranks_of(config, megatron, world_size)
-        if self._settings_are_good and config.teacher.load:
+        if self._settings_are_good and self._distills:
             with self.at("loss"):
                 setup.objective = config.distillation.make_objective().objective
                 setup.execution = config.distillation.make_execution()
@@ -175,10 +177,21 @@ class _Report:
                 else:
                     with self.at("teacher's checkpoint"):
                         setup.checkpoint = open_teacher(config, megatron)
+            if config.distillation.cache is not None:
+                self._cache(Path(config.distillation.cache).expanduser())
             for rule in EARLY_CHECKS:
                 with self.at(rule.name):
                     if (finding := rule.run(setup)) is not None:
                         self.add(rule.name, finding.text, finding.verdict)
+
+    def _cache(self, directory: Path) -> None:
+        if not directory.exists():
+            self.add("records", f"{directory}: run `cache`", Verdict.ABSENT)
+            return
+        with self.at("records"):
+            reader = CacheReader(directory)
+            self._setup.cache = reader.identity
+            self.add("records", f"of {len(reader)} samples in {directory}")
 
     def _models(self, megatron: Mapping[str, Any], options: Mapping[str, Action]) -> None:
         config, setup = self.config, self._setup

@@ -26,7 +26,9 @@ from abkd_megatron.config.pattern import layers_and_pipes, model_name
 from abkd_megatron.config.schema import Config, Value
 from abkd_megatron.config.unsupported import ESTIMATE, check_features
 from abkd_megatron.errors import AbkdError, ConfigError, HostError
+from abkd_megatron.hosts.cache_job import record_layout
 from abkd_megatron.teacher.layout import TeacherLayout
+from abkd_megatron.tools.cache_estimate import CacheEstimate
 from abkd_megatron.tools.dry_run import megatron_arguments
 from abkd_megatron.tools.meta_run import Account, measure, places_of
 from abkd_megatron.tools.model_size import Flops, flops, parameters
@@ -76,6 +78,8 @@ class Estimate:
     ranks: tuple[RankEstimate, ...]
     flops: Flops
     alternatives: tuple[Alternative, ...] = ()
+    cache: CacheEstimate | None = None
+    """Of the job's samples; None with a `shared_vocab`, for which there is no cache."""
 
     @property
     def fullest(self) -> RankEstimate:
@@ -118,6 +122,10 @@ def estimate(
             ranks.append(RankEstimate(name, rank, _result(futures[name])))
         others = _alternatives(pool, config, student, gpu_memory, progress) if alternatives else ()
     tokens = config.distillation.tokens
+    counted = flops(student, teacher, (tokens.n or 1) if tokens is not None else 1)
+    cache = None
+    if config.distillation.shared_vocab is None:
+        cache = CacheEstimate.of(student, record_layout(config, student.vocab_size), counted)
     return Estimate(
         device=config.device,
         world_size=student.world_size,
@@ -128,7 +136,8 @@ def estimate(
         teacher_parameters=parameters(teacher, student.padded_vocab_size),
         gpu_memory=gpu_memory,
         ranks=tuple(ranks),
-        flops=flops(student, teacher, (tokens.n or 1) if tokens is not None else 1),
+        flops=counted,
+        cache=cache,
         alternatives=tuple(others),
     )
 

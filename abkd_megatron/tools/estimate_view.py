@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.table import Table
 
 from abkd_megatron.tools import tables
+from abkd_megatron.tools.cache_estimate import ASSUMED, CacheEstimate
 from abkd_megatron.tools.env import need_plots
 from abkd_megatron.tools.estimate import GIB, Alternative, Estimate
 from abkd_megatron.tools.memory_tracker import PARTS
@@ -45,6 +46,8 @@ def show(estimate: Estimate, out: Path | None = None) -> None:
         highlight=False,
     )
     console.print(_flops(estimate))
+    if estimate.cache is not None:
+        console.print(_cache(estimate.cache), highlight=False)
     if estimate.alternatives:
         console.print(_alternatives(estimate, *unit))
     console.print(NOT_COUNTED, highlight=False)
@@ -104,6 +107,17 @@ def _flops(estimate: Estimate) -> Table:
     table.add_row("total", f"{flops.total / unit:.3f}", "")
     table.add_row("teacher's share", "", f"{flops.teacher_share:.1%}")
     return table
+
+
+def _cache(cache: CacheEstimate) -> str:
+    savings = ", ".join(f"{cache.saving(runs):.1f} for {runs}" for runs in (2, 5, 20))
+    return (
+        f"Teacher cache: {cache.layout.bytes_per_token} bytes per token (K {cache.layout.top_k}), "
+        f"{cache.num_bytes / GIB:.1f} GiB for the run's {_of_many(cache.tokens)} tokens. Writing it takes "
+        f"{cache.flops.teacher_share:.0%} of the FLOPs of a run with a live teacher, so it saves some from the second "
+        f"run on: live over cached is {savings} runs. At {ASSUMED / 1e12:.0f} TFLOP/s a GPU reads "
+        f"{cache.read_per_gpu() / 1e6:.1f} MB/s."
+    )
 
 
 def _alternatives(estimate: Estimate, unit: int, name: str) -> Table:

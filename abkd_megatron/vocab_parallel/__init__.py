@@ -7,13 +7,21 @@ from abkd_megatron.vocab_parallel.logits import (
     vocab_parallel_distillation,
     vocab_parallel_divergence,
 )
+from abkd_megatron.vocab_parallel.record_passes import TeacherRecords
+from abkd_megatron.vocab_parallel.records import (
+    vocab_parallel_record_distillation,
+    vocab_parallel_record_distillation_head,
+)
 from abkd_megatron.vocab_parallel.shard import VocabShard
 
 __all__ = [
     "DistillationTerms",
+    "TeacherRecords",
     "VocabShard",
     "vocab_parallel_distillation",
     "vocab_parallel_distillation_head",
     "vocab_parallel_divergence",
     "vocab_parallel_logit_loss",
+    "vocab_parallel_record_distillation",
+    "vocab_parallel_record_distillation_head",
 ]

@@ -11,12 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Operands:
-    """Hidden states and LM head weights of both models, and labels, for all tokens."""
+    """Hidden states and LM head weights of both models, and labels, for all tokens; no teacher's with records."""
 
     student_hidden: Tensor
     student_weight: Tensor
-    teacher_hidden: Tensor
-    teacher_weight: Tensor
+    teacher_hidden: Tensor | None
+    teacher_weight: Tensor | None
     labels: Tensor
 
 

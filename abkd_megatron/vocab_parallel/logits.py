@@ -152,7 +152,7 @@ def vocab_parallel_distillation(
     check_context("vocab_parallel_distillation")
     check_shard(shard)
     check_dtypes(student_logits, teacher_logits)
-    check_tensor("labels", labels, dtype=torch.int64, like=student_logits)
+    check_labels(student_logits, labels)
     rows = None
     if selected is None:
         check_logits(student_logits, teacher_logits)
@@ -163,15 +163,30 @@ def vocab_parallel_distillation(
                 f"expected teacher logits [{len(rows[0])}, {student_logits.shape[-1]}] of the selected tokens, got "
                 f"{list(teacher_logits.shape)}: pass one row per selected token, in order"
             )
+    divergence_per_token, cross_entropy, metrics = _apply(
+        student_logits, teacher_logits, divergence, labels, shard, temperature, gradient_in_place, rows
+    )
+    return DistillationTerms(divergence_per_token, cross_entropy, dict(zip(METRICS, metrics.unbind(0), strict=True)))
+
+
+def check_labels(student_logits: Tensor, labels: Tensor) -> None:
+    """Raise ConfigError unless there is one int64 label per row of logits."""
+    check_tensor("labels", labels, dtype=torch.int64, like=student_logits)
     if labels.shape != student_logits.shape[:-1]:
         raise ConfigError(
             f"expected labels of shape {list(student_logits.shape[:-1])}, got {list(labels.shape)}: give one token id "
             "per row of logits, in order"
         )
-    divergence_per_token, cross_entropy, metrics = _apply(
-        student_logits, teacher_logits, divergence, labels, shard, temperature, gradient_in_place, rows
-    )
-    return DistillationTerms(divergence_per_token, cross_entropy, dict(zip(METRICS, metrics.unbind(0), strict=True)))
+
+
+def check_selection(selected: Tensor, labels: Tensor) -> None:
+    """Raise ConfigError unless `selected` has a bool per token, on the CPU or the labels' device."""
+    on_cpu = isinstance(selected, Tensor) and selected.device.type == "cpu"
+    check_tensor("a selection", selected, dtype=torch.bool, like=None if on_cpu else labels)
+    if selected.shape != labels.shape:
+        raise ConfigError(
+            f"expected a selection of shape {list(labels.shape)}, got {list(selected.shape)}: give one bool per token"
+        )
 
 
 def rows_of(selected: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,12 +194,7 @@ def rows_of(selected: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     Later shapes depend on their number, so a selection on a GPU needs a synchronization.
     """
-    on_cpu = isinstance(selected, Tensor) and selected.device.type == "cpu"
-    check_tensor("a selection", selected, dtype=torch.bool, like=None if on_cpu else labels)
-    if selected.shape != labels.shape:
-        raise ConfigError(
-            f"expected a selection of shape {list(labels.shape)}, got {list(selected.shape)}: give one bool per token"
-        )
+    check_selection(selected, labels)
     flat = selected.reshape(-1).cpu()
     chosen, others = (to_device(which.nonzero().squeeze(-1), labels.device) for which in (flat, ~flat))
     return chosen, others
@@ -237,7 +247,7 @@ def _apply(
     needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
     student_logits = student_logits.resolve_neg()
     if flag("the losses", "gradient_in_place", gradient_in_place) and needs_gradient:
-        _check_in_place(student_logits, teacher_logits)
+        check_in_place(student_logits, teacher_logits)
     result: tuple[Tensor, Tensor, Tensor] = _Distillation.apply(
         student_logits,
         constant(teacher_logits),
@@ -261,7 +271,8 @@ def check_divergence(divergence: object) -> None:
         )
 
 
-def _check_in_place(student_logits: Tensor, teacher_logits: Tensor) -> None:
+def check_in_place(student_logits: Tensor, teacher_logits: Tensor | None) -> None:
+    """Raise ConfigError unless the student's logits may be overwritten with their gradient."""
     if student_logits.is_leaf:
         raise ConfigError(
             "gradient_in_place: expected logits that a model computed, got a leaf, whose values would be lost: "
@@ -272,6 +283,8 @@ def _check_in_place(student_logits: Tensor, teacher_logits: Tensor) -> None:
             f"gradient_in_place: expected contiguous student logits, got shape {list(student_logits.shape)} with "
             f"strides {student_logits.stride()}: pass the output layer's, or set gradient_in_place to False"
         )
+    if teacher_logits is None:
+        return
     if student_logits.untyped_storage().data_ptr() == teacher_logits.untyped_storage().data_ptr():
         raise ConfigError(
             "gradient_in_place: expected student and teacher logits in separate memory, got one storage for both: "

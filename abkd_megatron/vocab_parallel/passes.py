@@ -21,7 +21,7 @@ from abkd_megatron.losses.base import Divergence
 from abkd_megatron.vocab_parallel import stats
 from abkd_megatron.vocab_parallel.shard import VocabShard
 from abkd_megatron.vocab_parallel.stats import GlobalStats
-from abkd_megatron.vocab_parallel.terms import Terms
+from abkd_megatron.vocab_parallel.terms import METRICS, Terms
 
 # Renamed by torch.
 _all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -143,6 +143,11 @@ class Passes:
     """Dtype of the arithmetic on logits."""
     kernel: kernels.Kernel
     layout: Layout
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics of labeled tokens."""
+        return METRICS
 
     @classmethod
     def of(

@@ -39,10 +39,14 @@ class Terms:
 
     def write(self, value: Tensor, global_stats: GlobalStats, labels: Tensor | None) -> None:
         """Write the divergence `value`, and what labels [N] determine."""
-        at = slice(None) if self.rows is None else self.rows
         of_pass = value.to(self.terms.dtype).unsqueeze(0)
         if labels is not None:
             of_pass = torch.cat([of_pass, _labeled_terms(global_stats, labels).to(self.terms.dtype)])
+        self.write_rows(of_pass)
+
+    def write_rows(self, of_pass: Tensor) -> None:
+        """Write the rows of `terms`, [rows, N], overwriting them where not compared."""
+        at = slice(None) if self.rows is None else self.rows
         if not self.compared:
             of_pass[0], of_pass[2:] = 0.0, 0.0
         self.terms[:, at] = of_pass

@@ -45,6 +45,7 @@ CHECKPOINT, TEACHER, RUNNER = "teacher/checkpoint.py", "teacher/build.py", "teac
 MODEL, LOCAL_SPEC = "teacher/model.py", "local_hybrid_spec.py"
 HIDDEN, PROJECTORS = "student/hidden.py", "student/projectors.py"
 ADD, JOB, SCRIPT, BRIDGE = (f"hosts/{name}.py" for name in ("add_teacher", "megatron_lm", "script", "bridge"))
+CACHE_JOB = "hosts/cache_job.py"
 MEGATRON_ARGS, UNSUPPORTED = "config/megatron_args.py", "config/unsupported.py"
 TEACHER_ARGS = "teacher/args.py"
 PROVENANCE, MODEL_CONFIG = "preflight/run_record.py", "config/model_config.py"
@@ -215,6 +216,29 @@ CALLS = [
     Call(f"{CHECKPOINTS}.strategies.filesystem_async:get_write_results_queue", JOB),
     Call("megatron.training.arguments:add_megatron_arguments", MEGATRON_ARGS, ("parser",)),
     Call("megatron.training.arguments:parse_args", TEACHER_ARGS),
+    # The teacher alone.
+    Call("megatron.core.pipeline_parallel:get_forward_backward_func", CACHE_JOB),
+    Call("megatron.training.initialize:initialize_megatron", CACHE_JOB),
+    Call(
+        "megatron.training.datasets.data_samplers:build_pretraining_data_loader",
+        CACHE_JOB,
+        ("dataset", "consumed_samples"),
+    ),
+    Call("megatron.training.training:get_train_valid_test_num_samples", CACHE_JOB),
+    Call(
+        "megatron.training.training:build_train_valid_test_datasets",
+        CACHE_JOB,
+        ("build_train_valid_test_datasets_provider", "train_valid_test_num_samples"),
+    ),
+    Call(
+        "megatron.core.pipeline_parallel.schedules:forward_backward_pipelining_without_interleaving",
+        CACHE_JOB,
+        (),
+        (
+            *("forward_step_func", "data_iterator", "model", "num_microbatches", "seq_length", "micro_batch_size"),
+            "forward_only",
+        ),
+    ),
     Call("megatron.training.arguments:parse_and_validate_args", SCRIPT, (), ("extra_args_provider", "args_defaults")),
     Call("megatron.training.arguments:validate_args", TEACHER_ARGS, ("args",)),
     Call("megatron.training.argument_utils:gpt_config_from_args", MODEL_CONFIG, ("args",)),

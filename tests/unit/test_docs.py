@@ -11,6 +11,7 @@ from statistics import mean
 import pytest
 from pages import DOCS, PAGES, ROOT
 
+from abkd_megatron.config.cache import CacheConfig
 from abkd_megatron.config.schema import CompareConfig, DataConfig, DistillationConfig, TeacherConfig
 from abkd_megatron.losses.registry import DIVERGENCES, LOGIT_LOSSES, parameters
 from abkd_megatron.tools.comparison import differences, recommend, summarize, table
@@ -86,7 +87,13 @@ def keys(section: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("section", "kind"), [("distillation", DistillationConfig), ("data", DataConfig), ("compare", CompareConfig)]
+    ("section", "kind"),
+    [
+        ("distillation", DistillationConfig),
+        ("data", DataConfig),
+        ("cache", CacheConfig),
+        ("compare", CompareConfig),
+    ],
 )
 def test_every_key_is_there_with_its_default(section: str, kind: type) -> None:
     documented, made = keys(section), kind()

@@ -27,12 +27,14 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.training.training import num_floating_point_operations
 
+from abkd_megatron.cache.record import RecordLayout
 from abkd_megatron.config.load import load_config
 from abkd_megatron.config.megatron_args import megatron_options
 from abkd_megatron.config.model_config import model_config
 from abkd_megatron.config.schema import Config
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.tools import dry_run, estimate_view, memory_tracker, meta_layers, meta_run
+from abkd_megatron.tools.cache_estimate import CacheEstimate
 from abkd_megatron.tools.estimate import (
     Alternative,
     Estimate,
@@ -386,6 +388,17 @@ def an_estimate() -> Estimate:
         flops=flops(llama("8B"), llama("70B")),
         alternatives=(Alternative(8, 4, 1, 20 * gib), Alternative(1, 1, 1, 99 * gib), Alternative(1, 1, 2, None, "no")),
     )
+
+
+def test_a_cache_saves_from_the_second_run_on() -> None:
+    counted = flops(llama("8B"), llama("70B"))
+    args = Namespace(train_samples=None, train_iters=1000, global_batch_size=256, seq_length=4096)
+    found = CacheEstimate.of(args, RecordLayout(128256, 64), counted)
+    assert found.tokens == 1000 * 256 * 4096 and found.num_bytes == found.tokens * 332
+    assert found.saving(1) == pytest.approx(1.0)
+    assert found.saving(2) == pytest.approx(2 / (2 - counted.teacher_share))
+    assert found.saving(10**9) == pytest.approx(1 / (1 - counted.teacher_share), rel=1e-6)
+    assert found.read_per_gpu(4e14) == pytest.approx(332 * 4e14 / (counted.total * (1 - counted.teacher_share)))
 
 
 def test_the_layer_specs_of_gpus_can_be_imported() -> None:

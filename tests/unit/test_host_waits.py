@@ -25,10 +25,13 @@ from abkd_megatron.losses import (
 )
 from abkd_megatron.losses.selection import TokenSelection, positions_here
 from abkd_megatron.vocab_parallel import (
+    TeacherRecords,
     VocabShard,
     vocab_parallel_distillation,
     vocab_parallel_distillation_head,
     vocab_parallel_logit_loss,
+    vocab_parallel_record_distillation,
+    vocab_parallel_record_distillation_head,
 )
 
 TOKENS, VOCAB, WIDTH, HIDDEN = (24, 2), 1000, 512, 16
@@ -204,6 +207,54 @@ def test_fused_head(shard, divergence, known, select):
             token_weights=torch.ones(TOKENS, device=GPU) if known else None,
             chunk_tokens=8,
             **how,
+        )
+        loss.sum().backward()
+
+    assert_none(run)
+
+
+def records(num_tokens: int) -> TeacherRecords:
+    log_rest, entropy, label_log_prob = torch.zeros(3, num_tokens, device=GPU)
+    return TeacherRecords(
+        ints(num_tokens, 8).int(), torch.zeros(num_tokens, 8, device=GPU), log_rest, entropy, label_log_prob
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("selected", [False, True])
+@pytest.mark.parametrize("make", [logits, strided])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_records(shard, divergence, make, selected, temperature):
+    def run():
+        terms = vocab_parallel_record_distillation(
+            *(make().requires_grad_(), records(TOKENS[0] * TOKENS[1]), divergence, ints(), shard, temperature),
+            selected=torch.ones(TOKENS, dtype=torch.bool) if selected else None,
+        )
+        (terms.divergence + terms.cross_entropy).sum().backward()
+
+    assert_none(run)
+
+
+@pytest.mark.parametrize("select", [None, "disagreement", "teacher_entropy"])
+@pytest.mark.parametrize("known", [True, False], ids=["in forward", "in backward"])
+def test_fused_head_on_records(shard, known, select):
+    rules = {
+        "disagreement": TokenSelection("disagreement"),
+        "teacher_entropy": TokenSelection("teacher_entropy", at_most=1.0),
+    }
+
+    def run():
+        loss, _ = vocab_parallel_record_distillation_head(
+            logits(*TOKENS, HIDDEN).requires_grad_(),
+            logits(WIDTH, HIDDEN).requires_grad_(),
+            records(TOKENS[0] * TOKENS[1]),
+            ToDi(),
+            ints(),
+            shard,
+            token_weights=torch.ones(TOKENS, device=GPU) if known else None,
+            chunk_tokens=8,
+            selected=torch.ones(TOKENS, dtype=torch.bool) if select is None else None,
+            select=rules[select].of if select else None,
         )
         loss.sum().backward()
 

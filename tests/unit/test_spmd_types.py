@@ -50,16 +50,20 @@ from abkd_megatron.losses.extra import sinkhorn
 from abkd_megatron.losses.extra.clipped import ClippedKL
 from abkd_megatron.losses.registry import LOGIT_LOSSES
 from abkd_megatron.vocab_parallel import (
+    TeacherRecords,
     VocabShard,
-    fused_head,
+    head_function,
     head_gradients,
     logit_loss,
     logits,
     passes,
+    records,
     vocab_parallel_distillation,
     vocab_parallel_distillation_head,
     vocab_parallel_divergence,
     vocab_parallel_logit_loss,
+    vocab_parallel_record_distillation,
+    vocab_parallel_record_distillation_head,
 )
 
 try:  # spmd_types asks for no version of torch, and imports parts of it that the oldest ones here do not have
@@ -386,7 +390,7 @@ def check_head(
     for value in (terms.divergence, terms.cross_entropy, *terms.metrics.values()):
         spmd.assert_type(value, {group: R})
     differentiate(bodies, loss, (student_hidden, student_weight), token_weights)
-    assert fused_head._DistillationHead in bodies.backwards
+    assert head_function._DistillationHead in bodies.backwards
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES[1:4], ids=str)
@@ -399,6 +403,49 @@ def test_head(bodies, divergence, in_forward):
 def test_head_with_selected_tokens(bodies, in_forward):
     check_head(bodies, AlphaBeta(0.2, 0.7), in_forward, selected=True)
     check_head(bodies, AlphaBeta(0.2, 0.7), in_forward, select=lambda metrics: metrics["kl to teacher"] > 0.1)
+
+
+def typed_records(group: dist.ProcessGroup) -> TeacherRecords:
+    with spmd.no_typecheck():
+        num_tokens = math.prod(TOKENS)
+        ids = torch.arange(3 * num_tokens).view(num_tokens, 3) % WIDTH
+        fields = [ids, torch.rand(num_tokens, 3) - 3.0, *torch.rand(3, num_tokens)]
+    return TeacherRecords(*(spmd.assert_type(it, {group: R}) for it in fields))
+
+
+def check_records(bodies: Bodies, divergence: Divergence, temperature: float = 1.0, in_place: bool = False) -> None:
+    group = bodies.group
+    leaf, labels = typed(group, V, *TOKENS, WIDTH, gradient=True), typed(group, I, *TOKENS, labels=True)
+    terms = vocab_parallel_record_distillation(
+        leaf * 1.0, typed_records(group), divergence, labels, Shard(group), temperature, in_place
+    )
+    for value in terms.metrics.values():
+        spmd.assert_type(value, {group: R})
+    differentiate(bodies, terms.divergence + terms.cross_entropy, (leaf,))
+    assert records._RecordDistillation in bodies.backwards
+
+
+@pytest.mark.parametrize("divergence", [AlphaBeta(0.2, 0.7), JensenShannon()], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_records(bodies, divergence, temperature):
+    check_records(bodies, divergence, temperature)
+    check_records(bodies, divergence, temperature, in_place=True)
+
+
+@pytest.mark.parametrize("in_forward", [True, False], ids=["in forward", "in backward"])
+def test_head_on_records(bodies, in_forward):
+    group = bodies.group
+    hidden = typed(group, R, *TOKENS, HIDDEN, gradient=True)
+    weight = typed(group, V, WIDTH, HIDDEN, gradient=True)
+    token_weights = typed(group, I, *TOKENS) if in_forward else None
+    loss, terms = vocab_parallel_record_distillation_head(
+        *(hidden, weight, typed_records(group), ToDi(), typed(group, I, *TOKENS, labels=True), Shard(group)),
+        token_weights=token_weights,
+        chunk_tokens=5,
+    )
+    for value in (terms.divergence, terms.cross_entropy, *terms.metrics.values()):
+        spmd.assert_type(value, {group: R})
+    differentiate(bodies, loss, (hidden, weight), token_weights)
 
 
 def check_logit_loss(bodies: Bodies, loss: LogitLoss, counted: bool = False) -> None:

@@ -14,7 +14,7 @@ def runtime() -> dict[str, importlib.metadata.Distribution]:
     plots = re.search(r"^plots = \[(.*)\]$", setup, re.MULTILINE)
     assert requires is not None and plots is not None
     waiting = [Requirement(text) for text in re.findall(r'^ +"(.+)",$', requires[1], re.MULTILINE)]
-    assert len(waiting) == 6
+    assert len(waiting) == 7
     waiting += [Requirement(text) for text in re.findall(r'"(.+?)"', plots[1])]
     assert {it.name for it in waiting} >= {"torch", "plotly", "jinja2", "tensorboard", "matplotlib"}
     found: dict[str, importlib.metadata.Distribution] = {}

@@ -1,0 +1,258 @@
+"""The job `cache` writes the same records in every layout, once per sample, and any layout trains from them.
+
+With all columns in fp32 a student trains as with the live teacher.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from launch import launch, run_job, scalars
+
+from abkd_megatron.cache.store import CacheReader
+from abkd_megatron.vocab_parallel.record_passes import TeacherRecords
+
+TENSOR, PIPELINE = "tensor-model-parallel-size", "pipeline-model-parallel-size"
+# {name: (ranks, teacher's layout)}.
+LAYOUTS = {
+    "one": (1, {}),
+    "tensor": (2, {TENSOR: 2}),
+    "pipeline": (2, {PIPELINE: 2}),
+    "data": (2, {}),
+}
+EXACT = {"cache.top_k": 400, "cache.precision": "fp32"}
+SAMPLES = 5 * 8 + 2 * 8
+
+
+def settings(teacher: Path, directory: Path, layout: dict[str, int]) -> dict[str, object]:
+    return {
+        "teacher.load": teacher,
+        "cache.dir": directory,
+        **EXACT,
+        **{f"teacher.{name}": value for name, value in layout.items()},
+    }
+
+
+@pytest.fixture(scope="module")
+def caches(workspace: Path, config: Path, teacher: Path) -> dict[str, Path]:
+    found = {name: workspace / f"cache-{name}" for name in LAYOUTS}
+    for name, (ranks, layout) in LAYOUTS.items():
+        run_job("cache", config, settings(teacher, found[name], layout), num_ranks=ranks)
+    return found
+
+
+def records(reader: CacheReader, key: bytes) -> TeacherRecords:
+    packed = reader.read(key)
+    assert packed is not None
+    return reader.identity.layout.unpack(torch.from_numpy(packed))
+
+
+def keys_of(directory: Path) -> set[bytes]:
+    from safetensors.numpy import load_file
+
+    return {row.tobytes() for path in directory.glob("*.safetensors") for row in load_file(path)["keys"]}
+
+
+def dense(found: TeacherRecords) -> torch.Tensor:
+    """[s, V] log-probabilities in the order of ids."""
+    return torch.empty_like(found.log_probs).scatter_(-1, found.ids.long(), found.log_probs)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
+def test_every_layout_writes_the_same_records(caches: dict[str, Path], name: str) -> None:
+    keys = keys_of(caches["one"])
+    assert keys_of(caches[name]) == keys
+    assert len(keys) == SAMPLES
+    one, other = (CacheReader(caches[it]) for it in ("one", name))
+    assert len(other) == SAMPLES
+    for key in keys:
+        a, b = records(one, key), records(other, key)
+        torch.testing.assert_close(dense(b), dense(a), rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(dense(a).logsumexp(-1), torch.zeros(32), rtol=0.0, atol=1e-5)
+        for field in ("entropy", "label_log_prob"):
+            torch.testing.assert_close(getattr(b, field), getattr(a, field), rtol=1e-5, atol=2e-5)
+
+
+def test_a_second_job_writes_what_is_missing(caches: dict[str, Path], config: Path, teacher: Path) -> None:
+    directory = caches["data"]
+    before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
+    more = {**settings(teacher, directory, {}), "megatron.train-iters": 6, "megatron.global-batch-size": 4}
+    run_job("cache", config, more)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    lost = next(directory.glob("*.safetensors"))
+    number = sum(1 for line in next(directory.glob(f"{lost.name.rpartition('-')[0]}.jsonl")).open())
+    assert number == 1
+    (directory / f"{lost.name.rpartition('-')[0]}.jsonl").unlink()
+    lost.unlink()
+    keys = keys_of(caches["one"])
+    assert not keys <= keys_of(directory)
+    run_job("cache", config, {**settings(teacher, directory, {TENSOR: 2}), "megatron.micro-batch-size": 1}, num_ranks=2)
+    assert keys <= keys_of(directory)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"cache.top_k": 8}, "top_k: 400 in the cache, 8 in this job"),
+        ({"distillation.temperature": 2}, "temperature: 1.0 in the cache, 2.0 in this job"),
+        ({"megatron.context-parallel-size": 2}, "context-parallel-size"),
+        ({"cache.top_k": 500}, "cache.top_k: expected 1 to the vocabulary's 400 tokens, got 500"),
+    ],
+)
+def test_a_cache_of_something_else_is_rejected(
+    caches: dict[str, Path], config: Path, teacher: Path, change: dict, message: str
+) -> None:
+    given = {**settings(teacher, caches["one"], {}), **change}
+    words = [f"{key}={value}" for key, value in given.items()]
+    for rank in launch(["-m", "abkd_megatron", "cache", config, *words], 2):
+        assert rank.code == 2 and message in rank.output, rank.output[-3000:]
+
+
+# ---- students
+
+
+# {name: (ranks, the student's settings, the layout that wrote its cache)}.
+STUDENTS = {
+    "one": (1, {}, "tensor"),
+    "fused": (1, {"distillation.head": "fused", "distillation.chunk_tokens": 16}, "one"),
+    "tensor": (2, {f"megatron.{TENSOR}": 2, "megatron.sequence-parallel": True}, "pipeline"),
+    "pipeline": (2, {f"megatron.{PIPELINE}": 2, "megatron.micro-batch-size": 1}, "data"),
+    "data": (2, {"distillation.head": "fused", "distillation.chunk_tokens": 16}, "one"),
+}
+LOGGED = ("lm loss", "kd loss", "total loss", "grad-norm", "teacher lm loss", "teacher entropy", "top-1 agreement")
+
+
+def train(workspace: Path, config: Path, student: Path, name: str, ranks: int, given: dict) -> dict[str, list[float]]:
+    folder = workspace / f"events-{name}"
+    common = {
+        "megatron.load": student,
+        "megatron.finetune": True,
+        "megatron.tensorboard-dir": folder,
+        "distillation.divergence": "alpha_beta",
+        "distillation.alpha": 0.5,
+        "distillation.beta": 0.5,
+    }
+    run_job("distill", config, {**common, **given}, num_ranks=ranks)
+    return scalars(folder)
+
+
+@pytest.fixture(scope="module")
+def live(workspace: Path, config: Path, teacher: Path, student: Path) -> dict[str, list[float]]:
+    return train(workspace, config, student, "live", 1, {"teacher.load": teacher})
+
+
+def of_cache(directory: Path) -> dict[str, object]:
+    """A student's settings, without the section `teacher` of the configuration's file."""
+    return {"distillation.cache": directory}
+
+
+@pytest.fixture(scope="module")
+def alone(config: Path, workspace: Path) -> Path:
+    """The configuration without a teacher."""
+    path = workspace / "without-teacher.yaml"
+    text = config.read_text()
+    before, _, after = text.partition("teacher:\n")
+    path.write_text(before + after[after.index("distillation:") :])
+    return path
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_student_trains_as_with_the_live_teacher(
+    caches: dict[str, Path],
+    live: dict[str, list[float]],
+    workspace: Path,
+    alone: Path,
+    student: Path,
+    name: str,
+) -> None:
+    ranks, given, written = STUDENTS[name]
+    found = train(workspace, alone, student, f"cached-{name}", ranks, {**given, **of_cache(caches[written])})
+    assert_equal(found, live)
+
+
+def assert_equal(found: dict[str, list[float]], live: dict[str, list[float]]) -> None:
+    for key in (*LOGGED, *(f"{it} validation" for it in LOGGED if it != "grad-norm")):
+        assert len(found[key]) == len(live[key]) > 0, key
+        torch.testing.assert_close(torch.tensor(found[key]), torch.tensor(live[key]), rtol=1e-5, atol=1e-5, msg=key)
+
+
+def test_virtual_stages(caches: dict[str, Path], workspace: Path, config: Path, alone: Path, teacher: Path) -> None:
+    layers = {"megatron.num-layers": 4}
+    start = workspace / "student-of-4"
+    run_job("pretrain", alone, {**layers, "megatron.train-iters": 1, "megatron.save": start})
+    live = train(workspace, config, start, "live-4", 1, {**layers, "teacher.load": teacher})
+    stages = {**layers, f"megatron.{PIPELINE}": 2, "megatron.num-layers-per-virtual-pipeline-stage": 1}
+    assert_equal(train(workspace, alone, start, "virtual", 2, {**stages, **of_cache(caches["one"])}), live)
+
+
+@pytest.mark.parametrize(
+    "tokens", ["{select: every, n: 4}", "{select: teacher_entropy, quantile: [0.3, 1.0]}"], ids=["every", "quantile"]
+)
+def test_selected_tokens(
+    caches: dict[str, Path],
+    workspace: Path,
+    config: Path,
+    alone: Path,
+    teacher: Path,
+    student: Path,
+    request: pytest.FixtureRequest,
+    tokens: str,
+) -> None:
+    name, chosen = request.node.callspec.id, {"distillation.tokens": tokens}
+    live = train(workspace, config, student, f"live-{name}", 1, {**chosen, "teacher.load": teacher})
+    given = {**chosen, **of_cache(caches["one"]), "distillation.head": "fused", "distillation.chunk_tokens": 16}
+    found = train(workspace, alone, student, f"cached-{name}", 2, given)
+    assert_equal(found, live)
+    assert found["selected tokens"] == live["selected tokens"]
+    assert 0 < found["selected tokens"][0] < 1
+
+
+def test_a_sample_that_is_missing(
+    caches: dict[str, Path], workspace: Path, config: Path, alone: Path, teacher: Path, student: Path
+) -> None:
+    """One of five batches is in the cache: rejected before a step, or trained on the cross entropy."""
+    part = workspace / "cache-part"
+    few = {**settings(teacher, part, {}), "cache.top_k": 8, "cache.precision": "fp16", "megatron.train-iters": 1}
+    run_job("cache", config, few)
+    words = [f"{key}={value}" for key, value in of_cache(part).items()]
+    for rank in launch(["-m", "abkd_megatron", "distill", alone, *words], 2):
+        assert rank.code == 2 and "on_miss=lm" in rank.output, rank.output[-3000:]
+        assert "iteration        1/" not in rank.output
+    lenient = {**of_cache(part), "distillation.on_miss": "lm"}
+    found = train(workspace, alone, student, "missing", 2, lenient)
+    assert found["cached share"] == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert found["selected tokens"] == found["cached share"]
+    assert found["kd loss"][0] > 0 and found["kd loss"][1:] == [0.0] * 4
+    assert all(0 < a <= b + 1 for a, b in zip(found["lm loss"], found["total loss"], strict=True))
+    assert found["total loss"][1:] == found["lm loss"][1:]
+    fused = {**lenient, "distillation.head": "fused", "distillation.chunk_tokens": 16}
+    again = train(workspace, alone, student, "missing, fused", 1, fused)
+    for key, values in found.items():
+        if key in (*LOGGED, "cached share", "selected tokens"):
+            torch.testing.assert_close(torch.tensor(again[key]), torch.tensor(values), rtol=1e-5, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"distillation.temperature": 2}, "temperature: 1.0 in the cache, 2.0 in this job"),
+        ({"megatron.seq-length": 16}, "seq_length: 32 in the cache, 16 in this job"),
+        ({"distillation.divergence": "clipped_kl"}, "clipped_kl"),
+        ({"teacher.num-layers": 4}, "teacher.num-layers"),
+        ({"distillation.cache": "/nowhere"}, "manifest.json"),
+    ],
+)
+def test_a_job_that_the_cache_does_not_fit(
+    caches: dict[str, Path], alone: Path, given: dict[str, object], message: str
+) -> None:
+    words = [f"{key}={value}" for key, value in {**of_cache(caches["one"]), **given}.items()]
+    (rank,) = launch(["-m", "abkd_megatron", "distill", alone, *words], 1)
+    assert rank.code == 2 and message in rank.output, rank.output[-3000:]
+
+
+def test_check_of_a_student_with_a_cache(caches: dict[str, Path], alone: Path) -> None:
+    words = [f"{key}={value}" for key, value in of_cache(caches["one"]).items()]
+    (rank,) = launch(["-m", "abkd_megatron", "check", alone, *words], 1)
+    assert rank.code == 0 and f"of {SAMPLES} samples" in rank.output, rank.output[-3000:]
+    (rank,) = launch(["-m", "abkd_megatron", "check", alone, *words, "distillation.temperature=2"], 1)
+    assert rank.code == 2 and "temperature: 1.0" in rank.output, rank.output[-3000:]
