@@ -159,7 +159,7 @@ def evaluation_stages(out: Path, fast: bool, test_tokens: int) -> list[Stage]:
         "megatron.save": "null",
         "megatron.tensorboard-dir": "null",
         "megatron.eval-iters": 2 if fast else batches,
-        "distillation.preset": "pretrain",  # forward KL
+        "distillation.preset": "pretrain",
     }
     return [
         Stage(f"evaluate-{name}", "distill", STUDENT, 4, {**settings, "megatron.load": out / directory})
