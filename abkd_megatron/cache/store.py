@@ -10,7 +10,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -248,9 +248,3 @@ class CacheReader:
             f"the cache is damaged: {path} ({why}); copy it again, or remove it with its line in the writer's .jsonl "
             "and run `abkd-megatron cache` again, which writes what is missing"
         )
-
-
-def count_hits(reader: CacheReader, keys: Iterable[bytes]) -> tuple[int, int]:
-    """Return how many of the keys are in the cache, and their number. Reads no record."""
-    found = [reader.has(key) for key in keys]
-    return sum(found), len(found)

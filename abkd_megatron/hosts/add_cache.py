@@ -1,6 +1,5 @@
 """A cache in place of the teacher of a run of Megatron-LM's training loop."""
 
-import logging
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -23,8 +22,6 @@ from abkd_megatron.preflight.rules import RESUME, TEACHER_CHECKS, Setup, run_che
 from abkd_megatron.student.attach import attach
 from abkd_megatron.student.cached import CachedTeacher
 from abkd_megatron.student.step import DistilledStep
-
-logger = logging.getLogger(__name__)
 
 
 def add_cache(

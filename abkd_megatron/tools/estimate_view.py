@@ -47,7 +47,7 @@ def show(estimate: Estimate, out: Path | None = None) -> None:
     )
     console.print(_flops(estimate))
     if estimate.cache is not None:
-        console.print(_cache(estimate.cache), highlight=False)
+        console.print(_cache(estimate.cache, estimate.device), highlight=False)
     if estimate.alternatives:
         console.print(_alternatives(estimate, *unit))
     console.print(NOT_COUNTED, highlight=False)
@@ -109,14 +109,15 @@ def _flops(estimate: Estimate) -> Table:
     return table
 
 
-def _cache(cache: CacheEstimate) -> str:
+def _cache(cache: CacheEstimate, device: str) -> str:
+    rate = cache.read_per_gpu() / 1e6
     savings = ", ".join(f"{cache.saving(runs):.1f} for {runs}" for runs in (2, 5, 20))
     return (
         f"Teacher cache: {cache.layout.bytes_per_token} bytes per token (K {cache.layout.top_k}), "
         f"{cache.num_bytes / GIB:.1f} GiB for the run's {_of_many(cache.tokens)} tokens. Writing it takes "
         f"{cache.flops.teacher_share:.0%} of the FLOPs of a run with a live teacher, so it saves some from the second "
-        f"run on: live over cached is {savings} runs. At {ASSUMED / 1e12:.0f} TFLOP/s a GPU reads "
-        f"{cache.read_per_gpu() / 1e6:.1f} MB/s."
+        f"run on: live over cached is {savings} runs."
+        + (f" At {ASSUMED / 1e12:.0f} TFLOP/s a GPU reads {rate:.1f} MB/s." if device == "cuda" else "")
     )
 
 
