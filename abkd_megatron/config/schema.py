@@ -211,7 +211,7 @@ class DataConfig:
     held_out: float = 0.05
     """Fraction of documents held out, half for validation and half for test."""
     seed: int | None = None
-    """Order of the training samples and choice of the held-out ones; None for Megatron's `seed`."""
+    """Chooses the validation and test samples; None for Megatron's `seed`, which orders the training samples."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -253,7 +253,7 @@ class CompareConfig:
     losses: dict[str, list[str]] = field(default_factory=lambda: dict(_COMPARED))
     """{name: overrides}, where the overrides are keys of `distillation` or `section.key`."""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
-    """Values of `megatron.seed`, which sets initial weights; one run per loss and seed. All have one `data.seed`."""
+    """Values of `megatron.seed`: initial weights and order of the text. One run per loss and seed; one `data.seed`."""
     at_once: int = 1
     """Number of concurrent runs."""
     launch: str | None = None

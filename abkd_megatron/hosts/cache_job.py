@@ -188,7 +188,7 @@ def _datasets(config: Config) -> list[Dataset]:
     """
 
     def provide(num_samples: Sequence[int], vp_stage: int | None = None) -> tuple:
-        return train_valid_test_datasets_provider(num_samples, vp_stage, seed=config.data.seed)
+        return train_valid_test_datasets_provider(num_samples, vp_stage, held_out_seed=config.data.seed)
 
     wanted = get_train_valid_test_num_samples()
     found: list[Dataset] = []

@@ -377,9 +377,12 @@ def _on_tp_ranks(read: torch.Tensor | None, shape: tuple[int, ...], dtype: torch
 
 
 def train_valid_test_datasets_provider(
-    num_samples: Sequence[int], vp_stage: int | None = None, mask_here: bool = False, seed: int | None = None
+    num_samples: Sequence[int], vp_stage: int | None = None, mask_here: bool = False, held_out_seed: int | None = None
 ) -> tuple:
-    """Build Megatron's GPT datasets for training, validation and test on the ranks that read data; see `get_batch`."""
+    """Build Megatron's GPT datasets for training, validation and test on the ranks that read data; see `get_batch`.
+
+    `held_out_seed` chooses the samples of validation and test, Megatron's seed those of training. None: Megatron's.
+    """
     args = get_args()
 
     def is_built_here() -> bool:
@@ -387,15 +390,22 @@ def train_valid_test_datasets_provider(
         return mpu.get_tensor_model_parallel_rank() == 0 and reads
 
     dataset = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, datasets_config(args, seed)).build()
+
+    def build(seed: int) -> list:
+        return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, datasets_config(args, seed)).build()
+
+    train, *held_out = build(args.seed)
+    if held_out_seed is not None and held_out_seed != args.seed:
+        _, *held_out = build(held_out_seed)
+    return train, *held_out
 
 
-def datasets_config(args: Namespace, seed: int | None = None) -> GPTDatasetConfig:
-    """Make the configuration of Megatron's GPT datasets; no packed sequences. No seed: Megatron's."""
+def datasets_config(args: Namespace, seed: int) -> GPTDatasetConfig:
+    """Make the configuration of Megatron's GPT datasets; no packed sequences."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences = args.per_dataset_sequences_path
     return GPTDatasetConfig(
-        random_seed=args.seed if seed is None else seed,
+        random_seed=seed,
         sequence_length=args.seq_length,
         blend=blend,
         blend_per_split=blend_per_split,

@@ -2,8 +2,8 @@
 
 Each pair of loss and seed is a separate `distill` job with a directory below ``compare.out``. It holds ``config.yaml``
 (the complete configuration, which `distill` accepts), ``run.log``, ``checkpoints`` and finally ``result.json``. A run
-with a result is skipped; a run with a checkpoint resumes. Students with the same seed have the same initial weights.
-Batches and held-out text are the same for all, by one `data.seed`.
+with a result is skipped; a run with a checkpoint resumes. Students with the same seed have the same initial weights
+and batches. The held-out text is the same for all, by one `data.seed`.
 """
 
 import json

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launch import ROOT
+from launch import ROOT, run_job, scalars
 
 TODI = "ToDi: {divergence: todi, lm_weight: 0}"
 LOSSES = f"{{CE only: {{kd_weight: 0, lm_weight: 1}}, {TODI}}}"
@@ -118,3 +118,25 @@ def test_a_failing_run_is_shown(config: Path, workspace: Path, environment: dict
     )
     assert ended.returncode == 2
     assert "2 of 2 " in ended.stderr and str(nowhere) in ended.stderr
+
+
+def test_seeds_order_the_text_and_leave_the_held_out_samples(config: Path, student: Path, workspace: Path) -> None:
+    # Students from one checkpoint, which do not learn: a seed changes nothing but the samples.
+    found = {}
+    for seed, data_seed in ((1, 5), (2, 5), (1, 6)):
+        tensorboard = workspace / "seeds" / f"{seed}-{data_seed}"
+        settings = {
+            "train-iters": 2,
+            "eval-interval": 2,
+            "lr": 1e-30,
+            "load": student,
+            "finetune": "true",
+            "seed": seed,
+        }
+        overrides = {f"megatron.{name}": value for name, value in settings.items()}
+        run_job("pretrain", config, {**overrides, "megatron.tensorboard-dir": tensorboard, "data.seed": data_seed})
+        curves = scalars(tensorboard)
+        found[seed, data_seed] = [list(curves[name]) for name in ("lm loss", "lm loss validation")]
+    (train, held_out), (other_train, same), (same_train, other) = found.values()
+    assert train == same_train != other_train
+    assert held_out == same != other
