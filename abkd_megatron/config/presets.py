@@ -16,9 +16,9 @@ _ANNEALED = {
 # The values of `distillation` that each name stands for. A row changes `none`, whose values are the plain defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "none": {**_ABKD, "temperature": 1.0, "kd_weight": 1.0, "lm_weight": 1.0},
-    # From scratch, or on from a checkpoint of the same data.
-    "pretrain": {**_FORWARD_KL, "lm_weight": 1.0},
-    # Pruned from a trained model; apart from `pretrain` so that evidence may change one of them.
+    # From scratch.
+    "pretrain": {**_FORWARD_KL, "lm_weight": 0.0},
+    # Pruned from a trained model, or trained before: the text teaches what the teacher does not know better.
     "pruned": {**_FORWARD_KL, "lm_weight": 1.0},
     # Forward KL, annealed to alpha-beta over the last half of the run.
     "annealed": {**_ANNEALED, "lm_weight": 0.0},

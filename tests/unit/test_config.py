@@ -79,7 +79,7 @@ def test_defaults(load):
     assert config.teacher == TeacherConfig()
     assert config.device == "cuda" and config.megatron == {}
     of_preset = {name for name, origin in config.origins.items() if origin == "preset: pretrain"}
-    assert of_preset == {"distillation.divergence"}  # the weights are the plain defaults
+    assert of_preset == {"distillation.divergence", "distillation.lm_weight"}
     assert set(config.origins.values()) == {"default", "preset: pretrain"}
 
 
@@ -497,7 +497,7 @@ def test_a_divergence_on_the_command_line_leaves_the_parameters_of_the_files_beh
 GLIDE = {"alpha": Schedule.linear(1.0, 0.2, start=0.5, end=1.0, by="fraction")}
 GLIDE["beta"] = Schedule.linear(0.0, 0.7, start=0.5, end=1.0, by="fraction")
 NONE = {"divergence": "alpha_beta", "alpha": 0.2, "beta": 0.7, "temperature": 1.0, "kd_weight": 1.0, "lm_weight": 1.0}
-ANNEALED, PRETRAIN = NONE | GLIDE | {"lm_weight": 0.0}, NONE | {"divergence": "forward_kl"}
+ANNEALED, PRETRAIN = NONE | GLIDE | {"lm_weight": 0.0}, NONE | {"divergence": "forward_kl", "lm_weight": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -507,13 +507,13 @@ ANNEALED, PRETRAIN = NONE | GLIDE | {"lm_weight": 0.0}, NONE | {"divergence": "f
         ("kd_weight: 2", [], "pretrain", PRETRAIN | {"kd_weight": 2.0}),
         ("preset: annealed", ["alpha=0.3"], "annealed", ANNEALED | {"alpha": 0.3}),
         ("preset: pretrain\n  lm_weight: 0.1", [], "pretrain", PRETRAIN | {"lm_weight": 0.1}),
-        ("preset: pruned", [], "pruned", PRETRAIN),
+        ("preset: pruned", [], "pruned", PRETRAIN | {"lm_weight": 1.0}),
         ("preset: annealed", [], "annealed", ANNEALED),
         ("preset: finetune", [], "finetune", NONE | {"lm_weight": 0.0}),
         ("preset: none", [], "none", NONE),
         # A divergence replaces the preset's with its schedules; its weights and temperature stay.
         ("preset: annealed\n  divergence: alpha_beta", [], "annealed", NONE | {"lm_weight": 0.0}),
-        ("preset: pretrain", ["divergence=todi"], "pretrain", NONE | {"divergence": "todi"}),
+        ("preset: pretrain", ["divergence=todi"], "pretrain", NONE | {"divergence": "todi", "lm_weight": 0.0}),
         ("preset: finetune", ["losses=[{name: todi}]"], "finetune", NONE | {"lm_weight": 0.0}),
         # Without a preset, what names its loss is as it was before there were presets.
         ("divergence: alpha_beta", [], "none", NONE),
@@ -523,7 +523,7 @@ ANNEALED, PRETRAIN = NONE | GLIDE | {"lm_weight": 0.0}, NONE | {"divergence": "f
         ("beta: 0.3", ["divergence=alpha_beta"], "none", NONE | {"beta": 0.3}),
         ("kd_weight: 0", [], "none", NONE | {"kd_weight": 0.0}),
         # A preset of a later layer replaces the keys of earlier ones.
-        ("divergence: todi\n  lm_weight: 0.5", ["preset=pruned"], "pruned", PRETRAIN),
+        ("divergence: todi\n  lm_weight: 0.5", ["preset=pruned"], "pruned", PRETRAIN | {"lm_weight": 1.0}),
         ("preset: pretrain\n  kd_weight: 3", ["preset=none", "alpha=0.4"], "none", NONE | {"alpha": 0.4}),
     ],
 )
@@ -561,7 +561,7 @@ def test_weights_by_source(load):
 
 def test_presets_in_python():
     """As with Megatron Bridge, whose containers hold these objects."""
-    assert DistillationConfig().make_objective().objective == Objective(AlphaBeta(1, 0), lm_weight=1.0)
+    assert DistillationConfig().make_objective().objective == Objective(AlphaBeta(1, 0), lm_weight=0.0)
     assert DistillationConfig(preset="annealed").make_objective().schedules == GLIDE
     named = DistillationConfig(divergence="alpha_beta", alpha=0.2, beta=0.7).make_objective()
     assert named.objective == Objective(AlphaBeta(0.2, 0.7)) and not named.schedules
