@@ -122,7 +122,8 @@ def run(config: Config) -> None:
                 shard_bytes = config.cache.shard_mib * 2**20
                 writer = held.enter_context(CacheWriter(directory, identity, shard_bytes))
         with on_every_rank():
-            missing, total = _missing(datasets, directory)
+            keys = _keys_here(datasets, directory)
+        missing, total = _missing(keys)
         logger.info(f"{total} samples, of which {total - len(missing)} are in the cache")
         if len(missing):
             _Pass(teacher, identity, groups.tp, writer).run(_Missing(datasets, missing, args.global_batch_size), args)
@@ -200,13 +201,13 @@ def _datasets(config: Config) -> list[Dataset]:
     return found
 
 
-def _missing(datasets: Sequence[Any], directory: Path) -> tuple[np.ndarray, int]:
-    """Return what the cache lacks, [n, 2] int64 of (data set, number of the sample), and the number of all samples.
+def _keys_here(datasets: Sequence[Any], directory: Path) -> list[tuple[bytes, int, int]]:
+    """Return this rank's share of the samples: key, data set, and number of the sample, -1 if the cache has it.
 
-    Samples with the same content count once. The ranks that write share the hashing; the result is the same on every
-    rank.
+    The ranks that write share the hashing; the others have none.
 
-    Collectives: one all_gather_object.
+    Raises:
+        DataError: the cache is damaged.
     """
     mine: list[tuple[bytes, int, int]] = []
     if _writes_here():
@@ -216,6 +217,19 @@ def _missing(datasets: Sequence[Any], directory: Path) -> tuple[np.ndarray, int]
             for index in range(rank, len(dataset), size):
                 key = sample_key(dataset[index])
                 mine.append((key, number, -1 if reader.has(key) else index))
+    return mine
+
+
+def _missing(mine: list[tuple[bytes, int, int]]) -> tuple[np.ndarray, int]:
+    """Return what the cache lacks, [n, 2] int64 of (data set, number of the sample), and the number of all samples.
+
+    Samples with the same content count once. The result is the same on every rank.
+
+    Args:
+        mine: from `_keys_here`.
+
+    Collectives: one all_gather_object.
+    """
     everywhere: list[list[tuple[bytes, int, int]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, mine)
     first: dict[bytes, tuple[int, int]] = {}

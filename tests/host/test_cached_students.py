@@ -3,6 +3,7 @@
 With all columns in fp32 a student trains as with the live teacher.
 """
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -275,3 +276,18 @@ def test_check_of_a_student_with_a_cache(caches: dict[str, Path], alone: Path) -
     assert rank.code == 0 and f"of {SAMPLES} samples" in rank.output, rank.output[-3000:]
     (rank,) = launch(["-m", "abkd_megatron", "check", alone, *words, "distillation.temperature=2"], 1)
     assert rank.code == 2 and "temperature: 1.0" in rank.output, rank.output[-3000:]
+
+
+def test_a_damaged_cache_ends_the_ranks_that_do_not_read_it(
+    caches: dict[str, Path], config: Path, teacher: Path, tmp_path: Path
+) -> None:
+    # Only the first tensor-parallel rank reads; the other must not wait for it in an exchange.
+    damaged = tmp_path / "cache"
+    shutil.copytree(caches["tensor"], damaged)
+    shard = next(damaged.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    overrides = {**settings(teacher, damaged, {TENSOR: 2}), "megatron.distributed-timeout-minutes": 1}
+    words = [f"{key}={value}" for key, value in overrides.items()]
+    ranks = launch(["-m", "abkd_megatron", "cache", "--config", config, *words], 2)
+    assert [rank.code for rank in ranks] == [2, 2]
+    assert all(shard.name in rank.output and "TypeError" not in rank.output for rank in ranks)
