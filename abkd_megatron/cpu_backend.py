@@ -222,15 +222,17 @@ def install() -> None:
 
 
 def use_compiled_helpers() -> None:
-    """Keep Megatron from running `make` for its dataset helper where the compiled helper is installed; also on GPUs.
+    """Keep Megatron from running `make` for its dataset helper where a wheel brings the compiled one; also on GPUs.
 
-    A wheel of megatron-core has the compiled helper but no Makefile, and Megatron ends the process if `make` fails. A
-    source checkout has a Makefile.
+    The wheel has no Makefile, and Megatron ends the process if `make` fails. A source checkout has one, which keeps the
+    helper up to date.
     """
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
         return
     import megatron.core.datasets.utils
 
+    if Path(megatron.core.datasets.utils.__file__).with_name("Makefile").exists():
+        return
     megatron.core.datasets.utils.compile_helpers = lambda: None
 
 
