@@ -47,7 +47,7 @@ from abkd_megatron.config.values import MegatronOptions
 from abkd_megatron.data.indexed import check_datasets, prefixes_of
 from abkd_megatron.data.prepare import data_arguments
 from abkd_megatron.errors import ConfigError, from_rank_0, on_every_rank
-from abkd_megatron.hosts.megatron_lm import get_batch, train_valid_test_datasets_provider
+from abkd_megatron.hosts.batches import get_batch, train_valid_test_datasets_provider
 from abkd_megatron.preflight.live import check_files
 from abkd_megatron.teacher.args import check_teacher, open_teacher
 from abkd_megatron.teacher.build import Teacher, build_teacher

@@ -30,10 +30,10 @@ def main() -> None:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from abkd_megatron.hosts import megatron_lm
+    from abkd_megatron.hosts import batches
 
     def get_batch(data_iterator):
-        batch = megatron_lm.get_batch(data_iterator, None)
+        batch = batches.get_batch(data_iterator, None)
         return tuple(batch[name] for name in ("tokens", "labels", "loss_mask", "position_ids"))
 
     args = parse_and_validate_args()
@@ -47,7 +47,7 @@ def main() -> None:
     exec(compile(recipe(teacher), "docs/training.md", "exec"), names)
     pretrain(
         pretrain_cfg_container_from_args(args, config),
-        megatron_lm.train_valid_test_datasets_provider,
+        batches.train_valid_test_datasets_provider,
         ModelType.encoder_or_decoder,
         names["forward_step"],
     )

@@ -29,7 +29,7 @@ def main() -> None:
     )
     from megatron.training.arguments import parse_and_validate_args
 
-    from abkd_megatron.hosts.megatron_lm import train_valid_test_datasets_provider
+    from abkd_megatron.hosts.batches import train_valid_test_datasets_provider
 
     checkpoint = None
     if "--kd-teacher" in sys.argv:
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def forward_step(data_iterator, model):
-    from abkd_megatron.hosts.megatron_lm import get_batch
+    from abkd_megatron.hosts.batches import get_batch
 
     batch = get_batch(data_iterator, None)
     output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])

@@ -45,7 +45,7 @@ CHECKPOINT, TEACHER, RUNNER = "teacher/checkpoint.py", "teacher/build.py", "teac
 MODEL, LOCAL_SPEC = "teacher/model.py", "local_hybrid_spec.py"
 HIDDEN, PROJECTORS = "student/hidden.py", "student/projectors.py"
 ADD, JOB, SCRIPT, BRIDGE = (f"hosts/{name}.py" for name in ("add_teacher", "megatron_lm", "script", "bridge"))
-CACHE_JOB = "hosts/cache_job.py"
+CACHE_JOB, BATCHES = "hosts/cache_job.py", "hosts/batches.py"
 MEGATRON_ARGS, UNSUPPORTED = "config/megatron_args.py", "config/unsupported.py"
 TEACHER_ARGS = "teacher/args.py"
 PROVENANCE, MODEL_CONFIG = "preflight/run_record.py", "config/model_config.py"
@@ -308,14 +308,14 @@ CALLS = [
     # Batches and data.
     Call(
         "megatron.core.transformer.multi_token_prediction:mtp_on_this_rank",
-        JOB,
+        BATCHES,
         ("layout", "mtp_num_layers"),
         ("ignore_virtual", "vp_stage"),
     ),
-    Call("megatron.training.utils:is_first_or_last_pipeline_stage", JOB, ("vp_stage",)),
+    Call("megatron.training.utils:is_first_or_last_pipeline_stage", BATCHES, ("vp_stage",)),
     Call(
         "megatron.core.utils:get_batch_on_this_tp_rank",
-        JOB,
+        BATCHES,
         ("batch",),
         (
             *("has_cu_seqlens", "is_hybrid_cp", "create_attention_mask_in_dataloader", "broadcast_src_rank"),
@@ -323,24 +323,24 @@ CALLS = [
             *("pipeline_model_parallel_size", "is_pipeline_first_stage", "is_pipeline_last_stage"),
         ),
     ),
-    Call("megatron.core.utils:get_batch_on_this_cp_rank", JOB, ("batch",), ("is_hybrid_cp", "cp_group")),
+    Call("megatron.core.utils:get_batch_on_this_cp_rank", BATCHES, ("batch",), ("is_hybrid_cp", "cp_group")),
     *(
-        Call(f"megatron.core:mpu.{name}", JOB)
+        Call(f"megatron.core:mpu.{name}", BATCHES)
         for name in (
             *("get_tensor_model_parallel_rank", "get_tensor_model_parallel_src_rank", "is_pipeline_first_stage"),
             *("get_tensor_model_parallel_group", "get_context_parallel_group", "is_pipeline_last_stage"),
         )
     ),
     Call("megatron.core.utils:StragglerDetector.__call__", JOB, ("self",), ("bdata",)),
-    Call("megatron.training.utils:get_blend_and_blend_per_split", JOB, ("args",)),
+    Call("megatron.training.utils:get_blend_and_blend_per_split", BATCHES, ("args",)),
     Call(
         "megatron.core.datasets.blended_megatron_dataset_builder:BlendedMegatronDatasetBuilder",
-        JOB,
+        BATCHES,
         ("cls", "sizes", "is_built_on_rank", "config"),
     ),
     Call(
         "megatron.core.datasets.gpt_dataset:GPTDatasetConfig",
-        JOB,
+        BATCHES,
         (),
         (
             *("random_seed", "sequence_length", "blend", "blend_per_split", "split", "multiple_validation_sets"),
@@ -535,8 +535,8 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
     ("megatron.core.transformer.moe.experts:SequentialMLP", META_RUN, ("forward",)),
     ("megatron.core.transformer.spec_utils:ModuleSpec", META_RUN, ("submodules",)),
     ("megatron.training.models:GPTModelConfig", META_RUN, ("transformer",)),
-    ("megatron.core.datasets.gpt_dataset:GPTDataset", JOB, ()),
-    ("megatron.core.datasets.gpt_dataset:MockGPTDataset", JOB, ()),
+    ("megatron.core.datasets.gpt_dataset:GPTDataset", BATCHES, ()),
+    ("megatron.core.datasets.gpt_dataset:MockGPTDataset", BATCHES, ()),
 ]
 
 
