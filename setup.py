@@ -11,9 +11,11 @@ assert version is not None
 
 plots = ["matplotlib>=3.8", "tensorboard>=2.16", "plotly>=6", "jinja2>=3.1"]
 bench = [*plots, "nvidia-modelopt>=0.40"]
+sft = ["datasets>=3", "transformers>=4.40"]
 test = [
     *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "hypothesis>=6.100", "spmd_types>=0.3.1,<0.4"),
     *plots,
+    *sft,
 ]
 
 setup(
@@ -52,6 +54,7 @@ setup(
     extras_require={
         "plots": plots,
         "test": test,
+        "sft": sft,
         "bench": bench,
         "dev": [*test, "ruff>=0.14", "mypy>=1.18", "types-PyYAML", "types-psutil"],
         "te": ["transformer-engine[pytorch]>=2.0"],

@@ -1,6 +1,7 @@
 """Unsupported Megatron features and invalid combinations of arguments. Does not import megatron."""
 
 import argparse
+import importlib.util
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
@@ -56,7 +57,6 @@ class Feature:
 
 
 _GET_MODEL = "Megatron reads it in get_model() only, which is not used with a model config: it would be ignored"
-_OWN_STEP = "this job's forward step does not make packed_seq_params (attach() takes a forward step that does)"
 _SCHEDULE_PLAN = "it runs a schedule plan instead of the model's forward and bypasses the teacher"
 _SHARDED = "it shards the student's weights over data-parallel ranks; the loss needs the complete output layer"
 _KEEPS_NONE = "a teacher keeps no activations for a backward pass"
@@ -86,8 +86,6 @@ UNSUPPORTED = (
     Feature("yaml_cfg", "Megatron's own --yaml-cfg", "the teacher's arguments are derived from the command line"),
     Feature("logits_load_dir", "Megatron's distillation from logits on disk", "it is another distillation loss"),
     # Not implemented in this package's forward step and data.
-    Feature("sft", "packed fine-tuning data", _OWN_STEP, (JOB,)),
-    Feature("dataloader_inter_document_masking", "packed pretraining data", _OWN_STEP, (JOB,)),
     Feature("fim_data", "fill-in-the-middle data", "this job builds Megatron's plain GPT datasets", (JOB,)),
     Feature("dataloader_type", "an external data loader", "this job builds Megatron's own", (JOB,), value="external"),
     # Bypasses the hooks, on every host.
@@ -255,6 +253,8 @@ def check_layout(args: Namespace, who: str, host: str, options: Mapping[str, arg
             "use-distributed-optimizer"
         )
     _check_sizes(args, who)
+    if host == JOB and who == "student":
+        _check_packed(args)
     stages = args.pipeline_model_parallel_size
     uneven = (
         args.decoder_first_pipeline_num_layers,
@@ -295,6 +295,46 @@ def check_effect(
                 remedy = f"use {_INSTEAD[name]}"
             where = f"without {belongs_to}" if belongs_to else "in training of GPT models"
             raise ConfigError(f"{who}: {spelled} {value} would be ignored: Megatron does not read it {where}; {remedy}")
+
+
+def _check_packed(args: Namespace) -> None:
+    """Reject packed data that the student or the job cannot read.
+
+    Raises:
+        ConfigError: with the setting and the remedy.
+    """
+    packed = [name for name in ("sft", "dataloader_inter_document_masking") if getattr(args, name)]
+    if not packed:
+        return
+    option = packed[0].replace("_", "-")
+    if args.transformer_impl == "local" and args.spec is None:
+        raise ConfigError(
+            "student: expected an attention that keeps packed sequences apart, got Megatron's own, which does not; "
+            f"use transformer-impl=transformer_engine on a GPU, give a layer spec, or remove {option}"
+        )
+    if len(packed) > 1:
+        raise ConfigError("student: sft already packs its data; remove dataloader-inter-document-masking")
+    sizes = {args.micro_batch_size, args.eval_micro_batch_size or args.micro_batch_size}
+    if sizes != {1}:
+        raise ConfigError(
+            f"student: expected packed rows one at a time, got micro-batches of {max(sizes)}; set micro-batch-size=1 "
+            "and a larger seq-length"
+        )
+    if args.context_parallel_size > 1:
+        raise ConfigError(
+            f"student: {option} with context parallelism is not supported: untested with a teacher; set "
+            "context-parallel-size=1"
+        )
+    resets = [name for name in ("reset_position_ids", "reset_attention_mask") if getattr(args, name)]
+    if resets:
+        raise ConfigError(
+            f"student: {option} starts positions and attention anew in every sequence by itself; remove "
+            f"{resets[0].replace('_', '-')}"
+        )
+    if args.sft and importlib.util.find_spec("datasets") is None:
+        raise ConfigError(
+            "student: Megatron reads sft data with the package datasets, which is not installed; install it"
+        )
 
 
 def _check_sizes(args: Namespace, who: str) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,34 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
-from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
 from megatron.training import get_args, get_tokenizer
+from megatron.training.datasets.sft_dataset import SFTDataset
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from abkd_megatron.cache.dataset import RECORDS
 from abkd_megatron.losses.sources import UNKNOWN
 
 logger = logging.getLogger(__name__)
+
+
+class Packing(Enum):
+    """What is packed into the rows of packed data."""
+
+    CONVERSATIONS = "sft"
+    DOCUMENTS = "dataloader_inter_document_masking"
+
+    @classmethod
+    def of(cls, args: Namespace) -> "Packing | None":
+        """Return that of Megatron's arguments; None for rows of one sequence."""
+        return next((one for one in cls if getattr(args, one.value)), None)
 
 
 class CountedTokens:
@@ -61,8 +81,12 @@ def get_batch(
     counted: CountedTokens | None = None,
     with_sources: bool = False,
     record_bytes: int | None = None,
-) -> dict[str, torch.Tensor | None]:
+    packed: bool = False,
+) -> dict[str, Any]:
     """Return this rank's part of the next micro-batch; None values on pipeline stages that need no batch.
+
+    All are tensors or None, except `packed_seq_params`: the boundaries of a `packed` row's sequences, which every stage
+    needs.
 
     With `tokens_on_last` the last stage also gets the input tokens, as with multi-token prediction. With `mask_here`
     this stage gets the whole batch. Validation may use another micro-batch size. `counted` gets the loss mask on the
@@ -70,14 +94,15 @@ def get_batch(
     in a blend, or `UNKNOWN`. With `record_bytes` there are `RECORDS`, [b, s, record_bytes] uint8.
 
     Collectives: Megatron's broadcasts over the tensor-parallel group, and one more each of [b] with `with_sources` and
-    of the records.
+    of the records. Megatron reads the lengths of packed sequences on the host, which waits for the device.
     """
     args = get_args()
-    keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens")
+    keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens", "max_seqlen")
     batch: dict[str, Any] = dict.fromkeys(keys)
     predicts_ahead = mtp_on_this_rank(None, args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage)
-    if not is_first_or_last_pipeline_stage(vp_stage) and not predicts_ahead and not mask_here:
-        return {**batch, "dataset_id": None, RECORDS: None}
+    is_whole = is_first_or_last_pipeline_stage(vp_stage) or predicts_ahead or mask_here
+    if not is_whole and not packed:
+        return {**batch, "packed_seq_params": None, "dataset_id": None, RECORDS: None}
     size = args.micro_batch_size if training else args.eval_micro_batch_size
     sources = records = None
     if mpu.get_tensor_model_parallel_rank() == 0:
@@ -89,7 +114,7 @@ def get_batch(
         batch.update({key: data[key].cuda(non_blocking=True) for key in keys if data.get(key) is not None})
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        has_cu_seqlens=packed,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -103,10 +128,22 @@ def get_batch(
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
+    packed_seq_params = _packed_seq_params(batch) if packed else None
     shape = (size, args.seq_length, record_bytes or 0)
     batch[RECORDS] = _on_tp_ranks(records, shape, torch.uint8) if record_bytes is not None else None
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
-    return {**batch, "dataset_id": _on_tp_ranks(sources, (size,), torch.int64) if with_sources else None}
+    batch["dataset_id"] = _on_tp_ranks(sources, (size,), torch.int64) if with_sources else None
+    return {**batch, "packed_seq_params": packed_seq_params}
+
+
+def _packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams:
+    """Return the boundaries of the sequences in a row, and count them for Megatron's FLOPs."""
+    flatten_batch_for_packed_sequences(batch)  # removes what pads the boundaries
+    ends, longest = batch["cu_seqlens"].squeeze(0), int(batch["max_seqlen"].item())
+    update_seqlen_stats_from_cu_seqlens(ends)
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
 
 
 def _on_tp_ranks(read: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -123,7 +160,11 @@ def _on_tp_ranks(read: torch.Tensor | None, shape: tuple[int, ...], dtype: torch
 
 
 def train_valid_test_datasets_provider(
-    num_samples: Sequence[int], vp_stage: int | None = None, mask_here: bool = False, held_out_seed: int | None = None
+    num_samples: Sequence[int],
+    vp_stage: int | None = None,
+    mask_here: bool = False,
+    held_out_seed: int | None = None,
+    packing: Packing | None = None,
 ) -> tuple:
     """Build Megatron's GPT datasets for training, validation and test on the ranks that read data; see `get_batch`.
 
@@ -132,10 +173,10 @@ def train_valid_test_datasets_provider(
     args = get_args()
 
     def is_built_here() -> bool:
-        reads = mask_here or is_first_or_last_pipeline_stage(vp_stage)
+        reads = mask_here or packing is not None or is_first_or_last_pipeline_stage(vp_stage)
         return mpu.get_tensor_model_parallel_rank() == 0 and reads
 
-    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    dataset = SFTDataset if packing is Packing.CONVERSATIONS else MockGPTDataset if args.mock_data else GPTDataset
 
     def build(seed: int) -> list:
         return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, datasets_config(args, seed)).build()
@@ -147,7 +188,7 @@ def train_valid_test_datasets_provider(
 
 
 def datasets_config(args: Namespace, seed: int) -> GPTDatasetConfig:
-    """Make the configuration of Megatron's GPT datasets; no packed sequences."""
+    """Make the configuration of Megatron's GPT datasets."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences = args.per_dataset_sequences_path
     return GPTDatasetConfig(
@@ -166,6 +207,7 @@ def datasets_config(args: Namespace, seed: int) -> GPTDatasetConfig:
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
+        inter_document_masking=args.dataloader_inter_document_masking,
         object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,

@@ -44,7 +44,7 @@ from abkd_megatron.data.prepare import data_arguments
 from abkd_megatron.errors import ConfigError, on_every_rank
 from abkd_megatron.hosts.add_cache import add_cache, with_records
 from abkd_megatron.hosts.add_teacher import add_teacher
-from abkd_megatron.hosts.batches import CountedTokens, get_batch, train_valid_test_datasets_provider
+from abkd_megatron.hosts.batches import CountedTokens, Packing, get_batch, train_valid_test_datasets_provider
 from abkd_megatron.preflight.rules import EVENT_FILES, FOLDER_CHECKS, STUDENT_CHECKS, Setup, run_checks
 from abkd_megatron.preflight.student_checkpoint import only_writer, other_schedule_named
 from abkd_megatron.student.cached import CachedTeacher
@@ -95,7 +95,12 @@ def _run(config: Config, job: str, held: ExitStack) -> None:
         writer.add_text(CONFIG_TEXT, indent(render(config, shown), " " * 4))
     if args.save and args.exit_signal_handler:
         _keep_checkpoint_writer_from_signals()
-    plain = _ForwardStep()
+    plain = _ForwardStep(Packing.of(args))
+    if plain.packing is not None:
+        args.create_attention_mask_in_dataloader = False  # boundaries stand for it
+        # From here on only Megatron's validation reads it, to average the means of micro-batches, however many tokens
+        # count in each, and not all tokens.
+        args.sft = False
     distilled = None
     if job == "distill":
         if config.distillation.cache is not None:
@@ -208,11 +213,13 @@ class _ForwardStep:
     """Megatron's forward step for GPT pretraining.
 
     Attributes:
+        packing: of the data.
         distilled: the step that wraps this one if there is a teacher; it decides which batch keys a stage needs.
         counted: gets the loss masks that this rank reads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, packing: Packing | None) -> None:
+        self.packing = packing
         self.distilled: DistilledStep | None = None
         self.counted = CountedTokens()
 
@@ -237,6 +244,7 @@ class _ForwardStep:
                 counted=self.counted if is_last else None,
                 with_sources=is_last and attachment is not None and bool(attachment.objective.sources),
                 record_bytes=cache.layout.bytes_per_token + 1 if cache is not None and is_last else None,
+                packed=self.packing is not None,
             )
         if attachment is not None:
             attachment.sources = batch["dataset_id"]
@@ -250,6 +258,7 @@ class _ForwardStep:
                 batch["attention_mask"],
                 labels=batch["labels"],
                 loss_mask=batch["loss_mask"],
+                packed_seq_params=batch["packed_seq_params"],
             )
         return output, partial(self._loss, batch["loss_mask"])
 
@@ -279,7 +288,8 @@ class _DatasetsProvider:
 
     def __call__(self, num_samples: Sequence[int], vp_stage: int | None = None) -> tuple:
         mask_here = self._step.needs_loss_mask(vp_stage)
-        found = train_valid_test_datasets_provider(num_samples, vp_stage, mask_here, self._config.data.seed)
+        seed, packing = self._config.data.seed, self._step.packing
+        found = train_valid_test_datasets_provider(num_samples, vp_stage, mask_here, seed, packing)
         cache = self._config.distillation.cache
         if cache is None or self._step.distilled is None:
             return found

@@ -17,6 +17,7 @@ from abkd_megatron.cache.manifest import Identity
 from abkd_megatron.config.model_config import model_config
 from abkd_megatron.config.schema import PREFLIGHT, Config
 from abkd_megatron.config.stages import layers_of_stages
+from abkd_megatron.data.conversations import check_conversations
 from abkd_megatron.data.indexed import check_datasets, check_sources, prefixes_of
 from abkd_megatron.errors import AbkdError
 from abkd_megatron.losses.objective import Objective
@@ -153,6 +154,9 @@ def _event_files(setup: Setup) -> Finding | None:
 
 def _datasets(setup: Setup) -> Finding | None:
     prefixes = prefixes_of(setup.student) if setup.student is not None else []
+    if setup.student is not None and setup.student.sft and prefixes:
+        check_conversations(prefixes)
+        return Finding(f"{len(prefixes)} files of conversations")
     if setup.dry_run:
         prefixes = [it for it in prefixes if all(Path(it + end).is_file() for end in (".bin", ".idx"))]
     if not prefixes:

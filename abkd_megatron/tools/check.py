@@ -151,11 +151,13 @@ class _Report:
             files = given.get("data-args-path") or given.get("per-split-data-args-path")
             self.add("data", f"Megatron dataset: {files or source}")
             return
-        missing = [prefix for prefix in prefixes if not all(Path(prefix + end).is_file() for end in (".bin", ".idx"))]
+        ends = ("",) if given.get("sft") else (".bin", ".idx")
+        missing = [prefix for prefix in prefixes if not all(Path(prefix + end).is_file() for end in ends)]
         if missing:
-            self.add("data", f"{', '.join(missing)}: .bin and .idx", Verdict.ABSENT)
+            self.add("data", f"{', '.join(missing)}{': .bin and .idx' * (len(ends) > 1)}", Verdict.ABSENT)
         else:
-            self.add("data", f"{len(prefixes)} Megatron indexed datasets")
+            kind = "files of conversations" if given.get("sft") else "Megatron indexed datasets"
+            self.add("data", f"{len(prefixes)} {kind}")
 
     def job(self, options: Mapping[str, Action], world_size: int | None) -> None:
         """Build Megatron's arguments for both models and run the checks."""

@@ -318,6 +318,7 @@ _LEFT_OUT = (
     *("tokenizer", "vocab-", "merge-file", "mock-data", "tensorboard", "wandb", "log-", "eval-", "exit-", "profile"),
     *("train-iters", "train-samples", "lr-warmup", "lr-decay-iters", "lr-decay-samples", "lr-wsd", "rampup"),
     *("step-batch-size-schedule", "decrease-batch-size", "global-batch-size", "non-persistent", "rerun-mode"),
+    *("sft", "dataloader-inter-document-masking"),
 )
 
 # In place of TransformerEngine, apex and fused kernels.

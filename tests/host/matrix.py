@@ -447,10 +447,10 @@ ROWS = [
     ),
     Row("CUDA graphs", 2, {"cuda-graph-impl": "local"}, refused="CUDA graph.*replay"),
     Row(
-        "packed sequences from the command line's own data",
+        "packed data with Megatron's own attention",
         2,
         {"sft": "true"},
-        refused="packed fine-tuning data.*packed_seq_params",
+        refused="attention that keeps packed sequences apart",
     ),
     Row(
         "hybrid context parallelism",

@@ -219,6 +219,15 @@ class CoreAttention(torch.nn.Module):
         return context.permute(2, 0, 1, 3).flatten(2)
 
 
+def packed_layers(_: Any) -> Any:
+    """Megatron's own layers with this attention, for `spec`."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = CoreAttention
+    return spec
+
+
 class _Gather(torch.autograd.Function):
     """Every rank's part along dimension 0, in the order of the ranks."""
 

@@ -323,6 +323,14 @@ CALLS = [
             *("pipeline_model_parallel_size", "is_pipeline_first_stage", "is_pipeline_last_stage"),
         ),
     ),
+    Call("megatron.core.utils:flatten_batch_for_packed_sequences", BATCHES, ("batch",)),
+    Call("megatron.training.training:update_seqlen_stats_from_cu_seqlens", BATCHES, ("cu_seqlens",)),
+    Call(
+        "megatron.core.packed_seq_params:PackedSeqParams",
+        BATCHES,
+        (),
+        ("qkv_format", "cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv"),
+    ),
     Call("megatron.core.utils:get_batch_on_this_cp_rank", BATCHES, ("batch",), ("is_hybrid_cp", "cp_group")),
     *(
         Call(f"megatron.core:mpu.{name}", BATCHES)
@@ -536,6 +544,7 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
     ("megatron.core.transformer.spec_utils:ModuleSpec", META_RUN, ("submodules",)),
     ("megatron.training.models:GPTModelConfig", META_RUN, ("transformer",)),
     ("megatron.core.datasets.gpt_dataset:GPTDataset", BATCHES, ()),
+    ("megatron.training.datasets.sft_dataset:SFTDataset", BATCHES, ()),
     ("megatron.core.datasets.gpt_dataset:MockGPTDataset", BATCHES, ()),
 ]
 

@@ -1,0 +1,130 @@
+"""Packed data of the command line's own jobs: conversations (`sft`) and documents, the same in every layout."""
+
+import json
+import re
+import sysconfig
+from pathlib import Path
+
+import pytest
+from launch import run_job, scalars
+from matrix import recorded
+
+from abkd_megatron.data.conversations import check_conversations
+from abkd_megatron.errors import DataError
+
+TRAINED = ("lm loss", "kd loss", "total loss", "grad-norm", "total loss validation", "lm loss validation")
+LAYERS = {
+    "megatron.num-layers": 4,
+    "megatron.spec": "[tests.host.sequences, packed_layers]",
+    "megatron.micro-batch-size": 1,
+}
+FUSED = {"distillation.head": "fused", "distillation.chunk_tokens": 24}
+PP = {"megatron.pipeline-model-parallel-size": 2}
+LAYOUTS = {
+    "conversations": {
+        "TP 2 with SP": {"megatron.tensor-model-parallel-size": 2, "megatron.sequence-parallel": "true"},
+        "PP 2 x VPP 2": PP | FUSED | {"megatron.num-layers-per-virtual-pipeline-stage": 1},
+        "DP 2": {},
+    },
+    "documents": {"TP 2": FUSED | {"megatron.tensor-model-parallel-size": 2}, "PP 2": PP},
+}
+PLACES = [(f"packed {data}, from the command line's own data", where) for data, of in LAYOUTS.items() for where in of]
+
+
+@pytest.fixture(scope="module")
+def conversations(workspace: Path) -> dict[str, object]:
+    """Settings of conversations about functions, of their own tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = workspace / "conversations"
+    folder.mkdir()
+    asked = []
+    for file in sorted((Path(sysconfig.get_path("stdlib")) / "email").glob("*.py")):
+        for found in re.finditer(r'def (\w+)\(.*?\).*?:\n\s+"""(.+?)[\n"]', file.read_text()):
+            asked.append(({"role": "user", "content": found[1]}, {"role": "assistant", "content": found[2]}))
+    system = {"role": "system", "content": "Say what it does."}
+    lines = [
+        json.dumps({"messages": [message for pair in asked[at : at + 2] for message in (system, *pair)]})
+        for at in range(0, len(asked), 2)
+    ]
+    assert len(lines) > 40
+    for split, part in (("train", lines[8:]), ("valid", lines[:8])):
+        (folder / f"{split}.jsonl").write_text("\n".join(part))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["</s>", "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_233>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([pair[1]["content"] for pair in asked], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder / "tokenizer")
+    return {
+        **LAYERS,
+        "data.dir": "null",
+        "megatron.sft": "true",
+        "megatron.tokenizer-type": "SFTTokenizer",
+        "megatron.tokenizer-model": folder / "tokenizer",
+        "megatron.data-cache-path": workspace / "cache",
+        "megatron.train-data-path": f"[{folder / 'train.jsonl'}]",
+        "megatron.valid-data-path": f"[{folder / 'valid.jsonl'}]",
+        "megatron.test-data-path": f"[{folder / 'valid.jsonl'}]",
+        "megatron.seq-length": 64,
+        "megatron.max-position-embeddings": 64,
+    }
+
+
+@pytest.fixture(scope="module")
+def documents() -> dict[str, object]:
+    return {**LAYERS, "megatron.dataloader-inter-document-masking": "true"}
+
+
+@pytest.fixture(scope="module")
+def train(workspace: Path, config: Path, conversations, documents):
+    """Train a student after a teacher of the same data, in a layout."""
+    made: dict[str, Path] = {}
+
+    def train(data: str, name: str, num_ranks: int, given: dict[str, object]) -> dict[str, list[float]]:
+        settings = {"conversations": conversations, "documents": documents}[data]
+        if data not in made:
+            made[data] = workspace / f"teacher of {data}"
+            of_teacher = {"num-layers": 4, "hidden-size": 48, "ffn-hidden-size": 96, "train-iters": 4}
+            of_teacher |= {"save": made[data], "save-interval": 4, "seed": 7}
+            run_job("pretrain", config, settings | {f"megatron.{key}": value for key, value in of_teacher.items()})
+            first = {"train-iters": 1, "save": workspace / f"student of {data}", "save-interval": 1}
+            run_job("pretrain", config, settings | {f"megatron.{key}": value for key, value in first.items()})
+        tensorboard = workspace / "packed" / f"{data} {name}"
+        own = {"teacher.load": made[data], "megatron.train-iters": 3, "megatron.tensorboard-dir": tensorboard}
+        own |= {"megatron.load": workspace / f"student of {data}", "megatron.finetune": "true"}
+        run_job("distill", config, {**settings, **own, **given}, num_ranks=num_ranks)
+        return scalars(tensorboard)
+
+    return train
+
+
+@pytest.mark.parametrize("data", LAYOUTS)
+def test_layouts_equal_one_rank(train, data: str) -> None:
+    expected = train(data, "one rank", 1, {})
+    for name, layout in LAYOUTS[data].items():
+        with recorded(f"packed {data}, from the command line's own data", name, "equal to one rank within 1e-4"):
+            found = train(data, name, 2, layout)
+            for key in TRAINED:
+                assert found[key] == pytest.approx(expected[key], rel=1e-4), (name, key)
+
+
+def test_validation_is_one_mean_over_all_tokens(train, conversations) -> None:
+    """As a training step's is. The same rows and weights for both."""
+    same = {"megatron.train-data-path": conversations["megatron.valid-data-path"], "megatron.lr": 1e-30}
+    found = train("conversations", "the same rows", 1, same | {"megatron.train-iters": 1})
+    for name in ("lm loss", "kd loss", "total loss"):
+        assert found[f"{name} validation"][0] == pytest.approx(found[name][0], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "line", ["", "no json", '{"text": "no messages"}', '{"messages": [{"role": "robot", "content": ""}]}']
+)
+def test_other_lines_are_rejected(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(line)
+    with pytest.raises(DataError):
+        check_conversations([str(path)])
