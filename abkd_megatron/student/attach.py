@@ -20,7 +20,7 @@ from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.losses.selection import positions_here
 from abkd_megatron.student.cached import CachedBatch, CachedTeacher, compute_cached_loss
-from abkd_megatron.student.head import compute_loss
+from abkd_megatron.student.head import TokenFactors, compute_loss
 from abkd_megatron.student.hidden import HiddenLosses, Layers, check_pairs, layers_of_stages
 from abkd_megatron.student.plan import Plan, agree, propose_plan
 from abkd_megatron.student.report import CACHED, SELECTED, LossChecks, Report, masked_loss
@@ -172,6 +172,8 @@ class Attachment:
         loss_mask: [b, s] of the last micro-batch, on the last pipeline stage; None if the model got none.
         sources: [b] int64, dataset of each sequence of the next micro-batch, on the last pipeline stage. Set it before
             the model runs if the objective has weights by source; the model's forward takes it.
+        factors: of the tokens of the next micro-batch, [b, s], on the last pipeline stage, such as advantages on the
+            cross entropy. Set it before the model runs; its forward takes it.
         max_queued_microbatches: peak number of micro-batches whose teacher hidden states waited for the student here.
             1 without virtual pipeline stages; else Megatron's microbatch_group_size_per_vp_stage.
         max_queued_bytes: peak of their bytes; a micro-batch is s * b * H / (TP if sequence parallel) numbers.
@@ -201,6 +203,7 @@ class Attachment:
         self.report: dict[str, torch.Tensor] | None = None
         self.loss_mask: torch.Tensor | None = None
         self.sources: torch.Tensor | None = None
+        self.factors: TokenFactors | None = None
         self.max_queued_microbatches = self.max_queued_bytes = 0
         self._tensors: dict[str, torch.Tensor] = {}
         self._vocab_size = vocab_size
@@ -387,6 +390,7 @@ class Attachment:
             self._tensors["teacher hidden states"] = context.hidden_states
         student = OutputLayer(hidden_states, output_layer, output_weight, scale_logits)
         sources, self.sources = self.sources, None
+        factors, self.factors = self.factors, None
         check_sources_given(self.objective, sources)
         assert self.plan is not None
         of_tokens: dict[str, Any] = {
@@ -397,6 +401,7 @@ class Attachment:
             "megatron_cross_entropy": lambda logits: compute_language_model_loss(labels, logits).transpose(0, 1),
             "positions": self._positions(labels.shape[1], packed_seq_params),
             "sources": sources,
+            "factors": factors,
             "cp_group": self._group_of_sequences(packed_seq_params),
             "chunk_tokens": self.plan.chunk_tokens,
             "gradient_in_place": self.execution.gradient_in_place,

@@ -45,6 +45,25 @@ class Loss(NamedTuple):
     entropy, and zeros."""
 
 
+class TokenFactors(NamedTuple):
+    """Factors per token of both terms of a micro-batch's loss, [b, s] floats of any sign; None: 1."""
+
+    divergence: Tensor | None = None
+    cross_entropy: Tensor | None = None
+
+
+def term_weights(
+    objective: Objective, sources: Tensor | None, factors: TokenFactors | None, labels: Tensor
+) -> tuple[float | Tensor, float | Tensor]:
+    """Return the weights of divergence and cross entropy, numbers or [s, b] as `labels`; see `compute_loss`."""
+    given = []
+    for weight, factor in zip(objective.weights(sources), factors or TokenFactors(), strict=True):
+        of_tokens = weight.expand(labels.shape) if isinstance(weight, Tensor) else weight
+        given.append(of_tokens if factor is None else of_tokens * factor.transpose(0, 1).double())
+    kd_weight, lm_weight = given
+    return kd_weight, lm_weight
+
+
 def compute_loss(
     student: OutputLayer,
     teacher: OutputLayer,
@@ -57,6 +76,7 @@ def compute_loss(
     input_ids: Tensor | None = None,
     positions: Tensor | None = None,
     sources: Tensor | None = None,
+    factors: TokenFactors | None = None,
     cp_group: dist.ProcessGroup | None = None,
     *,
     chunk_tokens: int | None = None,
@@ -79,6 +99,7 @@ def compute_loss(
         positions: [s], the tokens' positions in their sequences; needed for a selection by position. On the CPU, or the
             host waits for them.
         sources: [b] int64, dataset of each sequence; needed for weights by source, see `Objective.weights`.
+        factors: of this micro-batch's tokens, by which the weights are multiplied.
         cp_group: the context-parallel group, over which sequences are split; None for whole sequences. Used by a
             selection by quantile.
         chunk_tokens: `Plan.chunk_tokens`, of the fused head; None materializes logits, as diagnostics do.
@@ -103,9 +124,7 @@ def compute_loss(
         selected = tokens.at(positions.cpu()).unsqueeze(-1).expand(labels.shape)
     by_models = tokens.of if tokens is not None and not (tokens.by_position or tokens.by_rank) else None
     counted = loss_mask != 0 if loss_mask is not None else None
-    kd_weight, lm_weight = (
-        it.expand(labels.shape) if isinstance(it, Tensor) else it for it in objective.weights(sources)
-    )
+    kd_weight, lm_weight = term_weights(objective, sources, factors, labels)
     diagnosing = diagnostics and not torch.is_grad_enabled()
     if chunk_tokens is not None and not diagnosing:
         run_pre_forward_hooks(student.layer)

@@ -136,7 +136,9 @@ def run_case(case: Case, rank: int, world_size: int, group: dist.ProcessGroup | 
     chosen, rule = choice(case, dense)
     kd, lm = KD, LM
     if "weights" in case.which:
-        kd, lm = (torch.randint(3, TOKENS, generator=generator) * torch.rand(TOKENS, generator=generator) for _ in "12")
+        kd, lm = (
+            (torch.randint(4, TOKENS, generator=generator) - 1) * torch.rand(TOKENS, generator=generator) for _ in "12"
+        )
     wanted = {
         "loss": torch.where(chosen, kd * dense.divergence, 0.0) + lm * dense.cross_entropy,
         "divergence": torch.where(chosen, dense.divergence, 0.0),
