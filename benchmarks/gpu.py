@@ -122,7 +122,7 @@ def stages() -> list[Stage]:
     }
 
     def train(name: str, shows: str, *settings: str, gpus: int = 1, spec: str = "local") -> Stage:
-        modules = (*TRAINING, TE) if spec == "te" else TRAINING
+        modules = TRAINING if spec == "local" else (*TRAINING, TE)
         after = ("data",) if gpus == 1 else (f"train {spec}",)
         words = ("train", "--spec", spec, "--ranks", str(gpus), *settings)
         return Stage(f"train {name}", shows, 150, words, gpus=gpus, modules=modules, after=after)
@@ -160,6 +160,8 @@ def stages() -> list[Stage]:
             spec="te",
         ),
         train("TE, CP 2", f"as te: {as_one}", "megatron.context-parallel-size=2", gpus=2, spec="te"),
+        train("packed", "documents packed into rows, as te: kd loss falls", spec="packed"),
+        train("packed, PP 2", f"as packed: {as_one}", pp, gpus=2, spec="packed"),
         train("TP 2 x PP 2", as_one, tp, pp, gpus=4),
         Stage(
             "kernel triton, TP 2",

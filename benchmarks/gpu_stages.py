@@ -607,7 +607,7 @@ def model(of: tuple[int, int, int, int]) -> dict[str, int]:
 
 
 def spec_settings(spec: str, device: str) -> dict[str, object]:
-    """Megatron's arguments for a layer spec, with no more than what is installed."""
+    """Megatron's arguments for a layer spec, with no more than what is installed; packed: TransformerEngine's."""
     from abkd_megatron import cpu_backend
     from abkd_megatron.tools import env
 
@@ -619,7 +619,8 @@ def spec_settings(spec: str, device: str) -> dict[str, object]:
         return {name: value for name, value in cpu_backend.MEGATRON_DEFAULTS.items() if name not in ranks_and_data}
     found = {part.name: part.verdict for part in env.look()}
     apex = found["NVIDIA apex"] == env.OK
-    return {"transformer-impl": "transformer_engine"} | ({} if apex else {"no-gradient-accumulation-fusion": True})
+    settings = {"transformer-impl": "transformer_engine"} | ({} if apex else {"no-gradient-accumulation-fusion": True})
+    return settings | ({"dataloader-inter-document-masking": True, "micro-batch-size": 1} if spec == "packed" else {})
 
 
 class JobFailed(Exception):
@@ -881,7 +882,7 @@ def main() -> int:
     of_stage = parser.add_subparsers(dest="stage", required=True)
     parsers = {name: of_stage.add_parser(name, parents=[shared]) for name in FUNCTIONS}
     parsers["kernel"].add_argument("kernel")
-    parsers["train"].add_argument("--spec", choices=("local", "te"), default="local")
+    parsers["train"].add_argument("--spec", choices=("local", "te", "packed"), default="local")
     parsers["train"].add_argument("--ranks", type=int, default=1)
     parsers["train"].add_argument("settings", nargs="*")
     given = parser.parse_args()
