@@ -256,6 +256,8 @@ class CompareConfig:
     """Values of `megatron.seed`: initial weights and order of the text. One run per loss and seed; one `data.seed`."""
     at_once: int = 1
     """Number of concurrent runs."""
+    gradient_batches: int = 0
+    """Batches from which the variance of the gradient is measured at the start and the end of each run; 0 for none."""
     launch: str | None = None
     """Launcher of a run, such as `torchrun --standalone --nproc-per-node 8`; None for one process."""
 
@@ -318,7 +320,7 @@ class Config:
                     yield error
         on_cpu = "auto, eager or cpp on device: cpu"
         least = f"{LEAST_VOCAB_SIZE} or more (256 are bytes)"
-        once = len(set(compare.seeds)) == len(compare.seeds)
+        once, of_gradient = len(set(compare.seeds)) == len(compare.seeds), compare.gradient_batches
         rules = (
             ("teacher.expected-loss", loss is None or 0 < loss < math.inf, "a finite number above 0", loss),
             ("distillation.kernel", not (self.device == "cpu" and kd.kernel == "triton"), on_cpu, kd.kernel),
@@ -329,6 +331,7 @@ class Config:
             ("compare.losses", bool(compare.losses), "at least one", "none"),
             ("compare.seeds", once, "each seed once", compare.seeds),
             ("compare.at_once", compare.at_once >= 1, "1 or more", compare.at_once),
+            ("compare.gradient_batches", of_gradient != 1 and of_gradient >= 0, "0, or 2 or more", of_gradient),
         )
         for key, holds, expected, got in rules:
             if not holds:
