@@ -11,6 +11,7 @@ from abkd_megatron.errors import ConfigError, brief, check_name
 from abkd_megatron.kernels import CHOICES
 from abkd_megatron.losses import Divergence, LogitLoss, LossTerm, WeightedSum, registry
 from abkd_megatron.losses.hidden import HiddenLoss
+from abkd_megatron.losses.mixed_sequences import SequenceMix
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Schedule
 from abkd_megatron.losses.selection import TokenSelection
@@ -106,6 +107,8 @@ class DistillationConfig:
     sources: list[SourceWeights] = field(default_factory=list)
     """Weights by dataset of a blend, in place of `kd_weight` and `lm_weight`: each with `source` (its position in the
     list of datasets, from 0), `kd_weight` and `lm_weight`."""
+    mix: SequenceMix | None = None
+    """Mix the embeddings of the sequences of a micro-batch, in both models (MixKD): `alpha` of Beta(alpha, alpha)."""
     skip_preflight: list[str] = field(default_factory=list)
     """Checks to skip before the first step: ``teacher_checksums``, ``teacher_weights``, ``memory``, ``gradient``,
     ``batch``, ``teacher_loss``."""
@@ -145,7 +148,7 @@ class DistillationConfig:
         whole = self.expanded()
         given: dict[str, Any] = {name: _first(getattr(whole, name)) for name in _OF_OBJECTIVE}
         given |= {"logit_losses": whole.make_logit_losses(), "hidden_losses": tuple(whole.hidden_losses)}
-        given |= {"sources": tuple(whole.sources)}
+        given |= {"sources": tuple(whole.sources), "mix": whole.mix}
         schedules = {name: it for name in SCHEDULED if isinstance(it := getattr(whole, name), Schedule)}
         return ScheduledObjective(Objective(whole.make_divergence(), **given), schedules)
 
@@ -256,6 +259,8 @@ class CompareConfig:
     """Values of `megatron.seed`: initial weights and order of the text. One run per loss and seed; one `data.seed`."""
     at_once: int = 1
     """Number of concurrent runs."""
+    gradient_batches: int = 0
+    """Batches from which the variance of the gradient is measured at the start and the end of each run; 0 for none."""
     launch: str | None = None
     """Launcher of a run, such as `torchrun --standalone --nproc-per-node 8`; None for one process."""
 
@@ -318,7 +323,7 @@ class Config:
                     yield error
         on_cpu = "auto, eager or cpp on device: cpu"
         least = f"{LEAST_VOCAB_SIZE} or more (256 are bytes)"
-        once = len(set(compare.seeds)) == len(compare.seeds)
+        once, of_gradient = len(set(compare.seeds)) == len(compare.seeds), compare.gradient_batches
         rules = (
             ("teacher.expected-loss", loss is None or 0 < loss < math.inf, "a finite number above 0", loss),
             ("distillation.kernel", not (self.device == "cpu" and kd.kernel == "triton"), on_cpu, kd.kernel),
@@ -329,11 +334,17 @@ class Config:
             ("compare.losses", bool(compare.losses), "at least one", "none"),
             ("compare.seeds", once, "each seed once", compare.seeds),
             ("compare.at_once", compare.at_once >= 1, "1 or more", compare.at_once),
+            ("compare.gradient_batches", of_gradient != 1 and of_gradient >= 0, "0, or 2 or more", of_gradient),
         )
         for key, holds, expected, got in rules:
             if not holds:
                 yield self._error(key, f"expected {expected}, got {brief(str(got))}")
         yield from self._problems_of_losses(job)
+        if kd.mix is not None and loss is not None:
+            yield self._error(
+                "teacher.expected-loss",
+                "expected none with distillation.mix, whose first batch is mixed; remove one of them",
+            )
         for key, text in cache_problems(self, job):
             yield self._error(key, text)
         if job == "prepare" and not data.dir:
@@ -356,7 +367,7 @@ class Config:
         kd, good = self.distillation.expanded(), PLAIN
         chosen, losses = ("losses", kd.losses) if kd.losses else ("divergence", [{"name": kd.divergence}])
         taken = () if kd.losses else registry.parameters(str(kd.divergence))
-        keys = [chosen, *taken, *_OF_OBJECTIVE, "hidden_losses", "sources", *_OF_EXECUTION]
+        keys = [chosen, *taken, *_OF_OBJECTIVE, "hidden_losses", "sources", "mix", *_OF_EXECUTION]
         keys = [key for key in keys if key == chosen or getattr(kd, key) != getattr(good, key)]
         if job != "distill" and any("." in str(term.get("name")) for term in losses):
             keys.remove(chosen)  # other jobs do not import custom losses

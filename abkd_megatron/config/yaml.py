@@ -14,6 +14,7 @@ import yaml
 
 from abkd_megatron.errors import ConfigError, brief, shown
 from abkd_megatron.losses.hidden import HiddenLoss
+from abkd_megatron.losses.mixed_sequences import SequenceMix
 from abkd_megatron.losses.schedule import Schedule
 from abkd_megatron.losses.selection import TokenSelection
 from abkd_megatron.losses.sources import SourceWeights
@@ -108,6 +109,7 @@ _Dumper.add_representer(LineMapping, yaml.SafeDumper.represent_dict)
 _Dumper.add_representer(Schedule, lambda dumper, it: dumper.represent_dict(it.described()))
 _Dumper.add_representer(HiddenLoss, lambda dumper, it: dumper.represent_dict(vars(it)))
 _Dumper.add_representer(SourceWeights, lambda dumper, it: dumper.represent_dict(it.described()))
+_Dumper.add_representer(SequenceMix, lambda dumper, it: dumper.represent_dict(vars(it)))
 _Dumper.add_representer(TokenSelection, lambda dumper, it: dumper.represent_dict(it.described()))
 _Dumper.add_representer(  # on one line
     str, lambda dumper, text: dumper.represent_scalar(f"{_TAG}str", text, style=None if text.isprintable() else '"')

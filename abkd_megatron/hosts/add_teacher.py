@@ -130,6 +130,7 @@ def add_teacher(
             timeout=timeout,
             execution=execution,
             tokens=tokens,
+            seed=args.seed,
         )
         if step.attachment.plan is not None:
             record["plan"] = step.attachment.plan.record()

@@ -3,6 +3,7 @@
 Importing this module needs Megatron Bridge and raises a `HostError` if it is missing or too old.
 """
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -27,7 +28,7 @@ from abkd_megatron.preflight.live import check_models
 from abkd_megatron.student.attach import attach
 from abkd_megatron.student.report import LossChecks
 from abkd_megatron.student.step import DistilledStep
-from abkd_megatron.student.supported import check_tokens
+from abkd_megatron.student.supported import check_mixed_batches, check_tokens
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 
 try:
@@ -172,6 +173,7 @@ def add_teacher(
             timeout=timeout,
             execution=ours.distillation.make_execution(),
             tokens=tokens,
+            seed=config.rng.seed,
         )
         check_models(
             student,
@@ -354,5 +356,7 @@ def _check_host(config: DistillConfigContainer, objective: Objective) -> None:
             "distillation.sources need the dataset of each sequence, and Bridge's forward step does not pass "
             "`dataset_id` on; use `abkd-megatron distill`, or remove them"
         )
+    resets = {name: getattr(config.dataset, name, False) for name in ("reset_position_ids", "reset_attention_mask")}
+    check_mixed_batches(objective, Namespace(micro_batch_size=config.train.micro_batch_size, **resets))
     if not isinstance(config.model, ModelConfig | ModelProviderMixin):
         raise HostError(f"expected a model provider or a ModelConfig of Bridge's, got {type(config.model).__name__}")

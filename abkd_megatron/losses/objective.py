@@ -10,6 +10,7 @@ from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.alpha_beta import AlphaBeta
 from abkd_megatron.losses.base import Divergence, LogitLoss
 from abkd_megatron.losses.hidden import HiddenLoss, reject_duplicate_pairs
+from abkd_megatron.losses.mixed_sequences import SequenceMix
 from abkd_megatron.losses.schedule import Progress, Schedule, both_zero
 from abkd_megatron.losses.selection import TokenSelection
 from abkd_megatron.losses.sources import SourceWeights, reject_duplicate_sources, weights_by_sequence
@@ -57,6 +58,9 @@ class Objective:
     tokens. The sum is still divided once, by the number of all counted tokens. Logged losses are unweighted, but the
     total."""
 
+    mix: SequenceMix | None = None
+    """Both models see mixed sequences in training, and the loss is the divergence alone. None: the sequences."""
+
     def __post_init__(self) -> None:
         if self.divergence is None and not self.logit_losses:
             raise ConfigError("expected a divergence or logit_losses, got neither: give at least one")
@@ -83,9 +87,25 @@ class Objective:
         if self.kd_weight == 0 and self.lm_weight == 0:
             raise ConfigError("kd_weight and lm_weight must not both be 0; raise one of them")
         reject_duplicate_sources(self.sources)
+        if self.mix is not None:
+            self._check_mix()
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    def _check_mix(self) -> None:
+        """Reject what depends on the tokens of one sequence."""
+        found = {
+            "lm_weight above 0": self.lm_weight != 0,
+            "sources": bool(self.sources),
+            "shared_vocab": self.shared_vocab is not None,
+        }
+        for name, is_on in found.items():
+            if is_on:
+                raise ConfigError(
+                    f"mix: expected the divergence alone, got {name}: a mixed sequence has no labels, ids or source of "
+                    "its own; set lm_weight to 0 and leave the others out, or remove mix"
+                )
 
     def _checked_losses(self) -> tuple[tuple[float, LogitLoss], ...]:
         checked = []
@@ -178,6 +198,8 @@ class ScheduledObjective:
         kd_weight, lm_weight = (
             Schedule.of(self.schedules.get(name, getattr(self.objective, name))) for name in ("kd_weight", "lm_weight")
         )
+        if self.objective.mix is not None and any(value for _, value in lm_weight.points):
+            raise ConfigError(f"mix: expected lm_weight 0 at every step, got {lm_weight}; set it to 0, or remove mix")
         if nothing := both_zero(kd_weight, lm_weight):
             raise ConfigError(f"kd_weight and lm_weight must not both be 0, but are {nothing}; raise one of them")
         for of in self.objective.sources:

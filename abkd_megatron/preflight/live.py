@@ -173,6 +173,8 @@ class FirstStep:
         totals = torch.tensor([losses for _, losses in ranks], dtype=torch.float64, device="cpu").sum(dim=0).tolist()
         # `masked_loss` replaces a number of 0 by a tiny one.
         teacher_loss, kd_loss = (total / number if number >= 1 else None for total, number in totals)
+        if self._objective.mix is not None:  # of sequences that are no text
+            teacher_loss = None
         observed = Observed(
             student=[digests.get("student") for digests, _ in ranks],
             teacher=[digests.get("teacher") for digests, _ in ranks] if "teacher" in self._models else None,

@@ -25,7 +25,7 @@ from abkd_megatron.preflight import first_step, models, run_record, student_chec
 from abkd_megatron.preflight.first_step import Observed
 from abkd_megatron.student.hidden import Layers, check_layers
 from abkd_megatron.student.plan import check_fused, obstacles_of, try_kernel
-from abkd_megatron.student.supported import check_cacheable, check_shared_vocab, check_tokens
+from abkd_megatron.student.supported import check_cacheable, check_mixed_batches, check_shared_vocab, check_tokens
 from abkd_megatron.teacher.args import check_teacher
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.checksums import check_contents
@@ -237,6 +237,7 @@ def _loss(setup: Setup) -> Finding | None:
     if objective is None or student is None or (setup.teacher is None and setup.cache is None):
         return None
     check_sources(objective.sources, student)
+    check_mixed_batches(objective, student)
     if setup.vocab_size is not None:
         check_shared_vocab(objective, setup.vocab_size, student.context_parallel_size)
         check_tokens(objective, setup.vocab_size)

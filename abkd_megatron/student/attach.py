@@ -1,7 +1,6 @@
 """Attachment of a teacher to a student: a hook before the student's forward, and a head in place of its loss."""
 
 import inspect
-import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,15 +21,18 @@ from abkd_megatron.losses.selection import positions_here
 from abkd_megatron.student.cached import CachedBatch, CachedTeacher, compute_cached_loss
 from abkd_megatron.student.head import TokenFactors, compute_loss
 from abkd_megatron.student.hidden import HiddenLosses, Layers, check_pairs, layers_of_stages
+from abkd_megatron.student.mixing import Mixing
 from abkd_megatron.student.plan import Plan, agree, propose_plan
 from abkd_megatron.student.report import CACHED, SELECTED, LossChecks, Report, masked_loss
 from abkd_megatron.student.supported import (
     check_cacheable,
+    check_mix,
     check_shared_vocab,
     check_sources_given,
     check_student,
     check_tokens,
     check_wrappers,
+    log_restrictions,
     warn_of_mtp_losses,
 )
 from abkd_megatron.student.timer import PassTimer
@@ -43,8 +45,6 @@ from abkd_megatron.vocab_parallel.execution import Execution
 from abkd_megatron.vocab_parallel.record_passes import BUCKETED_KL
 from abkd_megatron.vocab_parallel.terms import METRICS
 
-logger = logging.getLogger(__name__)
-
 
 def attach(
     student: torch.nn.Module | Sequence[torch.nn.Module],
@@ -56,6 +56,7 @@ def attach(
     timeout: timedelta = timedelta(minutes=10),
     execution: Execution | None = None,
     tokens: int | None = None,
+    seed: int = 0,
 ) -> "Attachment":
     """Attach `teacher` to `student`, whose forward then returns the distillation loss.
 
@@ -72,6 +73,7 @@ def attach(
         timeout: of the teacher's messages between ranks.
         execution: how the loss is computed; None for `Execution()`.
         tokens: s * b of a micro-batch on this rank, by which ``head: auto`` is decided. None: fused where possible.
+        seed: of mixed sequences.
 
     Returns:
         The handle. Call its `on_step` before each step, return its `loss_func` from the forward step, and give the
@@ -99,6 +101,7 @@ def attach(
             check_cacheable(scheduled)
         execution = (execution or Execution()).resolve(scheduled)
         chunks = _checked_student(student, teacher)
+        check_mix(objective, chunks[0].config)
     stages = {}
     if objective.hidden_losses:
         assert isinstance(teacher, Teacher)
@@ -106,14 +109,7 @@ def attach(
         with on_every_rank():
             check_pairs(chunks, teacher, objective.hidden_losses, stages)
     warn_of_mtp_losses(chunks[0].config, getattr(pg_collection, "dp_cp", None))
-    if objective.tokens is not None:
-        logger.info("the divergence is trained on some tokens: %s", objective.tokens)
-    if objective.shares_part_of(vocab_size):
-        logger.info(
-            "the teacher does not know tokens %d .. %d: in a sequence the divergence is 0 from the first of them on",
-            objective.shared_vocab,
-            vocab_size - 1,
-        )
+    log_restrictions(objective, vocab_size)
     proposed = None
     with on_every_rank():
         if (last := chunks[-1]).post_process:
@@ -124,7 +120,8 @@ def attach(
             layers = last.output_layer, teacher.head if isinstance(teacher, Teacher) else None
             proposed = propose_plan(*layers, weight, objective, execution, shard, tokens=tokens)
     return Attachment(
-        *(chunks, teacher, scheduled, execution, vocab_size, pg_collection, timeout, stages), plan=agree(proposed)
+        *(chunks, teacher, scheduled, execution, vocab_size, pg_collection, timeout, stages, seed),
+        plan=agree(proposed),
     )
 
 
@@ -172,8 +169,7 @@ class Attachment:
         loss_mask: [b, s] of the last micro-batch, on the last pipeline stage; None if the model got none.
         sources: [b] int64, dataset of each sequence of the next micro-batch, on the last pipeline stage. Set it before
             the model runs if the objective has weights by source; the model's forward takes it.
-        factors: of the tokens of the next micro-batch, [b, s], on the last pipeline stage, such as advantages on the
-            cross entropy. Set it before the model runs; its forward takes it.
+        factors: the same of its tokens, [b, s], such as advantages on the cross entropy.
         max_queued_microbatches: peak number of micro-batches whose teacher hidden states waited for the student here.
             1 without virtual pipeline stages; else Megatron's microbatch_group_size_per_vp_stage.
         max_queued_bytes: peak of their bytes; a micro-batch is s * b * H / (TP if sequence parallel) numbers.
@@ -189,6 +185,7 @@ class Attachment:
         pg_collection: ProcessGroupCollection,
         timeout: timedelta,
         stages: Mapping[int, Layers],
+        seed: int,
         plan: Plan | None,
     ) -> None:
         self.teacher = teacher
@@ -220,6 +217,11 @@ class Attachment:
         self._hooks = [chunks[0].register_forward_pre_hook(self._run_teacher, with_kwargs=True)]
         if chunks[-1].post_process:
             self._hooks += process_output(chunks[-1], self._head_context, self._head)
+        self._mixing = None
+        if self.objective.mix is not None:
+            assert isinstance(teacher, Teacher)
+            self._mixing = Mixing(chunks[0], teacher.layout, self.objective.mix, seed)
+            self._hooks += self._mixing.hooks
         self._hidden = None
         if losses := self.objective.hidden_losses:
             assert isinstance(teacher, Teacher)
@@ -240,18 +242,19 @@ class Attachment:
         elif self.progress is not None:
             return
         if progress != self.progress:
-            if self._runner is not None:
-                self._runner.drain()
-            if self._hidden is not None:
-                self._hidden.drain()
+            for of in (self._runner, self._hidden):
+                if of is not None:
+                    of.drain()
+            if self._mixing is not None:
+                self._mixing.begin(progress.iteration)
             self.progress = progress
             self.objective = self._scheduled_objective.at(progress)
             self.scheduled = self._scheduled_objective.values(progress)
 
     def detach(self) -> None:
-        """Detach the teacher and restore the student. Idempotent.
+        """Detach the teacher, with projectors, and restore the student. Idempotent.
 
-        Projectors are removed too. A Megatron optimizer that was built with them cannot continue.
+        A Megatron optimizer that was built with projectors cannot continue.
         """
         for hook in self._hooks:
             hook.remove()
@@ -307,11 +310,10 @@ class Attachment:
         return tensors
 
     def _pop_teacher_seconds(self) -> tuple[float, float] | None:
-        """Return (seconds, passes) of the teacher in training on this rank since the last call.
+        """Return (seconds, passes) of the teacher in training on this rank since the last call; see `PassTimer.take`.
 
         A pass is this rank's part of the teacher's forward for one micro-batch, and its waiting for the teacher's
-        messages. The teacher's output layer is part of the loss. On a GPU, passes that are not over yet are returned by
-        a later call; see `PassTimer.take`.
+        messages. The teacher's output layer is part of the loss.
 
         Returns:
             None in validation, and on every pipeline stage but the last.
@@ -342,15 +344,16 @@ class Attachment:
         batch = self._signature.bind_partial(*args, **kwargs).arguments
         if self._logits_are_wanted(batch):
             return
-        if self._scheduled_objective.schedules and self.progress is None:
+        if (self._scheduled_objective.schedules or self._mixing is not None) and self.progress is None:
             raise ConfigError(
-                "a ScheduledObjective needs the training progress: call attachment.on_step() before each step"
+                "schedules and mixed sequences need the training progress: call attachment.on_step() before each step"
             )
         if self._runner is None:
             return
         measured = self._timer.measure() if self._timer and torch.is_grad_enabled() else nullcontext()
         with measured, torch.no_grad():
-            hidden_states = self._runner.run(batch)
+            draw = self._mixing.next(batch) if self._mixing is not None else None
+            hidden_states = self._runner.run(batch, draw)
         if hidden_states is not None:
             self._waiting.append(hidden_states)
             self.max_queued_microbatches = max(self.max_queued_microbatches, len(self._waiting))

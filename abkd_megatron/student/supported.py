@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from argparse import Namespace
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -68,6 +69,7 @@ def check_cacheable(objective: ScheduledObjective) -> None:
         f"the losses {', '.join(now.names_of_logit_losses)}": bool(now.logit_losses),
         "a scheduled temperature": "temperature" in objective.schedules,
         "shared_vocab": now.shared_vocab is not None,
+        "mix": now.mix is not None,
         "tokens: {select: disagreement}": now.tokens is not None and now.tokens.select == "disagreement",
     }
     for name, is_on in found.items():
@@ -75,6 +77,48 @@ def check_cacheable(objective: ScheduledObjective) -> None:
             raise ConfigError(
                 f"expected a loss that a teacher cache has records for, got {name}, which needs a live teacher; remove "
                 "it, or give teacher.load in place of distillation.cache"
+            )
+
+
+def check_mix(objective: Objective, config: TransformerConfig) -> None:
+    """Reject mixed sequences for a student that embeds tokens twice.
+
+    Args:
+        objective: with or without `mix`.
+        config: the student's.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if objective.mix is not None and config.mtp_num_layers:
+        raise ConfigError(
+            "distillation.mix is not supported with multi-token prediction, which embeds later tokens again, unmixed; "
+            "remove mix or mtp-num-layers"
+        )
+
+
+def check_mixed_batches(objective: Objective, args: Namespace) -> None:
+    """Reject mixed sequences where there is nothing to mix, or where two sequences have different boundaries.
+
+    Args:
+        objective: with or without `mix`.
+        args: Megatron's validated arguments.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    if objective.mix is None:
+        return
+    if args.micro_batch_size < 2:
+        raise ConfigError(
+            f"distillation.mix: expected megatron.micro-batch-size 2 or more, got {args.micro_batch_size}; raise it, "
+            "or remove mix"
+        )
+    for name in ("reset_position_ids", "reset_attention_mask"):
+        if getattr(args, name):
+            raise ConfigError(
+                f"distillation.mix is not supported with megatron.{name.replace('_', '-')}: the documents of two "
+                "sequences end at different tokens; turn it off, or remove mix"
             )
 
 
@@ -193,6 +237,20 @@ def check_wrappers(student: Sequence[torch.nn.Module]) -> None:
         for wrapper, name in _WRAPPERS.items():
             if isinstance(module, wrapper):
                 check_features(SimpleNamespace(**{name: True}), "student", MODEL)
+
+
+def log_restrictions(objective: Objective, vocab_size: int) -> None:
+    """Log on which tokens, and on what sequences, the divergence is trained, unless on the text as it is."""
+    if objective.tokens is not None:
+        logger.info("the divergence is trained on some tokens: %s", objective.tokens)
+    if objective.mix is not None:
+        logger.info("both models see mixed sequences, with shares of Beta(%g, %g)", *[objective.mix.alpha] * 2)
+    if objective.shares_part_of(vocab_size):
+        logger.info(
+            "the teacher does not know tokens %d .. %d: in a sequence the divergence is 0 from the first of them on",
+            objective.shared_vocab,
+            vocab_size - 1,
+        )
 
 
 def warn_of_mtp_losses(config: TransformerConfig, ranks: dist.ProcessGroup | None) -> None:

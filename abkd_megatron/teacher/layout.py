@@ -78,6 +78,8 @@ class TeacherLayout:
         has_experts: the teacher is a mixture of experts; it then needs the student's parallelism.
 
     Attributes:
+        data_parallel: of the student.
+        first_dp_replica: data-parallel rank of the sharing group's first DP replica.
         num_dp_replicas: DP replicas of the sharing group.
         num_replicas: teacher replicas of the sharing group.
         stage_group: global ranks of this rank's tensor-parallel group of the teacher, in order.
@@ -102,18 +104,18 @@ class TeacherLayout:
         self._all_coords = list(all_coords)
         self._rank_at = {coords: number for number, coords in enumerate(all_coords)}
         self.coords = all_coords[rank]
-        self.student_stages, data_parallel, _, self.student_tensor_parallel = (
+        self.student_stages, self.data_parallel, _, self.student_tensor_parallel = (
             1 + max(values) for values in zip(*((p.pp, p.dp, p.cp, p.tp) for p in all_coords), strict=True)
         )
         self._dp_replicas_per_stage_group, groups_per_stage = sharing_group_shape(
             (self.student_tensor_parallel, self.student_stages),
-            data_parallel,
+            self.data_parallel,
             (tensor_parallel, pipeline_parallel),
             has_experts=has_experts,
         )
         self.tensor_parallel, self.pipeline_parallel = tensor_parallel, pipeline_parallel
         self.num_dp_replicas = self._dp_replicas_per_stage_group * groups_per_stage
-        self._first_dp_replica = self.coords.dp - self.coords.dp % self.num_dp_replicas
+        self.first_dp_replica = self.coords.dp - self.coords.dp % self.num_dp_replicas
         stage_groups = [
             self._stage_group(stage, block) for stage in range(self.student_stages) for block in range(groups_per_stage)
         ]
@@ -135,7 +137,7 @@ class TeacherLayout:
     @property
     def dp_replica(self) -> int:
         """This rank's DP replica, counted within the sharing group."""
-        return self.coords.dp - self._first_dp_replica
+        return self.coords.dp - self.first_dp_replica
 
     def replica_for(self, micro_batch: int, dp_replica: int) -> int:
         """Return the replica that processes this micro-batch; micro-batches are counted over all steps."""
@@ -219,4 +221,4 @@ class TeacherLayout:
         ]
 
     def _rank(self, stage: int, dp_replica: int, tp: int) -> int:
-        return self._rank_at[replace(self.coords, pp=stage, dp=self._first_dp_replica + dp_replica, tp=tp)]
+        return self._rank_at[replace(self.coords, pp=stage, dp=self.first_dp_replica + dp_replica, tp=tp)]

@@ -19,6 +19,7 @@ from megatron.core.transformer.multi_token_prediction import process_mtp_loss
 from torch import Tensor
 
 from abkd_megatron.errors import CheckpointError, HostError
+from abkd_megatron.losses.mixed_sequences import Draw
 
 Model: TypeAlias = GPTModel | HybridModel  # noqa: UP040 (isinstance takes no `type`)
 
@@ -52,6 +53,24 @@ def without_head(model: Model) -> Iterator[None]:
         yield
     finally:
         model.post_process = kept
+
+
+@contextmanager
+def mixed_embeddings(model: Model, draw: Draw | None) -> Iterator[None]:
+    """Let a model mix the sequences that it embeds.
+
+    Args:
+        model: one without an embedding is left as it is.
+        draw: None to mix nothing.
+    """
+    if draw is None or not model.pre_process:
+        yield
+        return
+    hook = model.embedding.register_forward_hook(lambda _module, _args, output: draw.mix(output))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def process_output(model: Model, context_of: ContextOf, process: Callable[..., Tensor]) -> list[Any]:

@@ -1,7 +1,7 @@
 """Forward pass of the teacher on the student's micro-batches, with the messages between ranks."""
 
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -13,9 +13,10 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.losses.mixed_sequences import Draw
 from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.channel import Channel, Outbox, batched_p2p, new_group
-from abkd_megatron.teacher.model import Model, without_head
+from abkd_megatron.teacher.model import Model, mixed_embeddings, without_head
 
 _Expected = tuple[Sequence[int], torch.dtype]
 """Shape and dtype of a message."""
@@ -97,11 +98,14 @@ class TeacherRunner:
             if len(chunks) > 1:
                 self._counters = [chunk.register_forward_pre_hook(self._count) for chunk in chunks]
 
-    def run(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
+    def run(
+        self, batch: Mapping[str, Any], draw: Callable[[int, int], Draw | None] | None = None
+    ) -> torch.Tensor | None:
         """Run this rank's stage on its share of the sharing group's next micro-batches.
 
         Args:
             batch: arguments of the student's forward on this micro-batch.
+            draw: returns what a micro-batch is mixed with, by DP replica and number of sequences; None: nothing.
 
         Returns:
             On the student's last stage, the teacher's last hidden states for this rank's micro-batch: [s, b, H], or
@@ -125,7 +129,7 @@ class TeacherRunner:
             if layout.stage > 0:
                 assert self._stages is not None
                 model.set_input_tensor(self._receive(self._stages, between, layout.pipeline[layout.stage - 1]))
-            with without_head(model):
+            with without_head(model), mixed_embeddings(model, draw(n, size) if draw is not None else None):
                 output = model(
                     inputs.get("input_ids"),
                     inputs.get("position_ids"),

@@ -379,7 +379,7 @@ def _without_files(config: Config, vocab_size: int, global_batch_size: int) -> C
         config,
         megatron=megatron,
         teacher=replace(config.teacher, load="none", megatron=_layers(teacher, config.device)),
-        distillation=replace(config.distillation, skip_preflight=list(PREFLIGHT), sources=[]),
+        distillation=replace(config.distillation, skip_preflight=list(PREFLIGHT), sources=[], mix=None),
         data=replace(config.data, dir=None),
     )
 

@@ -65,8 +65,9 @@ CALLS = [
 # Classes, the fields or attributes of theirs that are read, and those that only a base in Megatron has.
 FIELDS = {
     f"{TRAINING}.config:ConfigContainer": (
-        *("rerun_state_machine", "train", "model", "dataset", "tokenizer", "checkpoint", "dist", "peft"),
+        *("rerun_state_machine", "train", "model", "dataset", "tokenizer", "checkpoint", "dist", "peft", "rng"),
     ),
+    f"{TRAINING}.config:RNGConfig": ("seed",),
     f"{TRAINING}.config:DistributedInitConfig": ("eval_context_parallel_size",),
     f"{TRAINING}.config:RerunStateMachineConfig": (),
     f"{TRAINING}.state:GlobalState": ("cfg", "train_state"),

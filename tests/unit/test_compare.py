@@ -9,8 +9,9 @@ import pytest
 from abkd_megatron.config.load import load_config
 from abkd_megatron.config.presets import PRESETS
 from abkd_megatron.errors import ConfigError, HostError
-from abkd_megatron.tools import compare, comparison
+from abkd_megatron.tools import compare, comparison, env, gradient_variance
 from abkd_megatron.tools.events import Run
+from abkd_megatron.tools.gradient_variance import Measurement
 from abkd_megatron.vocab_parallel.diagnostics import NUM_BINS, gap_name
 
 YAML = """\
@@ -95,6 +96,8 @@ def test_the_shown_configuration_is_the_same(load, tmp_path):
         ("compare.seeds=[1, 1]", "compare.seeds: expected each seed once"),
         ("compare.seeds=[]", "compare.seeds: expected at least one"),
         ("compare.at_once=0", "compare.at_once: expected 1 or more"),
+        ("compare.gradient_batches=1", "compare.gradient_batches: expected 0, or 2 or more"),
+        ("compare.gradient_batches=4", "compare.losses: CE only: compare.gradient_batches: .*global-batch-size"),
         ("compare.losses=todi", "expected a mapping of names"),
         ("compare.losses={x: todi}", "expected x to be a mapping"),
         ("compare.losses={a b: {}, A-b: {}}", "'A-b'.* a-b; rename"),
@@ -200,7 +203,7 @@ def test_results_of_event_files():
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path):
-    run = compare.Run("A", 1, tmp_path, "device: cpu\n")
+    run = compare.Run("A, seed 1", tmp_path, "device: cpu\n", loss="A", seed=1, overrides=())
     assert run.command("torchrun --nproc-per-node 2")[:4] == ["torchrun", "--nproc-per-node", "2", "-m"]
     assert not any("megatron.load" in word for word in run.command(None))
     (tmp_path / "checkpoints").mkdir()
@@ -231,6 +234,39 @@ def test_the_picture_is_drawn_of_whatever_is_done(tmp_path, monkeypatch):
         assert curves == {"A": (steps, [10.5, 20.5]), "B": (steps, [10.0, 20.0])}, name
         assert axis.get_xlabel() == unit
     json.dumps(comparison.summarize(results, ["A", "B"]))
+
+
+def test_a_package_is_missed_after_the_configuration_is_checked(load, tmp_path, monkeypatch):
+    monkeypatch.setattr(env.importlib.util, "find_spec", lambda name: None)
+    for override, error in (
+        ("compare.losses={x: {divergence: todo}}", ConfigError),
+        ("compare.launch=no-such-launcher", ConfigError),
+        ("compare.at_once=1", HostError),
+    ):
+        with pytest.raises(error):
+            compare.compare(load([override]), partial(_with, load, override))
+    assert not (tmp_path / "out").exists()
+
+
+def test_variances_of_gradients(tmp_path):
+    jobs, norms = [], {"start": ((3.0, 5.0), 4.0), "end": ((1.0, 1.0), 1.0)}
+    for seed in (1, 2):
+        for point, (of_batches, of_mean) in norms.items():
+            for steps, found in ((2, of_batches), (1, (of_mean,))):
+                here = tmp_path / f"{seed}-{point}-{steps}"
+                job = Measurement("A", here, "", of=("A", seed), point=point, gradient_of="text", steps=steps)
+                jobs.append(job)
+                if (seed, point) != (2, "end"):
+                    here.mkdir()
+                    (here / "result.json").write_text(json.dumps({"norms": found}))
+    results = gradient_variance.results(jobs)
+    # Gradients of 3 and 5 in one direction: a mean of 4, and 1 + 1 around it.
+    assert results["A", 1]["start"]["text"] == {"variance": 2.0, "squared norm": 16.0, "relative": 0.125}
+    assert results["A", 1]["end"]["text"]["relative"] == 0.0 and "end" not in results["A", 2]
+    runs = [{"loss": "A", "seed": seed, "gradient": of} for (_, seed), of in results.items()]
+    text = gradient_variance.table([*runs, {"loss": "B", "seed": 1}], 2)
+    assert "| A |  | 0.12 ± 0.00 |  | 0.00 |" in text and "| B |" not in text
+    assert gradient_variance.table([{"loss": "B", "seed": 1}], 2) == ""
 
 
 @pytest.mark.parametrize("content", [None, "mine", "[1]", '{"runs": []}'])

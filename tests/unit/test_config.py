@@ -16,6 +16,7 @@ from abkd_megatron.config.schema import Config, DataConfig, DistillationConfig, 
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.alpha_beta import AlphaBeta
 from abkd_megatron.losses.hidden import HiddenLoss
+from abkd_megatron.losses.mixed_sequences import SequenceMix
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.losses.schedule import COUNTS, Schedule
 from abkd_megatron.losses.selection import TokenSelection
@@ -538,6 +539,24 @@ def test_presets(load, text, overrides, preset, wanted):
     again = load(shown)
     assert again.distillation == kd and f"preset: {preset} " in shown
     again.check("pretrain")
+
+
+def test_mixed_sequences(load):
+    text = "distillation:\n  mix: {alpha: 0.4}\n"
+    config = load(text)
+    config.check("pretrain")
+    assert config.distillation.mix == SequenceMix(0.4) == config.distillation.make_objective().objective.mix
+    assert load(render(config)).distillation == config.distillation
+    for override in (
+        "distillation.lm_weight=1",
+        "distillation.preset=pruned",
+        "distillation.shared_vocab=10",
+        "distillation.sources=[{source: 0, kd_weight: 2}]",
+        "distillation.mix={alpha: -1}",
+        "distillation.mix={}",
+    ):
+        with pytest.raises(ConfigError, match="mix"):
+            load(text, override).check("pretrain")
 
 
 def test_weights_by_source(load):

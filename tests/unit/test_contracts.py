@@ -43,7 +43,7 @@ FAULTS, ATTACH, HEAD = "student/loss_guard.py", "student/attach.py", "student/he
 SAFE_LOAD, COMPATIBILITY = "teacher/safe_load.py", "teacher/compatibility.py"
 CHECKPOINT, TEACHER, RUNNER = "teacher/checkpoint.py", "teacher/build.py", "teacher/runner.py"
 MODEL, LOCAL_SPEC = "teacher/model.py", "local_hybrid_spec.py"
-HIDDEN, PROJECTORS = "student/hidden.py", "student/projectors.py"
+HIDDEN, PROJECTORS, MIXING = "student/hidden.py", "student/projectors.py", "student/mixing.py"
 ADD, JOB, SCRIPT, BRIDGE = (f"hosts/{name}.py" for name in ("add_teacher", "megatron_lm", "script", "bridge"))
 CACHE_JOB, BATCHES = "hosts/cache_job.py", "hosts/batches.py"
 MEGATRON_ARGS, UNSUPPORTED = "config/megatron_args.py", "config/unsupported.py"
@@ -203,7 +203,7 @@ CALLS = [
         ("threshold", "context"),
     ),
     # Losses between layers.
-    Call("megatron.core.num_microbatches_calculator:get_num_microbatches", HIDDEN),
+    Call("megatron.core.num_microbatches_calculator:get_num_microbatches", f"{HIDDEN}, {MIXING}"),
     Call("megatron.core.utils:make_viewless_tensor", HIDDEN, ("inp", "requires_grad", "keep_graph")),
     Call(
         "megatron.core.transformer.utils:make_sharded_tensors_for_checkpoint",
