@@ -313,10 +313,7 @@ class Attachment:
         """Return (seconds, passes) of the teacher in training on this rank since the last call; see `PassTimer.take`.
 
         A pass is this rank's part of the teacher's forward for one micro-batch, and its waiting for the teacher's
-        messages. The teacher's output layer is part of the loss.
-
-        Returns:
-            None in validation, and on every pipeline stage but the last.
+        messages. The teacher's output layer is part of the loss. None in validation, and on all stages but the last.
         """
         return self._timer.take() if self._timer and torch.is_grad_enabled() else None
 
