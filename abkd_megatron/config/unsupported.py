@@ -253,8 +253,8 @@ def check_layout(args: Namespace, who: str, host: str, options: Mapping[str, arg
             "use-distributed-optimizer"
         )
     _check_sizes(args, who)
-    if host == JOB and who == "student":
-        _check_packed(args)
+    if host == JOB:
+        _check_packed(args, who)
     stages = args.pipeline_model_parallel_size
     uneven = (
         args.decoder_first_pipeline_num_layers,
@@ -297,8 +297,8 @@ def check_effect(
             raise ConfigError(f"{who}: {spelled} {value} would be ignored: Megatron does not read it {where}; {remedy}")
 
 
-def _check_packed(args: Namespace) -> None:
-    """Reject packed data that the student or the job cannot read.
+def _check_packed(args: Namespace, who: str) -> None:
+    """Reject packed data that a model or its job cannot read.
 
     Raises:
         ConfigError: with the setting and the remedy.
@@ -309,31 +309,31 @@ def _check_packed(args: Namespace) -> None:
     option = packed[0].replace("_", "-")
     if args.transformer_impl == "local" and args.spec is None:
         raise ConfigError(
-            "student: expected an attention that keeps packed sequences apart, got Megatron's own, which does not; "
+            f"{who}: expected an attention that keeps packed sequences apart, got Megatron's own, which does not; "
             f"use transformer-impl=transformer_engine on a GPU, give a layer spec, or remove {option}"
         )
     if len(packed) > 1:
-        raise ConfigError("student: sft already packs its data; remove dataloader-inter-document-masking")
+        raise ConfigError(f"{who}: sft already packs its data; remove dataloader-inter-document-masking")
     sizes = {args.micro_batch_size, args.eval_micro_batch_size or args.micro_batch_size}
     if sizes != {1}:
         raise ConfigError(
-            f"student: expected packed rows one at a time, got micro-batches of {max(sizes)}; set micro-batch-size=1 "
+            f"{who}: expected packed rows one at a time, got micro-batches of {max(sizes)}; set micro-batch-size=1 "
             "and a larger seq-length"
         )
     if args.context_parallel_size > 1:
         raise ConfigError(
-            f"student: {option} with context parallelism is not supported: untested with a teacher; set "
+            f"{who}: {option} with context parallelism is not supported: untested with a teacher; set "
             "context-parallel-size=1"
         )
     resets = [name for name in ("reset_position_ids", "reset_attention_mask") if getattr(args, name)]
     if resets:
         raise ConfigError(
-            f"student: {option} starts positions and attention anew in every sequence by itself; remove "
+            f"{who}: {option} starts positions and attention anew in every sequence by itself; remove "
             f"{resets[0].replace('_', '-')}"
         )
     if args.sft and importlib.util.find_spec("datasets") is None:
         raise ConfigError(
-            "student: Megatron reads sft data with the package datasets, which is not installed; install it"
+            f"{who}: Megatron reads sft data with the package datasets, which is not installed; install it"
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,11 @@ from abkd_megatron.config.model_config import check_layers_here
 from abkd_megatron.config.schema import Config
 from abkd_megatron.config.unsupported import JOB
 from abkd_megatron.config.values import MegatronOptions
+from abkd_megatron.data.conversations import check_conversations
 from abkd_megatron.data.indexed import check_datasets, prefixes_of
 from abkd_megatron.data.prepare import data_arguments
 from abkd_megatron.errors import ConfigError, from_rank_0, on_every_rank
-from abkd_megatron.hosts.batches import get_batch, train_valid_test_datasets_provider
+from abkd_megatron.hosts.batches import Packing, get_batch, train_valid_test_datasets_provider
 from abkd_megatron.preflight.live import check_files
 from abkd_megatron.teacher.args import check_teacher, open_teacher
 from abkd_megatron.teacher.build import Teacher, build_teacher
@@ -62,7 +64,7 @@ from abkd_megatron.vocab_parallel.truncate import truncate
 logger = logging.getLogger(__name__)
 
 # The student's settings that define the samples, or the ranks of the job.
-_GROUPS = ("validation", "data and dataloader")
+_GROUPS = ("validation", "data and dataloader", "sft")
 _NAMES = (
     *("train_iters", "train_samples", "global_batch_size", "seed"),
     *("distributed_backend", "distributed_timeout_minutes", "disable_jit_fuser", "nccl_communicator_config_path"),
@@ -98,7 +100,10 @@ def run(config: Config) -> None:
     initialize_megatron()
 
     def check_all() -> tuple[str, Identity]:
-        check_datasets(prefixes_of(args), args.vocab_size)
+        if args.sft:
+            check_conversations(prefixes_of(args))
+        else:
+            check_datasets(prefixes_of(args), args.vocab_size)
         compared = check_teacher(config, checkpoint, args, args.vocab_size)
         checkpoint.check_tokenizer(args.tokenizer_model)
         return compared, identity_of(checkpoint, args, config, layout)
@@ -114,7 +119,10 @@ def run(config: Config) -> None:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
     teacher = build_teacher(teacher_config, checkpoint, groups, timeout=timeout)
-    datasets = _datasets(config)
+    packing = Packing.of(args)
+    if packing is not None:
+        args.create_attention_mask_in_dataloader = False  # boundaries stand for it
+    datasets = _datasets(config, packing)
     with ExitStack() as held:
         writer = None
         with on_every_rank():
@@ -182,14 +190,16 @@ def _writes_here() -> bool:
     return bool(mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0)
 
 
-def _datasets(config: Config) -> list[Dataset]:
+def _datasets(config: Config, packing: Packing | None) -> list[Dataset]:
     """Build the train, validation and test sets of this rank; none on ranks that do not read data.
 
     Megatron's sets may have more samples than a job reads.
     """
 
     def provide(num_samples: Sequence[int], vp_stage: int | None = None) -> tuple:
-        return train_valid_test_datasets_provider(num_samples, vp_stage, held_out_seed=config.data.seed)
+        return train_valid_test_datasets_provider(
+            num_samples, vp_stage, held_out_seed=config.data.seed, packing=packing
+        )
 
     wanted = get_train_valid_test_num_samples()
     found: list[Dataset] = []
@@ -299,7 +309,8 @@ class _Pass:
         """
         model, config = self.teacher.model, self.teacher.model.config
         keys = None
-        if mpu.get_tensor_model_parallel_rank() == 0 and (model.pre_process or model.post_process):
+        packed = Packing.of(args) is not None
+        if mpu.get_tensor_model_parallel_rank() == 0 and (model.pre_process or model.post_process or packed):
             keys = _Keys(iter(build_pretraining_data_loader(samples, 0)))
         hooks = process_output(model, lambda *_: self.identity.layout, self._records) if model.post_process else []
         schedule, config.timers = get_forward_backward_func(), None
@@ -307,7 +318,7 @@ class _Pass:
         for done in range(0, len(samples), samples.batch):
             with torch.no_grad():
                 outputs = schedule(
-                    forward_step_func=_forward_step,
+                    forward_step_func=partial(_forward_step, packed=packed),
                     data_iterator=keys,
                     model=[model],
                     num_microbatches=get_num_microbatches(),
@@ -370,6 +381,9 @@ class _Progress:
         )
 
 
-def _forward_step(data_iterator: Iterator | None, model: torch.nn.Module) -> tuple[torch.Tensor, None]:
-    batch = get_batch(data_iterator, None)
-    return model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"]), None
+def _forward_step(
+    data_iterator: Iterator | None, model: torch.nn.Module, packed: bool = False
+) -> tuple[torch.Tensor, None]:
+    batch = get_batch(data_iterator, None, packed=packed)
+    read = (batch[name] for name in ("tokens", "position_ids", "attention_mask"))
+    return model(*read, labels=batch["labels"], packed_seq_params=batch["packed_seq_params"]), None

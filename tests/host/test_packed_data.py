@@ -13,9 +13,10 @@ from abkd_megatron.data.conversations import check_conversations
 from abkd_megatron.errors import DataError
 
 TRAINED = ("lm loss", "kd loss", "total loss", "grad-norm", "total loss validation", "lm loss validation")
+SPEC = "[tests.host.sequences, packed_layers]"
 LAYERS = {
     "megatron.num-layers": 4,
-    "megatron.spec": "[tests.host.sequences, packed_layers]",
+    "megatron.spec": SPEC,
     "megatron.micro-batch-size": 1,
 }
 FUSED = {"distillation.head": "fused", "distillation.chunk_tokens": 24}
@@ -75,17 +76,21 @@ def conversations(workspace: Path) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def documents() -> dict[str, object]:
-    return {**LAYERS, "megatron.dataloader-inter-document-masking": "true"}
+def of_data(conversations) -> dict[str, dict[str, object]]:
+    """Settings by data."""
+    documents = {**LAYERS, "megatron.dataloader-inter-document-masking": "true"}
+    return {"conversations": conversations, "documents": documents}
 
 
 @pytest.fixture(scope="module")
-def train(workspace: Path, config: Path, conversations, documents):
+def train(workspace: Path, config: Path, of_data):
     """Train a student after a teacher of the same data, in a layout."""
     made: dict[str, Path] = {}
 
-    def train(data: str, name: str, num_ranks: int, given: dict[str, object]) -> dict[str, list[float]]:
-        settings = {"conversations": conversations, "documents": documents}[data]
+    def train(
+        data: str, name: str, num_ranks: int, given: dict[str, object], file: Path = config
+    ) -> dict[str, list[float]]:
+        settings = of_data[data]
         if data not in made:
             made[data] = workspace / f"teacher of {data}"
             of_teacher = {"num-layers": 4, "hidden-size": 48, "ffn-hidden-size": 96, "train-iters": 4}
@@ -94,9 +99,10 @@ def train(workspace: Path, config: Path, conversations, documents):
             first = {"train-iters": 1, "save": workspace / f"student of {data}", "save-interval": 1}
             run_job("pretrain", config, settings | {f"megatron.{key}": value for key, value in first.items()})
         tensorboard = workspace / "packed" / f"{data} {name}"
-        own = {"teacher.load": made[data], "megatron.train-iters": 3, "megatron.tensorboard-dir": tensorboard}
+        own = {"megatron.train-iters": 3, "megatron.tensorboard-dir": tensorboard}
+        own |= {} if "distillation.cache" in given else {"teacher.load": made[data]}
         own |= {"megatron.load": workspace / f"student of {data}", "megatron.finetune": "true"}
-        run_job("distill", config, {**settings, **own, **given}, num_ranks=num_ranks)
+        run_job("distill", file, {**settings, **own, **given}, num_ranks=num_ranks)
         return scalars(tensorboard)
 
     return train
@@ -118,6 +124,23 @@ def test_validation_is_one_mean_over_all_tokens(train, conversations) -> None:
     found = train("conversations", "the same rows", 1, same | {"megatron.train-iters": 1})
     for name in ("lm loss", "kd loss", "total loss"):
         assert found[f"{name} validation"][0] == pytest.approx(found[name][0], rel=1e-6)
+
+
+@pytest.mark.parametrize("data", LAYOUTS)
+def test_a_cache_of_packed_data_trains_as_the_teacher(train, workspace: Path, config: Path, of_data, data: str) -> None:
+    expected = train(data, "one rank", 1, {})
+    cache, settings = workspace / f"cache of {data}", of_data[data]
+    exact = {"cache.top_k": 400, "cache.precision": "fp32", "cache.dir": cache}
+    of_teacher = {"teacher.load": workspace / f"teacher of {data}", "megatron.train-iters": 3, "teacher.spec": SPEC}
+    of_teacher |= {"teacher.num-layers": 4, "teacher.pipeline-model-parallel-size": 2}
+    run_job("cache", config, settings | of_teacher | exact, num_ranks=2)
+    alone = workspace / f"without the teacher of {data}.yaml"
+    before, section, rest = config.read_text().partition("teacher:")
+    alone.write_text(before + rest[rest.index("distillation:") :])
+    assert section
+    found = train(data, "cached", 1, {"distillation.cache": cache}, alone)
+    for key in TRAINED:
+        assert found[key] == pytest.approx(expected[key], rel=1e-5), key
 
 
 @pytest.mark.parametrize(
