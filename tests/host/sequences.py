@@ -49,9 +49,12 @@ class Case:
     hybrid: bool = False
     """Both models are HybridModels `*-`, compared with GPTModels."""
 
+    factors: bool = False
+    """The terms of the loss have factors per token, also negative ones and 0."""
+
     @property
-    def reference(self) -> tuple[str, bool, bool, int | None]:
-        return self.data, self.todi, self.per_token, self.every
+    def reference(self) -> tuple[str, bool, bool, int | None, bool]:
+        return self.data, self.todi, self.per_token, self.every, self.factors
 
 
 CASES: dict[int, dict[str, Case]] = {
@@ -70,6 +73,7 @@ CASES: dict[int, dict[str, Case]] = {
         "packed, every third, fused": Case("packed", head="fused", every=3),
         "packed, hybrid": Case("packed", hybrid=True),
         "masked, hybrid, fused": Case("masked", head="fused", hybrid=True),
+        "packed, fused, factors": Case("packed", head="fused", factors=True),
     },
     2: {
         "packed, TP 2": Case("packed", tp=2),
@@ -80,6 +84,8 @@ CASES: dict[int, dict[str, Case]] = {
         "variable, PP 2": Case("variable", pp=2),
         "variable, TP 2, fused": Case("variable", tp=2, head="fused"),
         "masked, TP 2": Case("masked", tp=2),
+        "packed, TP 2, factors": Case("packed", tp=2, factors=True),
+        "packed, PP 2, fused, factors": Case("packed", pp=2, head="fused", factors=True),
         "masked, TP 2, fused": Case("masked", tp=2, head="fused"),
         "masked, PP 2, by micro-batch": Case("masked", pp=2, per_token=False),
         "masked, DP 2": Case("masked"),
@@ -90,6 +96,7 @@ CASES: dict[int, dict[str, Case]] = {
         "context, CP 2, by micro-batch": Case("context", cp=SPLIT, per_token=False),
         "packed context, CP 2": Case("packed context", cp=2),
         "packed context, CP 2, fused": Case("packed context", cp=2, head="fused"),
+        "context, CP 2, fused, factors": Case("context", cp=2, head="fused", factors=True),
         "masked, DP 2, every third, fused": Case("masked", head="fused", every=3),
         "context, CP 2, every third, fused": Case("context", cp=2, head="fused", every=3),
         "packed context, CP 2, every third": Case("packed context", cp=2, every=3),
@@ -265,8 +272,8 @@ def main() -> None:
     dist.barrier()
 
 
-def case_of(data: str, todi: bool, per_token: bool, every: int | None) -> Case:
-    return Case(data, todi=todi, per_token=per_token, every=every)
+def case_of(data: str, todi: bool, per_token: bool, every: int | None, factors: bool) -> Case:
+    return Case(data, todi=todi, per_token=per_token, every=every, factors=factors)
 
 
 def compare(case: Case, got: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
@@ -458,6 +465,8 @@ def forward_step(
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.utils import get_batch_on_this_cp_rank
 
+    from abkd_megatron.student.head import TokenFactors
+
     batch = next(batches)
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     here = {
@@ -465,6 +474,8 @@ def forward_step(
         "position_ids": batch.position_ids if first else None,
         "labels": batch.labels if last else None,
         "loss_mask": batch.loss_mask if last else None,
+        "of divergence": 0.7 * (batch.position_ids % 3 - 1) if last and case.factors else None,
+        "of cross entropy": 0.5 * (batch.position_ids % 4 - 1) if last and case.factors else None,
     }
     packed_seq_params, cp_group = None, parallel_state.get_context_parallel_group()
     if batch.lengths:
@@ -476,6 +487,8 @@ def forward_step(
         here = {name: whole[:, held] if whole is not None else None for name, whole in here.items()}
     else:
         here = get_batch_on_this_cp_rank(here, is_hybrid_cp=False, cp_group=cp_group)
+    if last and case.factors:
+        attachment.factors = TokenFactors(here["of divergence"], here["of cross entropy"])
     output = model(
         here["tokens"],
         here["position_ids"],
