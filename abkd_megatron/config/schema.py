@@ -106,7 +106,7 @@ class DistillationConfig:
     (default 1) and `projector` (default true)."""
     sources: list[SourceWeights] = field(default_factory=list)
     """Weights by dataset of a blend, in place of `kd_weight` and `lm_weight`: each with `source` (its position in the
-    list of datasets, from 0), `kd_weight` and `lm_weight`."""
+    list of datasets, from 0) or `path` (its prefix), `kd_weight` and `lm_weight`."""
     mix: SequenceMix | None = None
     """Mix the embeddings of the sequences of a micro-batch, in both models (MixKD): `alpha` of Beta(alpha, alpha)."""
     skip_preflight: list[str] = field(default_factory=list)

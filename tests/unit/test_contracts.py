@@ -454,9 +454,10 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
     *(
         (
             model,
-            f"{ATTACH}, {TEACHER}, {RUNNER}, {MODEL}",
+            f"{ATTACH}, {TEACHER}, {RUNNER}, {MODEL}, {MIXING}",
             (
                 *("config", "pre_process", "post_process", "share_embeddings_and_output_weights", "decoder"),
+                "embedding",
                 *(
                     "output_layer",
                     "compute_language_model_loss",
