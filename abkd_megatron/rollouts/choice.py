@@ -3,47 +3,17 @@
 Legend: n rows, V/TP vocabulary columns of a rank.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from abkd_megatron.errors import ConfigError
+from abkd_megatron.config.rollouts import Sampling
 from abkd_megatron.vocab_parallel import VocabShard
 
 # Masses of the nucleus are whole numbers, whose sums do not depend on the order of ranks and columns.
 _MASS_BITS = 40
 _DIGIT_BITS = 8
 _KEY_BITS = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How a token is drawn from the model's distribution.
-
-    Raises:
-        ConfigError: for a number out of range.
-    """
-
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the most probable token."""
-    top_k: int | None = None
-    """Draw from the k most probable tokens; ties with the k-th are kept. None: all."""
-    top_p: float | None = None
-    """Draw from the smallest set of most probable tokens with at least this mass, after `top_k`. None: all."""
-    seed: int = 0
-    """Of the noise."""
-
-    def __post_init__(self) -> None:
-        rules = (
-            ("temperature", self.temperature >= 0, "0 or more", self.temperature),
-            ("top_k", self.top_k is None or self.top_k >= 1, "1 or more", self.top_k),
-            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "a number above 0, at most 1", self.top_p),
-        )
-        for name, holds, expected, got in rules:
-            if not holds:
-                raise ConfigError(f"{name}: expected {expected}, got {got}")
 
 
 def next_tokens(logits: Tensor, shard: VocabShard, sampling: Sampling, samples: Tensor, position: int) -> Tensor:

@@ -16,10 +16,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from abkd_megatron.config.rollouts import Sampling, check_can_sample
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.rollouts.choice import Sampling, next_tokens
-from abkd_megatron.rollouts.mode import check_can_sample, sampling_mode
-from abkd_megatron.teacher.model import Model, process_output
+from abkd_megatron.rollouts.choice import next_tokens
+from abkd_megatron.rollouts.mode import sampling_mode
+from abkd_megatron.teacher.model import Model, pattern_of_model, process_output
 from abkd_megatron.teacher.output_layer import OutputLayer
 from abkd_megatron.vocab_parallel import VocabShard
 
@@ -80,7 +81,7 @@ class Sampler:
         end: int | None,
         paused: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        check_can_sample(chunks[0])
+        check_can_sample(chunks[0].config, pattern_of_model(chunks[0]))
         self._chunks = list(chunks)
         self._tp, self._pp = pg_collection.tp, pg_collection.pp
         self._vocab_size, self._new_tokens, self._end, self._paused = vocab_size, new_tokens, end, paused

@@ -35,7 +35,7 @@ def main(folder: Path) -> None:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.utils import unwrap_model
 
-    from abkd_megatron.rollouts.choice import Sampling
+    from abkd_megatron.config.rollouts import Sampling
     from abkd_megatron.rollouts.sampler import Prompts, Sampler
 
     lengths = [len(prompt) for prompt in PROMPTS]
@@ -86,8 +86,6 @@ def main(folder: Path) -> None:
                     both: list = [None, None]
                     dist.all_gather_object(both, texts)
                     texts = both[0] + both[1]
-                    if draw == "plain" and dist.get_rank() == 0:
-                        of_layout["ended"] = rollouts.ended.tolist()
                 of_layout[draw] = texts
                 assert same(before, state(chunks)), (name, draw)
             if name == "data":

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from abkd_megatron.config.rollouts import Sampling
 from abkd_megatron.errors import ConfigError
-from abkd_megatron.rollouts.choice import Sampling, coin, gumbel, next_tokens
+from abkd_megatron.rollouts.choice import coin, gumbel, next_tokens
 from abkd_megatron.vocab_parallel import VocabShard
 
 
