@@ -7,6 +7,7 @@ from typing import Any
 
 from abkd_megatron.config.cache import CacheConfig, cache_problems
 from abkd_megatron.config.presets import DEFAULT, PRESETS, preset_values
+from abkd_megatron.config.rollouts import GenerateConfig, OnPolicy, rollout_problems
 from abkd_megatron.errors import ConfigError, brief, check_name
 from abkd_megatron.kernels import CHOICES
 from abkd_megatron.losses import Divergence, LogitLoss, LossTerm, WeightedSum, registry
@@ -27,7 +28,7 @@ DEVICES = ("cuda", "cpu")
 TEACHER_KEYS = ("load", "ckpt-step", "declared", "expected-loss")
 PREFLIGHT = ("teacher_checksums", "teacher_weights", "memory", "gradient", "batch", "teacher_loss")
 ON_CHANGE = ("refuse", "warn")
-SECTIONS = ("device", "megatron", "teacher", "distillation", "data", "cache", "compare")
+SECTIONS = ("device", "megatron", "teacher", "distillation", "data", "cache", "generate", "compare")
 LEAST_VOCAB_SIZE = 300
 
 # Limit of a message about losses, which may quote custom names.
@@ -114,6 +115,9 @@ class DistillationConfig:
     ``batch``, ``teacher_loss``."""
     cache: str | None = None
     """Teacher cache to train from, in place of `teacher.load`: the `cache.dir` of the job `cache`."""
+    on_policy: OnPolicy | None = None
+    """Steps on the student's own text: `share`, `prompt_tokens`, `new_tokens`, `temperature`, `top_k`, `top_p`, `seed`
+    and `source`; None for none."""
     on_miss: str = "error"
     """Action for a sample that is not in the cache: ``error``, or ``lm`` to train it on the cross entropy only."""
     on_change: str = "refuse"
@@ -281,6 +285,8 @@ class Config:
     """The ``data`` section."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """The ``cache`` section."""
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    """The ``generate`` section."""
     compare: CompareConfig = field(default_factory=CompareConfig)
     """The ``compare`` section."""
     origins: dict[str, str] = field(default_factory=dict)
@@ -290,7 +296,7 @@ class Config:
         """Raise the first of `problems`.
 
         Args:
-            job: prepare, pretrain, cache, distill or compare.
+            job: prepare, pretrain, cache, distill, generate or compare.
 
         Raises:
             ConfigError: with origin and key.
@@ -345,7 +351,7 @@ class Config:
                 "teacher.expected-loss",
                 "expected none with distillation.mix, whose first batch is mixed; remove one of them",
             )
-        for key, text in cache_problems(self, job):
+        for key, text in (*cache_problems(self, job), *rollout_problems(self, job)):
             yield self._error(key, text)
         if job == "prepare" and not data.dir:
             yield ConfigError("data.dir: expected an output directory, got none; set data.dir")

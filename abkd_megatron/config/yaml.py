@@ -110,6 +110,7 @@ _Dumper.add_representer(Schedule, lambda dumper, it: dumper.represent_dict(it.de
 _Dumper.add_representer(HiddenLoss, lambda dumper, it: dumper.represent_dict(vars(it)))
 _Dumper.add_representer(SourceWeights, lambda dumper, it: dumper.represent_dict(it.described()))
 _Dumper.add_representer(SequenceMix, lambda dumper, it: dumper.represent_dict(vars(it)))
+_Dumper.add_representer(OnPolicy, lambda dumper, it: dumper.represent_dict(it.described()))
 _Dumper.add_representer(TokenSelection, lambda dumper, it: dumper.represent_dict(it.described()))
 _Dumper.add_representer(  # on one line
     str, lambda dumper, text: dumper.represent_scalar(f"{_TAG}str", text, style=None if text.isprintable() else '"')
