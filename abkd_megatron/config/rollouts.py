@@ -1,4 +1,4 @@
-"""Keys of sampling, of the section `generate` and of `distillation.on_policy`, and their rules; no import of megatron."""
+"""Keys of `generate` and of `distillation.on_policy`, and the rules of sampling. Does not import megatron."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

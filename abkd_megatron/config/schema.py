@@ -265,6 +265,12 @@ class CompareConfig:
     """Number of concurrent runs."""
     gradient_batches: int = 0
     """Batches from which the variance of the gradient is measured at the start and the end of each run; 0 for none."""
+    rouge_prompts: int = 0
+    """Held-out prompts that each student continues, scored by ROUGE-L against the text; 0 for none."""
+    prompt_tokens: int = 32
+    """Tokens of each of these prompts."""
+    new_tokens: int = 64
+    """Tokens of a continuation, at most."""
     launch: str | None = None
     """Launcher of a run, such as `torchrun --standalone --nproc-per-node 8`; None for one process."""
 
@@ -296,7 +302,7 @@ class Config:
         """Raise the first of `problems`.
 
         Args:
-            job: prepare, pretrain, cache, distill, generate or compare.
+            job: prepare, pretrain, cache, distill, generate, rouge or compare.
 
         Raises:
             ConfigError: with origin and key.
@@ -340,6 +346,9 @@ class Config:
             ("compare.losses", bool(compare.losses), "at least one", "none"),
             ("compare.seeds", once, "each seed once", compare.seeds),
             ("compare.at_once", compare.at_once >= 1, "1 or more", compare.at_once),
+            ("compare.rouge_prompts", compare.rouge_prompts >= (job == "rouge"), "a number", compare.rouge_prompts),
+            ("compare.prompt_tokens", compare.prompt_tokens >= 1, "1 or more", compare.prompt_tokens),
+            ("compare.new_tokens", compare.new_tokens >= 1, "1 or more", compare.new_tokens),
             ("compare.gradient_batches", of_gradient != 1 and of_gradient >= 0, "0, or 2 or more", of_gradient),
         )
         for key, holds, expected, got in rules:
@@ -351,6 +360,8 @@ class Config:
                 "teacher.expected-loss",
                 "expected none with distillation.mix, whose first batch is mixed; remove one of them",
             )
+        if job == "rouge" and not self.megatron.get("load"):
+            yield ConfigError("megatron.load: expected the student's checkpoint, got none; set megatron.load")
         for key, text in (*cache_problems(self, job), *rollout_problems(self, job)):
             yield self._error(key, text)
         if job == "prepare" and not data.dir:
