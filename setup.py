@@ -10,12 +10,14 @@ version = re.search(r'^__version__ = "(.+)"$', (root / "abkd_megatron/__init__.p
 assert version is not None
 
 plots = ["matplotlib>=3.8", "tensorboard>=2.16", "plotly>=6", "jinja2>=3.1"]
+rouge = ["rouge-score>=0.1.2"]
 bench = [*plots, "nvidia-modelopt>=0.40"]
 sft = ["datasets>=3", "transformers>=4.40"]
 test = [
     *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "hypothesis>=6.100", "spmd_types>=0.3.1,<0.4"),
     *plots,
     *sft,
+    *rouge,
 ]
 
 setup(
@@ -53,6 +55,7 @@ setup(
     ],
     extras_require={
         "plots": plots,
+        "rouge": rouge,
         "test": test,
         "sft": sft,
         "bench": bench,

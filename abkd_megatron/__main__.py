@@ -229,7 +229,7 @@ def _train(arguments: Namespace) -> int:
     config = load(arguments)
     config.check(arguments.job)
     from abkd_megatron import cpu_backend
-    from abkd_megatron.hosts import cache_job, megatron_lm
+    from abkd_megatron.hosts import cache_job, megatron_lm, rouge_job
     from abkd_megatron.hosts.crash_report import UNEXPECTED, describe_crash, training_started
     from abkd_megatron.hosts.startup_errors import StartupErrors
 
@@ -247,6 +247,8 @@ def _train(arguments: Namespace) -> int:
                 cpu_backend.use_compiled_helpers()
             if arguments.job == "cache":
                 cache_job.run(config)
+            elif arguments.job == "rouge":
+                rouge_job.run(config)
             else:
                 megatron_lm.run(config, arguments.job)
     except UNEXPECTED as error:
@@ -429,6 +431,15 @@ JOBS = {
         reads="as `distill`; compare.out, from which an interrupted comparison continues",
         writes="compare.out: each run's configuration, log and result; table.md, results.json, comparison.png",
         codes=f"{_CODES}; 130 if it was interrupted",
+    ),
+    "rouge": Job(
+        _train,
+        "continue held-out text with a student, and score it by ROUGE-L",
+        (f"{PROG} rouge configs/tiny_cpu_compare.yaml megatron.load=runs/demo/student compare.rouge_prompts=64",),
+        reads="megatron.load, data.dir (or Megatron's own data arguments)",
+        writes="compare.out: rouge.json; the log to stdout",
+        codes=_CODES,
+        options=_debug,
     ),
     "report": Job(
         _report,

@@ -17,7 +17,7 @@ from abkd_megatron.config.yaml import LineMapping, flow, load_yaml
 from abkd_megatron.errors import ConfigError, brief, check_name, shown
 
 # Sections whose keys are dataclass fields.
-_FIELDS = ("distillation", "data", "cache", "compare")
+_FIELDS = ("distillation", "data", "cache", "generate", "compare")
 # Tag of a job's configuration in TensorBoard.
 CONFIG_TEXT = "abkd_megatron/config"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from abkd_megatron.config.cache import CacheConfig, cache_problems
 from abkd_megatron.config.presets import DEFAULT, PRESETS, preset_values
+from abkd_megatron.config.rollouts import GenerateConfig, OnPolicy, rollout_problems
 from abkd_megatron.errors import ConfigError, brief, check_name
 from abkd_megatron.kernels import CHOICES
 from abkd_megatron.losses import Divergence, LogitLoss, LossTerm, WeightedSum, registry
@@ -27,7 +28,7 @@ DEVICES = ("cuda", "cpu")
 TEACHER_KEYS = ("load", "ckpt-step", "declared", "expected-loss")
 PREFLIGHT = ("teacher_checksums", "teacher_weights", "memory", "gradient", "batch", "teacher_loss")
 ON_CHANGE = ("refuse", "warn")
-SECTIONS = ("device", "megatron", "teacher", "distillation", "data", "cache", "compare")
+SECTIONS = ("device", "megatron", "teacher", "distillation", "data", "cache", "generate", "compare")
 LEAST_VOCAB_SIZE = 300
 
 # Limit of a message about losses, which may quote custom names.
@@ -106,7 +107,7 @@ class DistillationConfig:
     (default 1) and `projector` (default true)."""
     sources: list[SourceWeights] = field(default_factory=list)
     """Weights by dataset of a blend, in place of `kd_weight` and `lm_weight`: each with `source` (its position in the
-    list of datasets, from 0), `kd_weight` and `lm_weight`."""
+    list of datasets, from 0) or `path` (its prefix), `kd_weight` and `lm_weight`."""
     mix: SequenceMix | None = None
     """Mix the embeddings of the sequences of a micro-batch, in both models (MixKD): `alpha` of Beta(alpha, alpha)."""
     skip_preflight: list[str] = field(default_factory=list)
@@ -114,6 +115,9 @@ class DistillationConfig:
     ``batch``, ``teacher_loss``."""
     cache: str | None = None
     """Teacher cache to train from, in place of `teacher.load`: the `cache.dir` of the job `cache`."""
+    on_policy: OnPolicy | None = None
+    """Steps on the student's own text: `share`, `prompt_tokens`, `new_tokens`, `temperature`, `top_k`, `top_p`, `seed`
+    and `source`; None for none."""
     on_miss: str = "error"
     """Action for a sample that is not in the cache: ``error``, or ``lm`` to train it on the cross entropy only."""
     on_change: str = "refuse"
@@ -261,6 +265,12 @@ class CompareConfig:
     """Number of concurrent runs."""
     gradient_batches: int = 0
     """Batches from which the variance of the gradient is measured at the start and the end of each run; 0 for none."""
+    rouge_prompts: int = 0
+    """Held-out prompts that each student continues, scored by ROUGE-L against the text; 0 for none."""
+    prompt_tokens: int = 32
+    """Tokens of each of these prompts."""
+    new_tokens: int = 64
+    """Tokens of a continuation, at most."""
     launch: str | None = None
     """Launcher of a run, such as `torchrun --standalone --nproc-per-node 8`; None for one process."""
 
@@ -281,6 +291,8 @@ class Config:
     """The ``data`` section."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """The ``cache`` section."""
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    """The ``generate`` section."""
     compare: CompareConfig = field(default_factory=CompareConfig)
     """The ``compare`` section."""
     origins: dict[str, str] = field(default_factory=dict)
@@ -290,7 +302,7 @@ class Config:
         """Raise the first of `problems`.
 
         Args:
-            job: prepare, pretrain, cache, distill or compare.
+            job: prepare, pretrain, cache, distill, generate, rouge or compare.
 
         Raises:
             ConfigError: with origin and key.
@@ -334,6 +346,9 @@ class Config:
             ("compare.losses", bool(compare.losses), "at least one", "none"),
             ("compare.seeds", once, "each seed once", compare.seeds),
             ("compare.at_once", compare.at_once >= 1, "1 or more", compare.at_once),
+            ("compare.rouge_prompts", compare.rouge_prompts >= (job == "rouge"), "a number", compare.rouge_prompts),
+            ("compare.prompt_tokens", compare.prompt_tokens >= 1, "1 or more", compare.prompt_tokens),
+            ("compare.new_tokens", compare.new_tokens >= 1, "1 or more", compare.new_tokens),
             ("compare.gradient_batches", of_gradient != 1 and of_gradient >= 0, "0, or 2 or more", of_gradient),
         )
         for key, holds, expected, got in rules:
@@ -345,7 +360,9 @@ class Config:
                 "teacher.expected-loss",
                 "expected none with distillation.mix, whose first batch is mixed; remove one of them",
             )
-        for key, text in cache_problems(self, job):
+        if job == "rouge" and not self.megatron.get("load"):
+            yield ConfigError("megatron.load: expected the student's checkpoint, got none; set megatron.load")
+        for key, text in (*cache_problems(self, job), *rollout_problems(self, job)):
             yield self._error(key, text)
         if job == "prepare" and not data.dir:
             yield ConfigError("data.dir: expected an output directory, got none; set data.dir")

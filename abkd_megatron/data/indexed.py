@@ -4,10 +4,11 @@ Megatron does not check an index. Truncated files, mismatched files or another t
 run, as an error of numpy or of the embedding kernel, or not at all.
 """
 
+import os
 import struct
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from megatron.core.datasets.indexed_dataset import DType
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from abkd_megatron.errors import ConfigError, DataError
-from abkd_megatron.losses.sources import SourceWeights
+from abkd_megatron.errors import ConfigError, DataError, check_name
+from abkd_megatron.losses.sources import SourceWeights, reject_duplicate_sources
 
 _REMEDY = "copy both files again, or prepare the data again"
 # Header of an index: magic, version, dtype code, number of sequences, number of document ends.
@@ -51,20 +52,22 @@ def prefixes_of(args: Namespace) -> list[str]:
     return list(dict.fromkeys(prefix for one in blends if one is not None for prefix in one[0]))
 
 
-def check_sources(sources: Sequence[SourceWeights], args: Namespace) -> None:
-    """Reject weights by source without a blend for training, or of a dataset that it does not have.
+def with_positions(sources: Sequence[SourceWeights], args: Namespace) -> tuple[SourceWeights, ...]:
+    """Return weights by source with the positions of all datasets.
 
     Args:
-        sources: the entries.
+        sources: the entries, by position or by path.
         args: Megatron's validated arguments.
 
     Raises:
         DataError: a file with a list of datasets cannot be read or is invalid.
-        ConfigError: with the number of datasets.
+        ConfigError: there is no blend for training, or it does not have a dataset; it has a path twice; or the blend of
+            another split has another dataset at the position of a path.
     """
     if not sources:
-        return
+        return ()
     blend, *splits = _blends(args) or [None]
+    lists = [one[0] for one in ([blend] if blend is not None else splits) if one is not None]
     of_training = blend if blend is not None else splits[0] if splits else None
     count = len(of_training[0]) if of_training is not None else 0
     if count < 2:
@@ -73,11 +76,48 @@ def check_sources(sources: Sequence[SourceWeights], args: Namespace) -> None:
             "train-data-path) with weights and prefixes in place of data.dir, or remove distillation.sources"
         )
     for of in sources:
-        if of.source >= count:
+        if of.source is not None and of.source >= count:
             raise ConfigError(
                 f"sources: expected a source from 0 to {count - 1}, a position in the list of the {count} datasets, "
                 f"got {of.source}; correct it"
             )
+    found = [of if of.path is None else replace(of, source=_position(of.path, lists), path=None) for of in sources]
+    reject_duplicate_sources(found)
+    return tuple(found)
+
+
+def _position(path: str, lists: Sequence[Sequence[str]]) -> int:
+    """Return the position of a path prefix in the list of training; in other blends it must be the same.
+
+    Args:
+        path: absolute or relative to the working directory, as the prefixes of the lists.
+        lists: prefixes of each split's datasets, those of training first.
+
+    Raises:
+        ConfigError: see `with_positions`.
+    """
+    wanted, (of_training, *others) = _absolute(path), [[_absolute(prefix) for prefix in one] for one in lists]
+    places = [place for place, prefix in enumerate(of_training) if prefix == wanted]
+    if not places:
+        check_name(path, lists[0], "sources", "path of a dataset")
+    if len(places) != 1:
+        raise ConfigError(
+            f"sources: expected {path} once in the list of the datasets, got it at {places}; give their positions with "
+            "`source`"
+        )
+    (place,) = places
+    for other in others:
+        there = [at for at, prefix in enumerate(other) if prefix == wanted]
+        if len(other) > 1 and there != [place] and (there or place < len(other)):
+            raise ConfigError(
+                f"sources: expected {path} at position {place} of every split's list, as in that of training, got "
+                f"{there or other[place]} in another; list the datasets in one order"
+            )
+    return place
+
+
+def _absolute(prefix: str) -> str:
+    return prefix if is_object_storage_path(prefix) else os.path.abspath(prefix)
 
 
 def _blends(args: Namespace) -> list[Any]:

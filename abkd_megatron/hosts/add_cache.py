@@ -15,7 +15,7 @@ from abkd_megatron.cache.manifest import read_manifest
 from abkd_megatron.cache.store import CacheReader
 from abkd_megatron.config.schema import Config
 from abkd_megatron.errors import from_rank_0, on_every_rank
-from abkd_megatron.hosts.add_teacher import MegatronHost
+from abkd_megatron.hosts.add_teacher import MegatronHost, objective_of_job
 from abkd_megatron.preflight import run_record
 from abkd_megatron.preflight.live import check_models
 from abkd_megatron.preflight.rules import RESUME, TEACHER_CHECKS, Setup, run_checks
@@ -44,9 +44,10 @@ def add_cache(
     Collectives: one all_gather_object if torch.distributed is initialized. In the hook one broadcast_object_list, and
     those of `attach` and `check_models`.
     """
-    scheduled, execution = config.distillation.make_objective(), config.distillation.make_execution()
+    execution = config.distillation.make_execution()
     directory = Path(str(config.distillation.cache)).expanduser()
     with on_every_rank():
+        scheduled = objective_of_job(config, args)
         identity = read_manifest(directory)
         setup = Setup(
             config=config,

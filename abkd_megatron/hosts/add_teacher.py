@@ -3,6 +3,7 @@
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +15,9 @@ from megatron.training import get_args, print_rank_0
 from abkd_megatron.config.model_config import check_layers_here
 from abkd_megatron.config.schema import Config
 from abkd_megatron.config.unsupported import SCRIPT
+from abkd_megatron.data.indexed import with_positions
 from abkd_megatron.errors import from_rank_0, on_every_rank
+from abkd_megatron.losses.objective import ScheduledObjective
 from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.preflight import run_record
 from abkd_megatron.preflight.live import check_files, check_models
@@ -59,10 +62,11 @@ def add_teacher(
     second in the hooks. In the hooks those of `TeacherCheckpoint.verify` for --verify-integrity, `check_files`,
     `build_teacher`, `attach` and `check_models`.
     """
-    scheduled = config.distillation.make_objective()
-    objective, execution = scheduled.objective, config.distillation.make_execution()
+    execution = config.distillation.make_execution()
     vocab_size, timeout = args.vocab_size, timedelta(minutes=args.distributed_timeout_minutes)
     with on_every_rank():
+        scheduled = objective_of_job(config, args)
+        objective = scheduled.objective
         teacher_args, teacher_config = teacher_arguments(megatron, config.teacher.megatron, args, host)
         check_layers_here(teacher_config, "teacher")
         checkpoint = open_teacher(config, megatron)
@@ -149,6 +153,17 @@ def add_teacher(
         model_config.pre_wrap_hooks.append(with_projectors)
     model_config.post_wrap_hooks.append(attach_teacher)
     return step
+
+
+def objective_of_job(config: Config, args: Namespace) -> ScheduledObjective:
+    """Return the objective, with the positions of sources that are given by their paths.
+
+    Raises:
+        AbkdError: see `with_positions`.
+    """
+    scheduled = config.distillation.make_objective()
+    sources = with_positions(scheduled.objective.sources, args)
+    return replace(scheduled, objective=replace(scheduled.objective, sources=sources))
 
 
 class MegatronHost:

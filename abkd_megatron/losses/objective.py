@@ -207,7 +207,7 @@ class ScheduledObjective:
             of_lm = lm_weight if of.lm_weight is None else Schedule.of(of.lm_weight)
             if nothing := both_zero(of_kd, of_lm):
                 raise ConfigError(
-                    f"source {of.source}: kd_weight and lm_weight must not both be 0, but are {nothing}; raise one, or "
+                    f"source {of.name}: kd_weight and lm_weight must not both be 0, but are {nothing}; raise one, or "
                     "leave the dataset out of the blend"
                 )
 

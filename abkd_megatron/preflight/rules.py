@@ -18,7 +18,7 @@ from abkd_megatron.config.model_config import model_config
 from abkd_megatron.config.schema import PREFLIGHT, Config
 from abkd_megatron.config.stages import layers_of_stages
 from abkd_megatron.data.conversations import check_conversations
-from abkd_megatron.data.indexed import check_datasets, check_sources, prefixes_of
+from abkd_megatron.data.indexed import check_datasets, prefixes_of, with_positions
 from abkd_megatron.errors import AbkdError
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.preflight import first_step, models, run_record, student_checkpoint
@@ -236,7 +236,7 @@ def _loss(setup: Setup) -> Finding | None:
     objective, student = setup.objective, setup.student
     if objective is None or student is None or (setup.teacher is None and setup.cache is None):
         return None
-    check_sources(objective.sources, student)
+    with_positions(objective.sources, student)
     check_mixed_batches(objective, student)
     if setup.vocab_size is not None:
         check_shared_vocab(objective, setup.vocab_size, student.context_parallel_size)

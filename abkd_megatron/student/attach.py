@@ -27,6 +27,7 @@ from abkd_megatron.student.report import CACHED, SELECTED, LossChecks, Report, m
 from abkd_megatron.student.supported import (
     check_cacheable,
     check_mix,
+    check_positions,
     check_shared_vocab,
     check_sources_given,
     check_student,
@@ -102,6 +103,7 @@ def attach(
         execution = (execution or Execution()).resolve(scheduled)
         chunks = _checked_student(student, teacher)
         check_mix(objective, chunks[0].config)
+        check_positions(objective)
     stages = {}
     if objective.hidden_losses:
         assert isinstance(teacher, Teacher)

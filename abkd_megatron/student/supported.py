@@ -140,6 +140,20 @@ def check_sharded_output(layer: torch.nn.Module, who: str) -> None:
         )
 
 
+def check_positions(objective: Objective) -> None:
+    """Reject weights of a dataset that is given by its path, as no micro-batch has it.
+
+    Raises:
+        ConfigError: with the path.
+    """
+    for of in objective.sources:
+        if of.source is None:
+            raise ConfigError(
+                f"expected sources with positions, got {of.path}; give SourceWeights(source=...), or take those of "
+                "`abkd_megatron.data.indexed.with_positions`"
+            )
+
+
 def check_sources_given(objective: Objective, sources: torch.Tensor | None) -> None:
     """Reject a micro-batch without the datasets of its sequences where weights depend on them.
 

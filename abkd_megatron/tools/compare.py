@@ -21,8 +21,10 @@ from abkd_megatron.config.schema import SECTIONS, Config
 from abkd_megatron.errors import ConfigError, HostError
 from abkd_megatron.tools import comparison, gradient_variance, runs
 from abkd_megatron.tools.compare_jobs import Job, run_all
-from abkd_megatron.tools.env import need_plots
+from abkd_megatron.tools.env import need_plots, need_rouge
 from abkd_megatron.tools.events import find_runs
+from abkd_megatron.tools.rouge import Continuations, continuations
+from abkd_megatron.tools.rouge import table as rouge_table
 
 # `data.seed` of all runs if the configuration has none.
 DATA_SEED = 1234
@@ -47,6 +49,10 @@ class Run(Job):
         """Return the jobs that measure the variance of its gradient; it has finished."""
         return gradient_variance.measurements(self.name, (self.loss, self.seed), self.directory, self.overrides, load)
 
+    def continuations(self, load: Callable[[Sequence[str]], Config]) -> Continuations:
+        """Return the job that continues held-out text; it has finished."""
+        return continuations(self.name, (self.loss, self.seed), self.directory, self.overrides, load)
+
 
 def compare(config: Config, load: Callable[[Sequence[str]], Config]) -> None:
     """Run all jobs without a result, then write ``table.md``, ``results.json`` and ``comparison.png``.
@@ -70,30 +76,41 @@ def compare(config: Config, load: Callable[[Sequence[str]], Config]) -> None:
     planned = plan(config, load)
     check_out(out)
     need_plots("compare", "tensorboard", "matplotlib")
+    if of.rouge_prompts:
+        need_rouge()
     for run in planned:
         run.prepare()
     jobs: list[Job] = [*planned]
     failed: list[Job] = [*run_all(planned, of.launch, of.at_once, _environment(config))]
-    measured = []
+    finished = [run for run in planned if run.result is not None]
+    measured: list[gradient_variance.Measurement] = []
+    continued: list[Continuations] = []
     if of.gradient_batches:
-        finished = [run for run in planned if run.result is not None]
         measured = [job for run in finished for job in run.measurements(load)]
-        for job in measured:
-            job.prepare()
-        jobs += measured
-        failed += run_all(measured, of.launch, of.at_once, _environment(config))
+    if of.rouge_prompts:
+        continued = [run.continuations(load) for run in finished]
+    for job in (*measured, *continued):
+        job.prepare()
+    jobs += [*measured, *continued]
+    failed += run_all([*measured, *continued], of.launch, of.at_once, _environment(config))
     gradients = gradient_variance.results(measured)
+    rouge = {job.of: found for job in continued if (found := job.result) is not None}
     results: list[dict[str, Any]] = [result for run in planned if (result := run.result) is not None]
     if results:
         for result in results:
-            if (place := (result["loss"], result["seed"])) in gradients:
+            place = result["loss"], result["seed"]
+            if place in gradients:
                 result["gradient"] = gradients[place]
+            if place in rouge:
+                result["rouge"] = rouge[place]
         summary, line = comparison.summarize(results, list(of.losses)), comparison.recommend(results)
         found = {"summary": summary, "recommendation": line, "differences": comparison.differences(results)}
         (out / "results.json").write_text(json.dumps({**found, "runs": results}, indent=1) + "\n")
         table = f"{comparison.table(summary)}\n{line}\n"
         if variances := gradient_variance.table(results, of.gradient_batches):
             table += f"\n{variances}"
+        if scores := rouge_table(results):
+            table += f"\n{scores}"
         (out / "table.md").write_text(table)
         comparison.draw(results, list(of.losses), out / "comparison.png")
         print(f"\n{table}\n{out / 'table.md'}\n{out / 'results.json'}\n{out / 'comparison.png'}")

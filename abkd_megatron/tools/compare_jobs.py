@@ -24,7 +24,7 @@ class Job:
     config: str
     """The complete configuration, as YAML."""
     kind: str = "distill"
-    """``distill`` or ``pretrain``."""
+    """``distill``, ``pretrain`` or ``rouge``."""
 
     @property
     def log(self) -> Path:
@@ -78,6 +78,25 @@ class Job:
         temporary = self.directory / "result.json.part"
         temporary.write_text(json.dumps(self.measure(), indent=1) + "\n")
         temporary.rename(self.directory / "result.json")
+
+
+def check_checkpoint(checkpoints: Path, key: str) -> Path:
+    """Return the file with the iteration of a run's last checkpoint.
+
+    Args:
+        checkpoints: of the run.
+        key: of the setting that needs it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    tracker = checkpoints / "latest_checkpointed_iteration.txt"
+    if not tracker.exists():
+        raise ConfigError(
+            f"{key}: expected a checkpoint of the finished run in {checkpoints}, found none; set "
+            f"megatron.save-interval, or {key} to 0"
+        )
+    return tracker
 
 
 def run_all[J: Job](planned: Sequence[J], launch: str | None, at_once: int, environment: Mapping[str, str]) -> list[J]:

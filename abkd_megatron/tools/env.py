@@ -103,6 +103,16 @@ def need_plots(job: str, *packages: str) -> None:
         raise HostError(f"{job}: expected {', '.join(missing)}, found none; pip install 'abkd-megatron[plots]'")
 
 
+def need_rouge() -> None:
+    """Check that the package of the extra `rouge` is installed.
+
+    Raises:
+        HostError: it is not.
+    """
+    if importlib.util.find_spec("rouge_score") is None:
+        raise HostError("rouge: expected the package rouge-score, found none; pip install 'abkd-megatron[rouge]'")
+
+
 def _python() -> Part:
     version = platform.python_version()
     good = sys.version_info >= (3, 12)

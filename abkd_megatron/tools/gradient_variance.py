@@ -22,7 +22,7 @@ from abkd_megatron.config.load import render
 from abkd_megatron.config.schema import SCHEDULED, SECTIONS, Config
 from abkd_megatron.errors import ConfigError, HostError
 from abkd_megatron.losses.schedule import Progress, Schedule
-from abkd_megatron.tools.compare_jobs import Job
+from abkd_megatron.tools.compare_jobs import Job, check_checkpoint
 from abkd_megatron.tools.events import TRAINING, find_runs
 
 POINTS = ("start", "end")
@@ -156,12 +156,7 @@ def _at_end(config: Config, checkpoints: Path) -> list[str]:
     from abkd_megatron.preflight.run_record import RECORD
     from abkd_megatron.teacher.safe_load import read_common
 
-    tracker = checkpoints / "latest_checkpointed_iteration.txt"
-    if not tracker.exists():
-        raise ConfigError(
-            f"compare.gradient_batches: expected a checkpoint of the finished run in {checkpoints}, found none; set "
-            "megatron.save-interval, or gradient_batches to 0"
-        )
+    tracker = check_checkpoint(checkpoints, "compare.gradient_batches")
     own = [f"megatron.{key}=null" for key in ("ckpt-step", "pretrained-checkpoint") if key in config.megatron]
     own += [f"megatron.load={checkpoints}", "megatron.finetune=true", f"megatron.seed={_SEED_OF_END}"]
     if any(isinstance(getattr(config.distillation, name), Schedule) for name in SCHEDULED):
@@ -230,5 +225,5 @@ def table(runs: Sequence[Mapping[str, Any]], batches: int) -> str:
 def _cell(values: Sequence[float]) -> str:
     if not values:
         return ""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread}"
+    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3g}{spread}"

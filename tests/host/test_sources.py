@@ -58,6 +58,16 @@ def test_layouts_equal_one_rank(train, on_one_rank, name: str) -> None:
         assert found[key] == pytest.approx(on_one_rank[key], rel=1e-4), key
 
 
+def test_a_path_is_a_position(train, on_one_rank, workspace: Path) -> None:
+    data = workspace / "data"
+    by_path = SOURCES.replace("source: 0", f"path: {data}/../data/train").replace(
+        "source: 1", f"path: {data / 'valid'}"
+    )
+    found = train("by path", by_path, num_ranks=2, **LAYOUTS["PP 2"])
+    for key in TRAINED:
+        assert found[key] == pytest.approx(on_one_rank[key], rel=1e-4), key
+
+
 def test_weights_multiply_the_losses_of_their_tokens(train, on_one_rank) -> None:
     """The total is linear in the weights: that of each source alone adds up to both."""
     parts = [
@@ -90,14 +100,33 @@ REFUSED = {
     "no such source": (None, "[{source: 2, kd_weight: 0.5}]", r"a source from 0 to 1.*got 2"),
     "twice": (None, "[{source: 1, kd_weight: 0.5}, {source: 1, lm_weight: 1}]", r"sources: .*2 entries for source 1"),
     "nothing": (None, "[{source: 1, kd_weight: 0, lm_weight: 0}]", r"sources: source 1: .* must not both be 0"),
+    "no such path": (None, "[{path: data/tran, kd_weight: 0.5}]", r"sources: unknown path of a dataset 'data/tran'"),
+    "path and position": (
+        None,
+        "[{path: VALID, kd_weight: 0.5}, {source: 1, lm_weight: 1}]",
+        r"2 entries for source 1",
+    ),
+    "neither": (None, "[{kd_weight: 0.5}]", r"sources: expected source, .* got neither"),
+    "a path twice": (
+        {"megatron.train-data-path": "[0.6, VALID, 0.4, VALID]"},
+        "[{path: VALID, kd_weight: 0.5}]",
+        r"once in the list of the datasets, got it at \[0, 1\]",
+    ),
+    "another order in validation": (
+        {"megatron.valid-data-path": "[0.6, VALID, 0.4, TRAIN]"},
+        "[{path: VALID, kd_weight: 0.5}]",
+        r"at position 1 of every split's list, .* got \[0\]",
+    ),
     "no weight": (None, "[{source: 1}]", r"source 1: expected kd_weight or lm_weight, got neither"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(config: Path, teacher: Path, blend: dict[str, object], name: str) -> None:
+def test_refused(config: Path, teacher: Path, workspace: Path, blend: dict[str, object], name: str) -> None:
     data, sources, message = REFUSED[name]
-    given = {**(blend if data is None else data), "teacher.load": teacher, "distillation.sources": sources}
+    given = {**(blend if data != {} else {}), **(data or {}), "teacher.load": teacher, "distillation.sources": sources}
     words = [f"{key}={value}" for key, value in given.items()]
+    for split in ("valid", "train"):
+        words = [word.replace(split.upper(), str(workspace / "data" / split)) for word in words]
     (rank,) = launch(["-m", "abkd_megatron", "distill", "--config", config, *words], 1)
     assert rank.code == 2 and re.search(message, rank.output), rank.output[-3000:]

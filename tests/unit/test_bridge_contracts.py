@@ -67,7 +67,7 @@ FIELDS = {
     f"{TRAINING}.config:ConfigContainer": (
         *("rerun_state_machine", "train", "model", "dataset", "tokenizer", "checkpoint", "dist", "peft", "rng"),
     ),
-    f"{TRAINING}.config:RNGConfig": ("seed",),
+    f"{TRAINING}.config:RNGConfig": (),  # `seed` is Megatron-LM's
     f"{TRAINING}.config:DistributedInitConfig": ("eval_context_parallel_size",),
     f"{TRAINING}.config:RerunStateMachineConfig": (),
     f"{TRAINING}.state:GlobalState": ("cfg", "train_state"),

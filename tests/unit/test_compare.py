@@ -265,7 +265,7 @@ def test_variances_of_gradients(tmp_path):
     assert results["A", 1]["end"]["text"]["relative"] == 0.0 and "end" not in results["A", 2]
     runs = [{"loss": "A", "seed": seed, "gradient": of} for (_, seed), of in results.items()]
     text = gradient_variance.table([*runs, {"loss": "B", "seed": 1}], 2)
-    assert "| A |  | 0.12 ± 0.00 |  | 0.00 |" in text and "| B |" not in text
+    assert "| A |  | 0.125 ± 0 |  | 0 |" in text and "| B |" not in text
     assert gradient_variance.table([{"loss": "B", "seed": 1}], 2) == ""
 
 

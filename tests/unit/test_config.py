@@ -571,6 +571,12 @@ def test_weights_by_source(load):
     kd_weight, lm_weight = objective.weights(torch.tensor([0, 1, 2, UNKNOWN]))
     assert (kd_weight.tolist(), lm_weight.tolist()) == ([2.0, 0.0, 1.0, 1.0], [0.1, 1.0, 1.0, 1.0])
     assert objective.weights(None) == (1.0, 1.0)
+    by_path = load("distillation:\n  sources: [{path: data/code, kd_weight: 2}]\n", "distillation.preset=none")
+    assert by_path.distillation.sources == [SourceWeights(path="data/code", kd_weight=2.0)]
+    assert load(render(by_path)).distillation == by_path.distillation
+    for wrong in ("{kd_weight: 2}", "{source: 1, path: data/code, kd_weight: 2}"):
+        with pytest.raises(ConfigError, match="expected source, the position of a dataset, or path"):
+            load(None, f"distillation.sources=[{wrong}]")
     with pytest.raises(ConfigError, match=r"distillation.sources: source 1: .* must not both be 0, but are always"):
         load(text, "distillation.preset=finetune").check("pretrain")  # which has no cross entropy
     late = "distillation.lm_weight={schedule: linear, from: 1, to: 0, end: 9}"

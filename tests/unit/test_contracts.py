@@ -45,6 +45,7 @@ CHECKPOINT, TEACHER, RUNNER = "teacher/checkpoint.py", "teacher/build.py", "teac
 MODEL, LOCAL_SPEC = "teacher/model.py", "local_hybrid_spec.py"
 HIDDEN, PROJECTORS, MIXING = "student/hidden.py", "student/projectors.py", "student/mixing.py"
 ADD, JOB, SCRIPT, BRIDGE = (f"hosts/{name}.py" for name in ("add_teacher", "megatron_lm", "script", "bridge"))
+MODE, SAMPLER = "rollouts/mode.py", "rollouts/sampler.py"
 CACHE_JOB, BATCHES = "hosts/cache_job.py", "hosts/batches.py"
 MEGATRON_ARGS, UNSUPPORTED = "config/megatron_args.py", "config/unsupported.py"
 TEACHER_ARGS = "teacher/args.py"
@@ -216,8 +217,15 @@ CALLS = [
     Call(f"{CHECKPOINTS}.strategies.filesystem_async:get_write_results_queue", JOB),
     Call("megatron.training.arguments:add_megatron_arguments", MEGATRON_ARGS, ("parser",)),
     Call("megatron.training.arguments:parse_args", TEACHER_ARGS),
+    # Sampling.
+    Call("megatron.core.inference.utils:InferenceMode.active", MODE),
+    Call(
+        "megatron.core.inference.contexts:StaticInferenceContext",
+        SAMPLER,
+        ("max_batch_size", "max_sequence_length"),
+    ),
     # The teacher alone.
-    Call("megatron.core.pipeline_parallel:get_forward_backward_func", CACHE_JOB),
+    Call("megatron.core.pipeline_parallel:get_forward_backward_func", f"{CACHE_JOB}, {SAMPLER}"),
     Call("megatron.training.initialize:initialize_megatron", CACHE_JOB),
     Call(
         "megatron.training.datasets.data_samplers:build_pretraining_data_loader",
@@ -462,9 +470,10 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
     *(
         (
             model,
-            f"{ATTACH}, {TEACHER}, {RUNNER}, {MODEL}",
+            f"{ATTACH}, {TEACHER}, {RUNNER}, {MODEL}, {MIXING}",
             (
                 *("config", "pre_process", "post_process", "share_embeddings_and_output_weights", "decoder"),
+                "embedding",
                 *(
                     "output_layer",
                     "compute_language_model_loss",

@@ -13,7 +13,19 @@ PACKAGE = Path(abkd_megatron.__file__).parent
 # From the lowest room to the highest; a module directly in the package is a room of its own.
 ROOMS = (
     *("errors", "validation", "tensors", "losses", "kernels", "vocab_parallel", "local_hybrid_spec"),
-    *("config", "cpu_backend", "data", "cache", "teacher", "student", "preflight", "hosts", "tools", "__main__"),
+    *(
+        "config",
+        "cpu_backend",
+        "data",
+        "cache",
+        "teacher",
+        "rollouts",
+        "student",
+        "preflight",
+        "hosts",
+        "tools",
+        "__main__",
+    ),
 )
 TORCH_ONLY = ("errors", "validation", "tensors", "losses", "kernels", "vocab_parallel")
 
