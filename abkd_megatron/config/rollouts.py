@@ -1,4 +1,4 @@
-"""Keys of sampling, of the section `generate` and of `distillation.on_policy`, and their rules; no import of megatron."""
+"""Keys of `generate` and of `distillation.on_policy`, and the rules of sampling. Does not import megatron."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -79,6 +79,9 @@ class OnPolicy(Sampling):
     def described(self) -> dict[str, Any]:
         """Return it in the form of the configuration."""
         return {name: value for name, value in vars(self).items() if value is not None}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}: {value}" for name, value in self.described().items())
 
 
 @dataclass(kw_only=True, slots=True)

@@ -52,7 +52,11 @@ class Given:
     @classmethod
     def spelled(cls, section: str, key: str, value: Any, origin: str) -> "Given":
         """Create it with the section's spelling of the key: underscores for fields, dashes for Megatron's options."""
-        key = key.replace("-", "_") if section in ("distillation", "data", "cache", "generate", "compare") else dashed(key)
+        key = (
+            key.replace("-", "_")
+            if section in ("distillation", "data", "cache", "generate", "compare")
+            else dashed(key)
+        )
         return cls(section, key, value, origin)
 
     def within(self) -> dict[str, "Given"]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from abkd_megatron.config.rollouts import OnPolicy
 from abkd_megatron.errors import ConfigError, brief, shown
 from abkd_megatron.losses.hidden import HiddenLoss
 from abkd_megatron.losses.schedule import Schedule
