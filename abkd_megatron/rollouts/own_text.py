@@ -170,9 +170,9 @@ class OwnText:
                     f"distillation.on_policy.source {self._settings.source}: expected {rows} rows of 1 to {new} new "
                     f"tokens, got {found} tokens; return one row per prompt"
                 )
-            for row, ids in enumerate(given):
-                added[row, : len(ids)] = torch.as_tensor(list(ids), dtype=torch.int64, device="cpu")
-                added[row, new] = len(ids)
+            for row, one in enumerate(given):
+                added[row, : len(one)] = torch.as_tensor(list(one), dtype=torch.int64, device="cpu")
+                added[row, new] = len(one)
             if not bool(((added[:, :new] >= 0) & (added[:, :new] < self._sizes.vocabulary)).all()):
                 raise DataError(
                     f"distillation.on_policy.source {self._settings.source}: expected ids in 0 .. "

@@ -1,7 +1,8 @@
-"""Runs a job with something that no setting does: `own_text.py unused|repeated JOB WORDS`.
+"""Runs a job with something that no setting does: `own_text.py unused|repeated|source FOLDER JOB WORDS`.
 
 - unused: every step samples texts, and trains on the data.
 - repeated: every step is run twice, as Megatron's rerun state machine does after a result that it does not believe.
+- source: Python finds modules in FOLDER.
 """
 
 import sys
@@ -47,5 +48,6 @@ def repeated() -> None:
 
 
 if __name__ == "__main__":
-    {"unused": unused, "repeated": repeated}[sys.argv[1]]()
-    sys.exit(command_line.main(sys.argv[2:]))
+    what, folder, *words = sys.argv[1:]
+    {"unused": unused, "repeated": repeated, "source": lambda: sys.path.append(folder)}[what]()
+    sys.exit(command_line.main(words))

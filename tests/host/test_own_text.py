@@ -7,7 +7,7 @@ import pytest
 from launch import Rank, launch, run_job, scalars
 from test_determinism import differences, whole
 
-PROGRAM = Path(__file__).with_name("own_text.py")
+PROGRAM, INJECT = (Path(__file__).with_name(name) for name in ("own_text.py", "inject.py"))
 STEPS = 5
 TENSOR = {"megatron.tensor-model-parallel-size": 2, "megatron.sequence-parallel": True}
 PIPELINE = {"megatron.pipeline-model-parallel-size": 2}
@@ -122,7 +122,7 @@ def test_sampling_itself_changes_nothing(
         first = ()
         if kind == "unused":
             given["distillation.on_policy"] = on_policy(1)
-            first = ("unused",)
+            first = ("unused", "-")
         found[kind], ranks = run(config, folder, teacher, 2, *first, given=given)
         sampled = [re.findall(r"^SAMPLED (\d+)$", rank.output, re.MULTILINE) for rank in ranks]
         assert [len(of) for of in sampled] == [STEPS * (kind == "unused")] * 2
@@ -189,8 +189,57 @@ def test_a_repeated_step_is_equal_to_the_bit(
         "megatron.rerun-mode": "validate_results",
         "distillation.on_policy": on_policy(0.5),
     }
-    found, ranks = run(config, folder, teacher, 2, "repeated", given=given)
+    found, ranks = run(config, folder, teacher, 2, "repeated", "-", given=given)
     assert {*re.findall(r"^REPEATED (\w+)$", ranks[1].output, re.MULTILINE)} == {"True", "False"}
     assert untimed(found) == untimed(once)
     differing = differences(whole(before / "save", STEPS), whole(folder / "save", STEPS))
     assert [name for name in differing if not name.startswith("rerun_state_machine")] == []
+
+
+def test_a_rank_killed_while_it_samples_ends_the_job(config: Path, teacher: Path) -> None:
+    given = {**PIPELINE, "teacher.load": teacher, "distillation.on_policy": on_policy(1)}
+    words = [f"{name}={value}" for name, value in given.items()]
+    killed, other = launch([INJECT, "sampling", 2, 1, "killed", "--", "distill", config, *words], 2)
+    assert killed.code == -9 and other.code == 1
+    assert "ended in step 2 because another rank of the job has ended" in other.output
+    assert other.ended - killed.ended < 15
+
+
+SOURCE = """
+def halves(prompts):
+    return [row[:4] for row in prompts]"""
+
+
+def test_text_of_a_source_is_trained_on(workspace: Path, config: Path, teacher: Path) -> None:
+    folder = workspace / "sources"
+    folder.mkdir()
+    (folder / "own_source.py").write_text(SOURCE)
+    found = {}
+    for name, ranks, layout in (("one", 1, {}), ("tensor", 2, TENSOR), ("pipeline", 2, PIPELINE)):
+        policy = on_policy(1, source="own_source:halves")
+        given = {**layout, "distillation.on_policy": policy, "megatron.train-iters": 2}
+        found[name], _ = run(config, folder / name, teacher, ranks, "source", str(folder), given=given)
+        assert found[name]["own text length"] == [4.0, 4.0]
+    for name in ("tensor", "pipeline"):
+        assert found[name]["own text kd loss"] == pytest.approx(found["one"]["own text kd loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"distillation.cache": "somewhere"}, "a cache has no records of the student's own text"),
+        ({"distillation.on_policy": on_policy(0.5, prompt_tokens=14)}, "prompt_tokens + new_tokens of at most"),
+        ({"distillation.on_policy": on_policy(0.5, source="nowhere:at_all")}, "module:function that can be imported"),
+        ({"distillation.on_policy": on_policy(1.5)}, "share: expected 0 to 1"),
+        ({"distillation.kd_weight": 0}, "expected kd_weight above 0 at every step"),
+        ({"megatron.context-parallel-size": 2}, "context-parallel-size 1"),
+        ({"megatron.mtp-num-layers": 1}, "no multi-token prediction"),
+    ],
+)
+def test_what_does_not_go_together_is_rejected(config: Path, teacher: Path, settings: dict, message: str) -> None:
+    given = {"distillation.on_policy": on_policy(0.5), **settings}
+    if "distillation.cache" not in settings:
+        given["teacher.load"] = teacher
+    words = [f"{name}={value}" for name, value in given.items()]
+    for rank in launch(["-m", "abkd_megatron", "distill", config, *words], 2):
+        assert rank.code == 2 and message in rank.output, rank.output[-3000:]
