@@ -340,7 +340,7 @@ class Config:
             if not holds:
                 yield self._error(key, f"expected {expected}, got {brief(str(got))}")
         yield from self._problems_of_losses(job)
-        for key, text in (*cache_problems(self, job), *rollout_problems(self, job)):
+        for key, text in (*rollout_problems(self, job), *cache_problems(self, job)):
             yield self._error(key, text)
         if job == "prepare" and not data.dir:
             yield ConfigError("data.dir: expected an output directory, got none; set data.dir")

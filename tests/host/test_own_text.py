@@ -199,7 +199,7 @@ def test_a_repeated_step_is_equal_to_the_bit(
 def test_a_rank_killed_while_it_samples_ends_the_job(config: Path, teacher: Path) -> None:
     given = {**PIPELINE, "teacher.load": teacher, "distillation.on_policy": on_policy(1)}
     words = [f"{name}={value}" for name, value in given.items()]
-    killed, other = launch([INJECT, "sampling", 2, 1, "killed", "--", "distill", config, *words], 2)
+    killed, other = launch([INJECT, "sampling", 2, 1, "kill", "--", "distill", config, *words], 2)
     assert killed.code == -9 and other.code == 1
     assert "ended in step 2 because another rank of the job has ended" in other.output
     assert other.ended - killed.ended < 15
@@ -210,14 +210,14 @@ def halves(prompts):
     return [row[:4] for row in prompts]"""
 
 
-def test_text_of_a_source_is_trained_on(workspace: Path, config: Path, teacher: Path) -> None:
+def test_text_of_a_source_is_trained_on(workspace: Path, config: Path, teacher: Path, students: dict) -> None:
     folder = workspace / "sources"
     folder.mkdir()
     (folder / "own_source.py").write_text(SOURCE)
     found = {}
     for name, ranks, layout in (("one", 1, {}), ("tensor", 2, TENSOR), ("pipeline", 2, PIPELINE)):
         policy = on_policy(1, source="own_source:halves")
-        given = {**layout, "distillation.on_policy": policy, "megatron.train-iters": 2}
+        given = {**start(students, 2), **layout, "distillation.on_policy": policy, "megatron.train-iters": 2}
         found[name], _ = run(config, folder / name, teacher, ranks, "source", str(folder), given=given)
         assert found[name]["own text length"] == [4.0, 4.0]
     for name in ("tensor", "pipeline"):
