@@ -1,7 +1,6 @@
 """The command line: one function per job."""
 
 import argparse
-import math
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abkd_megatron.errors import AbkdError, ConfigError, check_name
+from abkd_megatron.tools import options
 
 if TYPE_CHECKING:
     from abkd_megatron.config.schema import Config
@@ -24,8 +24,8 @@ PROG = "abkd-megatron"
 _DESCRIPTION = "Knowledge distillation inside Megatron-Core's training loop."
 _SETTINGS = """\
 Settings after CONFIG override the file: section.key=value, with the value in YAML. Sections are device, megatron (any
-Megatron argument, without its dashes), teacher, distillation, data, cache, compare. `abkd-megatron JOB --help` lists
-inputs, outputs, exit codes and examples."""
+Megatron argument, without its dashes), teacher, distillation, data, cache, generate, compare. `abkd-megatron JOB
+--help` lists inputs, outputs, exit codes and examples."""
 _CODES = "0; 2 and one message on stderr for a job that cannot run, before the first step"
 _CODES_OF_TRAINING = f"{_CODES}, on every rank; 1 and a message below the traceback for an error after that"
 
@@ -229,7 +229,7 @@ def _train(arguments: Namespace) -> int:
     config = load(arguments)
     config.check(arguments.job)
     from abkd_megatron import cpu_backend
-    from abkd_megatron.hosts import cache_job, megatron_lm, rouge_job
+    from abkd_megatron.hosts import cache_job, generate_job, megatron_lm, rouge_job
     from abkd_megatron.hosts.crash_report import UNEXPECTED, describe_crash, training_started
     from abkd_megatron.hosts.startup_errors import StartupErrors
 
@@ -249,6 +249,8 @@ def _train(arguments: Namespace) -> int:
                 cache_job.run(config)
             elif arguments.job == "rouge":
                 rouge_job.run(config)
+            elif arguments.job == "generate":
+                generate_job.run(config)
             else:
                 megatron_lm.run(config, arguments.job)
     except UNEXPECTED as error:
@@ -283,51 +285,6 @@ def _report(arguments: Namespace) -> None:
     print(write_report(arguments.runs, arguments.out))
 
 
-def _runs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="a run's directory, up to 8, or a folder of runs"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the page; of one RUN by default RUN/report.html")
-
-
-def _debug(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--debug", action="store_true", help="print the traceback of an error before the first step, too"
-    )
-
-
-def _world_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--world-size",
-        type=_positive,
-        metavar="N",
-        help="ranks of the job (default: $WORLD_SIZE, or the fewest that the layouts of both models allow)",
-    )
-
-
-def _of_estimate(parser: argparse.ArgumentParser) -> None:
-    _world_size(parser)
-    parser.add_argument("--gpu-memory", type=_gib, default=80.0, metavar="GIB", help="of a GPU (default: 80)")
-    parser.add_argument("--alternatives", action="store_true", help="other TP, PP and micro-batches, too: minutes")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to draw estimate.png")
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
-
-
-def _gib(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return number
-
-
 _TORCHRUN = "torchrun --nproc-per-node {} -m abkd_megatron"
 
 JOBS = {
@@ -359,7 +316,7 @@ JOBS = {
         reads="CONFIG, and data.dir, tokenizer and checkpoints that are on this machine; no network",
         writes="a table to stdout: ok, warning, not here (so not checked), or rejected with the job's message",
         codes="0; 2 if anything is rejected",
-        options=_world_size,
+        options=options.world_size,
     ),
     "estimate": Job(
         _estimate,
@@ -371,7 +328,7 @@ JOBS = {
         reads="CONFIG, and data.dir or a tokenizer if they are on this machine; no checkpoint, no network",
         writes="a table to stdout; --out DIR: estimate.png",
         codes="0; 2 and one message on stderr for a configuration that a job rejects or that cannot be estimated",
-        options=_of_estimate,
+        options=options.of_estimate,
     ),
     "show-config": Job(
         _show_config,
@@ -394,7 +351,7 @@ JOBS = {
         reads="data.dir (or Megatron's own data arguments), megatron.load if it is given",
         writes="megatron.save, megatron.tensorboard-dir; Megatron's log to stdout",
         codes=_CODES_OF_TRAINING,
-        options=_debug,
+        options=options.debug,
     ),
     "cache": Job(
         _train,
@@ -406,7 +363,7 @@ JOBS = {
         reads="teacher.load, data.dir (or Megatron's own data arguments)",
         writes="cache.dir: shards, and what is missing in an existing cache; the log to stdout",
         codes=_CODES,
-        options=_debug,
+        options=options.debug,
     ),
     "distill": Job(
         _train,
@@ -419,7 +376,19 @@ JOBS = {
         reads="teacher.load, data.dir (or Megatron's own data arguments), megatron.load if it is given",
         writes="megatron.save, megatron.tensorboard-dir; Megatron's log to stdout",
         codes=_CODES_OF_TRAINING,
-        options=_debug,
+        options=options.debug,
+    ),
+    "generate": Job(
+        _train,
+        "continue prompts with a checkpoint",
+        (
+            f"{PROG} generate configs/tiny_cpu_teacher.yaml megatron.load=runs/demo/teacher generate.prompts=import",
+            f"{_TORCHRUN.format(4)} generate configs/tiny_cpu.yaml megatron.load=runs/demo/student "
+            "generate.file=prompts.txt generate.out=texts.jsonl generate.temperature=0",
+        ),
+        reads="megatron.load, generate.file, and the tokenizer of data.dir or of Megatron's own arguments",
+        writes="one JSON line per prompt to generate.out, never an existing file, or to stdout; the log to stdout",
+        options=options.debug,
     ),
     "compare": Job(
         _compare,
@@ -439,7 +408,7 @@ JOBS = {
         reads="megatron.load, data.dir (or Megatron's own data arguments)",
         writes="compare.out: rouge.json; the log to stdout",
         codes=_CODES,
-        options=_debug,
+        options=options.debug,
     ),
     "report": Job(
         _report,
@@ -452,7 +421,7 @@ JOBS = {
         writes="the page; replaces an existing file only if it is such a page",
         codes="0; 2 and one message on stderr if there is nothing to show or the page cannot be written",
         takes_config=False,
-        options=_runs,
+        options=options.runs,
     ),
 }
 

@@ -80,6 +80,9 @@ class OnPolicy(Sampling):
         """Return it in the form of the configuration."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
+    def __str__(self) -> str:
+        return ", ".join(f"{name}: {value}" for name, value in self.described().items())
+
 
 @dataclass(kw_only=True, slots=True)
 class GenerateConfig:
@@ -143,6 +146,17 @@ def rollout_problems(config: "Config", job: str) -> Iterator[tuple[str, str]]:
         yield (
             "distillation.on_policy",
             "expected no distillation.sources, since the student's own text is of no dataset; remove one of them",
+        )
+    if kd.mix is not None:
+        yield (
+            "distillation.on_policy",
+            "expected no distillation.mix, since the student's own text is not mixed; remove one of them",
+        )
+    packed = [name for name in ("sft", "dataloader-inter-document-masking") if config.megatron.get(name)]
+    if packed:
+        yield (
+            "distillation.on_policy",
+            f"expected rows of one text, got packed data (megatron.{packed[0]}); remove one of them",
         )
     if kd.kd_weight is not None and Schedule.of(kd.kd_weight).lowest <= 0:
         yield (

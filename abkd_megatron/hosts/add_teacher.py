@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
-from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_args, print_rank_0
+from megatron.core.utils import get_attr_wrapped_model, unwrap_model
+from megatron.training import get_args, get_tokenizer, print_rank_0
 
 from abkd_megatron.config.model_config import check_layers_here
+from abkd_megatron.config.rollouts import OnPolicy
 from abkd_megatron.config.schema import Config
 from abkd_megatron.config.unsupported import SCRIPT
 from abkd_megatron.data.indexed import with_positions
@@ -22,7 +23,9 @@ from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.preflight import run_record
 from abkd_megatron.preflight.live import check_files, check_models
 from abkd_megatron.preflight.rules import RESUME, TEACHER_CHECKS, Setup, run_checks
-from abkd_megatron.student.attach import attach
+from abkd_megatron.rollouts.own_text import OwnText, Sizes, load_source
+from abkd_megatron.rollouts.sampler import Sampler
+from abkd_megatron.student.attach import Attachment, attach
 from abkd_megatron.student.projectors import add_projectors
 from abkd_megatron.student.report import LossChecks
 from abkd_megatron.student.step import DistilledStep
@@ -136,6 +139,8 @@ def add_teacher(
             tokens=tokens,
             seed=args.seed,
         )
+        if config.distillation.on_policy is not None:
+            step.own_text = own_text_of(config.distillation.on_policy, student, step.attachment, args)
         if step.attachment.plan is not None:
             record["plan"] = step.attachment.plan.record()
         check_models(
@@ -164,6 +169,32 @@ def objective_of_job(config: Config, args: Namespace) -> ScheduledObjective:
     scheduled = config.distillation.make_objective()
     sources = with_positions(scheduled.objective.sources, args)
     return replace(scheduled, objective=replace(scheduled.objective, sources=sources))
+
+
+def own_text_of(settings: OnPolicy, student: list[torch.nn.Module], attachment: Attachment, args: Namespace) -> OwnText:
+    """Let a student with a teacher train on its own text in some steps.
+
+    Args:
+        settings: of `distillation.on_policy`.
+        student: this rank's model as Megatron built it.
+        attachment: of that student.
+        args: Megatron's, with the true `vocab_size`.
+
+    Raises:
+        ConfigError: a source that cannot be imported, or a model from which this package does not sample.
+    """
+    pg_collection, end = get_attr_wrapped_model(student[0], "pg_collection"), getattr(get_tokenizer(), "eod", None)
+    sampler = Sampler(
+        *(unwrap_model(student), pg_collection, args.vocab_size),
+        new_tokens=settings.new_tokens,
+        end=end,
+        paused=attachment.paused,
+    )
+    with on_every_rank():
+        source = load_source(settings.source) if settings.source is not None else None
+    sizes = Sizes(args.micro_batch_size, args.seq_length, args.vocab_size)
+    print_rank_0(f"training on the student's own text: {settings}")
+    return OwnText(settings, sampler, source, sizes, end, pg_collection, lambda: MegatronHost().progress(True))
 
 
 class MegatronHost:

@@ -144,6 +144,11 @@ def add_teacher(
     scheduled = ours.distillation.make_objective()
     objective = scheduled.objective
     _check_host(config, objective)
+    if ours.distillation.on_policy is not None:
+        raise ConfigError(
+            "distillation.on_policy has been run in this package's own job only; use `abkd-megatron distill`, or "
+            "remove it"
+        )
     step = BridgeStep(forward_step)
 
     def attach_teacher(student: list[torch.nn.Module]) -> list[torch.nn.Module]:

@@ -125,6 +125,8 @@ def _run(config: Config, job: str, held: ExitStack) -> None:
     if distilled is not None and distilled.attachment is not None:
         attachment = distilled.attachment
         attachment.detach()
+        if distilled.own_text is not None:
+            distilled.own_text.remove()
         logger.info(
             f"teacher hidden states: at most {attachment.max_queued_microbatches} micro-batches at a time waited here, "
             f"{attachment.max_queued_bytes} bytes"
@@ -241,7 +243,8 @@ class _ForwardStep:
                 tokens_on_last,
                 self.needs_loss_mask(vp_stage),
                 training=model.training,
-                counted=self.counted if is_last else None,
+                # What counts in own text is on the device, and is known.
+                counted=self.counted if is_last and not self._is_own_text else None,
                 with_sources=is_last and attachment is not None and bool(attachment.objective.sources),
                 record_bytes=cache.layout.bytes_per_token + 1 if cache is not None and is_last else None,
                 packed=self.packing is not None,
@@ -261,6 +264,10 @@ class _ForwardStep:
                 packed_seq_params=batch["packed_seq_params"],
             )
         return output, partial(self._loss, batch["loss_mask"])
+
+    @property
+    def _is_own_text(self) -> bool:
+        return self.distilled is not None and self.distilled.is_own_text
 
     def needs_loss_mask(self, vp_stage: int | None) -> bool:
         """Return whether this stage needs the loss mask even if it is not the last one."""

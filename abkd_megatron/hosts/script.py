@@ -156,6 +156,11 @@ def distill[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_s
                     "sources need the dataset of each sequence, and a forward step of Megatron's kind does not pass "
                     "`dataset_id` on; use `abkd-megatron distill`, or remove --kd-sources"
                 )
+            if config.distillation.on_policy is not None:
+                raise ConfigError(
+                    "on_policy has been run in this package's own job only; use `abkd-megatron distill`, or remove "
+                    "--kd-on-policy"
+                )
             _check_shared_vocab(config.distillation.shared_vocab, get_tokenizer().vocab_size, args)
             if config.distillation.hidden_losses and args.pipeline_model_parallel_size > 1:
                 raise ConfigError(

@@ -15,6 +15,7 @@ from megatron.training.checkpointing import checkpoint_exists
 from abkd_megatron import kernels
 from abkd_megatron.cache.manifest import Identity
 from abkd_megatron.config.model_config import model_config
+from abkd_megatron.config.rollouts import check_can_sample, check_lengths
 from abkd_megatron.config.schema import PREFLIGHT, Config
 from abkd_megatron.config.stages import layers_of_stages
 from abkd_megatron.data.conversations import check_conversations
@@ -248,6 +249,21 @@ def _loss(setup: Setup) -> Finding | None:
     return Finding(str(objective.divergence or ", ".join(objective.names_of_logit_losses)))
 
 
+def _on_policy(setup: Setup) -> Finding | None:
+    settings, student = setup.config.distillation.on_policy, setup.student
+    if settings is None or student is None or setup.objective is None:
+        return None
+    check_can_sample(student, student.hybrid_layer_pattern)
+    check_lengths(settings, student.seq_length)
+    if settings.is_mixed and student.log_interval > 1:
+        return Finding(
+            f"distillation.on_policy: with log-interval {student.log_interval} Megatron's printed means divide by all "
+            "steps, those on data and those on own text alike; TensorBoard has each step's own numbers",
+            Verdict.WARNING,
+        )
+    return Finding(f"{settings}")
+
+
 def _kernel(setup: Setup) -> Finding | None:
     if setup.objective is None or setup.student is None or setup.config.device != "cpu":
         return None
@@ -330,6 +346,7 @@ TEACHER_CHECKS: tuple[Check[Setup], ...] = (
     Check("teacher's tokenizer", Phase.FILES, _teacher_tokenizer),
     Check("teacher's cache", Phase.FILES, _cache),
     Check("loss", Phase.CONFIG, _loss),
+    Check("own text", Phase.CONFIG, _on_policy),
     Check("kernel", Phase.CONFIG, _kernel),
     Check("hidden losses", Phase.FILES, _hidden_losses),
 )

@@ -2,10 +2,11 @@
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from abkd_megatron.student.head import TokenFactors, compute_loss
 from abkd_megatron.student.hidden import HiddenLosses, Layers, check_pairs, layers_of_stages
 from abkd_megatron.student.mixing import Mixing
 from abkd_megatron.student.plan import Plan, agree, propose_plan
-from abkd_megatron.student.report import CACHED, SELECTED, LossChecks, Report, masked_loss
+from abkd_megatron.student.report import CACHED, LossChecks, Report, StepObserver, masked_loss
 from abkd_megatron.student.supported import (
     check_cacheable,
     check_mix,
@@ -145,16 +146,6 @@ def _checked_student(
     return chunks
 
 
-class StepObserver(Protocol):
-    """Watches training steps."""
-
-    def begin(self, is_first: bool) -> None:
-        """Begin a training step; `is_first` in a run's first. Called again at each of its micro-batches."""
-
-    def note_losses(self, logged: Mapping[str, torch.Tensor]) -> None:
-        """Take what a micro-batch logs, on the last pipeline stage."""
-
-
 class Attachment:
     """A teacher attached to a student.
 
@@ -165,6 +156,7 @@ class Attachment:
         execution: how the loss is computed.
         scheduled: scheduled numbers of the current step, by name.
         progress: of the current training step; None before the first.
+        is_own_text: whether the current step is on the student's own text.
         observers: called at every training step and micro-batch; preflight adds one.
         needs_input_ids: whether the last pipeline stage needs the input ids.
         report: per-token numbers [b, s] of the last micro-batch, by logged name; only on the last pipeline stage.
@@ -192,8 +184,9 @@ class Attachment:
     ) -> None:
         self.teacher = teacher
         self.plan = plan
-        self.objective = objective.objective
+        self.objective = self._of_data = objective.objective
         self.execution = execution
+        self.is_own_text = self._is_paused = False
         self.observers: list[StepObserver] = []
         self.scheduled: dict[str, float] = {}
         self.progress: Progress | None = None
@@ -231,27 +224,39 @@ class Attachment:
                 chunks, teacher, losses, stages, pg_collection.tp, self._logits_are_wanted, timeout
             )
 
-    def on_step(self, progress: Progress, *, training: bool = True) -> None:
+    def on_step(self, progress: Progress, *, training: bool = True, own_text: bool = False) -> None:
         """Begin a step: call it on every rank before the step's first micro-batch; more calls within a step do nothing.
 
         Args:
             progress: what was trained on before this step, the same on every rank. Schedules take their values from it.
             training: False for validation, which keeps the values of the training step before it, if there was one.
+            own_text: whether the step is on text of the student, whose labels are its own: they are not trained on.
         """
         if training:
             for observer in self.observers:
                 observer.begin(is_first=progress.iteration == progress.samples == 0)
-        elif self.progress is not None:
-            return
-        if progress != self.progress:
+        is_new = progress != self.progress and (training or self.progress is None)
+        if is_new:
             for of in (self._runner, self._hidden):
                 if of is not None:
                     of.drain()
             if self._mixing is not None:
                 self._mixing.begin(progress.iteration)
             self.progress = progress
-            self.objective = self._scheduled_objective.at(progress)
+            self._of_data = self._scheduled_objective.at(progress)
             self.scheduled = self._scheduled_objective.values(progress)
+        if is_new or own_text != self.is_own_text:
+            self.is_own_text = own_text
+            self.objective = replace(self._of_data, lm_weight=0.0) if own_text else self._of_data
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run the student in this block as if no teacher were attached, on any pipeline stage."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def detach(self) -> None:
         """Detach the teacher, with projectors, and restore the student. Idempotent.
@@ -288,7 +293,7 @@ class Attachment:
             self._pop_tensors(),
         )
         loss, num_tokens, logged = masked_loss(loss_mask, output_tensor, report, checks)
-        for observer in self.observers:
+        for observer in self.observers if not self.is_own_text else ():
             observer.note_losses(logged)
         return loss, num_tokens, logged
 
@@ -367,8 +372,8 @@ class Attachment:
         return self.teacher.output_layer(self._waiting.popleft())
 
     def _logits_are_wanted(self, batch: dict[str, Any]) -> bool:
-        """Return whether the model was called for logits: a single pipeline stage without labels."""
-        return self._is_single_stage and batch.get("labels") is None
+        """Return whether the model was called for logits: a single pipeline stage without labels, or `paused`."""
+        return self._is_paused or (self._is_single_stage and batch.get("labels") is None)
 
     def _head(
         self,
@@ -417,15 +422,7 @@ class Attachment:
                 loss = compute_loss(
                     student, context, self.objective, **of_tokens, input_ids=read, diagnostics=diagnostics
                 )
-        several = (self.objective.divergence is not None) + len(loss.logit_losses) > 1
-        self.report = {
-            "lm loss": _batch_first(loss.terms.cross_entropy.detach()),
-            "kd loss": _batch_first(loss.distillation.detach()),
-            **{f"{name} loss": _batch_first(value.detach()) for name, value in loss.logit_losses.items() if several},
-            **{name: _batch_first(value) for name, value in loss.terms.metrics.items()},
-        }
-        if loss.selected is not None:
-            self.report[SELECTED] = _batch_first(loss.selected).float()
+        self.report = {name: _batch_first(value) for name, value in loss.numbers(self.objective).items()}
         if isinstance(context, CachedBatch) and context.cached is not None:
             self.report[CACHED] = _batch_first(context.cached).float()
         return _batch_first(loss.total)

@@ -16,6 +16,7 @@ from abkd_megatron.losses import AlphaBeta
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.losses.selection import TokenSelection
 from abkd_megatron.student.plan import run_pre_forward_hooks
+from abkd_megatron.student.report import SELECTED
 from abkd_megatron.teacher.output_layer import OutputLayer
 from abkd_megatron.vocab_parallel import (
     DistillationTerms,
@@ -43,6 +44,14 @@ class Loss(NamedTuple):
     selected: Tensor | None
     """bool, the distilled tokens; None for all. With a selection by position the other tokens only have a cross
     entropy, and zeros."""
+
+    def numbers(self, objective: Objective) -> dict[str, Tensor]:
+        """Return what is logged per token, [s, b], by name."""
+        found = {"lm loss": self.terms.cross_entropy.detach(), "kd loss": self.distillation.detach()}
+        if (objective.divergence is not None) + len(self.logit_losses) > 1:
+            found |= {f"{name} loss": value.detach() for name, value in self.logit_losses.items()}
+        found |= self.terms.metrics
+        return found if self.selected is None else {**found, SELECTED: self.selected.float()}
 
 
 class TokenFactors(NamedTuple):

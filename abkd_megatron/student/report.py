@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -53,6 +54,16 @@ class Report:
     """Returns (seconds, passes) of the teacher, or None."""
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """What else statistics are written of when a loss is not finite."""
+
+
+class StepObserver(Protocol):
+    """Watches training steps."""
+
+    def begin(self, is_first: bool) -> None:
+        """Begin a training step; `is_first` in a run's first. Called again at each of its micro-batches."""
+
+    def note_losses(self, logged: Mapping[str, torch.Tensor]) -> None:
+        """Take what a micro-batch logs, on the last pipeline stage."""
 
 
 def masked_loss(

@@ -1,13 +1,16 @@
 """The forward step of a student with a teacher, the same in every training loop."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
+from megatron.core.utils import get_attr_wrapped_model
 
 from abkd_megatron.errors import ConfigError, HostError
 from abkd_megatron.losses.schedule import Progress
+from abkd_megatron.rollouts.own_text import OwnText
 from abkd_megatron.student.attach import Attachment
 from abkd_megatron.student.report import LossChecks
 
@@ -25,6 +28,10 @@ class Host(Protocol):
         """Keep the schedules' position of a training step with the run."""
 
 
+# Before the names of all losses and metrics of a step on own text.
+_OWN = "own text"
+
+
 class DistilledStep:
     """A forward step of Megatron's kind, of a student that has a teacher: its numbers go into the report.
 
@@ -33,14 +40,21 @@ class DistilledStep:
 
     Attributes:
         attachment: the teacher's, once the model is built.
+        own_text: makes some steps train on the student's own text; None: none does.
         needs_input_ids: whether the step has to give the model its input ids on the last pipeline stage, too.
     """
 
     def __init__(self, forward_step: Callable[..., tuple[Any, Any]], host: Host, needs_input_ids: bool = False) -> None:
         self.attachment: Attachment | None = None
+        self.own_text: OwnText | None = None
         self.needs_input_ids = needs_input_ids
         self._forward_step = forward_step
         self._host = host
+
+    @property
+    def is_own_text(self) -> bool:
+        """Whether the current training step is on the student's own text."""
+        return self.own_text is not None and self.own_text.is_on
 
     def __call__(
         self, data_iterator: Iterator | None, model: torch.nn.Module, *args: Any, **kwargs: Any
@@ -60,7 +74,10 @@ class DistilledStep:
                 "that was to add it; give pretrain() that one"
             )
         progress = self._host.progress(model.training)
-        attachment.on_step(progress, training=model.training)
+        if own_text := self.is_own_text and model.training:
+            assert self.own_text is not None
+            data_iterator = self.own_text.batches(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+        attachment.on_step(progress, training=model.training, own_text=own_text)
         if model.training:
             self._host.log(progress, attachment.scheduled)
         output, loss_func = self._forward_step(data_iterator, model, *args, **kwargs)
@@ -77,6 +94,15 @@ class DistilledStep:
                 "summed, got None; call model(..., labels=labels, loss_mask=loss_mask)"
             )
         # First, since its checks name the loss that is not finite.
-        *_, ours = attachment.loss_func(attachment.loss_mask, output_tensor, self._host.loss_checks())
+        checks = self._host.loss_checks()
+        if attachment.is_own_text:
+            assert self.own_text is not None
+            # Its losses are of another size than those of the data, by which a spike is found.
+            *_, ours = attachment.loss_func(attachment.loss_mask, output_tensor, replace(checks, spikes=False))
+            *loss, _ = loss_func(output_tensor)
+            kept = attachment.scheduled
+            named = {name if name in kept else f"{_OWN} {name}": value for name, value in ours.items()}
+            return (*loss, {**named, **self.own_text.report()})
+        *_, ours = attachment.loss_func(attachment.loss_mask, output_tensor, checks)
         *loss, logged = loss_func(output_tensor)
         return (*loss, {**logged, **ours})

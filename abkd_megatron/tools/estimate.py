@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from unittest import mock
 
 from abkd_megatron.config.pattern import layers_and_pipes, model_name
+from abkd_megatron.config.rollouts import OnPolicy
 from abkd_megatron.config.schema import Config, Value
 from abkd_megatron.config.unsupported import ESTIMATE, check_features
 from abkd_megatron.errors import AbkdError, ConfigError, HostError
@@ -80,6 +81,8 @@ class Estimate:
     alternatives: tuple[Alternative, ...] = ()
     cache: CacheEstimate | None = None
     """Of the job's samples; None with a `shared_vocab`, for which there is no cache."""
+    sampling: int | None = None
+    """Bytes of keys and values per rank while a step's own text is sampled; None without `on_policy`."""
 
     @property
     def fullest(self) -> RankEstimate:
@@ -138,8 +141,25 @@ def estimate(
         ranks=tuple(ranks),
         flops=counted,
         cache=cache,
+        sampling=kv_bytes(student, on_policy) if (on_policy := config.distillation.on_policy) is not None else None,
         alternatives=tuple(others),
     )
+
+
+def kv_bytes(args: Namespace, on_policy: OnPolicy) -> int:
+    """Return the bytes of keys and values that a rank of the student holds while it samples a step's own text.
+
+    Args:
+        args: Megatron's, validated, of the student.
+        on_policy: whose texts are sampled.
+    """
+    layers = args.hybrid_layer_pattern.count("*") if args.hybrid_layer_pattern is not None else args.num_layers
+    of_rank = -(-layers // args.pipeline_model_parallel_size)
+    heads = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    width = args.kv_channels * max(heads // args.tensor_model_parallel_size, 1)
+    rows = args.global_batch_size // args.data_parallel_size
+    length = on_policy.prompt_tokens + on_policy.new_tokens
+    return int(2 * of_rank * rows * length * width * args.params_dtype.itemsize)
 
 
 def _layout(args: Namespace) -> str:

@@ -48,6 +48,12 @@ def show(estimate: Estimate, out: Path | None = None) -> None:
     console.print(_flops(estimate))
     if estimate.cache is not None:
         console.print(_cache(estimate.cache, estimate.device), highlight=False)
+    if estimate.sampling is not None:
+        console.print(
+            f"Own text: keys and values take {_size(estimate.sampling, unit[0])} {unit[1]} per rank while a step's "
+            "texts are sampled, when no activations are kept; not in the table.",
+            highlight=False,
+        )
     if estimate.alternatives:
         console.print(_alternatives(estimate, *unit))
     console.print(NOT_COUNTED, highlight=False)

@@ -23,6 +23,7 @@ PLACES = {
     "lane, send": "abkd_megatron.teacher.channel:Channel.send",
     "lane, receive": "abkd_megatron.teacher.channel:Channel.receive",
     "loss, between collectives": "abkd_megatron.vocab_parallel.passes:Passes.conclude",
+    "sampling": "abkd_megatron.rollouts.sampler:Sampler._step",
     "backward": "megatron.core.pipeline_parallel.schedules:backward_step",
     "optimizer step": "megatron.core.optimizer:ChainedOptimizer.step",
     "validation": "megatron.training.training:evaluate",

@@ -1,0 +1,245 @@
+"""Steps on the student's own text: the same in every layout, resumed and repeated; and nothing but them changes."""
+
+import re
+from pathlib import Path
+
+import pytest
+from launch import Rank, launch, run_job, scalars
+from test_determinism import differences, whole
+
+PROGRAM, INJECT = (Path(__file__).with_name(name) for name in ("own_text.py", "inject.py"))
+STEPS = 5
+TENSOR = {"megatron.tensor-model-parallel-size": 2, "megatron.sequence-parallel": True}
+PIPELINE = {"megatron.pipeline-model-parallel-size": 2}
+VIRTUAL = {**PIPELINE, "megatron.num-layers-per-virtual-pipeline-stage": 1}
+OVERLAPPED = {
+    "megatron.use-distributed-optimizer": True,
+    "megatron.overlap-grad-reduce": True,
+    "megatron.overlap-param-gather": True,
+}
+DROPOUT = {"megatron.hidden-dropout": 0.1, "megatron.attention-dropout": 0.1}
+# Own text in the steps after 1, 2 and 4 others.
+SEED = 10
+
+
+def on_policy(share: float, **more: object) -> str:
+    given = {"share": share, "prompt_tokens": 8, "new_tokens": 20, "seed": SEED, **more}
+    return "{" + ", ".join(f"{name}: {value}" for name, value in given.items()) + "}"
+
+
+def run(
+    config: Path, folder: Path, teacher: Path, num_ranks: int, *first: str, **settings: object
+) -> tuple[dict[str, list[float]], list[Rank]]:
+    given = {
+        "teacher.load": teacher,
+        "megatron.tensorboard-dir": folder / "tensorboard",
+        "megatron.eval-interval": 3,
+        "distillation.divergence": "reverse_kl",
+        **settings.pop("given", {}),
+        **settings,
+    }
+    program = (PROGRAM, *first) if first else ("-m", "abkd_megatron")
+    ranks = run_job("distill", config, given, num_ranks=num_ranks, program=program)
+    return scalars(folder / "tensorboard"), ranks
+
+
+def untimed(found: dict[str, list[float]]) -> dict[str, list[float]]:
+    return {name: values for name, values in found.items() if "time" not in name and "seconds" not in name}
+
+
+# {name: (ranks, layers of the student, settings)}
+LAYOUTS = {
+    "tensor": (2, 2, TENSOR),
+    "pipeline": (2, 2, PIPELINE),
+    "interleaved": (2, 4, VIRTUAL),
+    "data": (2, 2, OVERLAPPED),
+}
+
+
+@pytest.fixture(scope="module")
+def students(workspace: Path, config: Path, student: Path) -> dict[int, Path]:
+    deep = workspace / "student-of-4"
+    more = {"megatron.num-layers": 4, "megatron.train-iters": 1, "megatron.save": deep, "megatron.save-interval": 1}
+    run_job("pretrain", config, more)
+    return {2: student, 4: deep}
+
+
+def start(students: dict[int, Path], layers: int) -> dict[str, object]:
+    return {"megatron.load": students[layers], "megatron.finetune": True, "megatron.num-layers": layers}
+
+
+@pytest.fixture(scope="module")
+def on_one(workspace: Path, config: Path, teacher: Path, students: dict[int, Path]) -> dict[int, dict]:
+    found = {}
+    for layers in (2, 4):
+        given = {**start(students, layers), "distillation.on_policy": on_policy(0.5)}
+        found[layers], _ = run(config, workspace / f"own-one-{layers}", teacher, 1, given=given)
+    return found
+
+
+def test_steps_are_on_data_or_on_own_text(on_one: dict[int, dict]) -> None:
+    found = on_one[2]
+    own = {name for name in found if name.startswith("own text")}
+    assert own >= {
+        *("own text lm loss", "own text kd loss", "own text total loss", "own text length", "own text ended"),
+        *("own text distinct-2", "own text sampling seconds", "own text teacher lm loss"),
+    }
+    assert len(found["own text kd loss"]) == len(found["own text length"]) == 3
+    assert len(found["kd loss"]) == len(found["lm loss"]) == STEPS - 3
+    assert found["own text total loss"] == found["own text kd loss"], "own labels are not trained on"
+    assert all(1 <= length <= 20 for length in found["own text length"])
+    assert all(0 < share <= 1 for share in found["own text distinct-2"])
+    assert len(found["grad-norm"]) == STEPS
+    assert not any(name.startswith("own text") and "validation" in name for name in found)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_trains_on_the_same_text(
+    workspace: Path, config: Path, teacher: Path, students: dict, on_one: dict, name: str
+) -> None:
+    ranks, layers, layout = LAYOUTS[name]
+    given = {**start(students, layers), **layout, "distillation.on_policy": on_policy(0.5)}
+    found, _ = run(config, workspace / f"own-{name}", teacher, ranks, given=given)
+    one = untimed(on_one[layers])
+    assert untimed(found).keys() == one.keys()
+    for key in ("own text length", "own text ended", "own text distinct-2"):
+        assert found[key] == pytest.approx(one[key], rel=1e-6), key
+    for key, values in one.items():
+        if key.startswith(("own text", "kd loss", "lm loss", "grad-norm")):
+            assert found[key] == pytest.approx(values, rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize("name, layout", [("tensor", TENSOR), ("interleaved", VIRTUAL), ("data", OVERLAPPED)])
+def test_sampling_itself_changes_nothing(
+    workspace: Path, config: Path, teacher: Path, name: str, layout: dict[str, object]
+) -> None:
+    layers = 4 if name == "interleaved" else 2
+    common = {**layout, **DROPOUT, "megatron.num-layers": layers, "megatron.save-interval": STEPS}
+    found = {}
+    for kind in ("plain", "unused"):
+        folder = workspace / f"own-{kind}-{name}"
+        given = {**common, "megatron.save": folder / "save"}
+        first = ()
+        if kind == "unused":
+            given["distillation.on_policy"] = on_policy(1)
+            first = ("unused", "-")
+        found[kind], ranks = run(config, folder, teacher, 2, *first, given=given)
+        sampled = [re.findall(r"^SAMPLED (\d+)$", rank.output, re.MULTILINE) for rank in ranks]
+        assert [len(of) for of in sampled] == [STEPS * (kind == "unused")] * 2
+        if kind == "unused":
+            assert sampled[0] == sampled[1]
+    assert untimed(found["plain"]) == untimed(found["unused"])
+    saved = [whole(workspace / f"own-{kind}-{name}" / "save", STEPS) for kind in found]
+    # Megatron's shared-out optimizer saves memory between parameters that nobody has written.
+    assert [name for name in differences(*saved) if not name.startswith("optimizer.distributed")] == []
+
+
+def test_share_0_is_the_run_without(workspace: Path, config: Path, teacher: Path) -> None:
+    plain, _ = run(config, workspace / "own-none", teacher, 1)
+    none, _ = run(config, workspace / "own-0", teacher, 1, given={"distillation.on_policy": on_policy(0)})
+    assert untimed(plain) == untimed(none)
+
+
+@pytest.fixture(scope="module")
+def straight(workspace: Path, config: Path, teacher: Path) -> tuple[Path, dict[str, list[float]]]:
+    """A run whose dropout would show a random state that is not put back."""
+    folder = workspace / "own-straight"
+    given = {
+        **PIPELINE,
+        **DROPOUT,
+        "megatron.save": folder / "save",
+        "megatron.save-interval": 2,
+        "distillation.on_policy": on_policy(0.5),
+    }
+    found, _ = run(config, folder, teacher, 2, given=given)
+    return folder, found
+
+
+def test_a_resumed_run_is_equal_to_the_bit(
+    workspace: Path, config: Path, teacher: Path, straight: tuple[Path, dict]
+) -> None:
+    before, whole_run = straight
+    folder = workspace / "own-resumed"
+    given = {
+        **PIPELINE,
+        **DROPOUT,
+        "megatron.load": before / "save",
+        "megatron.ckpt-step": 2,
+        "megatron.save": folder / "save",
+        "megatron.save-interval": 2,
+        "distillation.on_policy": on_policy(0.5),
+    }
+    found, _ = run(config, folder, teacher, 2, given=given)
+    for name, values in untimed(found).items():
+        assert values == untimed(whole_run)[name][-len(values) :], name
+    assert len(found["own text kd loss"]) == 2
+    assert differences(whole(before / "save", STEPS), whole(folder / "save", STEPS)) == []
+
+
+def test_a_repeated_step_is_equal_to_the_bit(
+    workspace: Path, config: Path, teacher: Path, straight: tuple[Path, dict]
+) -> None:
+    before, once = straight
+    folder = workspace / "own-repeated"
+    given = {
+        **PIPELINE,
+        **DROPOUT,
+        "megatron.save": folder / "save",
+        "megatron.save-interval": 2,
+        "megatron.rerun-mode": "validate_results",
+        "distillation.on_policy": on_policy(0.5),
+    }
+    found, ranks = run(config, folder, teacher, 2, "repeated", "-", given=given)
+    assert {*re.findall(r"^REPEATED (\w+)$", ranks[1].output, re.MULTILINE)} == {"True", "False"}
+    assert untimed(found) == untimed(once)
+    differing = differences(whole(before / "save", STEPS), whole(folder / "save", STEPS))
+    assert [name for name in differing if not name.startswith("rerun_state_machine")] == []
+
+
+def test_a_rank_killed_while_it_samples_ends_the_job(config: Path, teacher: Path) -> None:
+    given = {**PIPELINE, "teacher.load": teacher, "distillation.on_policy": on_policy(1)}
+    words = [f"{name}={value}" for name, value in given.items()]
+    killed, other = launch([INJECT, "sampling", 2, 1, "kill", "--", "distill", config, *words], 2)
+    assert killed.code == -9 and other.code == 1
+    assert "ended in step 2 because another rank of the job has ended" in other.output
+    assert other.ended - killed.ended < 15
+
+
+SOURCE = """
+def halves(prompts):
+    return [row[:4] for row in prompts]"""
+
+
+def test_text_of_a_source_is_trained_on(workspace: Path, config: Path, teacher: Path, students: dict) -> None:
+    folder = workspace / "sources"
+    folder.mkdir()
+    (folder / "own_source.py").write_text(SOURCE)
+    found = {}
+    for name, ranks, layout in (("one", 1, {}), ("tensor", 2, TENSOR), ("pipeline", 2, PIPELINE)):
+        policy = on_policy(1, source="own_source:halves")
+        given = {**start(students, 2), **layout, "distillation.on_policy": policy, "megatron.train-iters": 2}
+        found[name], _ = run(config, folder / name, teacher, ranks, "source", str(folder), given=given)
+        assert found[name]["own text length"] == [4.0, 4.0]
+    for name in ("tensor", "pipeline"):
+        assert found[name]["own text kd loss"] == pytest.approx(found["one"]["own text kd loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"distillation.cache": "somewhere"}, "a cache has no records of the student's own text"),
+        ({"distillation.on_policy": on_policy(0.5, prompt_tokens=14)}, "prompt_tokens + new_tokens of at most"),
+        ({"distillation.on_policy": on_policy(0.5, source="nowhere:at_all")}, "module:function that can be imported"),
+        ({"distillation.on_policy": on_policy(1.5)}, "share: expected 0 to 1"),
+        ({"distillation.kd_weight": 0}, "expected kd_weight above 0 at every step"),
+        ({"megatron.context-parallel-size": 2}, "context-parallel-size 1"),
+        ({"megatron.mtp-num-layers": 1}, "no multi-token prediction"),
+    ],
+)
+def test_what_does_not_go_together_is_rejected(config: Path, teacher: Path, settings: dict, message: str) -> None:
+    given = {"distillation.on_policy": on_policy(0.5), **settings}
+    if "distillation.cache" not in settings:
+        given["teacher.load"] = teacher
+    words = [f"{name}={value}" for name, value in given.items()]
+    for rank in launch(["-m", "abkd_megatron", "distill", config, *words], 2):
+        assert rank.code == 2 and message in rank.output, rank.output[-3000:]
