@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from abkd_megatron.config.cache import CacheConfig, cache_problems
+from abkd_megatron.config.compare import CompareConfig, compare_problems
 from abkd_megatron.config.presets import DEFAULT, PRESETS, preset_values
 from abkd_megatron.config.rollouts import GenerateConfig, OnPolicy, rollout_problems
 from abkd_megatron.errors import ConfigError, brief, check_name
@@ -237,44 +238,6 @@ class TeacherConfig:
     """Megatron arguments in which the teacher differs from the student."""
 
 
-# Default comparison: {name: overrides}.
-_COMPARED = {
-    "CE only": ["distillation.kd_weight=0", "distillation.lm_weight=1"],
-    "forward KL": ["distillation.divergence=forward_kl"],
-    "reverse KL": ["distillation.divergence=reverse_kl"],
-    "Jensen-Shannon": ["distillation.divergence=jensen_shannon"],
-    "skew reverse KL": ["distillation.divergence=skew_reverse_kl"],
-    "alpha-beta 0.2, 0.7": ["distillation.divergence=alpha_beta", "distillation.alpha=0.2", "distillation.beta=0.7"],
-    "alpha-beta 0.5, 0.5": ["distillation.divergence=alpha_beta", "distillation.alpha=0.5", "distillation.beta=0.5"],
-    "alpha-beta 0.8, 0.3": ["distillation.divergence=alpha_beta", "distillation.alpha=0.8", "distillation.beta=0.3"],
-    "ToDi": ["distillation.divergence=todi"],
-}
-
-
-@dataclass(kw_only=True, slots=True)
-class CompareConfig:
-    """Settings of `compare`."""
-
-    out: str = "runs/compare"
-    """Directory of runs and results."""
-    losses: dict[str, list[str]] = field(default_factory=lambda: dict(_COMPARED))
-    """{name: overrides}, where the overrides are keys of `distillation` or `section.key`."""
-    seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
-    """Values of `megatron.seed`: initial weights and order of the text. One run per loss and seed; one `data.seed`."""
-    at_once: int = 1
-    """Number of concurrent runs."""
-    gradient_batches: int = 0
-    """Batches from which the variance of the gradient is measured at the start and the end of each run; 0 for none."""
-    rouge_prompts: int = 0
-    """Held-out prompts that each student continues, scored by ROUGE-L against the text; 0 for none."""
-    prompt_tokens: int = 32
-    """Tokens of each of these prompts."""
-    new_tokens: int = 64
-    """Tokens of a continuation, at most."""
-    launch: str | None = None
-    """Launcher of a run, such as `torchrun --standalone --nproc-per-node 8`; None for one process."""
-
-
 @dataclass(kw_only=True, slots=True)
 class Config:
     """A complete configuration."""
@@ -318,7 +281,7 @@ class Config:
         Args:
             job: see `check`.
         """
-        kd, data, compare, loss = self.distillation.expanded(), self.data, self.compare, self.teacher.expected_loss
+        kd, data, loss = self.distillation.expanded(), self.data, self.teacher.expected_loss
         names = {
             "device": ([self.device], DEVICES),
             "distillation.preset": ([str(kd.preset)], tuple(PRESETS)),
@@ -335,26 +298,19 @@ class Config:
                     yield error
         on_cpu = "auto, eager or cpp on device: cpu"
         least = f"{LEAST_VOCAB_SIZE} or more (256 are bytes)"
-        once, of_gradient = len(set(compare.seeds)) == len(compare.seeds), compare.gradient_batches
         rules = (
             ("teacher.expected-loss", loss is None or 0 < loss < math.inf, "a finite number above 0", loss),
             ("distillation.kernel", not (self.device == "cpu" and kd.kernel == "triton"), on_cpu, kd.kernel),
             ("data.vocab_size", data.vocab_size >= LEAST_VOCAB_SIZE, least, data.vocab_size),
             ("data.held_out", 0 < data.held_out < 0.5, "a fraction between 0 and 0.5", data.held_out),
             ("data.source", bool(data.source), "at least one source", data.source),
-            ("compare.seeds", bool(compare.seeds), "at least one", "none"),
-            ("compare.losses", bool(compare.losses), "at least one", "none"),
-            ("compare.seeds", once, "each seed once", compare.seeds),
-            ("compare.at_once", compare.at_once >= 1, "1 or more", compare.at_once),
-            ("compare.rouge_prompts", compare.rouge_prompts >= (job == "rouge"), "a number", compare.rouge_prompts),
-            ("compare.prompt_tokens", compare.prompt_tokens >= 1, "1 or more", compare.prompt_tokens),
-            ("compare.new_tokens", compare.new_tokens >= 1, "1 or more", compare.new_tokens),
-            ("compare.gradient_batches", of_gradient != 1 and of_gradient >= 0, "0, or 2 or more", of_gradient),
         )
         for key, holds, expected, got in rules:
             if not holds:
                 yield self._error(key, f"expected {expected}, got {brief(str(got))}")
         yield from self._problems_of_losses(job)
+        if kd.mix is not None and kd.on_policy is not None:
+            yield self._error("distillation.mix", "expected none with distillation.on_policy; remove one of them")
         if kd.mix is not None and loss is not None:
             yield self._error(
                 "teacher.expected-loss",
@@ -362,7 +318,7 @@ class Config:
             )
         if job == "rouge" and not self.megatron.get("load"):
             yield ConfigError("megatron.load: expected the student's checkpoint, got none; set megatron.load")
-        for key, text in (*cache_problems(self, job), *rollout_problems(self, job)):
+        for key, text in (*compare_problems(self, job), *cache_problems(self, job), *rollout_problems(self, job)):
             yield self._error(key, text)
         if job == "prepare" and not data.dir:
             yield ConfigError("data.dir: expected an output directory, got none; set data.dir")

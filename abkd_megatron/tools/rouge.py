@@ -9,9 +9,11 @@ from typing import Any
 
 from abkd_megatron.config.load import render
 from abkd_megatron.config.schema import SECTIONS, Config
+from abkd_megatron.config.yaml import flow
 from abkd_megatron.tools.compare_jobs import Job, check_checkpoint
 
 DRAWS = ("greedy", "sampled")
+_NUMBERS = ("rouge_prompts", "prompt_tokens", "new_tokens")
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,13 @@ def continuations(
     checkpoints = directory / "checkpoints"
     check_checkpoint(checkpoints, "compare.rouge_prompts")
     numbers = load(overrides).compare
-    here = directory / f"rouge-{numbers.rouge_prompts}-{numbers.prompt_tokens}-{numbers.new_tokens}"
+    here = directory / "-".join(["rouge", *(str(getattr(numbers, name)) for name in _NUMBERS)])
     config = load([*overrides, f"megatron.load={checkpoints}", "megatron.ckpt-step=null", f"compare.out={here}"])
     config.check("rouge")
-    text = render(config, SECTIONS, origins=False)
+    # Losses and seeds of the comparison, which may be extended, are not of this job.
+    own = {"out": str(here), **{name: getattr(numbers, name) for name in _NUMBERS}}
+    sections = [section for section in SECTIONS if section != "compare"]
+    text = f"{render(config, sections, origins=False)}compare: {flow(own)}\n"
     return Continuations(f"{name}, continuations", here, text, "rouge", of=of)
 
 

@@ -12,6 +12,7 @@ import pytest
 from launch import ROOT, run_job, scalars
 
 TODI = "ToDi: {divergence: todi, lm_weight: 0}"
+ROUGE = {"compare.rouge_prompts": 4, "compare.prompt_tokens": 8, "compare.new_tokens": 8}
 LOSSES = f"{{CE only: {{kd_weight: 0, lm_weight: 1}}, {TODI}}}"
 
 
@@ -46,7 +47,8 @@ def environment() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def compared(config: Path, teacher: Path, out: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
     """Interrupted once a run has saved something, and given again."""
-    first = subprocess.Popen(command(config, teacher, out), env=environment, stderr=subprocess.PIPE, text=True)
+    words = command(config, teacher, out, **ROUGE)
+    first = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
     while not any(out.glob("*/seed-2/checkpoints/latest_checkpointed_iteration.txt")):
         assert first.poll() is None and time.monotonic() < deadline, "ended, or saved nothing"
@@ -56,7 +58,7 @@ def compared(config: Path, teacher: Path, out: Path, environment: dict[str, str]
     assert first.returncode == 130, errors
     assert "Traceback" not in errors
     assert not list(out.glob("*/*/result.json")), "done before it could be interrupted"
-    return subprocess.run(command(config, teacher, out), env=environment, capture_output=True, text=True)
+    return subprocess.run(words, env=environment, capture_output=True, text=True)
 
 
 def test_it_goes_on_from_checkpoints_and_ends_with_a_table(compared, out: Path) -> None:
@@ -67,11 +69,14 @@ def test_it_goes_on_from_checkpoints_and_ends_with_a_table(compared, out: Path) 
     assert (out / "table.md").read_text() in compared.stdout
     results = json.loads((out / "results.json").read_text())
     assert [(run["loss"], run["seed"]) for run in results["runs"]] == [("CE only", 2), ("ToDi", 2)]
+    assert "| ROUGE-L |" in (out / "table.md").read_text()
     assert (out / "comparison.png").stat().st_size > 10_000
     assert results["recommendation"] in compared.stdout and results["recommendation"].startswith("Recommendation: none")
     for run in results["runs"]:
         assert run["tokens per step"] == 8 * 32 and run["seconds per step"] > 0
         assert sorted(map(int, run["validation"])) == [3, 6]
+        assert run["rouge"]["prompts"] == len(run["rouge"]["examples"]) == 4
+        assert 0 <= run["rouge"]["greedy"]["rougeL"] <= 1
         test = run["test"]
         assert test["teacher lm loss"] == results["runs"][0]["test"]["teacher lm loss"]
         for name in ("hardness concentration", "confidence concentration", "todi weight", "calibration error"):

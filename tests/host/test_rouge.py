@@ -14,14 +14,37 @@ LAYOUTS = {
     "PP 2": {"megatron.pipeline-model-parallel-size": 2},
     "DP 2": {},
 }
-NUMBERS = {"compare.rouge_prompts": 7, "compare.prompt_tokens": 10, "compare.new_tokens": 14, "megatron.eval-iters": 3}
+NUMBERS = {"compare.rouge_prompts": 7, "compare.prompt_tokens": 10, "compare.new_tokens": 22, "megatron.eval-iters": 3}
+
+
+WORDS = ("one two three four five six seven eight nine ten eleven twelve " * 40).split()
 
 
 @pytest.fixture(scope="module")
-def rouge(workspace: Path, config: Path, student: Path):
+def data(workspace: Path, config: Path) -> Path:
+    """Text that is easily learned: documents that count, from different numbers on."""
+    texts, path = workspace / "counting", workspace / "counting-data"
+    texts.mkdir()
+    for number in range(60):
+        (texts / f"{number}.txt").write_text(" ".join(WORDS[number % 12 :]))
+    run_job("prepare", config, {"data.source": f"[{texts}]", "data.dir": path, "data.vocab_size": 320})
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(workspace: Path, config: Path, data: Path) -> Path:
+    """A student that has learned it."""
+    path = workspace / "rouge/student"
+    settings = {"train-iters": 25, "save-interval": 25, "save": path, "log-interval": 20, "eval-iters": 1}
+    run_job("pretrain", config, {"data.dir": data, **{f"megatron.{name}": of for name, of in settings.items()}})
+    return path
+
+
+@pytest.fixture(scope="module")
+def rouge(workspace: Path, config: Path, trained: Path, data: Path):
     def rouge(name: str, num_ranks: int = 1, **settings: object) -> dict:
         out = workspace / "rouge" / name
-        given = {"megatron.load": student, "compare.out": out, **NUMBERS, **settings}
+        given = {"megatron.load": trained, "data.dir": data, "compare.out": out, **NUMBERS, **settings}
         run_job("rouge", config, given, num_ranks=num_ranks)
         return json.loads((out / "rouge.json").read_text())
 
@@ -52,6 +75,7 @@ def test_score_is_that_of_the_longest_common_subsequence(on_one_rank) -> None:
             common = longest_common(text, own)
             scores.append(2 * common / (len(text) + len(own)) if common else 0.0)
         assert on_one_rank[draw]["rougeL"] == pytest.approx(sum(scores) / 7)
+    assert 0.5 < on_one_rank["greedy"]["rougeL"] > on_one_rank["sampled"]["rougeL"], "it has learned to count"
     assert any(example["greedy"] != example["sampled"] for example in on_one_rank["examples"])
 
 

@@ -96,6 +96,7 @@ def test_the_shown_configuration_is_the_same(load, tmp_path):
         ("compare.seeds=[1, 1]", "compare.seeds: expected each seed once"),
         ("compare.seeds=[]", "compare.seeds: expected at least one"),
         ("compare.at_once=0", "compare.at_once: expected 1 or more"),
+        ("compare.new_tokens=0", "compare.new_tokens: expected 1 or more"),
         ("compare.gradient_batches=1", "compare.gradient_batches: expected 0, or 2 or more"),
         ("compare.gradient_batches=4", "compare.losses: CE only: compare.gradient_batches: .*global-batch-size"),
         ("compare.losses=todi", "expected a mapping of names"),
