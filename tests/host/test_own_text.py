@@ -199,7 +199,7 @@ def test_a_repeated_step_is_equal_to_the_bit(
 def test_a_rank_killed_while_it_samples_ends_the_job(config: Path, teacher: Path) -> None:
     given = {**PIPELINE, "teacher.load": teacher, "distillation.on_policy": on_policy(1)}
     words = [f"{name}={value}" for name, value in given.items()]
-    killed, other = launch([INJECT, "sampling", 2, 1, "kill", "--", "distill", config, *words], 2)
+    other, killed = launch([INJECT, "sampling", 2, 1, "SIGKILL", "--", "distill", config, *words], 2)
     assert killed.code == -9 and other.code == 1
     assert "ended in step 2 because another rank of the job has ended" in other.output
     assert other.ended - killed.ended < 15

@@ -45,7 +45,8 @@ CHECKPOINT, TEACHER, RUNNER = "teacher/checkpoint.py", "teacher/build.py", "teac
 MODEL, LOCAL_SPEC = "teacher/model.py", "local_hybrid_spec.py"
 HIDDEN, PROJECTORS, MIXING = "student/hidden.py", "student/projectors.py", "student/mixing.py"
 ADD, JOB, SCRIPT, BRIDGE = (f"hosts/{name}.py" for name in ("add_teacher", "megatron_lm", "script", "bridge"))
-MODE, SAMPLER = "rollouts/mode.py", "rollouts/sampler.py"
+MODE, SAMPLER, OWN_TEXT = (f"rollouts/{name}.py" for name in ("mode", "sampler", "own_text"))
+GENERATE = "hosts/generate_job.py"
 CACHE_JOB, BATCHES = "hosts/cache_job.py", "hosts/batches.py"
 MEGATRON_ARGS, UNSUPPORTED = "config/megatron_args.py", "config/unsupported.py"
 TEACHER_ARGS = "teacher/args.py"
@@ -219,6 +220,17 @@ CALLS = [
     Call("megatron.training.arguments:parse_args", TEACHER_ARGS),
     # Sampling.
     Call("megatron.core.inference.utils:InferenceMode.active", MODE),
+    Call(
+        "megatron.core.rerun_state_machine:RerunStateMachine.should_run_forward_backward",
+        OWN_TEXT,
+        ("self", "data_iterator"),
+    ),
+    Call("megatron.core.num_microbatches_calculator:get_num_microbatches", OWN_TEXT),
+    Call(
+        "megatron.training.checkpointing:load_checkpoint",
+        GENERATE,
+        ("ddp_model", "optimizer", "opt_param_scheduler"),
+    ),
     Call(
         "megatron.core.inference.contexts:StaticInferenceContext",
         SAMPLER,

@@ -61,7 +61,7 @@ def check_job(words: list[str]) -> None:
     overrides = [word for word in getattr(given, "overrides", []) if not PLACEHOLDER.match(word)]
     if path is not None:
         config = load_config(ROOT / path, overrides, OPTIONS, defaults)
-        if given.job in ("prepare", "pretrain", "cache", "distill", "compare"):
+        if given.job in ("prepare", "pretrain", "cache", "distill", "generate", "compare"):
             config.check(given.job)
 
 

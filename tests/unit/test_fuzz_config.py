@@ -15,11 +15,12 @@ from test_config import OPTIONS
 
 from abkd_megatron.config.cache import CacheConfig
 from abkd_megatron.config.load import load_config, render
+from abkd_megatron.config.rollouts import GenerateConfig
 from abkd_megatron.config.schema import CompareConfig, Config, DataConfig, DistillationConfig
 from abkd_megatron.errors import AbkdError, ConfigError
 
 EXAMPLE = (Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml").read_text()
-JOBS = ("prepare", "pretrain", "cache", "distill", "compare")
+JOBS = ("prepare", "pretrain", "cache", "distill", "generate", "compare")
 few = settings(max_examples=60, deadline=None, derandomize=True)
 
 
@@ -102,7 +103,13 @@ values = st.one_of(
     st.lists(terms, max_size=3),
     st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(odd_text, inner, max_size=3)),
 )
-fields_of = {"distillation": DistillationConfig, "data": DataConfig, "cache": CacheConfig, "compare": CompareConfig}
+fields_of = {
+    "distillation": DistillationConfig,
+    "data": DataConfig,
+    "cache": CacheConfig,
+    "generate": GenerateConfig,
+    "compare": CompareConfig,
+}
 shares = st.floats(0.01, 0.99) | st.floats(0.01, 0.99).map(lambda share: {"schedule": "constant", "value": share})
 ramps = st.builds(
     lambda first, last, start, more, by: {
