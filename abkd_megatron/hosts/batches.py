@@ -104,12 +104,12 @@ def get_batch(
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
     shape = (size, args.seq_length, record_bytes or 0)
-    batch[RECORDS] = _on_tp_ranks(records, shape, torch.uint8) if record_bytes is not None else None
+    batch[RECORDS] = on_tp_ranks(records, shape, torch.uint8) if record_bytes is not None else None
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
-    return {**batch, "dataset_id": _on_tp_ranks(sources, (size,), torch.int64) if with_sources else None}
+    return {**batch, "dataset_id": on_tp_ranks(sources, (size,), torch.int64) if with_sources else None}
 
 
-def _on_tp_ranks(read: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def on_tp_ranks(read: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Return what the first tensor-parallel rank has `read` (None: `UNKNOWN`) on the device of every one."""
     if read is not None:
         found = read.cuda(non_blocking=True).to(dtype)
