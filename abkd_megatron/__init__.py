@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from abkd_megatron.hosts.script import add_kd_arguments, distill
+    from abkd_megatron.hosts.script_cache import cached
     from abkd_megatron.losses.alpha_beta import AlphaBeta
     from abkd_megatron.losses.hidden import HiddenLoss
     from abkd_megatron.losses.objective import Objective, ScheduledObjective
@@ -40,6 +41,7 @@ _HOMES = {
     "add_projectors": "student.projectors",
     "attach": "student.attach",
     "build_teacher": "teacher.build",
+    "cached": "hosts.script_cache",
     "distill": "hosts.script",
     "vocab_parallel_divergence": "vocab_parallel.logits",
 }
@@ -62,6 +64,7 @@ __all__ = [
     "add_projectors",
     "attach",
     "build_teacher",
+    "cached",
     "distill",
     "vocab_parallel_divergence",
 ]

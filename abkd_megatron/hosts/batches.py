@@ -3,7 +3,7 @@
 import json
 import logging
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -130,9 +130,9 @@ def get_batch(
     )
     packed_seq_params = _packed_seq_params(batch) if packed else None
     shape = (size, args.seq_length, record_bytes or 0)
-    batch[RECORDS] = _on_tp_ranks(records, shape, torch.uint8) if record_bytes is not None else None
+    batch[RECORDS] = on_tp_ranks(records, shape, torch.uint8) if record_bytes is not None else None
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
-    batch["dataset_id"] = _on_tp_ranks(sources, (size,), torch.int64) if with_sources else None
+    batch["dataset_id"] = on_tp_ranks(sources, (size,), torch.int64) if with_sources else None
     return {**batch, "packed_seq_params": packed_seq_params}
 
 
@@ -146,7 +146,7 @@ def _packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams:
     )
 
 
-def _on_tp_ranks(read: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def on_tp_ranks(read: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Return what the first tensor-parallel rank has `read` (None: `UNKNOWN`) on the device of every one."""
     if read is not None:
         found = read.cuda(non_blocking=True).to(dtype)
@@ -170,16 +170,37 @@ def train_valid_test_datasets_provider(
 
     `held_out_seed` chooses the samples of validation and test, Megatron's seed those of training. None: Megatron's.
     """
-    args = get_args()
 
     def is_built_here() -> bool:
         reads = mask_here or packing is not None or is_first_or_last_pipeline_stage(vp_stage)
         return mpu.get_tensor_model_parallel_rank() == 0 and reads
 
+    return build_datasets(get_args(), get_tokenizer(), num_samples, is_built_here, held_out_seed, packing)
+
+
+def build_datasets(
+    args: Namespace,
+    tokenizer: Any,
+    num_samples: Sequence[int | None],
+    is_built_here: Callable[[], bool],
+    held_out_seed: int | None,
+    packing: Packing | None,
+) -> tuple:
+    """Build Megatron's GPT datasets for training, validation and test.
+
+    Args:
+        args: Megatron's validated arguments.
+        tokenizer: Megatron's.
+        num_samples: of each split; None for all.
+        is_built_here: whether this rank reads data.
+        held_out_seed: see `train_valid_test_datasets_provider`.
+        packing: of the rows.
+    """
     dataset = SFTDataset if packing is Packing.CONVERSATIONS else MockGPTDataset if args.mock_data else GPTDataset
 
     def build(seed: int) -> list:
-        return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, datasets_config(args, seed)).build()
+        config = datasets_config(args, tokenizer, seed)
+        return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, config).build()
 
     train, *held_out = build(args.seed)
     if held_out_seed is not None and held_out_seed != args.seed:
@@ -187,7 +208,7 @@ def train_valid_test_datasets_provider(
     return train, *held_out
 
 
-def datasets_config(args: Namespace, seed: int) -> GPTDatasetConfig:
+def datasets_config(args: Namespace, tokenizer: Any, seed: int) -> GPTDatasetConfig:
     """Make the configuration of Megatron's GPT datasets."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences = args.per_dataset_sequences_path
@@ -202,7 +223,7 @@ def datasets_config(args: Namespace, seed: int) -> GPTDatasetConfig:
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
-        tokenizer=get_tokenizer(),
+        tokenizer=tokenizer,
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,

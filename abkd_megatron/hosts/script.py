@@ -1,6 +1,6 @@
 """Distillation in a custom pretraining script, such as Megatron-LM's pretrain_gpt.py: an argument group and one call.
 
-Without `--kd-teacher-load` on the command line the script trains bit for bit as before.
+Without `--kd-teacher-load` or `--kd-cache` on the command line the script trains bit for bit as before.
 """
 
 import ast
@@ -25,7 +25,9 @@ from abkd_megatron.config.schema import TEACHER_KEYS, DistillationConfig
 from abkd_megatron.config.stages import check_stages
 from abkd_megatron.config.unsupported import SCRIPT, check_layout
 from abkd_megatron.errors import AbkdError, ConfigError, on_every_rank
+from abkd_megatron.hosts.add_cache import add_cache
 from abkd_megatron.hosts.add_teacher import add_teacher
+from abkd_megatron.hosts.script_cache import ReadsRecords
 from abkd_megatron.preflight.rules import FOLDER_CHECKS, Setup, run_checks
 from abkd_megatron.preflight.run_record import check_resumed_alone
 from abkd_megatron.preflight.student_checkpoint import only_writer
@@ -92,7 +94,9 @@ def add_kd_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 
 def distill[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_step: Step) -> Step | Callable[..., Any]:
-    """Turn a pretraining run into distillation, if the command line names a teacher.
+    """Turn a pretraining run into distillation, if the command line names a teacher or a cache.
+
+    A script that reads a cache also gives `pretrain` its datasets as `cached(provider)`.
 
     Call it between `parse_and_validate_args` and `pretrain`. The teacher is built and attached after Megatron has built
     the student. Its arguments are the student's on this process's command line, overridden by `--kd-teacher-args`.
@@ -118,11 +122,11 @@ def distill[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_s
     """
     given = {key: getattr(args, f"kd_{name}") for name, key in _settings().items() if hasattr(args, f"kd_{name}")}
     own: list[str] = getattr(args, "kd_teacher_args", [])
-    if "teacher.load" not in given:
+    if "teacher.load" not in given and "distillation.cache" not in given:
         if given or own:
             names = [name for name in vars(args) if name.startswith("kd_")]
             raise ConfigError(
-                "expected --kd-teacher-load with the teacher's checkpoint, got only "
+                "expected --kd-teacher-load with the teacher's checkpoint, or --kd-cache with its records, got only "
                 f"{', '.join(_option(name) for name in names)}; add it, or remove them to train without a teacher"
             )
         if (alone := check_resumed_alone(args)) is not None:
@@ -171,6 +175,10 @@ def distill[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_s
         args.vocab_size = get_tokenizer().vocab_size
         # A script may set these in args_defaults; they are the same for both models.
         chosen = {"tokenizer-type": args.tokenizer_type, "tokenizer-model": args.tokenizer_model}
+        if config.distillation.cache is not None:
+            step = ReadsRecords(forward_step)
+            step.distilled = add_cache(config, args, model_cfg, step)
+            return step.distilled
         return add_teacher(config, chosen | from_argv(sys.argv[1:], options), args, model_cfg, forward_step)
 
 

@@ -58,6 +58,8 @@ class Kernel:
     """Accepts an index of rows, `rows` and `teacher_rows`, so that a selection need not be copied."""
     merge: ModuleType | None = None
     """Module with `can_merge`, `conclude` and `finish`, which merge the records of all ranks; None for `stats`."""
+    records: ModuleType | None = None
+    """Module with `rest_record` and `write_columns`, for teacher records; None for PyTorch's operations."""
 
     def chunks(self, num_tokens: int, num_columns: int, device: torch.device, copied: bool = False) -> list[slice]:
         """Return the rows of each chunk.
@@ -96,7 +98,7 @@ def get(name: str) -> Kernel:
 
         return kernel(triton, everything, strided=True, indexed=True, merge=triton_merge)
     if name == "cpp":
-        return kernel(cpp, everything, strided=True)
+        return kernel(cpp, everything, strided=True, records=cpp)
     return kernel(eager, None)
 
 

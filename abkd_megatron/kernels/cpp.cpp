@@ -12,6 +12,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 // ---------------------------------------------------------------- arguments; the layout must match cpp.py
 
@@ -699,6 +700,51 @@ void record_row(
         for (int i : {KL, NEGATIVE_P, NEGATIVE_Q}) put(sum(models[i]));
 }
 
+// The record of a student compared with itself, without what repeats, in the columns but the kept ones. The kept logits
+// go to `of_kept`; 0 for those of other ranks. `rest` has room for a row.
+template <class S>
+void rest_row(
+    double* out, double* of_kept, int64_t n, const S* s, int64_t columns, int64_t first_column, int64_t label,
+    const int64_t* kept, int64_t num_kept, float* rest, float inverse_temperature
+) {
+    int64_t c = 0;
+    for (; c + LANES <= columns; c += LANES) store(rest + c, load(s + c));
+    for (; c < columns; ++c) rest[c] = to_float(s[c]);
+    for (int64_t i = 0; i < num_kept; ++i) {
+        const bool here = kept[i] >= 0 && kept[i] < columns;
+        of_kept[i * n] = here ? to_float(s[kept[i]]) : 0.0;
+        if (here) rest[kept[i]] = -INF;
+    }
+    const float max = maximum(rest, columns), base = max == -INF ? 0.0f : max;
+    const bool at_t = inverse_temperature != 1.0f;
+    Lanes sums[3] = {};
+    for (c = 0; c < columns; c += TILE) {
+        const int64_t count = std::min<int64_t>(columns - c, TILE);
+        F of_tile[3] = {};
+        for (int64_t v = 0; v < count; v += LANES) {
+            const F y = load(rest + c + v, count - v, -INF) - base, q = exp_any(y);
+            of_tile[0] += q;
+            of_tile[1] += weigh(q, y);
+            if (at_t) of_tile[2] += exp_any(y * inverse_temperature);
+        }
+        for (int i = 0; i < 3; ++i) add_to(sums[i], of_tile[i], LANES);
+    }
+    double total[3] = {};
+    for (int i = 0; i < 3; ++i)
+        for (int lane = 0; lane < LANES; ++lane) total[i] += sums[i][lane];
+    auto put = [&](double number) {
+        *out = number;
+        out += n;
+    };
+    put(total[0] != total[0] && max != INF ? std::numeric_limits<double>::quiet_NaN() : max);
+    put(at_t ? total[2] : total[0]);
+    const int64_t column = label - first_column;
+    put(column >= 0 && column < columns ? rest[column] : -INF);
+    put(double(find(rest, columns, max) + first_column));
+    if (at_t) put(total[0]);
+    put(total[1]);
+}
+
 // y, x and r from the row's raw differences to its bases.
 INLINE void shift(F& y, F& x, F& r, const Scalars& row, const Settings& k) {
     r = x - y;
@@ -850,6 +896,49 @@ extern "C" void abkd_record(
                 );
         }
     });
+}
+
+// `record` is [fields, n] and `of_kept` [num_kept, n], rows `stride` apart; `kept` is [n, num_kept].
+extern "C" void abkd_rest(
+    double* record, double* of_kept, int64_t stride, Logits student, const int64_t* labels, const int64_t* kept,
+    int64_t num_kept, int64_t n, int64_t columns, int64_t first_column, float inverse_temperature, int32_t threads
+) {
+    auto with = [&](auto* s) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+            std::vector<float> rest(columns);
+#pragma omp for
+            for (int64_t row = 0; row < n; ++row)
+                rest_row(
+                    record + row, of_kept + row, stride, s + row * student.row_stride, columns, first_column,
+                    labels[row], kept + row * num_kept, num_kept, rest.data(), inverse_temperature
+                );
+        }
+    };
+    student.is_bf16 ? with(static_cast<const bf16*>(student.first)) : with(static_cast<const float*>(student.first));
+}
+
+// Writes `values` [number, n] to those of `at` [n, number] that are columns; of several of one column the first.
+extern "C" void abkd_write_columns(
+    void* out, int64_t out_stride, int32_t is_bf16, const int64_t* at, const float* values, int64_t number, int64_t n,
+    int64_t columns
+) {
+    auto with = [&](auto* rows) {
+        using S = std::remove_pointer_t<decltype(rows)>;
+        for (int64_t row = 0; row < n; ++row)
+            for (int64_t i = number - 1; i >= 0; --i) {
+                const int64_t column = at[row * number + i];
+                if (column < 0 || column >= columns) continue;
+                if constexpr (std::is_same_v<S, float>)
+                    rows[row * out_stride + column] = values[i * n + row];
+                else {
+                    bf16 rounded[LANES];
+                    store(rounded, splat(values[i * n + row]));
+                    rows[row * out_stride + column] = rounded[0];
+                }
+            }
+    };
+    is_bf16 ? with(static_cast<bf16*>(out)) : with(static_cast<float*>(out));
 }
 
 // `values` and `slopes` are [n] or null; `scalars` is [4, n], contiguous, as in eager.local_second_record.

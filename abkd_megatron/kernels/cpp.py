@@ -364,3 +364,57 @@ def local_gradient(
         *(_pointer(numbers) for numbers in held[1:]),
         ctypes.byref(settings),
     )
+
+
+def rest_record(
+    record: Tensor,
+    of_kept: Tensor,
+    student: Tensor,
+    labels: Tensor,
+    kept: Tensor,
+    first_column: int,
+    temperature: float,
+) -> None:
+    """Compute the record of the rest of a student's columns, and copy the kept logits; any row stride.
+
+    Args:
+        record: [fields, n] fp64, receives the fields of a `Layout` with labels, of a student that is compared with
+            itself: its own, and sum q log q at T = 1.
+        of_kept: [K, n] fp64 with the row stride of `record`, receives the kept logits; 0 for those of other ranks.
+        student: [n, C] fp32 or bf16.
+        labels: [n] int64.
+        kept: [n, K] int64, columns; those that are out of range are on other ranks.
+        first_column: id of the first column.
+        temperature: T.
+
+    Raises:
+        HostError: as `local_record`.
+    """
+    num_rows, num_columns = student.shape
+    assert record.stride() == of_kept.stride() and record.stride(-1) == 1
+    labels, kept = labels.contiguous(), kept.contiguous()
+    _library().abkd_rest(
+        *(_pointer(numbers) for numbers in (record, of_kept)),
+        ctypes.c_int64(record.stride(0)),
+        _Logits.of(student),
+        *(_pointer(numbers) for numbers in (labels, kept)),
+        *(ctypes.c_int64(number) for number in (kept.shape[-1], num_rows, num_columns, first_column)),
+        ctypes.c_float(1.0 / temperature),
+        ctypes.c_int32(torch.get_num_threads()),
+    )
+
+
+def write_columns(out: Tensor, at: Tensor, values: Tensor) -> None:
+    """Write `values` [m, n] to those of the columns `at` [n, m] int64 that `out` [n, C], fp32 or bf16, has.
+
+    Of several values for one column the first is written.
+    """
+    num_rows, num_columns = out.shape
+    at, values = at.contiguous(), values.float().contiguous()
+    _library().abkd_write_columns(
+        _pointer(out),
+        ctypes.c_int64(out.stride(0)),
+        ctypes.c_int32(out.dtype == torch.bfloat16),
+        *(_pointer(numbers) for numbers in (at, values)),
+        *(ctypes.c_int64(number) for number in (at.shape[-1], num_rows, num_columns)),
+    )

@@ -73,6 +73,11 @@ class AlphaBeta(Divergence):
         at_zero, at_alpha = _exponent(0.0, log_p, lam, log_q), _exponent(a, log_p, b, log_q)
         return _difference(at_zero.exp(), at_alpha, a, log_ratio).neg_()
 
+    def value_and_grad(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """Return F and h."""
+        _, slope, value = self.partial_sums(log_p, log_q, log_ratio)
+        return value, slope
+
     def partial_sums(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> tuple[Tensor, ...]:
         """Return (q^lam, h, F)."""
         a, b, lam = self._coefficients(log_ratio.dtype)

@@ -42,6 +42,10 @@ class Divergence(LossTerm, ABC):
     def grad_log_q(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         """Return h = dF/dlog q at constant log p, elementwise."""
 
+    def value_and_grad(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """Return F and h, elementwise; a subclass may compute them together."""
+        return self.value(log_p, log_q, log_ratio), self.grad_log_q(log_p, log_q, log_ratio)
+
     def partial_sums(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> tuple[Tensor, ...]:
         """Return the elementwise terms whose sums over the vocabulary determine D, and possibly H.
 

@@ -44,7 +44,9 @@ class CachedTeacher:
     """``error``: every token has a record. ``lm``: tokens without one train on the cross entropy only."""
     packed: Tensor | None = None
     """[b, s, bytes per token + 1] uint8 of the next micro-batch (`RECORDS` of its samples, this rank's tokens), on the
-    device of the model. Set it before the model runs on the last pipeline stage; its forward takes it."""
+    device of the model. Set it, or `read`, before the model runs on the last pipeline stage; its forward takes it."""
+    read: Callable[[], Tensor] | None = None
+    """Returns `packed`."""
 
     def take(self) -> CachedBatch:
         """Return the records of the next micro-batch.
@@ -52,7 +54,8 @@ class CachedTeacher:
         Raises:
             ConfigError: there are none.
         """
-        packed, self.packed = self.packed, None
+        packed = self.packed if self.read is None else self.read()
+        self.packed = self.read = None
         if packed is None:
             raise ConfigError(
                 "expected the teacher's records of this micro-batch on the last pipeline stage, got none; use "

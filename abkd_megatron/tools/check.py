@@ -30,6 +30,7 @@ from abkd_megatron.teacher.args import open_teacher, teacher_arguments
 from abkd_megatron.teacher.inherited import teacher_settings
 from abkd_megatron.teacher.layout import RankCoords, TeacherLayout
 from abkd_megatron.tools import dry_run
+from abkd_megatron.tools.cache_hits import count_hits
 from abkd_megatron.tools.tables import show
 
 _STYLES = {"ok": "green", "warning": "yellow", "not here": "yellow", "rejected": "bold red"}
@@ -96,6 +97,7 @@ class _Report:
         self._distills = bool(config.teacher.load or config.distillation.cache)
         self._setup = Setup(config=config, job="distill" if self._distills else "pretrain", dry_run=True)
         self._settings_are_good = True
+        self._data_is_here = True
         self._connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
 
     def add(self, what: str, found: str, verdict: Verdict = Verdict.OK) -> None:
@@ -132,6 +134,7 @@ class _Report:
         if directory is None:
             self._megatron_data()
         elif not Path(directory).expanduser().exists():
+            self._data_is_here = False
             self.add("data", f"prepared data in {directory}: run `prepare`", Verdict.ABSENT)
         else:
             manifest = PreparedData.open(directory).manifest
@@ -154,6 +157,7 @@ class _Report:
         ends = ("",) if given.get("sft") else (".bin", ".idx")
         missing = [prefix for prefix in prefixes if not all(Path(prefix + end).is_file() for end in ends)]
         if missing:
+            self._data_is_here = False
             self.add("data", f"{', '.join(missing)}{': .bin and .idx' * (len(ends) > 1)}", Verdict.ABSENT)
         else:
             kind = "files of conversations" if given.get("sft") else "Megatron indexed datasets"
@@ -179,21 +183,41 @@ class _Report:
                 else:
                     with self.at("teacher's checkpoint"):
                         setup.checkpoint = open_teacher(config, megatron)
+            reader = None
             if config.distillation.cache is not None:
-                self._cache(Path(config.distillation.cache).expanduser())
+                reader = self._cache(Path(config.distillation.cache).expanduser())
+            rejected = len(self._rejected)
             for rule in EARLY_CHECKS:
                 with self.at(rule.name):
                     if (finding := rule.run(setup)) is not None:
                         self.add(rule.name, finding.text, finding.verdict)
+            if reader is not None and len(self._rejected) == rejected:
+                with self.at("samples in the cache"):
+                    self._hits(reader)
 
-    def _cache(self, directory: Path) -> None:
+    @property
+    def _rejected(self) -> list[Row]:
+        return [row for row in self.rows if row.verdict is Verdict.REJECTED]
+
+    def _cache(self, directory: Path) -> CacheReader | None:
         if not directory.exists():
             self.add("records", f"{directory}: run `cache`", Verdict.ABSENT)
-            return
+            return None
+        reader = None
         with self.at("records"):
             reader = CacheReader(directory)
             self._setup.cache = reader.identity
             self.add("records", f"of {len(reader)} samples in {directory}")
+        return reader
+
+    def _hits(self, reader: CacheReader) -> None:
+        """Count the samples of the job that have records, if its data is on this machine."""
+        student, config = self._setup.student, self.config
+        if student is None or self._setup.vocab_size is None or not self._data_is_here:
+            return
+        missing = Verdict.REJECTED if config.distillation.on_miss == "error" else Verdict.WARNING
+        for hits in count_hits(student, reader, config.data.seed):
+            self.add("samples in the cache", hits.text, Verdict.OK if hits.found == hits.tried else missing)
 
     def _models(self, megatron: Mapping[str, Any], options: Mapping[str, Action]) -> None:
         config, setup = self.config, self._setup

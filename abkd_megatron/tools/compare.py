@@ -162,12 +162,13 @@ def plan(config: Config, load: Callable[[Sequence[str]], Config]) -> list[Run]:
                 f"megatron.seed={seed}",
                 f"megatron.save={directory / 'checkpoints'}",
                 f"megatron.tensorboard-dir={directory / 'tensorboard'}",
-                "distillation.diagnostics=true",
             ]
             if config.data.seed is None:
                 own.append(f"data.seed={DATA_SEED}")
             try:
                 of_run = load([*settings, *own])
+                if of_run.distillation.cache is None:  # a cache has no logits to diagnose
+                    of_run = load([*settings, *own, "distillation.diagnostics=true"])
                 of_run.check("distill")
                 gradient_variance.check(of_run)
             except ConfigError as error:

@@ -9,11 +9,14 @@ from typing import Any
 from abkd_megatron.errors import HostError
 from abkd_megatron.tools.events import Run
 from abkd_megatron.vocab_parallel.diagnostics import calibration_error
+from abkd_megatron.vocab_parallel.record_passes import BUCKETED_KL
 
-# Columns of the table: (title, name in the report, format).
+# Columns of the table: (title, name in the report, format). Those that a run has no number of are left out, as with a
+# teacher cache.
 _COLUMNS = (
     ("cross entropy", "lm loss", "{:.3f}"),
     ("KL(teacher, student)", "kl to teacher", "{:.3f}"),
+    ("bucketed KL(teacher, student)", BUCKETED_KL, "{:.3f}"),
     ("KL(student, teacher)", "reverse kl to teacher", "{:.3f}"),
     ("top-1 agreement", "top-1 agreement", "{:.3f}"),
     ("calibration error", "calibration error", "{:.4f}"),
@@ -23,6 +26,7 @@ _COLUMNS = (
 _CURVES = (
     ("lm loss", "Cross entropy, nats per token"),
     ("kl to teacher", "KL(teacher, student), nats per token"),
+    (BUCKETED_KL, "Bucketed KL(teacher, student), nats per token"),
     ("hardness concentration", "Hardness concentration"),
     ("confidence concentration", "Confidence concentration"),
     ("todi weight", "ToDi weight, mean over the vocabulary"),
@@ -76,6 +80,8 @@ def _by_step(curves: Mapping[str, Mapping[int, float]]) -> dict[int, dict[str, f
 
 def _with_calibration(report: dict[str, float]) -> dict[str, float]:
     kept = {name: value for name, value in report.items() if not name.startswith("calibration gap")}
+    if len(kept) == len(report):
+        return kept
     return {**kept, "calibration error": calibration_error(report)}
 
 
@@ -169,7 +175,7 @@ def summarize(results: Sequence[Mapping[str, Any]], losses: Sequence[str]) -> di
     # Subtracting the mean over the losses also removes a part of each loss's own spread (Morey, 2008).
     correction = (len(by_loss) / (len(by_loss) - 1)) ** 0.5 if complete else 0.0
     summary: dict[str, dict[str, Any]] = {loss: {"seeds": len(tests)} for loss, tests in by_loss.items()}
-    for title, name, _ in _COLUMNS:
+    for title, name, _ in _columns(results):
         common = _common(by_loss, name) if complete else {}
         for loss, tests in by_loss.items():
             values = [test[name] for test in tests.values()]
@@ -192,6 +198,10 @@ def summarize(results: Sequence[Mapping[str, Any]], losses: Sequence[str]) -> di
     return summary
 
 
+def _columns(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    return [column for column in _COLUMNS if all(column[1] in result["test"] for result in results)]
+
+
 def _common(by_loss: Mapping[str, Mapping[int, Mapping[str, float]]], name: str) -> dict[int, float]:
     """Return the mean over the losses, by seed."""
     seeds = next(iter(by_loss.values()))
@@ -209,11 +219,12 @@ def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
         return form.format(entry["mean"]) + (f" ± {form.format(spread)}" if spread is not None else "")
 
     timed = all("seconds per step" in entry for entry in _losses(summary).values())
-    titles = [title for title, _, _ in _COLUMNS]
+    columns = [column for column in _COLUMNS if all(column[0] in entry for entry in _losses(summary).values())]
+    titles = [title for title, _, _ in columns]
     heads = ["loss", titles[0], "above the best", *titles[1:], *(["seconds per step"] if timed else [])]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for loss, entry in summary.items():
-        first, *others = (cell(entry.get(title), form) for title, _, form in _COLUMNS)
+        first, *others = (cell(entry.get(title), form) for title, _, form in columns)
         pace = [f"{entry['seconds per step']:.3f}" if "seconds per step" in entry else ""] if timed else []
         lines.append("| " + " | ".join([loss, first, _shown(entry.get("above the best")), *others, *pace]) + " |")
     counts = sorted({entry["seeds"] for entry in _losses(summary).values()})
@@ -256,17 +267,22 @@ def draw(results: Sequence[Mapping[str, Any]], losses: Sequence[str], path: Path
     losses = [loss for loss in losses if any(result["loss"] == loss for result in results)]
     palette = pyplot.get_cmap("tab20" if len(losses) > 10 else "tab10")
     colors = {loss: palette(index % palette.N) for index, loss in enumerate(losses)}
-    width = len(_COLUMNS) + 2
+    columns = _columns(results)
+    validated = [values for result in results for values in result["validation"].values()]
+    curves_shown = [curve for curve in _CURVES if all(curve[0] in values for values in validated)]
+    shown = [(*curve, "step") for curve in curves_shown]
+    shown += [(*_CURVES[0], unit) for unit in ("tokens", "seconds")]
+    width = max(len(columns) + 1, len(shown))
     figure, axes = pyplot.subplots(2, width, figsize=(4.2 * width, 9), layout="constrained")
     by_loss = {
         loss: {result["seed"]: result["test"] for result in results if result["loss"] == loss} for loss in losses
     }
     complete = len({frozenset(tests) for tests in by_loss.values()}) == 1
     summary = summarize(results, losses)
-    for axis in axes[0][len(_COLUMNS) + 1 :]:
+    for axis in (*axes[0][len(columns) + 1 :], *axes[1][len(shown) :]):
         axis.axis("off")
-    _draw_differences(axes[0][len(_COLUMNS)], summary, losses, colors)
-    for axis, (title, name, _) in zip(axes[0], _COLUMNS, strict=False):
+    _draw_differences(axes[0][len(columns)], summary, losses, colors)
+    for axis, (title, name, _) in zip(axes[0], columns, strict=False):
         common = _common(by_loss, name) if complete else {}
         overall = statistics.fmean(common.values()) if complete else 0.0
         for row, (loss, tests) in enumerate(by_loss.items()):
@@ -277,9 +293,7 @@ def draw(results: Sequence[Mapping[str, Any]], losses: Sequence[str], path: Path
         axis.set_yticks(range(len(losses)), losses if axis is axes[0][0] else [""] * len(losses))
         axis.invert_yaxis()
         axis.grid(axis="x", alpha=0.3)
-    shown = [(*curve, "step") for curve in _CURVES]
-    shown += [(*_CURVES[0], unit) for unit in ("tokens", "seconds")]
-    for axis, (name, title, unit) in zip(axes[1], shown, strict=True):
+    for axis, (name, title, unit) in zip(axes[1], shown, strict=False):
         for loss in losses:
             of_loss = [result for result in results if result["loss"] == loss]
             scales: list[Any] = [result.get(f"{unit} per step") if unit != "step" else 1 for result in of_loss]
@@ -292,7 +306,7 @@ def draw(results: Sequence[Mapping[str, Any]], losses: Sequence[str], path: Path
             axis.plot([step * scale for step in steps], means, ".-", color=colors[loss], label=loss)
         axis.set(title=title, xlabel=unit)
         axis.grid(alpha=0.3)
-    axes[1][-1].legend(fontsize="small")
+    axes[1][len(shown) - 1].legend(fontsize="small")
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 

@@ -31,6 +31,7 @@ from abkd_megatron.hosts.cache_job import record_layout
 from abkd_megatron.teacher.layout import TeacherLayout
 from abkd_megatron.tools.cache_estimate import CacheEstimate
 from abkd_megatron.tools.dry_run import megatron_arguments
+from abkd_megatron.tools.meta_cache import layout_read
 from abkd_megatron.tools.meta_run import Account, measure, places_of
 from abkd_megatron.tools.model_size import Flops, flops, parameters
 
@@ -71,7 +72,8 @@ class Estimate:
     layout: str
     student: str
     """Class and layer pattern."""
-    teacher: str
+    teacher: str | None
+    """None for a cache."""
     parameters: int
     teacher_parameters: int
     gpu_memory: float
@@ -101,7 +103,7 @@ def estimate(
     """Estimate a `distill` job in child processes, without reading checkpoints or data.
 
     Args:
-        config: with a teacher.
+        config: with a teacher, or a cache, which need not exist: then it has the form that the section `cache` gives.
         world_size: ranks of the job; None as for `megatron_arguments`.
         gpu_memory: GiB per GPU; the fused head sizes its chunks by the free part.
         alternatives: whether to estimate other layouts on the same number of ranks; takes minutes.
@@ -112,8 +114,11 @@ def estimate(
         HostError: the simulation failed.
     """
     student, teacher = megatron_arguments(config, world_size)
-    if teacher is None:
-        raise ConfigError("expected a teacher, got none; set teacher.load and the `teacher:` arguments")
+    reads = config.distillation.cache is not None
+    if teacher is None and not reads:
+        raise ConfigError(
+            "expected a teacher, got none; set teacher.load and the `teacher:` arguments, or distillation.cache"
+        )
     _check(config, student, teacher)
     with _Pool() as pool:
         measured = _Measured.of(pool, config, student, teacher, gpu_memory)
@@ -128,15 +133,16 @@ def estimate(
     counted = flops(student, teacher, (tokens.n or 1) if tokens is not None else 1)
     cache = None
     if config.distillation.shared_vocab is None:
-        cache = CacheEstimate.of(student, record_layout(config, student.vocab_size), counted)
+        layout = layout_read(config, student.vocab_size) if reads else record_layout(config, student.vocab_size)
+        cache = CacheEstimate.of(student, layout, counted)
     return Estimate(
         device=config.device,
         world_size=student.world_size,
-        layout=_layout(student) + f"; teacher {_layout(teacher)}",
+        layout=_layout(student) + (f"; teacher {_layout(teacher)}" if teacher is not None else ""),
         student=model_name(student.hybrid_layer_pattern),
-        teacher=model_name(teacher.hybrid_layer_pattern),
+        teacher=model_name(teacher.hybrid_layer_pattern) if teacher is not None else None,
         parameters=parameters(student, student.padded_vocab_size),
-        teacher_parameters=parameters(teacher, student.padded_vocab_size),
+        teacher_parameters=parameters(teacher, student.padded_vocab_size) if teacher is not None else 0,
         gpu_memory=gpu_memory,
         ranks=tuple(ranks),
         flops=counted,
@@ -173,10 +179,12 @@ def _layout(args: Namespace) -> str:
     )
 
 
-def _check(config: Config, student: Namespace, teacher: Namespace) -> None:
+def _check(config: Config, student: Namespace, teacher: Namespace | None) -> None:
     if config.distillation.hidden_losses:
         raise ConfigError("hidden losses cannot be estimated: their ranks communicate; leave them out here")
     for who, args in (("student", student), ("teacher", teacher)):
+        if args is None:
+            continue
         check_features(args, who, ESTIMATE)
         if latent := sorted(set(args.hybrid_layer_pattern or "") & set("+D")):
             raise ConfigError(
@@ -188,7 +196,7 @@ def _check(config: Config, student: Namespace, teacher: Namespace) -> None:
 # ---- memory
 
 
-def kinds_of_ranks(student: Namespace, teacher: Namespace) -> dict[str, int]:
+def kinds_of_ranks(student: Namespace, teacher: Namespace | None) -> dict[str, int]:
     """Return one rank per kind: {description: rank}.
 
     The kinds are the student's first stage, the middle ones (represented by the second, the fullest) and the last,
@@ -196,8 +204,9 @@ def kinds_of_ranks(student: Namespace, teacher: Namespace) -> dict[str, int]:
 
     Args:
         student: Megatron's validated arguments.
-        teacher: the same.
+        teacher: the same; None for a cache.
     """
+    teacher = teacher or student
     stages = student.pipeline_model_parallel_size
     sizes = teacher.tensor_model_parallel_size, teacher.pipeline_model_parallel_size
     uneven = (
@@ -252,8 +261,11 @@ class _Measured:
     """Replicas of the teacher per sharing group; 0 if its layout is the student's."""
 
     @classmethod
-    def of(cls, pool: _Pool, config: Config, student: Namespace, teacher: Namespace, memory: float) -> "_Measured":
+    def of(
+        cls, pool: _Pool, config: Config, student: Namespace, teacher: Namespace | None, memory: float
+    ) -> "_Measured":
         """Create it from Megatron's arguments."""
+        teacher = teacher or student
         sizes = teacher.tensor_model_parallel_size, teacher.pipeline_model_parallel_size
         layout = TeacherLayout(places_of(student), 0, *sizes, has_experts=bool(teacher.num_experts))
         return cls(pool, config, student, memory, 0 if layout.matches_student else layout.num_replicas)
@@ -334,7 +346,6 @@ def _alternatives(
             other = _with_layout(config, *shape, size)
             try:
                 args, teacher = megatron_arguments(other, student.world_size)
-                assert teacher is not None
                 ranks = list(kinds_of_ranks(args, teacher).values())
             except AbkdError as error:
                 given_up[shape] = f"rejected: {error}"

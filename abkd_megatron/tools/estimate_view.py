@@ -33,7 +33,11 @@ def show(estimate: Estimate, out: Path | None = None) -> None:
     console.print(
         f"{estimate.world_size} ranks, {estimate.layout}\n"
         f"student: {estimate.student}, {_of_many(estimate.parameters)} parameters with vocabulary padding\n"
-        f"teacher: {estimate.teacher}, {_of_many(estimate.teacher_parameters)}",
+        + (
+            "teacher: a cache"
+            if estimate.teacher is None
+            else f"teacher: {estimate.teacher}, {_of_many(estimate.teacher_parameters)}"
+        ),
         highlight=False,
     )
     console.print(_memory(estimate, *unit))
@@ -111,20 +115,24 @@ def _flops(estimate: Estimate) -> Table:
             table.add_row(name.replace("_", " "), f"{value / unit:.3f}", f"{value / flops.total:.1%}")
     table.add_section()
     table.add_row("total", f"{flops.total / unit:.3f}", "")
-    table.add_row("teacher's share", "", f"{flops.teacher_share:.1%}")
+    if flops.teacher_share:
+        table.add_row("teacher's share", "", f"{flops.teacher_share:.1%}")
     return table
 
 
 def _cache(cache: CacheEstimate, device: str) -> str:
-    rate = cache.read_per_gpu() / 1e6
-    savings = ", ".join(f"{cache.saving(runs):.1f} for {runs}" for runs in (2, 5, 20))
-    return (
+    text = (
         f"Teacher cache: {cache.layout.bytes_per_token} bytes per token (K {cache.layout.top_k}), "
-        f"{cache.num_bytes / GIB:.1f} GiB for the run's {_of_many(cache.tokens)} tokens. Writing it takes "
-        f"{cache.flops.teacher_share:.0%} of the FLOPs of a run with a live teacher, so it saves some from the second "
-        f"run on: live over cached is {savings} runs."
-        + (f" At {ASSUMED / 1e12:.0f} TFLOP/s a GPU reads {rate:.1f} MB/s." if device == "cuda" else "")
+        f"{cache.num_bytes / GIB:.1f} GiB for the run's {_of_many(cache.tokens)} tokens."
     )
+    if cache.flops.teacher_share:
+        savings = ", ".join(f"{cache.saving(runs):.1f} for {runs}" for runs in (2, 5, 20))
+        text += (
+            f" Writing it takes {cache.flops.teacher_share:.0%} of the FLOPs of a run with a live teacher, so it saves "
+            f"some from the second run on: live over cached is {savings} runs."
+        )
+    rate = cache.read_per_gpu() / 1e6
+    return text + (f" At {ASSUMED / 1e12:.0f} TFLOP/s a GPU reads {rate:.1f} MB/s." if device == "cuda" else "")
 
 
 def _alternatives(estimate: Estimate, unit: int, name: str) -> Table:

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -42,12 +43,13 @@ from abkd_megatron.config.pattern import PATTERN_OPTIONS
 from abkd_megatron.config.schema import PREFLIGHT, Config, Value
 from abkd_megatron.hosts import add_teacher, megatron_lm
 from abkd_megatron.losses import AlphaBeta, Divergence, ToDi
-from abkd_megatron.student import head, plan, step
+from abkd_megatron.student import cached, head, plan, step
 from abkd_megatron.student.attach import Attachment
 from abkd_megatron.teacher import runner
+from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.layout import RankCoords
-from abkd_megatron.tools import meta_layers
+from abkd_megatron.tools import meta_cache, meta_layers
 from abkd_megatron.tools.memory_tracker import (
     ACTIVATIONS,
     GRADIENTS,
@@ -175,7 +177,7 @@ class _Watch:
                 return self._step(forward_step, data_iterator, model, optimizer, *args, **kwargs)
         ledger, attachment = self._ledger, forward_step.attachment
         student = [parameter for chunk in model for parameter in chunk.parameters()]
-        teacher = list(attachment.teacher.parameters())
+        teacher = list(attachment.teacher.parameters()) if isinstance(attachment.teacher, Teacher) else []
         ledger.assign_rest(OPTIMIZER, kept=())
         ledger.assign((it.main_grad for it in student if hasattr(it, "main_grad")), GRADIENTS)
         ledger.assign((it.grad for it in student if it.grad is not None), GRADIENTS)
@@ -215,12 +217,14 @@ def _replacements(
     yield runner.TeacherRunner, "run", teacher_pass
     attaching = sys.modules[Attachment.__module__]  # a function hides the module's name
     yield attaching, "compute_loss", within(HEADS, head.compute_loss)
+    yield attaching, "compute_cached_loss", within(HEADS, cached.compute_cached_loss)
+    yield from meta_cache.replacements(config)
     yield step.DistilledStep, "__call__", within(ACTIVATIONS, step.DistilledStep.__call__)
     yield dist, "all_gather_object", _all_gather_object
     yield add_teacher, "from_rank_0", lambda function: function()
     yield TeacherCheckpoint, "open", classmethod(lambda cls, *_: _NoCheckpoint(Path(), {}, Metadata({})))
     yield kernels, "_automatic", lambda divergence, *_: _automatic_kernel(config, divergence)
-    yield kernels, "get", lambda name: replace(_SIZES, name=name) if name in ("cpp", "triton") else get_kernel(name)
+    yield kernels, "get", lambda name: _sized_kernel(name) or get_kernel(name)
     yield kernels, "chunk_elements", lambda _: elements(device)
     yield plan, "automatic_chunk_tokens", lambda _, of_token: size_chunks(device, of_token)
     yield torch.cuda, "mem_get_info", lambda *_: (max(int(memory * 2**30) - ledger.total, 0), int(memory * 2**30))
@@ -378,7 +382,11 @@ def _without_files(config: Config, vocab_size: int, global_batch_size: int) -> C
     return replace(
         config,
         megatron=megatron,
-        teacher=replace(config.teacher, load="none", megatron=_layers(teacher, config.device)),
+        teacher=replace(
+            config.teacher,
+            load="none" if config.distillation.cache is None else None,
+            megatron=_layers(teacher, config.device) if config.distillation.cache is None else {},
+        ),
         distillation=replace(config.distillation, skip_preflight=list(PREFLIGHT), sources=[], mix=None),
         data=replace(config.data, dir=None),
     )
@@ -401,6 +409,14 @@ def _record(student: Tensor, teacher: Tensor, labels: Any, first: int, divergenc
 def _second_record(student: Tensor, *others: Any) -> Tensor:
     scalars, value, slope = others[-3:]
     return torch.empty(value + slope, student.shape[0], dtype=torch.float64, device=scalars.device)
+
+
+def _sized_kernel(name: str) -> kernels.Kernel | None:
+    records: Any = SimpleNamespace(rest_record=lambda *_: None, write_columns=lambda *_: None)
+    return {
+        "cpp": replace(_SIZES, name=name, records=records),
+        "triton": replace(_SIZES, name=name),
+    }.get(name)
 
 
 # Allocates what a kernel without temporaries allocates.

@@ -8,6 +8,7 @@ gradient the columns of the rest are one softmax times one number per token; the
 Legend: N tokens, n of them in a chunk, K kept ids per token, C this rank's real columns, R ranks.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,12 +116,20 @@ class RecordBatch:
         self.records = records
         self.labels = labels.reshape(-1)
         self.num_tokens = self.labels.numel()
-        shard = passes.shard
-        self.columns = records.ids.long() - shard.start
-        self.owned = (self.columns >= 0) & (self.columns < shard.num_columns)
-        is_kept = (records.ids == self.labels.unsqueeze(-1)).any(dim=-1)
-        self.own_label = (self.labels >= shard.start) & (self.labels < shard.stop) & ~is_kept
+        self.shard = passes.shard
+        self.columns = records.ids.long() - self.shard.start
+        """[N, K], of the kept tokens; out of range on other ranks."""
+
+    @functools.cached_property
+    def owned(self) -> Tensor:
+        """[N, K] bool: the kept token is a column of this rank."""
+        return (self.columns >= 0) & (self.columns < self.shard.num_columns)
+
+    @property
+    def own_label(self) -> Tensor:
         """[N] bool: the label is a column of the rest on this rank."""
+        is_kept = (self.records.ids == self.labels.unsqueeze(-1)).any(dim=-1)
+        return (self.labels >= self.shard.start) & (self.labels < self.shard.stop) & ~is_kept
 
     def excluded(self, chunk: slice) -> Tensor:
         """Return a chunk's logits [n, C] with the kept columns at -inf: in place if disposable, else in a copy."""
@@ -196,6 +205,13 @@ class RecordPasses:
             shard.num_ranks * num_fields + num_kept, batch.num_tokens, dtype=torch.float64
         )
         own, kept = buffer[rank * num_fields : (rank + 1) * num_fields], buffer[shard.num_ranks * num_fields :]
+        if (native := self.kernel.records) is not None and shard.num_columns:
+            for chunk in self._native_chunks(batch):
+                rows, labels, columns = batch.student[chunk], batch.labels[chunk], batch.columns[chunk]
+                native.rest_record(
+                    *(own[:, chunk], kept[:, chunk], rows, labels, columns, shard.start, self.temperature)
+                )
+            return PendingBuckets(buffer, num_fields, shard, async_op)
         columns = batch.columns.clamp(0, max(shard.num_columns - 1, 0))
         chunks = self.kernel.chunks(batch.num_tokens, shard.num_columns, buffer.device, not batch.disposable)
         for chunk in chunks:
@@ -206,6 +222,10 @@ class RecordPasses:
             record = self.kernel.local_record(rows, rows, labels, shard.start, STUDENT_ONLY, layout, self.dtype)
             own[:, chunk] = torch.cat([record[fields] for fields in of_rest])
         return PendingBuckets(buffer, num_fields, shard, async_op)
+
+    def _native_chunks(self, batch: RecordBatch) -> list[slice]:
+        copied = batch.student.copied
+        return self.kernel.chunks(batch.num_tokens, self.shard.num_columns, batch.labels.device, copied)
 
     def conclude(
         self, batch: RecordBatch, pending_record: "PendingBuckets", needs_gradient: bool, out: Terms
@@ -228,9 +248,13 @@ class RecordPasses:
     ) -> "tuple[Tensor, BucketStats | tuple[()]]":
         """Return the terms [rows, n] of a chunk, and what its gradient needs; from [R, fields, n] and [K, n]."""
         records, labels, temperature = batch.records[chunk], batch.labels[chunk], self.temperature
-        ids = records.ids.t().long()
-        kept = kept.masked_fill(ids < 0, -math.inf).masked_fill(ids >= self.shard.size, math.nan)
-        log_p = torch.cat([records.log_probs.t().masked_fill(ids < 0, -math.inf), records.log_rest[None]]).double()
+        ids = records.ids.t().contiguous()
+        is_padding = ids < 0
+        kept = kept.masked_fill(is_padding, -math.inf).masked_fill_(ids >= self.shard.size, math.nan)
+        log_p = kept.new_empty(len(ids) + 1, len(labels))
+        log_p[:-1] = records.log_probs.t()
+        log_p[:-1].masked_fill_(is_padding, -math.inf)
+        log_p[-1] = records.log_rest
         maxima, masses, targets, tops, *others, logs = of_rest.unbind(1)
         masses_at_1 = others[0] if others else masses
         rest_maximum = maxima.amax(dim=0)
@@ -240,53 +264,61 @@ class RecordPasses:
 
         def buckets(masses: Tensor, temperature: float) -> _Buckets:
             rest = _sum_over_ranks(weigh(masses, (above / temperature).exp())).log()
-            y = torch.cat([logits / temperature, rest[None]])
-            log_z = y.exp().sum(dim=0).log()
-            return _Buckets(y - log_z, log_z, rest)
+            log_q = torch.cat([logits / temperature if temperature != 1.0 else logits, rest[None]])
+            log_z = log_q.exp().sum(dim=0).log()
+            log_q -= log_z
+            return _Buckets(log_q, log_q.exp(), log_z, rest)
 
         at_t = at_1 = buckets(masses, temperature)
         if temperature != 1.0:
             at_1 = buckets(masses_at_1, 1.0)
-        log_q, log_ratio = at_t.log_q, log_p - at_t.log_q
+        log_q, q, log_ratio = at_t.log_q, at_t.q, log_p - at_t.log_q
         outside = (log_p == -math.inf) & (log_q == -math.inf)
 
-        def total(terms: Tensor) -> Tensor:
-            return terms.masked_fill(outside, 0.0).sum(dim=0)
-
+        if needs_gradient:
+            value, h = self.divergence.value_and_grad(log_p, log_q, log_ratio)
+        else:
+            value, h = self.divergence.value(log_p, log_q, log_ratio), None
         is_label = ids == labels
         target = torch.maximum(targets.amax(dim=0), torch.where(is_label, kept, -math.inf).amax(dim=0))
         log_q_label = target - base(maximum) - at_1.log_z
         values = {
-            "divergence": total(self.divergence.value(log_p, log_q, log_ratio)),
+            "divergence": value.masked_fill_(outside, 0.0).sum(dim=0),
             "cross entropy": (-log_q_label).masked_fill(labels < 0, 0.0),
         }
         if records.label_log_prob is not None:
             values["teacher lm loss"] = (-records.label_log_prob).masked_fill(labels < 0, 0.0)
-        values[BUCKETED_KL] = total(weigh(log_p.exp(), log_ratio))
+        if BUCKETED_KL in self.metrics:
+            values[BUCKETED_KL] = weigh(log_p.exp(), log_ratio).sum(dim=0)
         if records.entropy is not None:
             values["teacher entropy"] = records.entropy
         shift = above - at_1.log_z
         of_ranks = weigh(shift.exp(), logs + weigh(masses_at_1, shift))
-        of_kept = weigh(at_1.log_q.exp(), at_1.log_q)[:-1].sum(dim=0)
+        of_kept = weigh(at_1.q[:-1], at_1.log_q[:-1]).sum(dim=0)
         values["student entropy"] = -(of_kept + _sum_over_ranks(of_ranks))
-        kept_ids, of_teacher = ids.double(), log_p[:-1].amax(dim=0)  # ids are exact in fp64
+
+        def lowest(chosen: Tensor) -> Tensor:
+            return ids.masked_fill(~chosen, torch.iinfo(ids.dtype).max).amin(dim=0)
+
+        of_teacher = log_p[:-1].amax(dim=0)
         top = torch.minimum(
             torch.where(maxima == maximum, tops, math.inf).amin(dim=0),
-            torch.where(kept == maximum, kept_ids, math.inf).amin(dim=0),
+            lowest(kept == maximum).double(),  # ids are exact in fp64
         )
-        is_top = (log_p[:-1] == of_teacher) & of_teacher.isfinite()
-        teacher_top = torch.where(is_top & (ids >= 0), kept_ids, math.inf).amin(dim=0)
-        values["top-1 agreement"] = (top == teacher_top) & top.isfinite()
+        teacher_top = lowest(log_p[:-1] == of_teacher)
+        values["top-1 agreement"] = (top == teacher_top) & top.isfinite() & of_teacher.isfinite()
         values["top-1 accuracy"] = top == labels
         values["student confidence"] = (-at_1.log_z).exp()
         names = ("divergence", "cross entropy", *self.metrics)
         terms = torch.stack([values[name].double() for name in names])
-        if not needs_gradient:
+        if h is None:
             return terms, ()
 
-        h = self.divergence.grad_log_q(log_p, log_q, log_ratio).masked_fill_(outside, 0.0)
-        of_divergence = (h - log_q.exp() * h.sum(dim=0)) / temperature
-        of_cross_entropy = at_1.log_q.exp()
+        h.masked_fill_(outside, 0.0)
+        of_divergence = h.addcmul_(q, h.sum(dim=0), value=-1.0)
+        if temperature != 1.0:
+            of_divergence /= temperature
+        of_cross_entropy = at_1.q
         of_cross_entropy[:-1] -= is_label.double()
         # The last bucket's become the label's, as a column of the rest.
         of_rest_divergence, of_rest_cross_entropy = of_divergence[-1].clone(), of_cross_entropy[-1].clone()
@@ -330,9 +362,10 @@ class RecordPasses:
             of_columns, log_z_at_1 = (None, weight + times(of_label, of_rest_cross_entropy)), rest
         scalars = torch.stack([maximum, rest, log_z_at_1, maximum, rest, torch.full_like(rest, -1.0)])
         gradients = times(of_value, token_stats.of_divergence) + times(of_label, token_stats.of_cross_entropy)
+        native = self.kernel.records
         columns = torch.cat([batch.columns, (batch.labels - shard.start).unsqueeze(-1)], dim=-1)
-        owned = torch.cat([batch.owned, batch.own_label.unsqueeze(-1)], dim=-1)
-
+        if native is None:
+            owned = torch.cat([batch.owned, batch.own_label.unsqueeze(-1)], dim=-1)
         out_rows = out.view(batch.student.tokens.numel(), out.shape[-1])[:, : shard.num_columns]
         for chunk in self.kernel.chunks(batch.num_tokens, shard.num_columns, out.device, batch.student.copied):
             rows = batch.student[chunk]
@@ -348,7 +381,10 @@ class RecordPasses:
                 scalars[:, chunk].contiguous(),
                 *(None if it is None else it[chunk].to(self.dtype) for it in of_columns),
             )
-            _write_owned(out_rows[chunk], columns[chunk], owned[chunk], gradients[:, chunk].t())
+            if native is not None:
+                native.write_columns(out_rows[chunk], columns[chunk], gradients[:, chunk])
+            else:
+                _write_owned(out_rows[chunk], columns[chunk], owned[chunk], gradients[:, chunk].t())
 
     def clear_padding(self, out: Tensor) -> None:
         """Write 0 into the columns of `out`, contiguous [..., W], beyond the vocabulary."""
@@ -359,6 +395,7 @@ class _Buckets(NamedTuple):
     """The student's distribution at one temperature."""
 
     log_q: Tensor  # [K + 1, n]
+    q: Tensor
     log_z: Tensor  # [n], log of the sum of exponentials relative to the largest logit of all
     rest: Tensor  # [n], the same over the rest
 

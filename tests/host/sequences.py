@@ -24,9 +24,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from abkd_megatron.cache.record import RecordLayout
+from abkd_megatron.student.cached import CachedTeacher
+
 VOCAB, PADDED, LONGEST = 250, 256, 24
 SPLIT = 2  # context-parallel ranks of the cases that average over micro-batches
 LAYERS, HIDDEN, TEACHER_LAYERS, TEACHER_HIDDEN = 4, 16, 8, 24
+RECORDS = RecordLayout(VOCAB, VOCAB, "fp32")
+CACHED = ("packed", "context", "packed context")
 # What may stand where no token counts: Megatron's and torch's marks, padded columns, ids that no vocabulary has.
 GARBAGE = torch.tensor([-100, -1, VOCAB, PADDED - 1, 2**40])
 
@@ -48,7 +53,8 @@ class Case:
     """The divergence is on every so manieth token of a sequence."""
     hybrid: bool = False
     """Both models are HybridModels `*-`, compared with GPTModels."""
-
+    cached: bool = False
+    """In place of the teacher there are its records, with all tokens, as the reference has made them."""
     factors: bool = False
     """The terms of the loss have factors per token, also negative ones and 0."""
 
@@ -74,6 +80,8 @@ CASES: dict[int, dict[str, Case]] = {
         "packed, hybrid": Case("packed", hybrid=True),
         "masked, hybrid, fused": Case("masked", head="fused", hybrid=True),
         "packed, fused, factors": Case("packed", head="fused", factors=True),
+        "packed, cached": Case("packed", cached=True),
+        "packed, every third, cached, fused": Case("packed", head="fused", every=3, cached=True),
     },
     2: {
         "packed, TP 2": Case("packed", tp=2),
@@ -105,6 +113,13 @@ CASES: dict[int, dict[str, Case]] = {
         "variable, PP 2, hybrid": Case("variable", pp=2, hybrid=True),
         "context, CP 2, hybrid": Case("context", cp=2, hybrid=True),
         "packed context, CP 2, hybrid, fused": Case("packed context", cp=2, head="fused", hybrid=True),
+        "packed, TP 2, cached, fused": Case("packed", tp=2, head="fused", cached=True),
+        "packed, PP 2, cached": Case("packed", pp=2, cached=True),
+        "context, CP 2, cached": Case("context", cp=2, cached=True),
+        "context, CP 2, ToDi, cached": Case("context", cp=2, todi=True, cached=True),
+        "context, CP 2, every third, cached, fused": Case("context", cp=2, head="fused", every=3, cached=True),
+        "packed context, CP 2, cached": Case("packed context", cp=2, cached=True),
+        "packed context, CP 2, every third, cached": Case("packed context", cp=2, every=3, cached=True),
     },
     4: {
         "packed, TP 2 x PP 2": Case("packed", tp=2, pp=2),
@@ -119,6 +134,9 @@ CASES: dict[int, dict[str, Case]] = {
         "packed context, CP 2 x PP 2, fused": Case("packed context", cp=2, pp=2, head="fused"),
         "packed context, CP 2 x PP 2, hybrid": Case("packed context", cp=2, pp=2, hybrid=True),
         "context, CP 2 x TP 2, hybrid": Case("context", cp=2, tp=2, hybrid=True),
+        "context, CP 2 x TP 2, cached, fused": Case("context", cp=2, tp=2, head="fused", cached=True),
+        "context, CP 4, cached": Case("context", cp=4, cached=True),
+        "packed context, CP 2 x PP 2, cached, fused": Case("packed context", cp=2, pp=2, head="fused", cached=True),
     },
 }
 
@@ -132,6 +150,8 @@ class MicroBatch:
     position_ids: Tensor
     lengths: tuple[int, ...] = ()
     """Of the sequences packed into one row."""
+    records: Tensor | None = None
+    """[b, s, bytes + 1]."""
 
     @classmethod
     def random(cls, rows: int, length: int, generator: torch.Generator) -> "MicroBatch":
@@ -265,7 +285,8 @@ def main() -> None:
     found = {}
     for name, case in sorted(CASES[num_ranks].items(), key=lambda item: (item[1].tp, item[1].pp, item[1].cp)):
         errors: list[Any] = [None] * num_ranks
-        dist.all_gather_object(errors, compare(case, train(case), references[case.reference]))
+        reference = references[case.reference]
+        dist.all_gather_object(errors, compare(case, train(case, records=reference["records"]), reference))
         found[name] = {what: max(of.get(what, 0.0) for of in errors) for what in set().union(*errors)}
     if dist.get_rank() == 0:
         print("FOUND " + json.dumps(found), flush=True)
@@ -317,8 +338,11 @@ def process_groups(tp: int, pp: int, cp: int) -> Any:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
-def train(case: Case, plain: bool = False) -> dict[str, Any]:
-    """One step: the sums of losses and tokens over all ranks, if this is the last stage, and this stage's gradients."""
+def train(case: Case, plain: bool = False, records: Sequence[Tensor] = ()) -> dict[str, Any]:
+    """One step: the sums of losses and tokens over all ranks, if this is the last stage, and this stage's gradients.
+
+    The plain form also returns the teacher's records of each micro-batch that is not plain.
+    """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -343,7 +367,7 @@ def train(case: Case, plain: bool = False) -> dict[str, Any]:
     before = attributes(student)
     attachment = attach(
         model,
-        Teacher.of(teacher, groups),
+        CachedTeacher(RECORDS, "error") if case.cached else Teacher.of(teacher, groups),
         objective,
         execution=execution,
         vocab_size=VOCAB,
@@ -351,6 +375,8 @@ def train(case: Case, plain: bool = False) -> dict[str, Any]:
     )
 
     batches = micro_batches(case.data, case.per_token)[plain]
+    if case.cached:
+        batches = [replace(batch, records=of_batch) for batch, of_batch in zip(batches, records, strict=True)]
     batches = batches[groups.dp.rank() :: groups.dp.size()]
     model.zero_grad_buffer()
     reports = get_forward_backward_func()(
@@ -365,14 +391,36 @@ def train(case: Case, plain: bool = False) -> dict[str, Any]:
     assert attributes(student) == before, "detached, the student is what it was"
     losses = {}
     for name in reports[0].keys() - {"teacher seconds"} if reports else ():
-        losses[name] = torch.stack([report[name] for report in reports]).double().sum(0)
-        dist.all_reduce(losses[name], group=groups.dp_cp)
+        losses[name.removeprefix("bucketed ")] = torch.stack([report[name] for report in reports]).double().sum(0)
+        dist.all_reduce(losses[name.removeprefix("bucketed ")], group=groups.dp_cp)
     if plain:  # the models by themselves, so that no case can agree with a teacher that was run wrongly everywhere
         losses["lm loss"][0] = sum(cross_entropy(student, batch) for batch in batches)
         if case.every:
             batches = [batch.masked(batch.position_ids % case.every == case.every - 1) for batch in batches]
         losses["teacher lm loss"][0] = sum(cross_entropy(teacher, batch) for batch in batches)
-    return {"losses": losses, "gradients": {name: weight.main_grad.clone() for name, weight in named(student)}}
+    found = {"losses": losses, "gradients": {name: weight.main_grad.clone() for name, weight in named(student)}}
+    if plain:
+        found["records"] = records_of(teacher, case) if case.data in CACHED and case.per_token else []
+    return found
+
+
+@torch.no_grad()
+def records_of(teacher: torch.nn.Module, case: Case) -> list[Tensor]:
+    """The teacher's records of each micro-batch, [b, s, bytes + 1], from its sequences by themselves."""
+    from abkd_megatron.vocab_parallel import VocabShard
+    from abkd_megatron.vocab_parallel.truncate import truncate
+
+    given, sequences, _ = micro_batches(case.data, case.per_token)
+    found, rest = [], iter(sequences)
+    for batch in given:
+        parts = []
+        for sequence in [next(rest) for _ in batch.lengths or (0,)]:
+            logits = teacher(sequence.tokens, sequence.position_ids, None).flatten(0, 1)
+            shard = VocabShard(0, VOCAB, VOCAB, None)
+            packed = RECORDS.pack(truncate(logits, sequence.labels.flatten(), shard, VOCAB))
+            parts.append(packed.view(*sequence.labels.shape, -1))
+        found.append(torch.nn.functional.pad(torch.cat(parts, dim=1), (0, 1), value=1))
+    return found
 
 
 def attributes(model: torch.nn.Module) -> list[tuple[str, Any]]:
@@ -476,6 +524,7 @@ def forward_step(
         "loss_mask": batch.loss_mask if last else None,
         "of divergence": 0.7 * (batch.position_ids % 3 - 1) if last and case.factors else None,
         "of cross entropy": 0.5 * (batch.position_ids % 4 - 1) if last and case.factors else None,
+        "records": batch.records if last else None,
     }
     packed_seq_params, cp_group = None, parallel_state.get_context_parallel_group()
     if batch.lengths:
@@ -489,6 +538,8 @@ def forward_step(
         here = get_batch_on_this_cp_rank(here, is_hybrid_cp=False, cp_group=cp_group)
     if last and case.factors:
         attachment.factors = TokenFactors(here["of divergence"], here["of cross entropy"])
+    if case.cached:
+        attachment.teacher.packed = here["records"]
     output = model(
         here["tokens"],
         here["position_ids"],

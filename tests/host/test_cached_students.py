@@ -3,7 +3,9 @@
 With all columns in fp32 a student trains as with the live teacher.
 """
 
+import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -221,13 +223,17 @@ def test_selected_tokens(
     assert 0 < found["selected tokens"][0] < 1
 
 
-def test_a_sample_that_is_missing(
-    caches: dict[str, Path], workspace: Path, config: Path, alone: Path, teacher: Path, student: Path
-) -> None:
-    """One of five batches is in the cache: rejected before a step, or trained on the cross entropy."""
-    part = workspace / "cache-part"
-    few = {**settings(teacher, part, {}), "cache.top_k": 8, "cache.precision": "fp16", "megatron.train-iters": 1}
+@pytest.fixture(scope="module")
+def part(workspace: Path, config: Path, teacher: Path) -> Path:
+    """A cache of the first of five batches."""
+    found = workspace / "cache-part"
+    few = {**settings(teacher, found, {}), "cache.top_k": 8, "cache.precision": "fp16", "megatron.train-iters": 1}
     run_job("cache", config, few)
+    return found
+
+
+def test_a_sample_that_is_missing(part: Path, workspace: Path, alone: Path, student: Path) -> None:
+    """Rejected before a step, or trained on the cross entropy."""
     words = [f"{key}={value}" for key, value in of_cache(part).items()]
     for rank in launch(["-m", "abkd_megatron", "distill", alone, *words], 2):
         assert rank.code == 2 and "on_miss=lm" in rank.output, rank.output[-3000:]
@@ -276,6 +282,57 @@ def test_check_of_a_student_with_a_cache(caches: dict[str, Path], alone: Path) -
     assert rank.code == 0 and f"of {SAMPLES} samples" in rank.output, rank.output[-3000:]
     (rank,) = launch(["-m", "abkd_megatron", "check", alone, *words, "distillation.temperature=2"], 1)
     assert rank.code == 2 and "temperature: 1.0" in rank.output, rank.output[-3000:]
+
+
+def test_check_counts_the_samples_that_are_there(caches: dict[str, Path], part: Path, alone: Path) -> None:
+    def checked(directory: Path, *words: str) -> tuple[int, str]:
+        (rank,) = launch(["-m", "abkd_megatron", "check", alone, f"distillation.cache={directory}", *words], 1)
+        return rank.code, rank.output
+
+    code, said = checked(caches["one"])
+    assert code == 0 and "train: 40 of 40 samples, 100.0%" in said, said[-3000:]
+    assert "validation: 8 of 8 samples" in said and "test: 8 of 8 samples" in said
+    code, said = checked(part)
+    assert code == 2 and "train: 8 of 40 samples, 20.0%; the first that is missing is sample 8" in said, said[-3000:]
+    code, said = checked(part, "distillation.on_miss=lm")
+    assert code == 0 and "train: 8 of 40" in said, said[-3000:]
+
+
+def test_estimate_of_a_student_with_a_cache(part: Path, alone: Path) -> None:
+    for words in (
+        [f"distillation.cache={part}"],
+        ["distillation.cache=/nowhere", "cache.top_k=8", "distillation.head=fused", "distillation.on_miss=lm"],
+        [f"distillation.cache={part}", f"megatron.{PIPELINE}=2", "--world-size", "2"],
+    ):
+        (rank,) = launch(["-m", "abkd_megatron", "estimate", alone, *words], 1)
+        assert rank.code == 0 and "K 8" in rank.output, rank.output[-3000:]
+        assert "LM heads and loss" in rank.output and "teacher's parameters" not in rank.output
+
+
+def test_losses_are_compared_with_a_cache(caches: dict[str, Path], workspace: Path, alone: Path) -> None:
+    out = workspace / "compare-cached"
+    given = {
+        **of_cache(caches["one"]),
+        "compare.out": out,
+        "compare.losses": "{CE only: {kd_weight: 0, lm_weight: 1}, reverse: {divergence: reverse_kl}}",
+        "compare.seeds": "[1234]",  # Megatron's default, in whose order the cache was written
+        "distillation.on_miss": "lm",
+        "megatron.save-interval": 5,
+        "megatron.eval-interval": 5,
+        "compare.at_once": 2,
+        "compare.launch": f"{sys.executable} {Path(__file__).with_name('quick.py')}",
+    }
+    words = [f"{key}={value}" for key, value in given.items()]
+    (rank,) = launch(["-m", "abkd_megatron", "compare", alone, *words], 1)
+    assert rank.code == 0, rank.output[-3000:]
+    results = json.loads((out / "results.json").read_text())
+    assert [run["loss"] for run in results["runs"]] == ["CE only", "reverse"]
+    for run in results["runs"]:
+        assert run["test"]["cached share"] == 1.0, "another order of the data"
+        assert run["test"]["bucketed kl to teacher"] > 0
+        assert "kl to teacher" not in run["test"] and "calibration error" not in run["test"]
+    assert "bucketed KL(teacher, student)" in (out / "table.md").read_text()
+    assert (out / "comparison.png").stat().st_size > 10_000
 
 
 def test_a_damaged_cache_ends_the_ranks_that_do_not_read_it(

@@ -47,6 +47,11 @@ def command_line(config: Path, settings: Mapping[str, object]) -> list[str]:
 
 def kd_arguments(teacher: Path, distillation: Mapping[str, str] = DISTILLATION) -> list[str]:
     words = ["--kd-teacher-load", str(teacher), "--kd-teacher-args", *(f"{k}={v}" for k, v in TEACHER.items())]
+    return [*words, *kd_words(distillation)]
+
+
+def kd_words(distillation: Mapping[str, str]) -> list[str]:
+    words = []
     for name, value in distillation.items():
         words += [f"--kd-{name.removeprefix('kd_').replace('_', '-')}", value]
     return words
@@ -155,6 +160,75 @@ def test_a_script_of_a_hybrid_model(workspace: Path, config: Path, teacher: Path
     # Without layers that can be built here.
     (rank,) = run_script(script, [*command_line(config, {"hybrid-layer-pattern": "*-*-"}), *kd_arguments(teacher)])
     assert rank.code != 0 and "--spec abkd_megatron.local_hybrid_spec" in rank.output, rank.output[-3000:]
+
+
+CACHED = {"divergence": "reverse_kl", "lm_weight": "0.5", "head": "fused"}
+
+
+@pytest.fixture(scope="module")
+def cache(workspace: Path, config: Path, teacher: Path) -> Path:
+    """Records of the first four of five batches."""
+    found = workspace / "stock-cache"
+    given = {"teacher.load": teacher, "cache.dir": found, "cache.top_k": 16, "megatron.train-iters": 4}
+    run_job("cache", config, given)
+    return found
+
+
+@pytest.fixture(scope="module")
+def cached_script(workspace: Path) -> Path:
+    """The example with one more change."""
+    script, text = workspace / "cached_script.py", SCRIPT.read_text()
+    provider = "        train_valid_test_datasets_provider,\n"
+    assert text.count(provider) == 1
+    text = text.replace(provider, "        cached(train_valid_test_datasets_provider),\n")
+    script.write_text(text.replace("import add_kd_arguments, distill", "import add_kd_arguments, cached, distill"))
+    return script
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"tensor-model-parallel-size": 2, "sequence-parallel": "true"}, LAYOUT],
+    ids=["data", "tensor", "both"],
+)
+def test_with_a_cache_it_is_the_command_lines_job(
+    workspace: Path, config: Path, cache: Path, cached_script: Path, layout: dict, request: pytest.FixtureRequest
+) -> None:
+    out = workspace / f"cached-{request.node.callspec.id}"
+    words = ["--kd-cache", str(cache), "--kd-on-miss", "lm", *kd_words(CACHED)]
+    ranks = 4 if layout is LAYOUT else 2
+    found = train(cached_script, config, out, words, ranks, **layout)
+    alone = workspace / "stock-alone.yaml"
+    text = config.read_text()
+    before, _, after = text.partition("teacher:\n")
+    alone.write_text(before + after[after.index("distillation:") :])
+    settings = {f"megatron.{name}": value for name, value in layout.items()}
+    settings |= {f"distillation.{name}": value for name, value in CACHED.items()}
+    settings |= {"distillation.cache": cache, "distillation.on_miss": "lm", "megatron.tensorboard-dir": out / "job"}
+    run_job("distill", alone, settings, num_ranks=ranks)
+    wanted = scalars(out / "job")
+    assert found["cached share"] == [1.0] * 4 + [0.0]
+    assert found["kd loss"][0] > 0 and len(found["kd loss validation"]) > 0
+    for name in wanted:
+        if "loss" in name or "teacher" in name or name in ("grad-norm", "cached share"):
+            assert found[name] == wanted[name], name
+
+
+def test_a_script_without_what_a_cache_needs(config: Path, cache: Path, cached_script: Path) -> None:
+    words = [*command_line(config, {}), "--kd-cache", str(cache), *kd_words(CACHED)]
+    for rank in run_script(SCRIPT, [*words, "--kd-on-miss", "lm"], 2):
+        assert rank.code != 0 and "from abkd_megatron import cached" in rank.output, rank.output[-3000:]
+    for rank in run_script(cached_script, words, 2):  # the last batch is not there
+        assert rank.code != 0 and "on_miss=lm" in rank.output, rank.output[-3000:]
+    for rank in run_script(cached_script, [*words, "--kd-teacher-load", str(cache)], 2):
+        assert rank.code != 0 and "a cache or a live teacher, got both" in rank.output, rank.output[-3000:]
+
+
+def test_cached_datasets_without_a_cache_are_the_scripts_own(
+    workspace: Path, config: Path, cached_script: Path
+) -> None:
+    found = train(cached_script, config, workspace / "cached-off", [], train_iters=2)
+    wanted = train(SCRIPT, config, workspace / "cached-plain", [], train_iters=2)
+    assert found.keys() == wanted.keys() and found["lm loss"] == wanted["lm loss"]
 
 
 SHAPE = (
