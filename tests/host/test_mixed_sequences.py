@@ -12,7 +12,7 @@ from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.mixed_sequences import SequenceMix
 
 TRAINED = ("kd loss", "total loss", "teacher entropy", "kl to teacher", "grad-norm", "lm loss validation")
-MIXED = {"distillation.preset": "pretrain", "distillation.mix": "{alpha: 0.4}"}
+MIXED = {"distillation.preset": "pretrain", "distillation.lm_weight": 0, "distillation.mix": "{alpha: 0.4}"}
 FUSED = {"distillation.head": "fused", "distillation.chunk_tokens": 24}
 TP = {"megatron.tensor-model-parallel-size": 2}
 PP = {"megatron.pipeline-model-parallel-size": 2}

@@ -498,7 +498,8 @@ def test_a_divergence_on_the_command_line_leaves_the_parameters_of_the_files_beh
 GLIDE = {"alpha": Schedule.linear(1.0, 0.2, start=0.5, end=1.0, by="fraction")}
 GLIDE["beta"] = Schedule.linear(0.0, 0.7, start=0.5, end=1.0, by="fraction")
 NONE = {"divergence": "alpha_beta", "alpha": 0.2, "beta": 0.7, "temperature": 1.0, "kd_weight": 1.0, "lm_weight": 1.0}
-ANNEALED, PRETRAIN = NONE | GLIDE | {"lm_weight": 0.0}, NONE | {"divergence": "forward_kl", "lm_weight": 0.0}
+RISING = {"lm_weight": Schedule.linear(0.0, 1.0, start=0.0, end=1.0, by="fraction")}
+ANNEALED, PRETRAIN = NONE | GLIDE | {"lm_weight": 0.0}, NONE | {"divergence": "forward_kl"} | RISING
 
 
 @pytest.mark.parametrize(
@@ -514,7 +515,7 @@ ANNEALED, PRETRAIN = NONE | GLIDE | {"lm_weight": 0.0}, NONE | {"divergence": "f
         ("preset: none", [], "none", NONE),
         # A divergence replaces the preset's with its schedules; its weights and temperature stay.
         ("preset: annealed\n  divergence: alpha_beta", [], "annealed", NONE | {"lm_weight": 0.0}),
-        ("preset: pretrain", ["divergence=todi"], "pretrain", NONE | {"divergence": "todi", "lm_weight": 0.0}),
+        ("preset: pretrain", ["divergence=todi"], "pretrain", NONE | {"divergence": "todi"} | RISING),
         ("preset: finetune", ["losses=[{name: todi}]"], "finetune", NONE | {"lm_weight": 0.0}),
         # Without a preset, what names its loss is as it was before there were presets.
         ("divergence: alpha_beta", [], "none", NONE),
@@ -542,13 +543,14 @@ def test_presets(load, text, overrides, preset, wanted):
 
 
 def test_mixed_sequences(load):
-    text = "distillation:\n  mix: {alpha: 0.4}\n"
+    text = "distillation:\n  lm_weight: 0\n  mix: {alpha: 0.4}\n"
     config = load(text)
     config.check("pretrain")
     assert config.distillation.mix == SequenceMix(0.4) == config.distillation.make_objective().objective.mix
     assert load(render(config)).distillation == config.distillation
     for override in (
         "distillation.lm_weight=1",
+        "distillation.preset=pretrain",
         "distillation.preset=pruned",
         "distillation.shared_vocab=10",
         "distillation.sources=[{source: 0, kd_weight: 2}]",
@@ -586,7 +588,8 @@ def test_weights_by_source(load):
 
 def test_presets_in_python():
     """As with Megatron Bridge, whose containers hold these objects."""
-    assert DistillationConfig().make_objective().objective == Objective(AlphaBeta(1, 0), lm_weight=0.0)
+    default = DistillationConfig().make_objective()
+    assert default.objective == Objective(AlphaBeta(1, 0), lm_weight=0.0) and default.schedules == RISING
     assert DistillationConfig(preset="annealed").make_objective().schedules == GLIDE
     named = DistillationConfig(divergence="alpha_beta", alpha=0.2, beta=0.7).make_objective()
     assert named.objective == Objective(AlphaBeta(0.2, 0.7)) and not named.schedules
