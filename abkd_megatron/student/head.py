@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses import AlphaBeta
 from abkd_megatron.losses.objective import Objective
-from abkd_megatron.losses.selection import TokenSelection
+from abkd_megatron.losses.selection import TokenSelection, positions_here
 from abkd_megatron.student.plan import run_pre_forward_hooks
 from abkd_megatron.teacher.output_layer import OutputLayer
 from abkd_megatron.vocab_parallel import (
@@ -59,6 +60,8 @@ def compute_loss(
     sources: Tensor | None = None,
     cp_group: dist.ProcessGroup | None = None,
     *,
+    kd_weights: Tensor | None = None,
+    lm_weights: Tensor | None = None,
     chunk_tokens: int | None = None,
     gradient_in_place: bool = False,
     diagnostics: bool = False,
@@ -81,6 +84,8 @@ def compute_loss(
         sources: [b] int64, dataset of each sequence; needed for weights by source, see `Objective.weights`.
         cp_group: the context-parallel group, over which sequences are split; None for whole sequences. Used by a
             selection by quantile.
+        kd_weights: [s, b] floats, per token, by which `kd_weight` is multiplied; None for 1. They may be negative.
+        lm_weights: the same of `lm_weight`.
         chunk_tokens: `Plan.chunk_tokens`, of the fused head; None materializes logits, as diagnostics do.
         gradient_in_place: as in `Execution`.
         diagnostics: as in `Execution`.
@@ -104,7 +109,8 @@ def compute_loss(
     by_models = tokens.of if tokens is not None and not (tokens.by_position or tokens.by_rank) else None
     counted = loss_mask != 0 if loss_mask is not None else None
     kd_weight, lm_weight = (
-        it.expand(labels.shape) if isinstance(it, Tensor) else it for it in objective.weights(sources)
+        _of_tokens(it, own, labels)
+        for it, own in zip(objective.weights(sources), (kd_weights, lm_weights), strict=True)
     )
     diagnosing = diagnostics and not torch.is_grad_enabled()
     if chunk_tokens is not None and not diagnosing:
@@ -174,6 +180,33 @@ def compute_loss(
         terms = terms._replace(cross_entropy=megatron_cross_entropy(student_logits))
         loss = loss._replace(total=weighted(lm_weight, terms.cross_entropy))
     return loss._replace(terms=terms)
+
+
+def positions_of(
+    tokens: TokenSelection | None, length: int, packed: PackedSeqParams | None, group: dist.ProcessGroup | None
+) -> Tensor | None:
+    """Return [length], the positions of this rank's tokens in their sequences; None if not needed.
+
+    Args:
+        tokens: the selection that may need them.
+        length: of this rank's part of a sequence, or of a packed row.
+        packed: boundaries of packed sequences.
+        group: ranks over which a sequence is split; None for whole sequences.
+    """
+    if tokens is None or not tokens.by_position:
+        return None
+    ends = None
+    if packed is not None:
+        ends = packed.cu_seqlens_q_padded if packed.cu_seqlens_q_padded is not None else packed.cu_seqlens_q
+    rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
+    return positions_here(length, ends, rank, size)
+
+
+def _of_tokens(weight: float | Tensor, own: Tensor | None, labels: Tensor) -> float | Tensor:
+    """Return a term's weight, a number or [s, b], times the tokens' own."""
+    if own is not None and (isinstance(weight, Tensor) or weight != 0):
+        return own.double() * weight
+    return weight.expand(labels.shape) if isinstance(weight, Tensor) else weight
 
 
 def _loss(
