@@ -58,17 +58,31 @@ class OnPolicy(Sampling):
     """At most so many are added."""
     source: str | None = None
     """``module:function`` that continues prompts in place of the student: from lists of ids to lists of new ids."""
+    reward: str | None = None
+    """``module:function`` from prompts and added texts, lists of strings, to a list of numbers; None: no reward."""
+    reward_weight: float = 1.0
+    """Weight of the policy gradient of the reward, beside `kd_weight` times the divergence."""
+    group: int = 1
+    """Consecutive samples that continue one prompt, the first's, and whose rewards are compared."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         values = [value for _, value in Schedule.of(self.share).points]
         if not all(0 <= value <= 1 for value in values):
             raise ConfigError(f"share: expected 0 to 1 at every step, got {', '.join(map(str, values))}")
-        for name in ("prompt_tokens", "new_tokens"):
+        for name in ("prompt_tokens", "new_tokens", "group"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected 1 or more, got {getattr(self, name)}")
-        if self.source is not None and not all(self.source.partition(":")):
-            raise ConfigError(f"source: expected module:function, got {self.source!r}")
+        for name in ("source", "reward"):
+            path = getattr(self, name)
+            if path is not None and not all(path.partition(":")):
+                raise ConfigError(f"{name}: expected module:function, got {path!r}")
+        if (self.reward is not None) != (self.group > 1):
+            raise ConfigError(
+                f"group: expected 2 or more with a reward and 1 without one, got {self.group} and reward {self.reward}"
+            )
+        if self.reward_weight < 0:
+            raise ConfigError(f"reward_weight: expected 0 or more, got {self.reward_weight}")
 
     @property
     def is_mixed(self) -> bool:
@@ -192,12 +206,17 @@ def check_can_sample(settings: Any, pattern: str | None, who: str = "student") -
             raise ConfigError(f"{who}: text is sampled with {expected}, got {got}; change it, or do not sample")
 
 
-def check_lengths(on_policy: OnPolicy, seq_length: int) -> None:
-    """Reject own text that does not fit into a sample, whose last token is a label alone.
+def check_sizes(on_policy: OnPolicy, seq_length: int, micro_batch_size: int) -> None:
+    """Reject own text that does not fit into a sample, whose last token is a label alone, and groups cut in two.
 
     Raises:
-        ConfigError: with all three numbers.
+        ConfigError: with the numbers.
     """
+    if micro_batch_size % on_policy.group:
+        raise ConfigError(
+            f"distillation.on_policy: expected a group that divides micro-batch-size {micro_batch_size}, got "
+            f"{on_policy.group}; change one of them"
+        )
     if on_policy.prompt_tokens + on_policy.new_tokens > seq_length + 1:
         raise ConfigError(
             f"distillation.on_policy: expected prompt_tokens + new_tokens of at most seq-length + 1, {seq_length + 1}, "

@@ -23,7 +23,7 @@ from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.preflight import run_record
 from abkd_megatron.preflight.live import check_files, check_models
 from abkd_megatron.preflight.rules import RESUME, TEACHER_CHECKS, Setup, run_checks
-from abkd_megatron.rollouts.own_text import OwnText, Sizes, load_source
+from abkd_megatron.rollouts.own_text import OwnText, Sizes, load_function
 from abkd_megatron.rollouts.sampler import Sampler
 from abkd_megatron.student.attach import Attachment, attach
 from abkd_megatron.student.projectors import add_projectors
@@ -191,10 +191,16 @@ def own_text_of(settings: OnPolicy, student: list[torch.nn.Module], attachment: 
         paused=attachment.paused,
     )
     with on_every_rank():
-        source = load_source(settings.source) if settings.source is not None else None
+        source, reward = (
+            load_function(path, key) if (path := getattr(settings, key)) is not None else None
+            for key in ("source", "reward")
+        )
     sizes = Sizes(args.micro_batch_size, args.seq_length, args.vocab_size)
     print_rank_0(f"training on the student's own text: {settings}")
-    return OwnText(settings, sampler, source, sizes, end, pg_collection, lambda: MegatronHost().progress(True))
+    return OwnText(
+        *(settings, sampler, source, reward, get_tokenizer().detokenize, sizes, end, pg_collection),
+        progress=lambda: MegatronHost().progress(training=True),
+    )
 
 
 class MegatronHost:

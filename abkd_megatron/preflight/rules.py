@@ -15,7 +15,7 @@ from megatron.training.checkpointing import checkpoint_exists
 from abkd_megatron import kernels
 from abkd_megatron.cache.manifest import Identity
 from abkd_megatron.config.model_config import model_config
-from abkd_megatron.config.rollouts import check_can_sample, check_lengths
+from abkd_megatron.config.rollouts import check_can_sample, check_sizes
 from abkd_megatron.config.schema import PREFLIGHT, Config
 from abkd_megatron.config.stages import layers_of_stages
 from abkd_megatron.data.conversations import check_conversations
@@ -254,7 +254,7 @@ def _on_policy(setup: Setup) -> Finding | None:
     if settings is None or student is None or setup.objective is None:
         return None
     check_can_sample(student, student.hybrid_layer_pattern)
-    check_lengths(settings, student.seq_length)
+    check_sizes(settings, student.seq_length, student.micro_batch_size)
     if settings.is_mixed and student.log_interval > 1:
         return Finding(
             f"distillation.on_policy: with log-interval {student.log_interval} Megatron's printed means divide by all "

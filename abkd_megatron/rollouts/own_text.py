@@ -4,6 +4,7 @@ Legend: M micro-batches of b rows, n = M b, P prompt tokens, N new tokens, S seq
 """
 
 import importlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from abkd_megatron.rollouts.sampler import Prompts, Rollouts, Sampler
 Source = Callable[[list[list[int]]], Sequence[Sequence[int]]]
 """Continues prompts: from lists of token ids to lists of new ones, at most N each."""
 
+
+Reward = Callable[[list[str], list[str]], Sequence[float]]
+"""Judges added texts: from prompts and texts to a number each."""
 
 # In place of a count of 0, so that the mean is 0.
 _NOTHING = 1e-12
@@ -54,6 +58,8 @@ class OwnText:
         settings: of `distillation.on_policy`.
         sampler: of the student, with `settings.new_tokens`.
         source: in place of the sampler.
+        reward: of texts, compared within groups.
+        decode: from ids to text, for the reward.
         sizes: of samples.
         end: the token that ends a text; None: none does.
         pg_collection: of the student; `mp` and `dp` are used.
@@ -61,6 +67,7 @@ class OwnText:
 
     Attributes:
         is_on: whether the current step trains on own text.
+        lm_weight: of such steps: 0, since own text is no label, or the weight of the reward's policy gradient.
     """
 
     def __init__(
@@ -68,20 +75,25 @@ class OwnText:
         settings: OnPolicy,
         sampler: Sampler,
         source: Source | None,
+        reward: Reward | None,
+        decode: Callable[[list[int]], str],
         sizes: Sizes,
         end: int | None,
         pg_collection: ProcessGroupCollection,
         progress: Callable[[], Progress],
     ) -> None:
         self.is_on = False
+        self.lm_weight = settings.reward_weight if reward is not None else 0.0
         self._settings, self._sampler, self._source = settings, sampler, source
+        self._reward, self._decode = reward, decode
         self._sizes, self._end, self._progress = sizes, end, progress
         self._mp, self._dp = pg_collection.mp, pg_collection.dp
         self._share = Schedule.of(settings.share)
         self._batches: list[dict[str, Tensor]] = []
         self._running: dict[int | None, Iterator[dict[str, Tensor]]] = {}
         self._numbers: dict[str, Tensor] = {}
-        self._reported = 0
+        self._advantages: Tensor | None = None
+        self._reported = self._weighed = 0
         self._seconds = 0.0
         self._machine = get_rerun_state_machine()
         self._should_run = self._machine.should_run_forward_backward
@@ -99,7 +111,7 @@ class OwnText:
             self.is_on = self._is_own(self._progress())
             if self.is_on:
                 self._sample(data_iterator if isinstance(data_iterator, list) else [data_iterator])
-        self._running, self._reported = {}, 0
+        self._running, self._reported, self._weighed = {}, 0, 0
         return runs
 
     def _is_own(self, progress: Progress) -> bool:
@@ -117,6 +129,19 @@ class OwnText:
         if vp_stage not in self._running:
             self._running[vp_stage] = iter([dict(batch) for batch in self._batches])
         return self._running[vp_stage]
+
+    def lm_weights(self) -> Tensor | None:
+        """Return the advantages of the next micro-batch's texts, [b, S] fp32; None without a reward.
+
+        With one update per sampled text the gradient of GRPO's objective (Shao et al., 2024, arXiv:2402.03300) is that
+        of the cross entropy times the advantage.
+        """
+        if self._advantages is None:
+            return None
+        first = self._weighed * self._sizes.micro_batch
+        self._weighed += 1
+        of_rows = self._advantages[first : first + self._sizes.micro_batch].unsqueeze(-1)
+        return of_rows.expand(-1, self._sizes.sequence)
 
     def report(self) -> dict[str, Tensor]:
         """Return the numbers of the next micro-batch's texts, [sum, number] each, and the step's seconds, [1]."""
@@ -145,6 +170,8 @@ class OwnText:
             whole = torch.cat([batch["tokens"] for batch in read[0]])
             tokens.copy_(whole[:, : self._settings.prompt_tokens])
         self._broadcast(tokens)
+        if (group := self._settings.group) > 1:
+            tokens = tokens[::group].repeat_interleave(group, 0)
         row = torch.arange(number * size, device=device)
         ranks, rank = self._dp.size(), self._dp.rank()
         samples = self._progress().samples + (row // size * ranks + rank) * size + row % size
@@ -157,6 +184,10 @@ class OwnText:
         with_mask = any(batch.get("attention_mask") is not None for batches in read if batches for batch in batches)
         self._batches = micro_batches(rollouts, self._sizes, with_mask)
         self._numbers = numbers(rollouts, self._sizes.vocabulary)
+        if self._reward is not None:
+            rewards = self._rewards(rollouts, self._reward)
+            self._advantages = advantages(rewards, group)
+            self._numbers["own text reward"] = torch.stack([rewards, torch.ones_like(rewards)], -1)
         self._seconds = time.perf_counter() - begin
 
     def _from_source(self, prompts: Prompts, source: Source) -> Rollouts:
@@ -188,30 +219,58 @@ class OwnText:
         tokens = torch.cat([prompts.tokens, ids], 1)
         return Rollouts(tokens, prompts.lengths, prompts.lengths + lengths, ended)
 
+    def _rewards(self, rollouts: Rollouts, reward: Reward) -> Tensor:
+        """Return [n] fp32 on every rank.
+
+        Collectives: one broadcast of it over the model-parallel group.
+        """
+        found = torch.zeros(len(rollouts.tokens), dtype=torch.float32, device="cpu")
+        if self._mp.rank() == 0:
+            columns = (it.tolist() for it in (rollouts.tokens, rollouts.begins, rollouts.ends, rollouts.ended))
+            prompts, texts = [], []
+            for ids, begin, end, ended in zip(*columns, strict=True):
+                prompts.append(self._decode(ids[:begin]))
+                texts.append(self._decode(ids[begin : end - ended]))
+            given = [float(it) for it in reward(prompts, texts)]
+            if len(given) != len(texts) or not all(map(math.isfinite, given)):
+                raise DataError(
+                    f"distillation.on_policy.reward {self._settings.reward}: expected {len(texts)} finite numbers, got "
+                    f"{len(given)}: {given[:8]}; return one per text"
+                )
+            found = torch.tensor(given, dtype=torch.float32, device="cpu")
+        found = found.to(rollouts.tokens.device)
+        self._broadcast(found)
+        return found
+
     def _broadcast(self, tensor: Tensor) -> None:
         if self._mp.size() > 1:
             dist.broadcast(tensor, dist.get_global_rank(self._mp, 0), group=self._mp)
 
 
-def load_source(path: str) -> Source:
-    """Import ``module:function``.
+def advantages(rewards: Tensor, group: int) -> Tensor:
+    """Return (r - mean) / (std + 1e-4) within consecutive groups, [n] fp32; std of the population."""
+    grouped = rewards.view(-1, group)
+    mean, std = grouped.mean(-1, keepdim=True), grouped.std(-1, correction=0, keepdim=True)
+    return ((grouped - mean) / (std + 1e-4)).flatten()
+
+
+def load_function(path: str, key: str) -> Callable[..., Any]:
+    """Import ``module:function`` of a key of `distillation.on_policy`.
 
     Raises:
         ConfigError: it cannot be imported, or is not callable.
     """
     module, _, name = path.partition(":")
     try:
-        source = getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"distillation.on_policy.source: expected module:function that can be imported, got {path!r}: {error}; "
+            f"distillation.on_policy.{key}: expected module:function that can be imported, got {path!r}: {error}; "
             "check the name, or add its folder to PYTHONPATH"
         ) from error
-    if not callable(source):
-        raise ConfigError(
-            f"distillation.on_policy.source: expected a function, got {path!r}, a {type(source).__name__}"
-        )
-    found: Source = source
+    if not callable(function):
+        raise ConfigError(f"distillation.on_policy.{key}: expected a function, got {path!r}, not callable")
+    found: Callable[..., Any] = function
     return found
 
 

@@ -18,9 +18,8 @@ from abkd_megatron import kernels
 from abkd_megatron.errors import ConfigError, HostError, on_every_rank
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress
-from abkd_megatron.losses.selection import positions_here
 from abkd_megatron.student.cached import CachedBatch, CachedTeacher, compute_cached_loss
-from abkd_megatron.student.head import TokenFactors, compute_loss
+from abkd_megatron.student.head import compute_loss, positions_of
 from abkd_megatron.student.hidden import HiddenLosses, Layers, check_pairs, layers_of_stages
 from abkd_megatron.student.mixing import Mixing
 from abkd_megatron.student.plan import Plan, agree, propose_plan
@@ -163,7 +162,7 @@ class Attachment:
         loss_mask: [b, s] of the last micro-batch, on the last pipeline stage; None if the model got none.
         sources: [b] int64, dataset of each sequence of the next micro-batch, on the last pipeline stage. Set it before
             the model runs if the objective has weights by source; the model's forward takes it.
-        factors: the same of its tokens, [b, s], such as advantages on the cross entropy.
+        lm_weights, kd_weights: [b, s] of the next micro-batch, by which its tokens' terms are multiplied; taken alike.
         max_queued_microbatches: peak number of micro-batches whose teacher hidden states waited for the student here.
             1 without virtual pipeline stages; else Megatron's microbatch_group_size_per_vp_stage.
         max_queued_bytes: peak of their bytes; a micro-batch is s * b * H / (TP if sequence parallel) numbers.
@@ -195,7 +194,8 @@ class Attachment:
         self.report: dict[str, torch.Tensor] | None = None
         self.loss_mask: torch.Tensor | None = None
         self.sources: torch.Tensor | None = None
-        self.factors: TokenFactors | None = None
+        self.lm_weights: torch.Tensor | None = None
+        self.kd_weights: torch.Tensor | None = None
         self.max_queued_microbatches = self.max_queued_bytes = 0
         self._tensors: dict[str, torch.Tensor] = {}
         self._vocab_size = vocab_size
@@ -224,13 +224,13 @@ class Attachment:
                 chunks, teacher, losses, stages, pg_collection.tp, self._logits_are_wanted, timeout
             )
 
-    def on_step(self, progress: Progress, *, training: bool = True, own_text: bool = False) -> None:
+    def on_step(self, progress: Progress, *, training: bool = True, own_lm_weight: float | None = None) -> None:
         """Begin a step: call it on every rank before the step's first micro-batch; more calls within a step do nothing.
 
         Args:
             progress: what was trained on before this step, the same on every rank. Schedules take their values from it.
             training: False for validation, which keeps the values of the training step before it, if there was one.
-            own_text: whether the step is on text of the student, whose labels are its own: they are not trained on.
+            own_lm_weight: `lm_weight` of a step on text of the student, whose labels are its own; None: on data.
         """
         if training:
             for observer in self.observers:
@@ -245,9 +245,10 @@ class Attachment:
             self.progress = progress
             self._of_data = self._scheduled_objective.at(progress)
             self.scheduled = self._scheduled_objective.values(progress)
-        if is_new or own_text != self.is_own_text:
-            self.is_own_text = own_text
-            self.objective = replace(self._of_data, lm_weight=0.0) if own_text else self._of_data
+        if is_new or (own_lm_weight is not None) != self.is_own_text:
+            self.is_own_text = own_lm_weight is not None
+            of_data = self._of_data
+            self.objective = of_data if own_lm_weight is None else replace(of_data, lm_weight=own_lm_weight)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -397,8 +398,10 @@ class Attachment:
             self._tensors["teacher hidden states"] = context.hidden_states
         student = OutputLayer(hidden_states, output_layer, output_weight, scale_logits)
         sources, self.sources = self.sources, None
-        factors, self.factors = self.factors, None
+        own_weights = [it.transpose(0, 1) if it is not None else None for it in (self.kd_weights, self.lm_weights)]
+        self.kd_weights = self.lm_weights = None
         check_sources_given(self.objective, sources)
+        sequence_group = self._group_of_sequences(packed_seq_params)
         assert self.plan is not None
         of_tokens: dict[str, Any] = {
             "labels": labels.transpose(0, 1),
@@ -406,10 +409,10 @@ class Attachment:
             "shard": VocabShard.megatron(student.weight.shape[0], self._tp_group, self._vocab_size),
             "tp_group": self._tp_group,
             "megatron_cross_entropy": lambda logits: compute_language_model_loss(labels, logits).transpose(0, 1),
-            "positions": self._positions(labels.shape[1], packed_seq_params),
+            "positions": positions_of(self.objective.tokens, labels.shape[1], packed_seq_params, sequence_group),
             "sources": sources,
-            "factors": factors,
-            "cp_group": self._group_of_sequences(packed_seq_params),
+            "cp_group": sequence_group,
+            **dict(zip(("kd_weights", "lm_weights"), own_weights, strict=True)),
             "chunk_tokens": self.plan.chunk_tokens,
             "gradient_in_place": self.execution.gradient_in_place,
         }
@@ -426,16 +429,6 @@ class Attachment:
         if isinstance(context, CachedBatch) and context.cached is not None:
             self.report[CACHED] = _batch_first(context.cached).float()
         return _batch_first(loss.total)
-
-    def _positions(self, length: int, packed: PackedSeqParams | None) -> torch.Tensor | None:
-        """Return [length], the positions of this rank's tokens in their sequences; None if not needed."""
-        if self.objective.tokens is None or not self.objective.tokens.by_position:
-            return None
-        ends, group = None, self._group_of_sequences(packed)
-        if packed is not None:
-            ends = packed.cu_seqlens_q_padded if packed.cu_seqlens_q_padded is not None else packed.cu_seqlens_q
-        rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
-        return positions_here(length, ends, rank, size)
 
     def _group_of_sequences(self, packed: PackedSeqParams | None) -> dist.ProcessGroup | None:
         """Return the ranks over which a sequence is split."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from abkd_megatron.cache.record import RecordLayout
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.objective import Objective
-from abkd_megatron.student.head import Loss, TokenFactors, sum_of, term_weights
+from abkd_megatron.student.head import Loss, sum_of, weights_of_terms
 from abkd_megatron.student.plan import run_pre_forward_hooks
 from abkd_megatron.teacher.output_layer import OutputLayer
 from abkd_megatron.vocab_parallel import (
@@ -94,9 +94,10 @@ def compute_cached_loss(
     megatron_cross_entropy: Callable[[Tensor], Tensor],
     positions: Tensor | None = None,
     sources: Tensor | None = None,
-    factors: TokenFactors | None = None,
     cp_group: dist.ProcessGroup | None = None,
     *,
+    kd_weights: Tensor | None = None,
+    lm_weights: Tensor | None = None,
     chunk_tokens: int | None = None,
     gradient_in_place: bool = False,
 ) -> Loss:
@@ -118,7 +119,7 @@ def compute_cached_loss(
         if selected is not None:
             counted = selected if counted is None else counted & selected
         distilled = tokens.ranked(entropy, counted, cp_group) if tokens.by_rank else tokens.of({_ENTROPY: entropy})
-    kd_weight, lm_weight = term_weights(objective, sources, factors, labels)
+    kd_weight, lm_weight = weights_of_terms(objective, sources, (kd_weights, lm_weights), labels)
     if chunk_tokens is not None:
         run_pre_forward_hooks(student.layer)
         of_divergence = kd_weight * objective.distillation_scale

@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses import AlphaBeta
 from abkd_megatron.losses.objective import Objective
-from abkd_megatron.losses.selection import TokenSelection
+from abkd_megatron.losses.selection import TokenSelection, positions_here
 from abkd_megatron.student.plan import run_pre_forward_hooks
 from abkd_megatron.student.report import SELECTED
 from abkd_megatron.teacher.output_layer import OutputLayer
@@ -54,25 +55,6 @@ class Loss(NamedTuple):
         return found if self.selected is None else {**found, SELECTED: self.selected.float()}
 
 
-class TokenFactors(NamedTuple):
-    """Factors per token of both terms of a micro-batch's loss, [b, s] floats of any sign; None: 1."""
-
-    divergence: Tensor | None = None
-    cross_entropy: Tensor | None = None
-
-
-def term_weights(
-    objective: Objective, sources: Tensor | None, factors: TokenFactors | None, labels: Tensor
-) -> tuple[float | Tensor, float | Tensor]:
-    """Return the weights of divergence and cross entropy, numbers or [s, b] as `labels`; see `compute_loss`."""
-    given = []
-    for weight, factor in zip(objective.weights(sources), factors or TokenFactors(), strict=True):
-        of_tokens = weight.expand(labels.shape) if isinstance(weight, Tensor) else weight
-        given.append(of_tokens if factor is None else of_tokens * factor.transpose(0, 1).double())
-    kd_weight, lm_weight = given
-    return kd_weight, lm_weight
-
-
 def compute_loss(
     student: OutputLayer,
     teacher: OutputLayer,
@@ -85,9 +67,10 @@ def compute_loss(
     input_ids: Tensor | None = None,
     positions: Tensor | None = None,
     sources: Tensor | None = None,
-    factors: TokenFactors | None = None,
     cp_group: dist.ProcessGroup | None = None,
     *,
+    kd_weights: Tensor | None = None,
+    lm_weights: Tensor | None = None,
     chunk_tokens: int | None = None,
     gradient_in_place: bool = False,
     diagnostics: bool = False,
@@ -108,9 +91,10 @@ def compute_loss(
         positions: [s], the tokens' positions in their sequences; needed for a selection by position. On the CPU, or the
             host waits for them.
         sources: [b] int64, dataset of each sequence; needed for weights by source, see `Objective.weights`.
-        factors: of this micro-batch's tokens, by which the weights are multiplied.
         cp_group: the context-parallel group, over which sequences are split; None for whole sequences. Used by a
             selection by quantile.
+        kd_weights: [s, b] floats, per token, by which `kd_weight` is multiplied; None for 1. They may be negative.
+        lm_weights: the same of `lm_weight`.
         chunk_tokens: `Plan.chunk_tokens`, of the fused head; None materializes logits, as diagnostics do.
         gradient_in_place: as in `Execution`.
         diagnostics: as in `Execution`.
@@ -133,7 +117,7 @@ def compute_loss(
         selected = tokens.at(positions.cpu()).unsqueeze(-1).expand(labels.shape)
     by_models = tokens.of if tokens is not None and not (tokens.by_position or tokens.by_rank) else None
     counted = loss_mask != 0 if loss_mask is not None else None
-    kd_weight, lm_weight = term_weights(objective, sources, factors, labels)
+    kd_weight, lm_weight = weights_of_terms(objective, sources, (kd_weights, lm_weights), labels)
     diagnosing = diagnostics and not torch.is_grad_enabled()
     if chunk_tokens is not None and not diagnosing:
         run_pre_forward_hooks(student.layer)
@@ -202,6 +186,40 @@ def compute_loss(
         terms = terms._replace(cross_entropy=megatron_cross_entropy(student_logits))
         loss = loss._replace(total=weighted(lm_weight, terms.cross_entropy))
     return loss._replace(terms=terms)
+
+
+def positions_of(
+    tokens: TokenSelection | None, length: int, packed: PackedSeqParams | None, group: dist.ProcessGroup | None
+) -> Tensor | None:
+    """Return [length], the positions of this rank's tokens in their sequences; None if not needed.
+
+    Args:
+        tokens: the selection that may need them.
+        length: of this rank's part of a sequence, or of a packed row.
+        packed: boundaries of packed sequences.
+        group: ranks over which a sequence is split; None for whole sequences.
+    """
+    if tokens is None or not tokens.by_position:
+        return None
+    ends = None
+    if packed is not None:
+        ends = packed.cu_seqlens_q_padded if packed.cu_seqlens_q_padded is not None else packed.cu_seqlens_q
+    rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
+    return positions_here(length, ends, rank, size)
+
+
+def weights_of_terms(
+    objective: Objective, sources: Tensor | None, own: Sequence[Tensor | None], labels: Tensor
+) -> tuple[float | Tensor, float | Tensor]:
+    """Return the weights of divergence and cross entropy, numbers or [s, b], times the tokens' `own`."""
+
+    def of_tokens(weight: float | Tensor, factor: Tensor | None) -> float | Tensor:
+        if factor is not None and (isinstance(weight, Tensor) or weight != 0):
+            return factor.double() * weight
+        return weight.expand(labels.shape) if isinstance(weight, Tensor) else weight
+
+    kd_weight, lm_weight = map(of_tokens, objective.weights(sources), own)
+    return kd_weight, lm_weight
 
 
 def _loss(

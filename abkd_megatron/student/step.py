@@ -74,10 +74,13 @@ class DistilledStep:
                 "that was to add it; give pretrain() that one"
             )
         progress = self._host.progress(model.training)
-        if own_text := self.is_own_text and model.training:
-            assert self.own_text is not None
+        own_lm_weight = None
+        if self.own_text is not None and self.own_text.is_on and model.training:
+            own_lm_weight = self.own_text.lm_weight
             data_iterator = self.own_text.batches(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
-        attachment.on_step(progress, training=model.training, own_text=own_text)
+            if get_attr_wrapped_model(model, "post_process"):
+                attachment.lm_weights = self.own_text.lm_weights()
+        attachment.on_step(progress, training=model.training, own_lm_weight=own_lm_weight)
         if model.training:
             self._host.log(progress, attachment.scheduled)
         output, loss_func = self._forward_step(data_iterator, model, *args, **kwargs)

@@ -56,7 +56,7 @@ class Case:
     cached: bool = False
     """In place of the teacher there are its records, with all tokens, as the reference has made them."""
     factors: bool = False
-    """The terms of the loss have factors per token, also negative ones and 0."""
+    """The terms of the loss have weights per token, also negative ones and 0."""
 
     @property
     def reference(self) -> tuple[str, bool, bool, int | None, bool]:
@@ -513,8 +513,6 @@ def forward_step(
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    from abkd_megatron.student.head import TokenFactors
-
     batch = next(batches)
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     here = {
@@ -537,7 +535,7 @@ def forward_step(
     else:
         here = get_batch_on_this_cp_rank(here, is_hybrid_cp=False, cp_group=cp_group)
     if last and case.factors:
-        attachment.factors = TokenFactors(here["of divergence"], here["of cross entropy"])
+        attachment.kd_weights, attachment.lm_weights = here["of divergence"], here["of cross entropy"]
     if case.cached:
         attachment.teacher.packed = here["records"]
     output = model(

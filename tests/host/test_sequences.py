@@ -29,7 +29,7 @@ def place(num_ranks: int, name: str) -> tuple[str, str]:
     sizes = {"TP": case.tp, "PP": case.pp, "CP": case.cp, "DP": num_ranks // (case.tp * case.pp * case.cp)}
     where = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
     feature = FEATURES[case.data] + ", divergence on every third token" * bool(case.every)
-    feature += ", factors per token" * case.factors
+    feature += ", weights per token" * case.factors
     feature += ", teacher cache" * case.cached
     feature += ", HybridModel `*-` compared with GPTModel" * case.hybrid
     return feature, where or "1 rank"
