@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
-from megatron.core.tokenizers import MegatronTokenizer
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.training import get_train_valid_test_num_samples
 
@@ -56,7 +55,7 @@ def count_hits(args: Namespace, reader: CacheReader, held_out_seed: int | None) 
     # The same code on these arguments: a dry run has no global ones.
     count = get_train_valid_test_num_samples
     numbers = FunctionType(count.__code__, count.__globals__ | {"get_args": lambda: args})()
-    tokenizer: MegatronTokenizer = build_tokenizer(args)
+    tokenizer = build_tokenizer(args)
     with tempfile.TemporaryDirectory() as folder:
         args.data_cache_path = folder
         splits = build_datasets(args, tokenizer, numbers, lambda: True, held_out_seed)
