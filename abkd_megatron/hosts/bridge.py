@@ -129,6 +129,11 @@ def add_teacher(
         ConfigError: an unsupported setting. The hook raises more errors, after Bridge has built the student.
     """
     device = "cpu" if cpu_backend.is_installed() else "cuda"
+    if config.distillation.cache is not None:
+        raise ConfigError(
+            "distillation.cache: a teacher cache is not supported in Bridge, whose datasets have no place for its "
+            "records; use `abkd-megatron distill` or a script of Megatron-LM's kind, or remove it"
+        )
     settings = [
         f"distillation.{item.name}={flow(value)}"
         for item in fields(DistillationConfig)

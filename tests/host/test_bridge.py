@@ -127,6 +127,7 @@ def test_settings_travel_through_bridges_own_yaml(folder: Path) -> None:
         "distillation.beta=abc": "ConfigError: distillation.beta: expected a finite number, got 'abc'",
         "teacher.load=here": "got both; set one",
         "teacher.hf=null": "got neither; set one",
+        "distillation.cache=/somewhere": "ConfigError: distillation.cache: a teacher cache is not supported in Bridge",
         "dist.use_megatron_fsdp=true": "ConfigError: student: Megatron FSDP is not supported",
         "distillation.sources=[{source: 0, kd_weight: 0.5}]": "use `abkd-megatron distill`",
         "distillation.hidden_losses=[{student_layer: 1, teacher_layer: 2, loss: mse}]": "use `abkd-megatron distill`",
