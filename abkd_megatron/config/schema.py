@@ -309,8 +309,6 @@ class Config:
             if not holds:
                 yield self._error(key, f"expected {expected}, got {brief(str(got))}")
         yield from self._problems_of_losses(job)
-        if kd.mix is not None and kd.on_policy is not None:
-            yield self._error("distillation.mix", "expected none with distillation.on_policy; remove one of them")
         if kd.mix is not None and loss is not None:
             yield self._error(
                 "teacher.expected-loss",

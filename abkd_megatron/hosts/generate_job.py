@@ -21,7 +21,7 @@ from megatron.training.initialize import initialize_megatron
 
 from abkd_megatron.config.megatron_args import checked_model_config, command_line, job_arguments, parse_model
 from abkd_megatron.config.model_config import check_layers_here
-from abkd_megatron.config.rollouts import GenerateConfig, check_can_sample
+from abkd_megatron.config.rollouts import GenerateConfig, Sampling, check_can_sample
 from abkd_megatron.config.schema import Config
 from abkd_megatron.config.unsupported import JOB
 from abkd_megatron.data.prepare import data_arguments
@@ -48,29 +48,15 @@ def run(config: Config) -> None:
         megatron = generate_settings(job_arguments(config, data_arguments(config.data)))
         parsed = parse_model(megatron, "student", JOB)
         _check_files(config.generate, parsed)
-    with command_line(megatron):
-        args = parse_and_validate_args()
-        tokenizer = get_tokenizer()
-        args.vocab_size = tokenizer.vocab_size
+    args, model_config = validated(megatron)
+    tokenizer = get_tokenizer()
     with on_every_rank():
-        model_config = checked_model_config(args, "student", JOB)
-        check_layers_here(model_config, "student")
-        check_can_sample(args, args.hybrid_layer_pattern)
         texts = read_prompts(config.generate)
         prompts = [list(tokenizer.tokenize(text)) for text in texts]
         _check_prompts(prompts, texts, config.generate.new_tokens, args)
-    initialize_megatron()
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = model_config.get_builder_cls()(model_config).build_distributed_models(groups, wrap_with_ddp=False)
-    iteration, _ = load_checkpoint(model, None, None)
-    logger.info(f"checkpoint: {args.load}, iteration {iteration}")
-    sampler = Sampler(
-        *(unwrap_model(model), groups, args.vocab_size),
-        new_tokens=config.generate.new_tokens,
-        end=getattr(tokenizer, "eod", None),
-    )
+    sampler = load_sampler(args, model_config, config.generate.new_tokens)
     begin = time.perf_counter()
-    found = _sample(sampler, prompts, config.generate, args)
+    found = continued(sampler, prompts, config.generate.sampling(), args)
     seconds = time.perf_counter() - begin
     written = sum(len(ids) for ids, _ in found)
     if dist.get_rank() == 0:
@@ -94,6 +80,36 @@ def generate_settings(megatron: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "finetune": True, "no-load-optim": True, "no-load-rng": True}
 
 
+def validated(megatron: dict[str, Any]) -> tuple[Namespace, Any]:
+    """Return Megatron's validated arguments and the model's configuration.
+
+    Args:
+        megatron: from `generate_settings`.
+
+    Raises:
+        AbkdError: on every rank, for a model that is not supported or from which this package does not sample.
+    """
+    with command_line(megatron):
+        args = parse_and_validate_args()
+        args.vocab_size = get_tokenizer().vocab_size
+    with on_every_rank():
+        model_config = checked_model_config(args, "student", JOB)
+        check_layers_here(model_config, "student")
+        check_can_sample(args, args.hybrid_layer_pattern)
+    return args, model_config
+
+
+def load_sampler(args: Namespace, model_config: Any, new_tokens: int) -> Sampler:
+    """Initialize Megatron, load the model and return what samples from it, up to the end of a document."""
+    initialize_megatron()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = model_config.get_builder_cls()(model_config).build_distributed_models(groups, wrap_with_ddp=False)
+    iteration, _ = load_checkpoint(model, None, None)
+    logger.info(f"checkpoint: {args.load}, iteration {iteration}")
+    end = getattr(get_tokenizer(), "eod", None)
+    return Sampler(unwrap_model(model), groups, args.vocab_size, new_tokens=new_tokens, end=end)
+
+
 def read_prompts(generate: GenerateConfig) -> list[str]:
     """Return the prompts: those of the configuration, then the lines of its file that are not empty.
 
@@ -113,9 +129,18 @@ def read_prompts(generate: GenerateConfig) -> list[str]:
     return prompts
 
 
-def _check_files(generate: GenerateConfig, args: Namespace) -> None:
+def check_load(args: Namespace) -> None:
+    """Reject a job without a checkpoint.
+
+    Raises:
+        ConfigError: there is none.
+    """
     if checkpoint_to_load(args)[0] is None:
         raise ConfigError(f"expected a checkpoint in megatron.load, got {args.load}; give the folder of one")
+
+
+def _check_files(generate: GenerateConfig, args: Namespace) -> None:
+    check_load(args)
     if args.rank == 0 and generate.out is not None and Path(generate.out).expanduser().exists():
         raise ConfigError(f"generate.out: expected a file that does not exist, got {generate.out}; remove or rename it")
 
@@ -132,8 +157,8 @@ def _check_prompts(prompts: Sequence[list[int]], texts: Sequence[str], new_token
         raise ConfigError("expected prompts of at least one token, got one without; remove it")
 
 
-def _sample(
-    sampler: Sampler, prompts: Sequence[list[int]], generate: GenerateConfig, args: Namespace
+def continued(
+    sampler: Sampler, prompts: Sequence[list[int]], sampling: Sampling, args: Namespace
 ) -> list[tuple[list[int], bool]]:
     """Return the new ids per prompt, and whether its text has ended, on every rank.
 
@@ -156,7 +181,7 @@ def _sample(
             min(lengths),
             torch.tensor(here, device=device),
         )
-        rollouts = sampler.sample(given, generate.sampling())
+        rollouts = sampler.sample(given, sampling)
         tokens, begins, ends = (it.tolist() for it in (rollouts.tokens, rollouts.begins, rollouts.ends))
         for index, row in enumerate(here):
             mine[row] = tokens[index][begins[index] : ends[index]], bool(rollouts.ended[index])

@@ -7,40 +7,27 @@ import json
 import logging
 import statistics
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core import mpu
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import get_args, get_tokenizer
-from megatron.training.arguments import parse_and_validate_args
-from megatron.training.initialize import initialize_megatron
 from megatron.training.training import build_train_valid_test_datasets, get_train_valid_test_num_samples
 
-from abkd_megatron.config.megatron_args import checked_model_config, command_line, job_arguments
-from abkd_megatron.config.model_config import check_layers_here
-from abkd_megatron.config.rollouts import Sampling, check_can_sample
+from abkd_megatron.config.megatron_args import job_arguments, parse_model
+from abkd_megatron.config.rollouts import Sampling
 from abkd_megatron.config.schema import Config
 from abkd_megatron.config.unsupported import JOB
 from abkd_megatron.data.indexed import check_datasets, prefixes_of
 from abkd_megatron.data.prepare import data_arguments
 from abkd_megatron.errors import ConfigError, HostError, from_rank_0, on_every_rank
 from abkd_megatron.hosts.batches import train_valid_test_datasets_provider
-from abkd_megatron.hosts.cache_job import teacher_job_settings
-from abkd_megatron.rollouts.sampler import Prompts, Sampler
-from abkd_megatron.teacher.build import Teacher, build_teacher
-from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
+from abkd_megatron.hosts.generate_job import check_load, continued, generate_settings, load_sampler, validated
 
 logger = logging.getLogger(__name__)
 
 DRAWS = {"greedy": 0.0, "sampled": 1.0}
 """Temperatures by name."""
-
-# Of a student with these, a frozen model of the same kind is built.
-_LAYERS = ("hybrid-layer-pattern", "hybrid-override-pattern", "num-layers", "spec")
 
 
 def run(config: Config) -> None:
@@ -57,36 +44,25 @@ def run(config: Config) -> None:
     of = config.compare
     with on_every_rank():
         score = scorer()
-        megatron = job_arguments(config, data_arguments(config.data))
-        own = {name: megatron[name] for name in _LAYERS if name in megatron}
-        settings = teacher_job_settings(megatron, own)
-    with command_line(settings):
-        args = parse_and_validate_args()
-        args.vocab_size = get_tokenizer().vocab_size
+        megatron = generate_settings(job_arguments(config, data_arguments(config.data)))
+        check_load(parse_model(megatron, "student", JOB))
+    args, model_config = validated(megatron)
     with on_every_rank():
-        model_config = checked_model_config(args, "student", JOB)
-        check_layers_here(model_config, "student")
-        check_can_sample(args, args.hybrid_layer_pattern)
-        checkpoint = TeacherCheckpoint.open(str(config.megatron["load"]), args.ckpt_step)
         if of.prompt_tokens + of.new_tokens > args.seq_length:
             raise ConfigError(
                 f"compare.new_tokens: expected prompt_tokens + new_tokens of at most seq-length {args.seq_length}, the "
                 f"length of a held-out sample, got {of.prompt_tokens} + {of.new_tokens}; lower one of them"
             )
-    initialize_megatron()
+    sampler = load_sampler(args, model_config, of.new_tokens)
     from_rank_0(lambda: check_datasets(prefixes_of(args), args.vocab_size))
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    student = build_teacher(
-        model_config, checkpoint, groups, timeout=timedelta(minutes=args.distributed_timeout_minutes)
-    )
     samples = _held_out(config)
     prompts = [sample[: of.prompt_tokens] for sample in samples]
     tokenizer, end = get_tokenizer(), getattr(get_tokenizer(), "eod", None)
     texts = {"text": [_until(end, sample[of.prompt_tokens :]) for sample in samples]}
     seed = config.data.seed if config.data.seed is not None else args.seed
-    sampler = Sampler([student.model], student.pg_collection, args.vocab_size, new_tokens=of.new_tokens, end=end)
     for name, temperature in DRAWS.items():
-        texts[name] = _continued(student, sampler, prompts, Sampling(temperature=temperature, seed=seed), end)
+        rollouts = continued(sampler, prompts, Sampling(temperature=temperature, seed=seed), args)
+        texts[name] = [_until(end, ids) for ids, _ in rollouts]
         logger.info(f"{len(prompts)} {name} continuations of {of.new_tokens} tokens")
     if dist.get_rank() == 0:
         words = {name: [tokenizer.detokenize(ids) for ids in of_name] for name, of_name in texts.items()}
@@ -146,33 +122,6 @@ def _held_out(config: Config) -> list[list[int]]:
         )
 
     return from_rank_0(read)
-
-
-def _continued(
-    student: Teacher, sampler: Sampler, prompts: Sequence[list[int]], sampling: Sampling, end: int | None
-) -> list[list[int]]:
-    """Return the continuation of each prompt, on every rank.
-
-    Data-parallel ranks share the prompts, in batches of a micro-batch per pipeline stage.
-    """
-    args = get_args()
-    device = next(student.parameters()).device
-    replicas, replica = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
-    size = args.micro_batch_size * student.layout.student_stages
-    mine: dict[int, list[int]] = {}
-    for first in range(0, len(prompts), size * replicas):
-        # Every replica has as many rows, since experts may be shared; the last ones again where there are none left.
-        rows = [min(first + replica * size + row, len(prompts) - 1) for row in range(size)]
-        tokens = torch.tensor([prompts[row] for row in rows], device=device)
-        length = tokens.shape[1]
-        given = Prompts(tokens, torch.full((size,), length, device=device), length, torch.tensor(rows, device=device))
-        found = sampler.sample(given, sampling)
-        for row, ids, stop in zip(rows, found.tokens.tolist(), found.ends.tolist(), strict=True):
-            mine[row] = _until(end, ids[length:stop])
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    merged = {row: ids for part in parts for row, ids in part.items()}
-    return [merged[row] for row in range(len(prompts))]
 
 
 def _until(end: int | None, ids: list[int]) -> list[int]:

@@ -47,7 +47,7 @@ HIDDEN, PROJECTORS, MIXING = "student/hidden.py", "student/projectors.py", "stud
 ADD, JOB, SCRIPT, BRIDGE = (f"hosts/{name}.py" for name in ("add_teacher", "megatron_lm", "script", "bridge"))
 MODE, SAMPLER, OWN_TEXT = (f"rollouts/{name}.py" for name in ("mode", "sampler", "own_text"))
 GENERATE = "hosts/generate_job.py"
-CACHE_JOB, BATCHES = "hosts/cache_job.py", "hosts/batches.py"
+CACHE_JOB, ROUGE_JOB, BATCHES = "hosts/cache_job.py", "hosts/rouge_job.py", "hosts/batches.py"
 MEGATRON_ARGS, UNSUPPORTED = "config/megatron_args.py", "config/unsupported.py"
 TEACHER_ARGS = "teacher/args.py"
 PROVENANCE, MODEL_CONFIG = "preflight/run_record.py", "config/model_config.py"
@@ -244,10 +244,10 @@ CALLS = [
         CACHE_JOB,
         ("dataset", "consumed_samples"),
     ),
-    Call("megatron.training.training:get_train_valid_test_num_samples", CACHE_JOB),
+    Call("megatron.training.training:get_train_valid_test_num_samples", f"{CACHE_JOB}, {ROUGE_JOB}"),
     Call(
         "megatron.training.training:build_train_valid_test_datasets",
-        CACHE_JOB,
+        f"{CACHE_JOB}, {ROUGE_JOB}",
         ("build_train_valid_test_datasets_provider", "train_valid_test_num_samples"),
     ),
     Call(
