@@ -117,8 +117,8 @@ class DistillationConfig:
     cache: str | None = None
     """Teacher cache to train from, in place of `teacher.load`: the `cache.dir` of the job `cache`."""
     on_policy: OnPolicy | None = None
-    """Steps on the student's own text: `share`, `prompt_tokens`, `new_tokens`, `temperature`, `top_k`, `top_p`, `seed`
-    and `source`; None for none."""
+    """Steps on the student's own text: `share`, `prompt_tokens`, `new_tokens`, `temperature`, `top_k`, `top_p`, `seed`,
+    `source`, `reward`, `reward_weight` and `group`; None for none."""
     on_miss: str = "error"
     """Action for a sample that is not in the cache: ``error``, or ``lm`` to train it on the cross entropy only."""
     on_change: str = "refuse"

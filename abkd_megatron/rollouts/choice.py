@@ -44,12 +44,13 @@ def next_tokens(logits: Tensor, shard: VocabShard, sampling: Sampling, samples: 
         noise = gumbel(samples, position, columns + shard.start, sampling.seed)
         scores = (scores.double() + noise).masked_fill(~kept, -torch.inf)
     best = scores.amax(-1, keepdim=True)
-    first = torch.where(scores == best, columns + shard.start, shard.size).amin(-1)
+    # No logit equals NaN; such a step ends at its loss, which says so.
+    first = torch.where(scores == best, columns + shard.start, shard.size).amin(-1).clamp_max(shard.size - 1)
     if shard.num_ranks == 1:
         return first
     found = _gathered(torch.stack([best.squeeze(-1).double(), first.double()], -1), shard)  # ids are exact in fp64
     values, ids = found.unbind(-1)
-    return torch.where(values == values.amax(0), ids, float(shard.size)).amin(0).long()
+    return torch.where(values == values.amax(0), ids, float(shard.size)).amin(0).long().clamp_max(shard.size - 1)
 
 
 def gumbel(samples: Tensor, position: int, ids: Tensor, seed: int) -> Tensor:
@@ -100,7 +101,7 @@ def _in_nucleus(scores: Tensor, kept: Tensor, shard: VocabShard, top_p: float) -
         from_here = histogram.flip(-1).cumsum(-1).flip(-1)  # masses of this digit and of larger ones
         if shift == _KEY_BITS - _DIGIT_BITS:
             target = (from_here[:, :1].double() * top_p).ceil().long()
-        digit = ((above + from_here) >= target).sum(-1, keepdim=True) - 1
+        digit = (((above + from_here) >= target).sum(-1, keepdim=True) - 1).clamp_min(0)
         above = above + from_here.gather(-1, digit) - histogram.gather(-1, digit)
         prefix = (prefix << _DIGIT_BITS) | digit
     return key >= prefix

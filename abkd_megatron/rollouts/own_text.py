@@ -168,7 +168,7 @@ class OwnText:
         if self._mp.rank() == 0:
             assert read[0] is not None
             whole = torch.cat([batch["tokens"] for batch in read[0]])
-            tokens.copy_(whole[:, : self._settings.prompt_tokens])
+            tokens.copy_(whole[:, : self._settings.prompt_tokens], non_blocking=True)
         self._broadcast(tokens)
         if (group := self._settings.group) > 1:
             tokens = tokens[::group].repeat_interleave(group, 0)

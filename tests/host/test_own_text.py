@@ -224,12 +224,40 @@ def test_text_of_a_source_is_trained_on(workspace: Path, config: Path, teacher: 
         assert found[name]["own text kd loss"] == pytest.approx(found["one"]["own text kd loss"], rel=1e-4)
 
 
+REWARD = """
+def of_length(prompts, texts):
+    assert all(prompts)
+    return [len(text) for text in texts]
+"""
+
+
+def test_rewards_are_compared_within_groups_in_every_layout(
+    workspace: Path, config: Path, teacher: Path, students: dict
+) -> None:
+    folder = workspace / "rewards"
+    folder.mkdir()
+    (folder / "own_reward.py").write_text(REWARD)
+    found = {}
+    policy = on_policy(1, reward="own_reward:of_length", group=2, reward_weight=0.5)
+    for name, ranks, layout in (("one", 1, {}), ("tensor", 2, TENSOR), ("pipeline", 2, PIPELINE), ("data", 2, {})):
+        given = {**start(students, 2), **layout, "distillation.on_policy": policy, "megatron.train-iters": 2}
+        found[name], _ = run(config, folder / name, teacher, ranks, "source", str(folder), given=given)
+    one = found.pop("one")
+    assert all(reward > 0 for reward in one["own text reward"])
+    assert one["own text total loss"] != one["own text kd loss"]
+    for of_layout in found.values():
+        for key in ("own text reward", "own text length", "own text total loss", "own text kd loss", "grad-norm"):
+            assert of_layout[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
         ({"distillation.cache": "somewhere"}, "a cache has no records of the student's own text"),
         ({"distillation.on_policy": on_policy(0.5, prompt_tokens=14)}, "prompt_tokens + new_tokens of at most"),
         ({"distillation.on_policy": on_policy(0.5, source="nowhere:at_all")}, "module:function that can be imported"),
+        ({"distillation.on_policy": on_policy(0.5, reward="a:b", group=3)}, "a group that divides micro-batch-size 2"),
+        ({"distillation.on_policy": on_policy(0.5, group=2)}, "expected 2 or more with a reward"),
         ({"distillation.on_policy": on_policy(1.5)}, "share: expected 0 to 1"),
         ({"distillation.kd_weight": 0}, "expected kd_weight above 0 at every step"),
         ({"megatron.context-parallel-size": 2}, "context-parallel-size 1"),

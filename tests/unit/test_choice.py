@@ -36,6 +36,13 @@ def test_nucleus_is_the_smallest_set_with_the_mass(top_p: float, kept: set[int])
     assert set(found.tolist()) == kept
 
 
+def test_an_id_is_in_the_vocabulary_even_of_logits_that_are_not_numbers() -> None:
+    logits = torch.full((4, 12), torch.nan)
+    for sampling in (Sampling(temperature=0.0), Sampling(), Sampling(top_k=3), Sampling(top_p=0.5)):
+        found = next_tokens(logits, VocabShard.megatron(12, vocab_size=10), sampling, torch.arange(4), 0)
+        assert ((found >= 0) & (found < 10)).all()
+
+
 def test_top_k_comes_before_top_p() -> None:
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(2000, -1)
     found = next_tokens(logits, VocabShard.megatron(4), Sampling(top_k=2, top_p=0.5), torch.arange(2000), 0)
