@@ -32,7 +32,7 @@ SLOW = {
     r"host/test_fault_table\.py::test_fault\[(SIGKILL, (validation|the teacher|the backward|a save, when all|four)"
     r"|slow|SIGSTOP|raise, (the backward|the teacher|a save)|full disk, the first|SIGTERM, (before|validation)"
     r"|SIGTERM to)": "the same fault at another place",
-    r"host/test_own_text\.py::test_(sampling_itself.*\[(tensor|data)|every_layout.*\[(pipeline|data))": "another layout",
+    r"host/test_own_text\.py::test_(sampling_itself.*\[(tensor|data)|every_layout.*\[(pipe|data))": "another layout",
     r"host/test_mixed_sequences\.py::test_layouts_equal_one_rank\[(PP|DP 2, teacher PP)": "another layout",
     r"host/test_gradient_variance\.py::test_in_every_layout\[[PD]P": "another layout",
     r"host/test_packed_data\.py::test_a_cache.*\[documents": "the other packed data",
