@@ -165,6 +165,13 @@ def distill[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_s
                     "on_policy has been run in this package's own job only; use `abkd-megatron distill`, or remove "
                     "--kd-on-policy"
                 )
+            packed = args.sft or args.dataloader_inter_document_masking
+            if config.distillation.cache is not None and packed and max(*_rows(args), args.context_parallel_size) > 1:
+                raise ConfigError(
+                    "a cache with packed data needs micro-batches of one row and no context parallelism, since a "
+                    "script flattens and splits its rows by itself; set micro-batch-size and context-parallel-size to "
+                    "1, or use --kd-teacher-load"
+                )
             _check_shared_vocab(config.distillation.shared_vocab, get_tokenizer().vocab_size, args)
             if config.distillation.hidden_losses and args.pipeline_model_parallel_size > 1:
                 raise ConfigError(
@@ -180,6 +187,11 @@ def distill[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_s
             step.distilled = add_cache(config, args, model_cfg, step)
             return step.distilled
         return add_teacher(config, chosen | from_argv(sys.argv[1:], options), args, model_cfg, forward_step)
+
+
+def _rows(args: Namespace) -> tuple[int, int]:
+    """Return the rows of a micro-batch in training and in validation."""
+    return args.micro_batch_size, args.eval_micro_batch_size or args.micro_batch_size
 
 
 def _check_shared_vocab(shared: int | None, vocab_size: int, args: Namespace) -> None:

@@ -217,6 +217,8 @@ def test_a_script_without_what_a_cache_needs(config: Path, cache: Path, cached_s
     words = [*command_line(config, {}), "--kd-cache", str(cache), *kd_words(CACHED)]
     for rank in run_script(SCRIPT, [*words, "--kd-on-miss", "lm"], 2):
         assert rank.code != 0 and "from abkd_megatron import cached" in rank.output, rank.output[-3000:]
+    for rank in run_script(cached_script, [*words, "--dataloader-inter-document-masking"], 2):  # of two rows
+        assert rank.code != 0 and "packed data needs micro-batches of one row" in rank.output, rank.output[-3000:]
     for rank in run_script(cached_script, words, 2):  # the last batch is not there
         assert rank.code != 0 and "on_miss=lm" in rank.output, rank.output[-3000:]
     for rank in run_script(cached_script, [*words, "--kd-teacher-load", str(cache)], 2):
