@@ -42,6 +42,7 @@ def main(folder: Path) -> None:
     prompts = torch.tensor([prompt + [0] * (max(lengths) - len(prompt)) for prompt in PROMPTS])
     found: dict[str, dict] = {}
     for kind, names in KINDS.items():
+        draws = DRAWS if kind == "gpt" else {draw: DRAWS[draw] for draw in ("greedy", "both")}
         for name in names:
             tensor, pipeline, virtual = LAYOUTS[name]
             experts = 2 if kind == "experts" and name == "data" else 1
@@ -79,7 +80,7 @@ def main(folder: Path) -> None:
             given = Prompts(prompts[rows], torch.tensor(lengths)[rows], min(lengths), 100 + rows)
             before = state(chunks)
             of_layout = {}
-            for draw, settings in DRAWS.items():
+            for draw, settings in draws.items():
                 rollouts = sampler.sample(given, Sampling(**settings))
                 texts = texts_of(rollouts)
                 if name == "data":
@@ -95,7 +96,7 @@ def main(folder: Path) -> None:
                         written_whole(chunks[0], prompt, 100 + row, Sampling(**settings))
                         for row, prompt in enumerate(PROMPTS)
                     ]
-                    for draw, settings in DRAWS.items()
+                    for draw, settings in draws.items()
                 }
             found[f"{kind} {name}"] = of_layout
             parallel_state.destroy_model_parallel()

@@ -11,7 +11,7 @@ from sampling import DRAWS, END, KINDS, NEW, PROMPTS
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[list[int]]]]:
     folder = tmp_path_factory.mktemp("sampling")
-    ranks = launch([Path(__file__).with_name("sampling.py"), folder / "models"], 2)
+    ranks = launch([Path(__file__).with_name("sampling.py"), folder / "models"], 2, timeout_seconds=480)
     found = []
     for rank in ranks:
         assert rank.code == 0, rank.output[-6000:]
