@@ -316,7 +316,7 @@ class Config:
             )
         if job == "rouge" and not self.megatron.get("load"):
             yield ConfigError("megatron.load: expected the student's checkpoint, got none; set megatron.load")
-        for key, text in (*compare_problems(self, job), *cache_problems(self, job), *rollout_problems(self, job)):
+        for key, text in (*compare_problems(self, job), *rollout_problems(self, job), *cache_problems(self, job)):
             yield self._error(key, text)
         if job == "prepare" and not data.dir:
             yield ConfigError("data.dir: expected an output directory, got none; set data.dir")

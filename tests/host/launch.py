@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import forked
 import strict
 from forked import ROOT
+from ports import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
@@ -42,9 +42,7 @@ def launch(
 
     A rank that fails leaves the others `seconds_after_failure` to end by themselves, before they are killed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",

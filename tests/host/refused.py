@@ -9,11 +9,12 @@ import contextlib
 import io
 import json
 import os
-import socket
 import sys
 import time
 import traceback
 from pathlib import Path
+
+from ports import free_port
 
 # What a case may change in the environment.
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -78,9 +79,7 @@ def main() -> None:
 def new_port(file: str) -> str:
     """One for each case: the store of the case before may still be listening to its own."""
     if os.environ["RANK"] == "0":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            Path(f"{file}.part").write_text(str(probe.getsockname()[1]))
+        Path(f"{file}.part").write_text(str(free_port()))
         Path(f"{file}.part").rename(file)
     while not Path(file).exists():
         time.sleep(0.01)

@@ -5,13 +5,13 @@ task a process that is told its number as Slurm tells it.
 """
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from launch import ROOT
+from ports import free_port
 
 SRUN = """\
 #!/usr/bin/env bash
@@ -45,9 +45,7 @@ def job(config: Path, teacher: Path, tmp_path: Path) -> list[str]:
 
 
 def test_two_nodes_by_torchrun(job: list[str], tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{free_port()}"
     nodes = [
         subprocess.Popen(
             ["bash", ROOT / "examples/launch/torchrun.sh", *job],

@@ -91,6 +91,9 @@ def train(workspace: Path, config: Path, of_data):
         data: str, name: str, num_ranks: int, given: dict[str, object], file: Path = config
     ) -> dict[str, list[float]]:
         settings = of_data[data]
+        tensorboard = workspace / "packed" / f"{data} {name}"
+        if tensorboard.exists():
+            return scalars(tensorboard)
         if data not in made:
             made[data] = workspace / f"teacher of {data}"
             of_teacher = {"num-layers": 4, "hidden-size": 48, "ffn-hidden-size": 96, "train-iters": 4}
@@ -98,7 +101,6 @@ def train(workspace: Path, config: Path, of_data):
             run_job("pretrain", config, settings | {f"megatron.{key}": value for key, value in of_teacher.items()})
             first = {"train-iters": 1, "save": workspace / f"student of {data}", "save-interval": 1}
             run_job("pretrain", config, settings | {f"megatron.{key}": value for key, value in first.items()})
-        tensorboard = workspace / "packed" / f"{data} {name}"
         own = {"megatron.train-iters": 3, "megatron.tensorboard-dir": tensorboard}
         own |= {} if "distillation.cache" in given else {"teacher.load": made[data]}
         own |= {"megatron.load": workspace / f"student of {data}", "megatron.finetune": "true"}

@@ -60,6 +60,8 @@ def test_what_is_recorded(begun: Path, teacher: Path) -> None:
             "tokens": "null",
             "hidden_losses": "[]",
             "sources": "[]",
+            "mix": "null",
+            "on_policy": "null",
         },
     }
     assert record["teacher"]["path"] == str((teacher / "iter_0000008").resolve())
