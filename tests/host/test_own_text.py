@@ -58,7 +58,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def students(workspace: Path, config: Path, student: Path) -> dict[int, Path]:
-    deep = workspace / "student-of-4"
+    deep = workspace / "student-of-own-text"
     more = {"megatron.num-layers": 4, "megatron.train-iters": 1, "megatron.save": deep, "megatron.save-interval": 1}
     run_job("pretrain", config, more)
     return {2: student, 4: deep}
