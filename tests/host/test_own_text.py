@@ -211,7 +211,7 @@ def halves(prompts):
 
 
 def test_text_of_a_source_is_trained_on(workspace: Path, config: Path, teacher: Path, students: dict) -> None:
-    folder = workspace / "sources"
+    folder = workspace / "own-text-source"
     folder.mkdir()
     (folder / "own_source.py").write_text(SOURCE)
     found = {}
