@@ -2,10 +2,12 @@
 
 import json
 import statistics
+from dataclasses import replace
 from functools import partial
 
 import pytest
 
+from abkd_megatron.config.compare import compare_problems
 from abkd_megatron.config.load import load_config
 from abkd_megatron.config.presets import PRESETS
 from abkd_megatron.errors import ConfigError, HostError
@@ -280,3 +282,12 @@ def test_what_no_comparison_has_written_is_not_written_over(tmp_path, content):
         compare.check_out(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps({"summary": {}, "runs": []}))
     compare.check_out(tmp_path)
+
+
+@pytest.mark.parametrize("option", ["sft", "dataloader-inter-document-masking"])
+def test_no_continuations_of_packed_rows(load, option):
+    for prompts, problems in ((0, []), (8, ["compare.rouge_prompts"])):
+        config = load([f"compare.rouge_prompts={prompts}"])
+        packed = replace(config, megatron={**config.megatron, option: True})
+        assert [key for key, _ in compare_problems(config, "distill")] == []
+        assert [key for key, _ in compare_problems(packed, "distill")] == problems
