@@ -5,6 +5,7 @@ import math
 import kernel_cases
 import pytest
 import torch
+from megatron.training.distillation.cached_logits_loss import topk_kl_div
 from record_cases import records_of
 from torch import Tensor
 
@@ -129,6 +130,22 @@ def live_and_recorded(
         del live["kl to teacher"]
     assert set(live) == set(recorded)
     return found
+
+
+def test_forward_kl_is_that_of_megatrons_own_cache():
+    student, teacher, labels = dense(torch.bfloat16)
+    student = student.transpose(0, 1).contiguous()  # theirs is [s, b, V]
+    records = records_of(teacher, 16, labels, 1.0, torch.float32)
+    shard = VocabShard.megatron(VOCAB)
+    leaf = student.transpose(0, 1).contiguous().requires_grad_()
+    ours = vocab_parallel_record_distillation(leaf, records, DIVERGENCES["forward_kl"], labels, shard).divergence
+    kept = [it.view(*TOKENS, -1).transpose(0, 1) for it in (records.log_probs, records.ids.long())]
+    their_leaf = student.clone().requires_grad_()
+    theirs = topk_kl_div(their_leaf, *kept, tp_size=1, tp_rank=0, tp_group=None, add_ghost_token=True)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)  # their rest is 1 - sum in fp32
+    ours.sum().backward()
+    theirs.sum().backward()
+    torch.testing.assert_close(leaf.grad, their_leaf.grad.transpose(0, 1), rtol=2**-7, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
