@@ -139,7 +139,6 @@ UNSUPPORTED = (
     ),
     Feature("record_memory_history", "a trace of GPU memory", "there is no GPU", (ON_CPU,)),
     # Untested in Bridge with a teacher.
-    Feature("peft", "an adapter", "it changes the layers that the loss reads", (BRIDGE,), setting="peft"),
     Feature(
         "eval_context_parallel_size",
         "separate context parallelism for validation",

@@ -29,6 +29,7 @@ from abkd_megatron.student.attach import attach
 from abkd_megatron.student.report import LossChecks
 from abkd_megatron.student.step import DistilledStep
 from abkd_megatron.student.supported import check_mixed_batches, check_tokens
+from abkd_megatron.teacher.build import share_frozen_weights
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 
 try:
@@ -170,7 +171,17 @@ def add_teacher(
         print_rank_0(f"distilling with {objective.divergence or 'logit losses'} from the teacher in {source}")
         timeout = timedelta(minutes=config.dist.distributed_timeout_minutes)
         last = unwrap_model(student[-1])
+        with on_every_rank():
+            if hasattr(getattr(last, "output_layer", None), "to_wrap"):
+                raise ConfigError(
+                    "peft: an adapter of the output layer is not supported, since the loss reads the layer's weight; "
+                    "leave output_layer out of peft.target_modules"
+                )
         teacher = build_bridge_teacher(config, transformer, num_columns(config.model), objective, groups, timeout)
+        if config.peft is not None:  # whose base is loaded by now
+            of_both = share_frozen_weights(teacher.model, unwrap_model(student))
+            shared, size = (f"{num_bytes / 2**20:.1f}" for num_bytes in of_both)
+            print_rank_0(f"the teacher reads {shared} of its {size} MiB from the student's frozen weights")
         if last.post_process:
             last.register_forward_pre_hook(step.give_loss_mask, with_kwargs=True)
         tokens = config.train.micro_batch_size * config.model.seq_length // groups.cp.size()

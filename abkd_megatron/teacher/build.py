@@ -137,6 +137,37 @@ def build_teacher(
     return Teacher(model, layout, groups, head)
 
 
+def share_frozen_weights(teacher: torch.nn.Module, student: Sequence[torch.nn.Module]) -> tuple[int, int]:
+    """Let a teacher read the student's weights where these are frozen and equal to its own, whose memory is freed.
+
+    The base of a student with adapters is such a teacher. Call it once the student's frozen weights are loaded: what
+    is written into them later, the teacher would read.
+
+    Args:
+        teacher: this rank's stage.
+        student: this rank's chunks, unwrapped. A module that an adapter wraps is its child ``to_wrap``.
+
+    Returns:
+        Bytes of the teacher that are shared, and all its bytes, on this rank.
+    """
+    frozen = {
+        name.replace(".to_wrap.", "."): parameter
+        for chunk in student
+        for name, parameter in chunk.named_parameters()
+        if not parameter.requires_grad
+    }
+    shared = total = 0
+    for name, own in teacher.named_parameters():
+        total += own.nbytes
+        theirs = frozen.get(name)
+        if theirs is None or (theirs.shape, theirs.dtype, theirs.device) != (own.shape, own.dtype, own.device):
+            continue
+        if type(theirs) is type(own) and torch.equal(theirs, own):
+            own.data = theirs.data
+            shared += own.nbytes
+    return shared, total
+
+
 def to_params_dtype(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """Cast a loaded model as Megatron does for training: everything except the biases of MoE routers.
 

@@ -63,8 +63,11 @@ def import_bridge() -> None:
     if absent:
         for name in names:
             del sys.modules[name]
+        import megatron.bridge.peft.utils
+
+        megatron.bridge.peft.utils.HAVE_TE = False  # Megatron's stand-ins have every name
     import megatron.bridge.recipes
-    import megatron.bridge.training.pretrain  # noqa: F401
+    import megatron.bridge.training.pretrain
 
 
 def make_models(folder: Path) -> None:
@@ -339,6 +342,40 @@ def plain(folder: Path, overrides: list[str]) -> dict[str, Any]:
     return watched(folder, overrides, teacher=False)
 
 
+def adapter(folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """The student with LoRA, and the model that it began as for its teacher; the first word names the run.
+
+    The run "copied" has the teacher's weights twice.
+    """
+    from megatron.bridge.peft.lora import LoRA
+    from megatron.core.utils import unwrap_model
+
+    from abkd_megatron.hosts import bridge
+
+    name, *more = overrides
+    config = recipe(folder, more, ("student", "student"))
+    config.peft, config.checkpoint.pretrained_checkpoint = LoRA(dim=4, alpha=8), str(folder / "student")
+    config.scheduler.lr_decay_iters = 4
+    config.checkpoint.save_interval = 2
+    config.checkpoint.save = config.checkpoint.load = str(folder / name)
+    made, share = [], bridge.share_frozen_weights
+
+    def noted(teacher: Any, student: Any) -> Any:
+        made.append(teacher)
+        return (0, 0) if name == "copied" else share(teacher, student)
+
+    bridge.share_frozen_weights = noted
+    facts: dict[str, Any] = {}
+
+    def after(student: list[Any]) -> None:
+        own = {name.replace(".to_wrap.", "."): it for name, it in unwrap_model(student[0]).named_parameters()}
+        facts["own"] = [name for name, it in made[0].named_parameters() if it.data_ptr() != own[name].data_ptr()]
+        facts["trained"] = [name for name, it in own.items() if it.requires_grad]
+
+    facts |= train(config, Recording(), after)
+    return facts
+
+
 def keep(folder: Path, student: Any, tokens: Any) -> None:
     """The student's logits, to compare with, and the teacher in a checkpoint of Bridge's."""
     import torch
@@ -432,10 +469,11 @@ def document(folder: Path, overrides: list[str]) -> dict[str, Any]:
     """The document's examples, the first one's last call on a configuration for a CPU; and every recipe."""
     from abkd_megatron.hosts import bridge
 
-    example, of_any_recipe = re.findall(r"```python\n(.*?)```", Path(overrides[0]).read_text(), re.DOTALL)
+    example, of_any_recipe, of_adapters = re.findall(r"```python\n(.*?)```", Path(overrides[0]).read_text(), re.DOTALL)
     first, last = example.split("\ndistill(")
     names: dict[str, Any] = {}
     exec(compile(of_any_recipe, "docs/bridge.md", "exec"), names)
+    exec(compile(of_adapters, "docs/bridge.md", "exec"), dict(names))
     facts: dict[str, Any] = {"any recipe's teacher": names["config"].teacher.hf}
     for name in ("llama32_3b_to_1b", "llama31_70b_to_8b", "qwen3_8b_to_1p7b", "nemotron_nano_9b_to_4b"):
         config = getattr(bridge, f"{name}_distill_config")()

@@ -120,6 +120,30 @@ def test_a_teacher_of_megatron_lms_loop(folder: Path, teacher: Path) -> None:
     assert all(step["kd loss"] > 0 for step in found["steps"])
 
 
+def test_the_base_of_adapters_teaches_without_a_second_copy(folder: Path) -> None:
+    """Adapters begin at 0. Then: as a copy of the teacher, resumed, and on two ranks."""
+    whole = run("adapter", folder, "whole", "train.train_iters=4")
+    assert whole["own"] == [] and all(".adapter." in name for name in whole["trained"])
+    assert whole["steps"][0]["kl to teacher"] == 0 < whole["steps"][3]["kl to teacher"]
+    copied = run("adapter", folder, "copied", "train.train_iters=4")
+    assert copied["own"]
+    run("adapter", folder, "resumed", "train.train_iters=2")
+    resumed = run("adapter", folder, "resumed", "train.train_iters=4")
+    assert resumed["own"] == [] and len(resumed["steps"]) == 2
+    for steps in (copied["steps"][2:], resumed["steps"]):
+        for mine, theirs in zip(steps, whole["steps"][2:], strict=True):
+            for name in set(theirs) - {"teacher seconds"}:
+                assert mine[name] == theirs[name], name
+    for setting in ("tensor", "pipeline"):
+        of_two = run(
+            *("adapter", folder, setting, "train.train_iters=4", f"model.{setting}_model_parallel_size=2"), num_ranks=2
+        )
+        assert of_two["own"] == []
+        assert of_two["steps"][0]["kl to teacher"] == pytest.approx(0, abs=1e-9)
+        assert of_two["steps"][0]["lm loss"] == pytest.approx(whole["steps"][0]["lm loss"], rel=1e-5)
+        assert of_two["steps"][3]["kl to teacher"] > 0
+
+
 def test_settings_travel_through_bridges_own_yaml(folder: Path) -> None:
     refused = {
         "distillation.temperature=0": "ConfigError: distillation.temperature: ",
