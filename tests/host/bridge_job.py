@@ -473,8 +473,9 @@ def document(folder: Path, overrides: list[str]) -> dict[str, Any]:
     first, last = example.split("\ndistill(")
     names: dict[str, Any] = {}
     exec(compile(of_any_recipe, "docs/bridge.md", "exec"), names)
-    exec(compile(of_adapters, "docs/bridge.md", "exec"), dict(names))
     facts: dict[str, Any] = {"any recipe's teacher": names["config"].teacher.hf}
+    exec(compile(of_adapters, "docs/bridge.md", "exec"), names)
+    assert names["config"].peft.dim == 16
     for name in ("llama32_3b_to_1b", "llama31_70b_to_8b", "qwen3_8b_to_1p7b", "nemotron_nano_9b_to_4b"):
         config = getattr(bridge, f"{name}_distill_config")()
         bridge.add_teacher(config)
