@@ -61,6 +61,11 @@ def cache_problems(config: "Config", job: str) -> Iterator[tuple[str, str]]:
             "distillation.temperature",
             f"expected one number, since a cache is of one temperature, got {kd.temperature}; remove the schedule",
         )
+    if config.teacher.weights == "int8":
+        yield (
+            "teacher.weights",
+            "expected device or host, since a cache is known by the teacher's checkpoint, got int8; change it",
+        )
     if kd.shared_vocab is not None:
         yield (
             "distillation.shared_vocab",
@@ -76,6 +81,7 @@ def _problems_of_reading(config: "Config") -> Iterator[tuple[str, str]]:
         f"teacher.{name.replace('_', '-')}" for name in ("load", "ckpt_step") if getattr(teacher, name) is not None
     ]
     given += ["teacher.declared"] if teacher.declared else []
+    given += ["teacher.weights"] if teacher.weights != "device" else []
     if given:
         yield (
             "distillation.cache",

@@ -26,7 +26,8 @@ Number = float | Schedule
 
 DEVICES = ("cuda", "cpu")
 # Keys of `teacher` that are not Megatron arguments.
-TEACHER_KEYS = ("load", "ckpt-step", "declared", "expected-loss")
+TEACHER_KEYS = ("load", "ckpt-step", "declared", "expected-loss", "weights")
+TEACHER_WEIGHTS = ("device", "int8", "host")
 PREFLIGHT = ("teacher_checksums", "teacher_weights", "memory", "gradient", "batch", "teacher_loss")
 ON_CHANGE = ("refuse", "warn")
 SECTIONS = ("device", "megatron", "teacher", "distillation", "data", "cache", "generate", "compare")
@@ -234,6 +235,8 @@ class TeacherConfig:
     """Declare that the settings are the teacher's, if its checkpoint has no complete description."""
     expected_loss: float | None = None
     """The teacher's cross entropy on the first step's batch, measured elsewhere, in nats per token."""
+    weights: str = "device"
+    """Its layers' weights: on the ``device``; there in ``int8``; or on the ``host``, copied layer by layer."""
     megatron: dict[str, Value] = field(default_factory=dict)
     """Megatron arguments in which the teacher differs from the student."""
 
@@ -284,6 +287,7 @@ class Config:
         kd, data, loss = self.distillation.expanded(), self.data, self.teacher.expected_loss
         names = {
             "device": ([self.device], DEVICES),
+            "teacher.weights": ([self.teacher.weights], TEACHER_WEIGHTS),
             "distillation.preset": ([str(kd.preset)], tuple(PRESETS)),
             "distillation.kernel": ([kd.kernel], CHOICES),
             "distillation.head": ([kd.head], HEADS),

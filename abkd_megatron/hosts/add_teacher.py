@@ -31,6 +31,7 @@ from abkd_megatron.student.report import LossChecks
 from abkd_megatron.student.step import DistilledStep
 from abkd_megatron.teacher.args import open_teacher, teacher_arguments
 from abkd_megatron.teacher.build import build_teacher
+from abkd_megatron.teacher.weights import DEVICE, store_weights
 
 logger = logging.getLogger(__name__)
 
@@ -122,15 +123,12 @@ def add_teacher(
             checkpoint.verify()
         check_files(checkpoint, config.distillation.skip_preflight)
         tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
+        teacher = build_teacher(
+            teacher_config, checkpoint, pg_collection, sequence_parallel=args.sequence_parallel, timeout=timeout
+        )
         step.attachment = attach(
             student,
-            build_teacher(
-                teacher_config,
-                checkpoint,
-                pg_collection,
-                sequence_parallel=args.sequence_parallel,
-                timeout=timeout,
-            ),
+            teacher,
             scheduled,
             vocab_size=vocab_size,
             pg_collection=pg_collection,
@@ -152,6 +150,8 @@ def add_teacher(
             skip=config.distillation.skip_preflight,
             expected_loss=config.teacher.expected_loss,
         )
+        if config.teacher.weights != DEVICE:
+            print_rank_0(str(store_weights(teacher, config.teacher.weights)))
         return student
 
     if objective.hidden_losses:

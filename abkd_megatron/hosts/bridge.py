@@ -31,6 +31,7 @@ from abkd_megatron.student.step import DistilledStep
 from abkd_megatron.student.supported import check_mixed_batches, check_tokens
 from abkd_megatron.teacher.build import share_frozen_weights
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
+from abkd_megatron.teacher.weights import DEVICE, store_weights
 
 try:
     from megatron.bridge import AutoBridge
@@ -71,6 +72,8 @@ class TeacherConfig:
     """The iteration of `load`; None takes the latest."""
     expected_loss: float | None = None
     """The teacher's cross entropy per token on the first step's batch as measured elsewhere, in nats."""
+    weights: str = "device"
+    """Its layers' weights: ``device``, ``int8`` or ``host``."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Overrides of the teacher's model config, such as attention_backend. Functions, such as transformer_layer_spec,
     are given by dotted path."""
@@ -143,7 +146,7 @@ def add_teacher(
     source = _source(config.teacher)
     try:
         ours = load_config(None, [f"device={device}", f"teacher.load={flow(source)}", *settings], {})
-        ours.teacher.expected_loss = config.teacher.expected_loss
+        ours.teacher.expected_loss, ours.teacher.weights = config.teacher.expected_loss, config.teacher.weights
         ours.check("distill")
     except ConfigError as error:
         raise ConfigError(str(error).replace("command line: ", "")) from None
@@ -205,6 +208,8 @@ def add_teacher(
             skip=ours.distillation.skip_preflight,
             expected_loss=config.teacher.expected_loss,
         )
+        if config.teacher.weights != DEVICE:
+            print_rank_0(str(store_weights(teacher, config.teacher.weights)))
         return student
 
     if isinstance(config.model, ModelConfig):

@@ -58,6 +58,7 @@ from abkd_megatron.teacher.compatibility import tokenizer_identity
 from abkd_megatron.teacher.inherited import group_of_each, teacher_settings
 from abkd_megatron.teacher.model import process_output
 from abkd_megatron.teacher.output_layer import OutputLayer
+from abkd_megatron.teacher.weights import DEVICE, store_weights
 from abkd_megatron.vocab_parallel import VocabShard
 from abkd_megatron.vocab_parallel.truncate import truncate
 
@@ -121,6 +122,8 @@ def run(config: Config) -> None:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
     teacher = build_teacher(teacher_config, checkpoint, groups, timeout=timeout)
+    if config.teacher.weights != DEVICE:
+        logger.info(str(store_weights(teacher, config.teacher.weights)))
     packing = Packing.of(args)
     if packing is not None:
         args.create_attention_mask_in_dataloader = False  # boundaries stand for it

@@ -46,6 +46,11 @@ _TEACHER = {
         "LOSS",
         "The teacher's cross entropy per token on the first step's batch as measured elsewhere, in nats.",
     ),
+    "teacher_weights": (
+        "teacher.weights",
+        "WEIGHTS",
+        "Its layers' weights: on the device (default), there in int8, or on the host, copied layer by layer.",
+    ),
 }
 # Holds the lock of the save folder until the process ends.
 _held = ExitStack()
@@ -63,8 +68,9 @@ def add_kd_arguments(parser: ArgumentParser) -> ArgumentParser:
 
     Each field of `DistillationConfig` has an argument (`--kd-weight` for `kd_weight`), with its value as in the
     configuration file: `--kd-alpha '{schedule: linear, from: 0.5, to: 0.2, end: 1000}'`. The teacher has
-    `--kd-teacher-load`, `--kd-teacher-step`, `--kd-teacher-declared`, `--kd-teacher-expected-loss` and
-    `--kd-teacher-args`. An argument that is not given does not appear in Megatron's arguments.
+    `--kd-teacher-load`, `--kd-teacher-step`, `--kd-teacher-declared`, `--kd-teacher-expected-loss`,
+    `--kd-teacher-weights` and `--kd-teacher-args`. An argument that is not given does not appear in Megatron's
+    arguments.
 
     Args:
         parser: Megatron's.

@@ -5,7 +5,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -36,6 +36,8 @@ class Teacher:
     """The teacher's process groups."""
     head: Any
     """Output layer, sharded like the student's: a module on the student's last stage, elsewhere None."""
+    stored: list[torch.Tensor] = field(default_factory=list)
+    """On this device in place of its layers' weights, see `store_weights`."""
 
     @classmethod
     def of(cls, model: Model, pg_collection: ProcessGroupCollection) -> "Teacher":

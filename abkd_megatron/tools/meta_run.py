@@ -177,7 +177,9 @@ class _Watch:
                 return self._step(forward_step, data_iterator, model, optimizer, *args, **kwargs)
         ledger, attachment = self._ledger, forward_step.attachment
         student = [parameter for chunk in model for parameter in chunk.parameters()]
-        teacher = list(attachment.teacher.parameters()) if isinstance(attachment.teacher, Teacher) else []
+        teacher: list[Tensor] = []
+        if isinstance(attachment.teacher, Teacher):
+            teacher = [*attachment.teacher.parameters(), *attachment.teacher.stored]
         ledger.assign_rest(OPTIMIZER, kept=())
         ledger.assign((it.main_grad for it in student if hasattr(it, "main_grad")), GRADIENTS)
         ledger.assign((it.grad for it in student if it.grad is not None), GRADIENTS)
@@ -203,9 +205,9 @@ def _replacements(
 
         return call
 
-    def teacher_pass(self: Any, batch: Mapping[str, Any]) -> Tensor | None:
+    def teacher_pass(self: Any, *args: Any) -> Tensor | None:
         with ledger.belongs_to(TEACHER_PASS):
-            hidden = run_teacher(self, batch)
+            hidden = run_teacher(self, *args)
         if hidden is not None:
             ledger.assign([hidden], WAITING)
         return hidden

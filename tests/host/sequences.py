@@ -58,9 +58,12 @@ class Case:
     factors: bool = False
     """The terms of the loss have weights per token, also negative ones and 0."""
 
+    weights: str = "device"
+    """Of the teacher's layers."""
+
     @property
-    def reference(self) -> tuple[str, bool, bool, int | None, bool]:
-        return self.data, self.todi, self.per_token, self.every, self.factors
+    def reference(self) -> tuple[str, bool, bool, int | None, bool, bool]:
+        return self.data, self.todi, self.per_token, self.every, self.factors, self.weights == "int8"
 
 
 CASES: dict[int, dict[str, Case]] = {
@@ -82,6 +85,9 @@ CASES: dict[int, dict[str, Case]] = {
         "packed, fused, factors": Case("packed", head="fused", factors=True),
         "packed, cached": Case("packed", cached=True),
         "packed, every third, cached, fused": Case("packed", head="fused", every=3, cached=True),
+        "masked, int8": Case("masked", weights="int8"),
+        "packed, host": Case("packed", weights="host"),
+        "packed, hybrid, host": Case("packed", hybrid=True, weights="host"),
     },
     2: {
         "packed, TP 2": Case("packed", tp=2),
@@ -113,6 +119,9 @@ CASES: dict[int, dict[str, Case]] = {
         "variable, PP 2, hybrid": Case("variable", pp=2, hybrid=True),
         "context, CP 2, hybrid": Case("context", cp=2, hybrid=True),
         "packed context, CP 2, hybrid, fused": Case("packed context", cp=2, head="fused", hybrid=True),
+        "packed, PP 2, int8": Case("packed", pp=2, weights="int8"),
+        "packed, TP 2, host": Case("packed", tp=2, weights="host"),
+        "variable, PP 2, host, fused": Case("variable", pp=2, head="fused", weights="host"),
         "packed, TP 2, cached, fused": Case("packed", tp=2, head="fused", cached=True),
         "packed, PP 2, cached": Case("packed", pp=2, cached=True),
         "context, CP 2, cached": Case("context", cp=2, cached=True),
@@ -293,8 +302,9 @@ def main() -> None:
     dist.barrier()
 
 
-def case_of(data: str, todi: bool, per_token: bool, every: int | None, factors: bool) -> Case:
-    return Case(data, todi=todi, per_token=per_token, every=every, factors=factors)
+def case_of(data: str, todi: bool, per_token: bool, every: int | None, factors: bool, int8: bool) -> Case:
+    weights = "int8" if int8 else "device"
+    return Case(data, todi=todi, per_token=per_token, every=every, factors=factors, weights=weights)
 
 
 def compare(case: Case, got: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
@@ -352,6 +362,7 @@ def train(case: Case, plain: bool = False, records: Sequence[Tensor] = ()) -> di
     from abkd_megatron.losses.selection import TokenSelection
     from abkd_megatron.student.attach import attach
     from abkd_megatron.teacher.build import Teacher
+    from abkd_megatron.teacher.weights import store_weights
     from abkd_megatron.vocab_parallel.execution import Execution
 
     groups = process_groups(case.tp, case.pp, case.cp)
@@ -360,14 +371,21 @@ def train(case: Case, plain: bool = False, records: Sequence[Tensor] = ()) -> di
     own_attention = not plain and ("packed" in case.data or case.cp > 1)
     student = build(case, "student", LAYERS, HIDDEN, kinds[0], groups, own_attention)
     teacher = build(case, "teacher", TEACHER_LAYERS, TEACHER_HIDDEN, kinds[1], groups, own_attention)
+    if plain and case.weights == "int8":
+        round_layers(teacher)
     model = DistributedDataParallel(student.config, DistributedDataParallelConfig(), student)
     divergence = ToDi() if case.todi else AlphaBeta(0.2, 0.7)
     objective = Objective(divergence, tokens=TokenSelection("every", n=case.every) if case.every else None)
     execution = Execution(head=case.head, chunk_tokens=7 if case.head == "fused" else None)
     before = attributes(student)
+    frozen = Teacher.of(teacher, groups)
+    if not plain and case.weights != "device":
+        stored = store_weights(frozen, case.weights)
+        assert all(it.dim() == 1 for it in teacher.decoder.layers.parameters()), "no matrix is left"
+        assert (stored.error > 0) == (case.weights == "int8") and stored.kept > 0
     attachment = attach(
         model,
-        CachedTeacher(RECORDS, "error") if case.cached else Teacher.of(teacher, groups),
+        CachedTeacher(RECORDS, "error") if case.cached else frozen,
         objective,
         execution=execution,
         vocab_size=VOCAB,
@@ -402,6 +420,15 @@ def train(case: Case, plain: bool = False, records: Sequence[Tensor] = ()) -> di
     if plain:
         found["records"] = records_of(teacher, case) if case.data in CACHED and case.per_token else []
     return found
+
+
+@torch.no_grad()
+def round_layers(teacher: torch.nn.Module) -> None:
+    """Round the matrices of the layers to 255 numbers per row."""
+    for weight in teacher.decoder.layers.parameters():
+        if weight.dim() > 1:
+            step = weight.abs().amax(dim=1, keepdim=True) / 127
+            weight.copy_((weight / step).round() * step)
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ def place(num_ranks: int, name: str) -> tuple[str, str]:
     feature = FEATURES[case.data] + ", divergence on every third token" * bool(case.every)
     feature += ", weights per token" * case.factors
     feature += ", teacher cache" * case.cached
+    feature += f", teacher.weights {case.weights}" * (case.weights != "device")
     feature += ", HybridModel `*-` compared with GPTModel" * case.hybrid
     return feature, where or "1 rank"
 

@@ -467,6 +467,7 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
     (f"{CHECKPOINTS}.core:CheckpointingException", CHECKPOINT, ()),
     ("megatron.core.distributed:TorchFullyShardedDataParallel", ATTACH, ()),
     ("megatron.core.distributed.fsdp:mcore_fsdp_adapter", ATTACH, ("FullyShardedDataParallel",)),
+    ("megatron.core.transformer.moe.router:Router", "teacher/weights.py", ()),
     (
         "megatron.core.transformer.moe.router:TopKRouter",
         f"{TEACHER}, {BRIDGE}",
