@@ -171,6 +171,11 @@ class OwnText:
         table = torch.empty(number * size, self._longest + 1, dtype=torch.int64, device=device)
         if self._mp.rank() == 0:
             assert read[0] is not None
+            if any("tokens" not in batch for batch in read[0]):
+                raise DataError(
+                    f"distillation.on_policy: expected batches of Megatron's GPT datasets, with `tokens`, got "
+                    f"{sorted(read[0][0])}; remove on_policy"
+                )
             found = of_conversations if self._sizes.chats else of_beginnings
             table.copy_(found(read[0], self._longest), non_blocking=True)
         self._broadcast(table)

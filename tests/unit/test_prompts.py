@@ -1,4 +1,7 @@
-"""Prompts of steps on own text."""
+"""Prompts of steps on own text, and the reward of the example."""
+
+import runpy
+from pathlib import Path
 
 import torch
 
@@ -36,3 +39,9 @@ def test_a_conversation_is_continued_where_it_first_counts() -> None:
 
 def test_text_is_continued_after_its_first_tokens() -> None:
     assert of_beginnings([row(12, counts=[1])], 3).tolist() == [[100, 101, 102, 3]]
+
+
+def test_the_examples_reward_is_of_statements() -> None:
+    reward = runpy.run_path(str(Path(__file__).parents[2] / "examples/valid_python.py"))["reward"]
+    texts = ["(x)\n    y = 1\n\n    # a\n    z =", "\nif x:\nfor (", "no line", "\nas it is\n\x00\n", "\ny = (\n"]
+    assert reward(["p"] * 5, texts) == [0.5, 1.0, 0.0, 0.0, 0.0]
