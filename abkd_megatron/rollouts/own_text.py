@@ -191,7 +191,7 @@ class OwnText:
         if self._source is None:
             rollouts = self._sampler.sample(prompts, self._settings)
         else:
-            rollouts = self._from_source(prompts, self._source)
+            rollouts = self._from_source(prompts, left_out, self._source)
         ends = torch.where(left_out, rollouts.begins, rollouts.ends)
         rollouts = replace(rollouts, ends=ends, ended=rollouts.ended & ~left_out)
         with_mask = any(batch.get("attention_mask") is not None for batches in read if batches for batch in batches)
@@ -231,19 +231,20 @@ class OwnText:
         shortest, longest = bounds.tolist()
         return -shortest if longest else 1, longest or 1
 
-    def _from_source(self, prompts: Prompts, source: Source) -> Rollouts:
-        rows, new = len(prompts.tokens), self._settings.new_tokens
-        added = torch.full((rows, new + 1), self._end or 0, dtype=torch.int64, device="cpu")  # the last is the length
+    def _from_source(self, prompts: Prompts, left_out: Tensor, source: Source) -> Rollouts:
+        number, new = len(prompts.tokens), self._settings.new_tokens
+        added = torch.full((number, new + 1), self._end or 0, dtype=torch.int64, device="cpu")  # the last is the length
         if self._mp.rank() == 0:
-            pairs = zip(prompts.tokens.tolist(), prompts.lengths.tolist(), strict=True)
-            given = list(source([ids[:length] for ids, length in pairs]))
-            if len(given) != rows or not all(1 <= len(one) <= new for one in given):
+            rows = (~left_out).nonzero().flatten().tolist()
+            ids, sizes = prompts.tokens.tolist(), prompts.lengths.tolist()
+            given = list(source([ids[row][: sizes[row]] for row in rows])) if rows else []
+            if len(given) != len(rows) or not all(1 <= len(one) <= new for one in given):
                 found = f"{len(given)} rows of {sorted({len(one) for one in given})}"
                 raise DataError(
-                    f"distillation.on_policy.source {self._settings.source}: expected {rows} rows of 1 to {new} new "
-                    f"tokens, got {found} tokens; return one row per prompt"
+                    f"distillation.on_policy.source {self._settings.source}: expected {len(rows)} rows of 1 to {new} "
+                    f"new tokens, got {found} tokens; return one row per prompt"
                 )
-            for row, one in enumerate(given):
+            for row, one in zip(rows, given, strict=True):
                 added[row, : len(one)] = torch.as_tensor(list(one), dtype=torch.int64, device="cpu")
                 added[row, new] = len(one)
             if not bool(((added[:, :new] >= 0) & (added[:, :new] < self._sizes.vocabulary)).all()):
@@ -253,13 +254,13 @@ class OwnText:
                 )
         added = added.to(prompts.tokens.device)
         self._broadcast(added)
-        ids, lengths = added[:, :new], added[:, new]
-        is_end = ids == (self._end if self._end is not None else -1)
-        is_end &= torch.arange(new, device=ids.device) < lengths.unsqueeze(-1)
+        new_ids, lengths = added[:, :new], added[:, new]
+        is_end = new_ids == (self._end if self._end is not None else -1)
+        is_end &= torch.arange(new, device=new_ids.device) < lengths.unsqueeze(-1)
         ended = is_end.any(-1)
         lengths = torch.where(ended, is_end.int().argmax(-1) + 1, lengths)
         tokens = torch.nn.functional.pad(prompts.tokens, (0, new))
-        tokens = tokens.scatter(1, prompts.lengths.unsqueeze(-1) + torch.arange(new, device=ids.device), ids)
+        tokens = tokens.scatter(1, prompts.lengths.unsqueeze(-1) + torch.arange(new, device=new_ids.device), new_ids)
         return Rollouts(tokens, prompts.lengths, prompts.lengths + lengths, ended)
 
     def _rewards(self, rollouts: Rollouts, reward: Reward) -> Tensor:

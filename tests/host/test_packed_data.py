@@ -176,8 +176,22 @@ def reward(workspace: Path) -> Path:
         "def of_length(prompts, texts):\n"
         "    assert all('Assistant' in it[-12:] for it in prompts), prompts\n"
         "    return [len(text) for text in texts]\n"
+        "def backwards(prompts):\n"
+        "    assert len({len(ids) for ids in prompts}) > 1 and all(0 not in ids for ids in prompts)\n"
+        "    return [ids[:3][::-1] for ids in prompts]\n"
     )
     return folder
+
+
+def test_a_source_continues_conversations(train, reward: Path) -> None:
+    policy = on_policy(source="chat_reward:backwards")
+    found = [
+        train("conversations", f"of a source, {ranks}", ranks, given | policy, program=(OWN_TEXT_JOB, "source", reward))
+        for ranks, given in ((1, {}), (2, PP))
+    ]
+    for numbers in found:
+        assert numbers["own text length"] == [3, 3, 3]
+        assert numbers["own text kd loss"] == pytest.approx(found[0]["own text kd loss"], rel=1e-4)
 
 
 def test_conversations_are_continued_the_same_in_every_layout(train, reward: Path) -> None:
