@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 # Layers of a HybridModel's pattern that have a state of their own in place of keys and values.
 _RECURRENT = "MG"
+_FORMATS_THAT_COUNT_ALL = ("default", "identity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,9 @@ class OnPolicy(Sampling):
 
     share: float | Schedule
     """Probability that a step trains on the student's own text."""
-    prompt_tokens: int
-    """First tokens of a sample of the data, which the student continues."""
+    prompt_tokens: int | None = None
+    """First tokens of a sample of the data, which the student continues. With conversations the longest prompt; None:
+    as long as fits with `new_tokens`."""
     new_tokens: int
     """At most so many are added."""
     source: str | None = None
@@ -71,8 +73,9 @@ class OnPolicy(Sampling):
         if not all(0 <= value <= 1 for value in values):
             raise ConfigError(f"share: expected 0 to 1 at every step, got {', '.join(map(str, values))}")
         for name in ("prompt_tokens", "new_tokens", "group"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected 1 or more, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: expected 1 or more, got {value}")
         for name in ("source", "reward"):
             path = getattr(self, name)
             if path is not None and not all(path.partition(":")):
@@ -83,6 +86,10 @@ class OnPolicy(Sampling):
             )
         if self.reward_weight < 0:
             raise ConfigError(f"reward_weight: expected 0 or more, got {self.reward_weight}")
+
+    def longest_prompt(self, seq_length: int) -> int:
+        """Return the tokens of the longest prompt in rows of `seq_length` tokens and a last label."""
+        return self.prompt_tokens if self.prompt_tokens is not None else seq_length + 1 - self.new_tokens
 
     @property
     def is_mixed(self) -> bool:
@@ -166,17 +173,35 @@ def rollout_problems(config: "Config", job: str) -> Iterator[tuple[str, str]]:
             "distillation.on_policy",
             "expected no distillation.mix, since the student's own text is not mixed; remove one of them",
         )
-    packed = [name for name in ("sft", "dataloader-inter-document-masking") if config.megatron.get(name)]
-    if packed:
-        yield (
-            "distillation.on_policy",
-            f"expected rows of one text, got packed data (megatron.{packed[0]}); remove one of them",
-        )
+    yield from _prompt_problems(config, kd.on_policy)
     if kd.kd_weight is not None and Schedule.of(kd.kd_weight).lowest <= 0:
         yield (
             "distillation.on_policy",
             f"expected kd_weight above 0 at every step, since own text is trained on the teacher alone, got "
             f"{kd.kd_weight}; raise it",
+        )
+
+
+def _prompt_problems(config: "Config", on_policy: OnPolicy) -> Iterator[tuple[str, str]]:
+    megatron = config.megatron
+    if megatron.get("dataloader-inter-document-masking"):
+        yield (
+            "distillation.on_policy",
+            "expected rows of one text or of conversations, got documents (megatron.dataloader-inter-document-masking);"
+            " remove one of them",
+        )
+    if not megatron.get("sft"):
+        if on_policy.prompt_tokens is None:
+            yield (
+                "distillation.on_policy",
+                "expected prompt_tokens, the first tokens of each sample, got none; give it, or conversations "
+                "(megatron.sft)",
+            )
+    elif (form := megatron.get("sft-tokenizer-prompt-format")) in _FORMATS_THAT_COUNT_ALL:
+        yield (
+            "distillation.on_policy",
+            f"expected a prompt format whose prompts do not count in the loss, got megatron.sft-tokenizer-prompt-format"
+            f" {form}, with which all tokens count; choose another one",
         )
 
 
@@ -206,19 +231,25 @@ def check_can_sample(settings: Any, pattern: str | None, who: str = "student") -
             raise ConfigError(f"{who}: text is sampled with {expected}, got {got}; change it, or do not sample")
 
 
-def check_sizes(on_policy: OnPolicy, seq_length: int, micro_batch_size: int) -> None:
+def check_sizes(on_policy: OnPolicy, args: Any) -> None:
     """Reject own text that does not fit into a sample, whose last token is a label alone, and groups cut in two.
+
+    Args:
+        on_policy: of the job.
+        args: Megatron's, of the student.
 
     Raises:
         ConfigError: with the numbers.
     """
-    if micro_batch_size % on_policy.group:
+    size, total = args.micro_batch_size, args.global_batch_size
+    if size % on_policy.group and (total is None or total % on_policy.group or args.rampup_batch_size):
         raise ConfigError(
-            f"distillation.on_policy: expected a group that divides micro-batch-size {micro_batch_size}, got "
-            f"{on_policy.group}; change one of them"
+            f"distillation.on_policy: expected a group that divides micro-batch-size {size}, or global-batch-size "
+            f"{total} without rampup-batch-size, got {on_policy.group}; change one of them"
         )
-    if on_policy.prompt_tokens + on_policy.new_tokens > seq_length + 1:
+    prompt = on_policy.prompt_tokens or 1
+    if prompt + on_policy.new_tokens > args.seq_length + 1:
         raise ConfigError(
-            f"distillation.on_policy: expected prompt_tokens + new_tokens of at most seq-length + 1, {seq_length + 1}, "
-            f"got {on_policy.prompt_tokens} + {on_policy.new_tokens}; lower one of them"
+            f"distillation.on_policy: expected prompt_tokens + new_tokens of at most seq-length + 1, "
+            f"{args.seq_length + 1}, got {prompt} + {on_policy.new_tokens}; lower one of them"
         )

@@ -138,7 +138,8 @@ def add_teacher(
             seed=args.seed,
         )
         if config.distillation.on_policy is not None:
-            step.own_text = own_text_of(config.distillation.on_policy, student, step.attachment, args)
+            chats = bool(megatron.get("sft"))
+            step.own_text = own_text_of(config.distillation.on_policy, student, step.attachment, args, chats)
         if step.attachment.plan is not None:
             record["plan"] = step.attachment.plan.record()
         check_models(
@@ -171,7 +172,9 @@ def objective_of_job(config: Config, args: Namespace) -> ScheduledObjective:
     return replace(scheduled, objective=replace(scheduled.objective, sources=sources))
 
 
-def own_text_of(settings: OnPolicy, student: list[torch.nn.Module], attachment: Attachment, args: Namespace) -> OwnText:
+def own_text_of(
+    settings: OnPolicy, student: list[torch.nn.Module], attachment: Attachment, args: Namespace, chats: bool
+) -> OwnText:
     """Let a student with a teacher train on its own text in some steps.
 
     Args:
@@ -179,6 +182,7 @@ def own_text_of(settings: OnPolicy, student: list[torch.nn.Module], attachment: 
         student: this rank's model as Megatron built it.
         attachment: of that student.
         args: Megatron's, with the true `vocab_size`.
+        chats: whether the data are conversations.
 
     Raises:
         ConfigError: a source that cannot be imported, or a model from which this package does not sample.
@@ -195,7 +199,7 @@ def own_text_of(settings: OnPolicy, student: list[torch.nn.Module], attachment: 
             load_function(path, key) if (path := getattr(settings, key)) is not None else None
             for key in ("source", "reward")
         )
-    sizes = Sizes(args.micro_batch_size, args.seq_length, args.vocab_size)
+    sizes = Sizes(args.micro_batch_size, args.seq_length, args.vocab_size, chats)
     print_rank_0(f"training on the student's own text: {settings}")
     return OwnText(
         *(settings, sampler, source, reward, get_tokenizer().detokenize, sizes, end, pg_collection),

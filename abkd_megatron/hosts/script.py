@@ -166,12 +166,12 @@ def distill[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_s
                     "sources need the dataset of each sequence, and a forward step of Megatron's kind does not pass "
                     "`dataset_id` on; use `abkd-megatron distill`, or remove --kd-sources"
                 )
-            if config.distillation.on_policy is not None:
-                raise ConfigError(
-                    "on_policy has been run in this package's own job only; use `abkd-megatron distill`, or remove "
-                    "--kd-on-policy"
-                )
             packed = args.sft or args.dataloader_inter_document_masking
+            if config.distillation.on_policy is not None and packed:
+                raise ConfigError(
+                    "on_policy with packed data has been run in this package's own job only; use `abkd-megatron "
+                    "distill`, or remove --kd-on-policy"
+                )
             if config.distillation.cache is not None and packed and max(*_rows(args), args.context_parallel_size) > 1:
                 raise ConfigError(
                     "a cache with packed data needs micro-batches of one row and no context parallelism, since a "

@@ -254,7 +254,7 @@ def _on_policy(setup: Setup) -> Finding | None:
     if settings is None or student is None or setup.objective is None:
         return None
     check_can_sample(student, student.hybrid_layer_pattern)
-    check_sizes(settings, student.seq_length, student.micro_batch_size)
+    check_sizes(settings, student)
     if settings.is_mixed and student.log_interval > 1:
         return Finding(
             f"distillation.on_policy: with log-interval {student.log_interval} Megatron's printed means divide by all "

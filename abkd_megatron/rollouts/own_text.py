@@ -7,7 +7,7 @@ import importlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from abkd_megatron.config.rollouts import OnPolicy
 from abkd_megatron.errors import ConfigError, DataError
 from abkd_megatron.losses.schedule import Progress, Schedule
 from abkd_megatron.rollouts.choice import coin
+from abkd_megatron.rollouts.prompts import of_beginnings, of_conversations
 from abkd_megatron.rollouts.sampler import Prompts, Rollouts, Sampler
 
 Source = Callable[[list[list[int]]], Sequence[Sequence[int]]]
@@ -44,6 +45,8 @@ class Sizes:
     """S."""
     vocabulary: int
     """Number of real tokens."""
+    chats: bool = False
+    """Whether samples are rows of packed conversations, in place of one text each."""
 
 
 class OwnText:
@@ -62,7 +65,7 @@ class OwnText:
         decode: from ids to text, for the reward.
         sizes: of samples.
         end: the token that ends a text; None: none does.
-        pg_collection: of the student; `mp` and `dp` are used.
+        pg_collection: of the student; `mp`, `dp` and `ep` are used.
         progress: returns the training progress before the step.
 
     Attributes:
@@ -87,7 +90,8 @@ class OwnText:
         self._settings, self._sampler, self._source = settings, sampler, source
         self._reward, self._decode = reward, decode
         self._sizes, self._end, self._progress = sizes, end, progress
-        self._mp, self._dp = pg_collection.mp, pg_collection.dp
+        self._mp, self._dp, self._ep = pg_collection.mp, pg_collection.dp, pg_collection.ep
+        self._longest = settings.longest_prompt(sizes.sequence)
         self._share = Schedule.of(settings.share)
         self._batches: list[dict[str, Tensor]] = []
         self._running: dict[int | None, Iterator[dict[str, Tensor]]] = {}
@@ -155,53 +159,92 @@ class OwnText:
         return {**logged, "own text sampling seconds": total.new_full((1,), self._seconds)}
 
     def _sample(self, iterators: Sequence[Any]) -> None:
-        """Read the step's samples, continue their beginnings, and keep the micro-batches.
+        """Read the step's samples, continue their prompts, and keep the micro-batches.
 
-        Collectives: one broadcast of [n, P] over the model-parallel group, and those of `Sampler.sample`; with a source
-        one more of [n, N] and [n].
+        Collectives: one broadcast of [n, P + 1] over the model-parallel group, and those of `Sampler.sample`; with a
+        source one more of [n, N] and [n]; those of `_of_leaders`, `_bounds` and `_rewards`.
         """
         begin = time.perf_counter()
-        number, size = get_num_microbatches(), self._sizes.micro_batch
+        number, size, group = get_num_microbatches(), self._sizes.micro_batch, self._settings.group
         read = [[next(it) for _ in range(number)] if it is not None else None for it in iterators]
         device = torch.cuda.current_device()
-        tokens = torch.empty(number * size, self._settings.prompt_tokens, dtype=torch.int64, device=device)
+        table = torch.empty(number * size, self._longest + 1, dtype=torch.int64, device=device)
         if self._mp.rank() == 0:
             assert read[0] is not None
-            whole = torch.cat([batch["tokens"] for batch in read[0]])
-            tokens.copy_(whole[:, : self._settings.prompt_tokens], non_blocking=True)
-        self._broadcast(tokens)
-        if (group := self._settings.group) > 1:
-            tokens = tokens[::group].repeat_interleave(group, 0)
+            if any("tokens" not in batch for batch in read[0]):
+                raise DataError(
+                    f"distillation.on_policy: expected batches of Megatron's GPT datasets, with `tokens`, got "
+                    f"{sorted(read[0][0])}; remove on_policy"
+                )
+            found = of_conversations if self._sizes.chats else of_beginnings
+            table.copy_(found(read[0], self._longest), non_blocking=True)
+        self._broadcast(table)
         row = torch.arange(number * size, device=device)
-        ranks, rank = self._dp.size(), self._dp.rank()
-        samples = self._progress().samples + (row // size * ranks + rank) * size + row % size
-        lengths = torch.full_like(row, self._settings.prompt_tokens)
-        prompts = Prompts(tokens, lengths, self._settings.prompt_tokens, samples)
+        in_step = (row // size * self._dp.size() + self._dp.rank()) * size + row % size
+        if group > 1:
+            table = self._in_step_order(table)[in_step // group * group]
+        lengths = table[:, -1]
+        shortest, longest = self._bounds(lengths)
+        left_out = lengths == 0
+        lengths = lengths.masked_fill(left_out, longest)  # so that others need not wait for it
+        prompts = Prompts(table[:, :longest], lengths, shortest, self._progress().samples + in_step)
         if self._source is None:
             rollouts = self._sampler.sample(prompts, self._settings)
         else:
-            rollouts = self._from_source(prompts, self._source)
+            rollouts = self._from_source(prompts, left_out, self._source)
+        ends = torch.where(left_out, rollouts.begins, rollouts.ends)
+        rollouts = replace(rollouts, ends=ends, ended=rollouts.ended & ~left_out)
         with_mask = any(batch.get("attention_mask") is not None for batches in read if batches for batch in batches)
         self._batches = micro_batches(rollouts, self._sizes, with_mask)
         self._numbers = numbers(rollouts, self._sizes.vocabulary)
+        if self._sizes.chats:
+            self._numbers["own text left out"] = torch.stack([left_out.float(), torch.ones_like(left_out).float()], -1)
         if self._reward is not None:
             rewards = self._rewards(rollouts, self._reward)
-            self._advantages = advantages(rewards, group)
-            self._numbers["own text reward"] = torch.stack([rewards, torch.ones_like(rewards)], -1)
+            self._advantages = advantages(self._in_step_order(rewards), group)[in_step]
+            self._numbers["own text reward"] = torch.stack([rewards, (~left_out).float()], -1)
         self._seconds = time.perf_counter() - begin
 
-    def _from_source(self, prompts: Prompts, source: Source) -> Rollouts:
-        rows, new = len(prompts.tokens), self._settings.new_tokens
-        added = torch.full((rows, new + 1), self._end or 0, dtype=torch.int64, device="cpu")  # the last is the length
+    def _in_step_order(self, of_rows: Tensor) -> Tensor:
+        """Return the values of all rows of a step, [GBS, ...], from those of this rank's, [n, ...].
+
+        Collectives: one all-gather over data-parallel ranks.
+        """
+        ranks = self._dp.size()
+        if ranks == 1:
+            return of_rows
+        everywhere = of_rows.new_empty(ranks * len(of_rows), *of_rows.shape[1:])
+        dist.all_gather_into_tensor(everywhere, of_rows.contiguous(), group=self._dp)
+        by_rank = everywhere.view(ranks, -1, self._sizes.micro_batch, *of_rows.shape[1:])
+        return by_rank.transpose(0, 1).flatten(0, 2)
+
+    def _bounds(self, lengths: Tensor) -> tuple[int, int]:
+        """Return the shortest and the longest prompt, on the ranks that share experts.
+
+        Collectives: with conversations one all-reduce of [2] over expert-parallel ranks; the host waits for it.
+        """
+        if not self._sizes.chats:
+            return self._longest, self._longest
+        bounds = torch.stack([-lengths.masked_fill(lengths == 0, self._longest).amin(), lengths.amax()])
+        if self._ep.size() > 1:
+            dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self._ep)
+        shortest, longest = bounds.tolist()
+        return -shortest if longest else 1, longest or 1
+
+    def _from_source(self, prompts: Prompts, left_out: Tensor, source: Source) -> Rollouts:
+        number, new = len(prompts.tokens), self._settings.new_tokens
+        added = torch.full((number, new + 1), self._end or 0, dtype=torch.int64, device="cpu")  # the last is the length
         if self._mp.rank() == 0:
-            given = list(source(prompts.tokens.tolist()))
-            if len(given) != rows or not all(1 <= len(one) <= new for one in given):
+            rows = (~left_out).nonzero().flatten().tolist()
+            ids, sizes = prompts.tokens.tolist(), prompts.lengths.tolist()
+            given = list(source([ids[row][: sizes[row]] for row in rows])) if rows else []
+            if len(given) != len(rows) or not all(1 <= len(one) <= new for one in given):
                 found = f"{len(given)} rows of {sorted({len(one) for one in given})}"
                 raise DataError(
-                    f"distillation.on_policy.source {self._settings.source}: expected {rows} rows of 1 to {new} new "
-                    f"tokens, got {found} tokens; return one row per prompt"
+                    f"distillation.on_policy.source {self._settings.source}: expected {len(rows)} rows of 1 to {new} "
+                    f"new tokens, got {found} tokens; return one row per prompt"
                 )
-            for row, one in enumerate(given):
+            for row, one in zip(rows, given, strict=True):
                 added[row, : len(one)] = torch.as_tensor(list(one), dtype=torch.int64, device="cpu")
                 added[row, new] = len(one)
             if not bool(((added[:, :new] >= 0) & (added[:, :new] < self._sizes.vocabulary)).all()):
@@ -211,33 +254,36 @@ class OwnText:
                 )
         added = added.to(prompts.tokens.device)
         self._broadcast(added)
-        ids, lengths = added[:, :new], added[:, new]
-        is_end = ids == (self._end if self._end is not None else -1)
-        is_end &= torch.arange(new, device=ids.device) < lengths.unsqueeze(-1)
+        new_ids, lengths = added[:, :new], added[:, new]
+        is_end = new_ids == (self._end if self._end is not None else -1)
+        is_end &= torch.arange(new, device=new_ids.device) < lengths.unsqueeze(-1)
         ended = is_end.any(-1)
         lengths = torch.where(ended, is_end.int().argmax(-1) + 1, lengths)
-        tokens = torch.cat([prompts.tokens, ids], 1)
+        tokens = torch.nn.functional.pad(prompts.tokens, (0, new))
+        tokens = tokens.scatter(1, prompts.lengths.unsqueeze(-1) + torch.arange(new, device=new_ids.device), new_ids)
         return Rollouts(tokens, prompts.lengths, prompts.lengths + lengths, ended)
 
     def _rewards(self, rollouts: Rollouts, reward: Reward) -> Tensor:
-        """Return [n] fp32 on every rank.
+        """Return [n] fp32 on every rank, 0 for a row without text.
 
         Collectives: one broadcast of it over the model-parallel group.
         """
         found = torch.zeros(len(rollouts.tokens), dtype=torch.float32, device="cpu")
         if self._mp.rank() == 0:
             columns = (it.tolist() for it in (rollouts.tokens, rollouts.begins, rollouts.ends, rollouts.ended))
-            prompts, texts = [], []
-            for ids, begin, end, ended in zip(*columns, strict=True):
-                prompts.append(self._decode(ids[:begin]))
-                texts.append(self._decode(ids[begin : end - ended]))
-            given = [float(it) for it in reward(prompts, texts)]
+            rows, prompts, texts = [], [], []
+            for row, (ids, begin, end, ended) in enumerate(zip(*columns, strict=True)):
+                if end > begin:  # else it has been left out
+                    rows.append(row)
+                    prompts.append(self._decode(ids[:begin]))
+                    texts.append(self._decode(ids[begin : end - ended]))
+            given = [float(it) for it in reward(prompts, texts)] if rows else []
             if len(given) != len(texts) or not all(map(math.isfinite, given)):
                 raise DataError(
                     f"distillation.on_policy.reward {self._settings.reward}: expected {len(texts)} finite numbers, got "
                     f"{len(given)}: {given[:8]}; return one per text"
                 )
-            found = torch.tensor(given, dtype=torch.float32, device="cpu")
+            found[rows] = torch.tensor(given, dtype=torch.float32, device="cpu")
         found = found.to(rollouts.tokens.device)
         self._broadcast(found)
         return found
@@ -279,7 +325,7 @@ def micro_batches(rollouts: Rollouts, sizes: Sizes, with_mask: bool = False) -> 
 
     Args:
         rollouts: [n, at most S + 1] tokens.
-        sizes: b and S.
+        sizes: b, S and whether the data are conversations: then a row is packed data of one sequence.
         with_mask: whether the data have attention masks: then a causal one.
     """
     length = sizes.sequence
@@ -295,6 +341,11 @@ def micro_batches(rollouts: Rollouts, sizes: Sizes, with_mask: bool = False) -> 
     if with_mask:
         mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
         fields["attention_mask"] = mask.expand(len(tokens), 1, -1, -1)
+    if sizes.chats:
+        bounds = torch.full((length + 1,), length, dtype=torch.int32, device=tokens.device)
+        bounds[0] = 0
+        fields["cu_seqlens"] = bounds.expand(len(tokens), -1)
+        fields["max_seqlen"] = bounds[1:2].expand(len(tokens))
     parts = {name: value.split(sizes.micro_batch) for name, value in fields.items()}
     return [{name: part[index].contiguous() for name, part in parts.items()} for index in range(len(parts["tokens"]))]
 
@@ -303,7 +354,7 @@ def numbers(rollouts: Rollouts, vocabulary: int) -> dict[str, Tensor]:
     """Return [n, 2] fp32 by name: per text a value and the number of texts that it counts for.
 
     `distinct-2` is the share of different pairs of neighbors among those of a text (Li et al., 2016, arXiv:1510.03055);
-    a text of one token has none.
+    a text of one token has none. A row without text does not count.
     """
     tokens, begins, ends = rollouts.tokens, rollouts.begins.unsqueeze(-1), rollouts.ends.unsqueeze(-1)
     at = torch.arange(tokens.shape[1] - 1, device=tokens.device)
@@ -312,7 +363,7 @@ def numbers(rollouts: Rollouts, vocabulary: int) -> dict[str, Tensor]:
     is_new = torch.nn.functional.pad(pairs[:, 1:] != pairs[:, :-1], (1, 0), value=True) & (pairs >= 0)
     count = is_pair.sum(-1)
     distinct = is_new.sum(-1) / count.clamp_min(1)
-    one = torch.ones_like(distinct)
+    one = (ends > begins).squeeze(-1).float()
     values = {
         "own text length": ((rollouts.ends - rollouts.begins).float(), one),
         "own text ended": (rollouts.ended.float(), one),

@@ -85,6 +85,8 @@ class Estimate:
     """Of the job's samples; None with a `shared_vocab`, for which there is no cache."""
     sampling: int | None = None
     """Bytes of keys and values per rank while a step's own text is sampled; None without `on_policy`."""
+    decode: int | None = None
+    """Bytes of weights that a rank reads per position of own text; None without it, or with experts."""
 
     @property
     def fullest(self) -> RankEstimate:
@@ -135,6 +137,7 @@ def estimate(
     if config.distillation.shared_vocab is None:
         layout = layout_read(config, student.vocab_size) if reads else record_layout(config, student.vocab_size)
         cache = CacheEstimate.of(student, layout, counted)
+    on_policy = config.distillation.on_policy
     return Estimate(
         device=config.device,
         world_size=student.world_size,
@@ -147,7 +150,8 @@ def estimate(
         ranks=tuple(ranks),
         flops=counted,
         cache=cache,
-        sampling=kv_bytes(student, on_policy) if (on_policy := config.distillation.on_policy) is not None else None,
+        sampling=kv_bytes(student, on_policy) if on_policy is not None else None,
+        decode=decode_bytes(student) if on_policy is not None and not student.num_experts else None,
         alternatives=tuple(others),
     )
 
@@ -164,8 +168,21 @@ def kv_bytes(args: Namespace, on_policy: OnPolicy) -> int:
     heads = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     width = args.kv_channels * max(heads // args.tensor_model_parallel_size, 1)
     rows = args.global_batch_size // args.data_parallel_size
-    length = on_policy.prompt_tokens + on_policy.new_tokens
+    length = on_policy.longest_prompt(args.seq_length) + on_policy.new_tokens
     return int(2 * of_rank * rows * length * width * args.params_dtype.itemsize)
+
+
+def decode_bytes(args: Namespace) -> int:
+    """Return the bytes of the student's weights that a rank reads for one position of all its texts.
+
+    A pipeline stage has 1/PP of them and reads them for each of PP micro-batches. The embedding is looked up.
+
+    Args:
+        args: Megatron's, validated, of a student without experts.
+    """
+    embedding = args.padded_vocab_size * args.hidden_size * args.untie_embeddings_and_output_weights
+    count = parameters(args, args.padded_vocab_size) - embedding
+    return int(count // args.tensor_model_parallel_size * args.params_dtype.itemsize)
 
 
 def _layout(args: Namespace) -> str:

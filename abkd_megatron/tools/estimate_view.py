@@ -10,6 +10,8 @@ from abkd_megatron.tools.env import need_plots
 from abkd_megatron.tools.estimate import GIB, Alternative, Estimate
 from abkd_megatron.tools.memory_tracker import PARTS
 
+# NVIDIA's data sheet of the H100 SXM.
+H100_BYTES_PER_SECOND = 3.35e12
 NOT_COUNTED = (
     "Not counted: allocator fragmentation, NCCL buffers, CUDA context, workspaces of TransformerEngine, cuBLAS and "
     "attention, checkpoint writing, validation."
@@ -56,6 +58,13 @@ def show(estimate: Estimate, out: Path | None = None) -> None:
         console.print(
             f"Own text: keys and values take {_size(estimate.sampling, unit[0])} {unit[1]} per rank while a step's "
             "texts are sampled, when no activations are kept; not in the table.",
+            highlight=False,
+        )
+    if estimate.decode is not None and estimate.device == "cuda":
+        console.print(
+            f"Own text: {estimate.decode / 1e9:.2f} GB of weights are read per rank and position: at least "
+            f"{estimate.decode / H100_BYTES_PER_SECOND * 1e3:.2f} ms at an H100's 3.35 TB/s; keys, values and launches "
+            "come on top.",
             highlight=False,
         )
     if estimate.alternatives:

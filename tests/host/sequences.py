@@ -241,12 +241,12 @@ class CoreAttention(torch.nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Any = None, **__: Any
     ) -> Tensor:
         rank, size = self.cp_group.rank(), self.cp_group.size()
-        lengths = [query.shape[0] * size]
+        lengths = [key.shape[0] * size]
         if packed_seq_params is not None:
             query, key, value = (of[:, None] for of in (query, key, value))
             lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         key, value = _Gather.apply(torch.stack((key, value), dim=1), self.cp_group).unbind(1)
-        at = cp_positions(lengths, rank, size)[:, None]
+        at = cp_positions(lengths, rank, size)[-query.shape[0] :, None]  # the last ones, after keys of a cache
         keys_at = torch.cat([cp_positions(lengths, other, size) for other in range(size)])
         sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
         seen = (at >= keys_at) & (sequence[at] == sequence[keys_at])

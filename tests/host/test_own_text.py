@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from launch import Rank, launch, run_job, scalars
+from matrix import LIKE_GPT, MOE
 from test_determinism import differences, whole
 
 PROGRAM, INJECT = (Path(__file__).with_name(name) for name in ("own_text.py", "inject.py"))
@@ -47,38 +48,48 @@ def untimed(found: dict[str, list[float]]) -> dict[str, list[float]]:
     return {name: values for name, values in found.items() if "time" not in name and "seconds" not in name}
 
 
-# {name: (ranks, layers of the student, settings)}
+STUDENTS = {
+    "dense": {},
+    "deep": {"megatron.num-layers": 4},
+    "experts": {"teacher.num-experts": "null", **{f"megatron.{name}": value for name, value in MOE.items()}},
+}
+# {name: (ranks, student, settings)}
 LAYOUTS = {
-    "tensor": (2, 2, TENSOR),
-    "pipeline": (2, 2, PIPELINE),
-    "interleaved": (2, 4, VIRTUAL),
-    "data": (2, 2, OVERLAPPED),
+    "tensor": (2, "dense", TENSOR),
+    "pipeline": (2, "dense", PIPELINE),
+    "interleaved": (2, "deep", VIRTUAL),
+    "data": (2, "dense", OVERLAPPED),
+    "hybrid": (2, "dense", {**TENSOR, **{f"megatron.{name}": value for name, value in LIKE_GPT.items()}}),
+    "experts": (2, "experts", {"megatron.expert-model-parallel-size": 2}),
 }
 
 
 @pytest.fixture(scope="module")
-def students(workspace: Path, config: Path, student: Path) -> dict[int, Path]:
-    deep = workspace / "student-of-own-text"
-    more = {"megatron.num-layers": 4, "megatron.train-iters": 1, "megatron.save": deep, "megatron.save-interval": 1}
-    run_job("pretrain", config, more)
-    return {2: student, 4: deep}
+def students(workspace: Path, config: Path, student: Path) -> dict[str, Path]:
+    made = {"dense": student}
+    for name in ("deep", "experts"):
+        made[name] = workspace / f"student-of-own-text-{name}"
+        more = {"megatron.train-iters": 1, "megatron.save": made[name], "megatron.save-interval": 1}
+        of_student = {key: value for key, value in STUDENTS[name].items() if key.startswith("megatron.")}
+        run_job("pretrain", config, {**more, **of_student})
+    return made
 
 
-def start(students: dict[int, Path], layers: int) -> dict[str, object]:
-    return {"megatron.load": students[layers], "megatron.finetune": True, "megatron.num-layers": layers}
+def start(students: dict[str, Path], name: str = "dense") -> dict[str, object]:
+    return {"megatron.load": students[name], "megatron.finetune": True, **STUDENTS[name]}
 
 
 @pytest.fixture(scope="module")
-def on_one(workspace: Path, config: Path, teacher: Path, students: dict[int, Path]) -> dict[int, dict]:
+def on_one(workspace: Path, config: Path, teacher: Path, students: dict[str, Path]) -> dict[str, dict]:
     found = {}
-    for layers in (2, 4):
-        given = {**start(students, layers), "distillation.on_policy": on_policy(0.5)}
-        found[layers], _ = run(config, workspace / f"own-one-{layers}", teacher, 1, given=given)
+    for name in STUDENTS:
+        given = {**start(students, name), "distillation.on_policy": on_policy(0.5)}
+        found[name], _ = run(config, workspace / f"own-one-{name}", teacher, 1, given=given)
     return found
 
 
-def test_steps_are_on_data_or_on_own_text(on_one: dict[int, dict]) -> None:
-    found = on_one[2]
+def test_steps_are_on_data_or_on_own_text(on_one: dict[str, dict]) -> None:
+    found = on_one["dense"]
     own = {name for name in found if name.startswith("own text")}
     assert own >= {
         *("own text lm loss", "own text kd loss", "own text total loss", "own text length", "own text ended"),
@@ -97,16 +108,31 @@ def test_steps_are_on_data_or_on_own_text(on_one: dict[int, dict]) -> None:
 def test_every_layout_trains_on_the_same_text(
     workspace: Path, config: Path, teacher: Path, students: dict, on_one: dict, name: str
 ) -> None:
-    ranks, layers, layout = LAYOUTS[name]
-    given = {**start(students, layers), **layout, "distillation.on_policy": on_policy(0.5)}
+    ranks, of, layout = LAYOUTS[name]
+    given = {**start(students, of), **layout, "distillation.on_policy": on_policy(0.5)}
     found, _ = run(config, workspace / f"own-{name}", teacher, ranks, given=given)
-    one = untimed(on_one[layers])
+    one = untimed(on_one[of])
     assert untimed(found).keys() == one.keys()
     for key in ("own text length", "own text ended", "own text distinct-2"):
         assert found[key] == pytest.approx(one[key], rel=1e-6), key
     for key, values in one.items():
         if key.startswith(("own text", "kd loss", "lm loss", "grad-norm")):
             assert found[key] == pytest.approx(values, rel=1e-4, abs=1e-6), key
+
+
+def test_in_bf16_the_greedy_text_is_what_the_trained_pass_takes(
+    workspace: Path, config: Path, teacher: Path, students: dict
+) -> None:
+    """But for logits that round to the same number."""
+    found = {}
+    for name, layout in (("fp32", {}), ("bf16", {"megatron.bf16": True})):
+        policy = on_policy(1, temperature=0)
+        given = {**start(students), **TENSOR, **layout, "distillation.on_policy": policy, "megatron.train-iters": 2}
+        found[name], _ = run(config, workspace / f"own-{name}", teacher, 2, given=given)
+    assert found["fp32"]["own text top-1 accuracy"] == [1, 1]
+    assert min(found["bf16"]["own text top-1 accuracy"]) > 0.95
+    first = {name: numbers["own text kd loss"][0] for name, numbers in found.items()}  # before weights differ
+    assert first["bf16"] == pytest.approx(first["fp32"], rel=2e-2)
 
 
 @pytest.mark.parametrize("name, layout", [("tensor", TENSOR), ("interleaved", VIRTUAL), ("data", OVERLAPPED)])
@@ -217,7 +243,7 @@ def test_text_of_a_source_is_trained_on(workspace: Path, config: Path, teacher: 
     found = {}
     for name, ranks, layout in (("one", 1, {}), ("tensor", 2, TENSOR), ("pipeline", 2, PIPELINE)):
         policy = on_policy(1, source="own_source:halves")
-        given = {**start(students, 2), **layout, "distillation.on_policy": policy, "megatron.train-iters": 2}
+        given = {**start(students), **layout, "distillation.on_policy": policy, "megatron.train-iters": 2}
         found[name], _ = run(config, folder / name, teacher, ranks, "source", str(folder), given=given)
         assert found[name]["own text length"] == [4.0, 4.0]
     for name in ("tensor", "pipeline"):
@@ -240,7 +266,7 @@ def test_rewards_are_compared_within_groups_in_every_layout(
     found = {}
     policy = on_policy(1, reward="own_reward:of_length", group=2, reward_weight=0.5)
     for name, ranks, layout in (("one", 1, {}), ("tensor", 2, TENSOR), ("pipeline", 2, PIPELINE), ("data", 2, {})):
-        given = {**start(students, 2), **layout, "distillation.on_policy": policy, "megatron.train-iters": 2}
+        given = {**start(students), **layout, "distillation.on_policy": policy, "megatron.train-iters": 2}
         found[name], _ = run(config, folder / name, teacher, ranks, "source", str(folder), given=given)
     one = found.pop("one")
     assert all(reward > 0 for reward in one["own text reward"])
@@ -258,6 +284,9 @@ def test_rewards_are_compared_within_groups_in_every_layout(
         ({"distillation.on_policy": on_policy(0.5, source="nowhere:at_all")}, "module:function that can be imported"),
         ({"distillation.on_policy": on_policy(0.5, reward="a:b", group=3)}, "a group that divides micro-batch-size 2"),
         ({"distillation.on_policy": on_policy(0.5, group=2)}, "expected 2 or more with a reward"),
+        ({"distillation.on_policy": "{share: 1, new_tokens: 4}"}, "expected prompt_tokens"),
+        ({"megatron.dataloader-inter-document-masking": True}, "got documents"),
+        ({"megatron.sft": True, "megatron.sft-tokenizer-prompt-format": "identity"}, "with which all tokens count"),
         ({"distillation.on_policy": on_policy(1.5)}, "share: expected 0 to 1"),
         ({"distillation.kd_weight": 0}, "expected kd_weight above 0 at every step"),
         ({"megatron.context-parallel-size": 2}, "context-parallel-size 1"),

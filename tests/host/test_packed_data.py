@@ -3,6 +3,7 @@
 import json
 import re
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from abkd_megatron.data.conversations import check_conversations
 from abkd_megatron.errors import DataError
 
 TRAINED = ("lm loss", "kd loss", "total loss", "grad-norm", "total loss validation", "lm loss validation")
+OWN_TEXT_JOB = Path(__file__).with_name("own_text.py")
 SPEC = "[tests.host.sequences, packed_layers]"
 LAYERS = {
     "megatron.num-layers": 4,
@@ -88,7 +90,12 @@ def train(workspace: Path, config: Path, of_data):
     made: dict[str, Path] = {}
 
     def train(
-        data: str, name: str, num_ranks: int, given: dict[str, object], file: Path = config
+        data: str,
+        name: str,
+        num_ranks: int,
+        given: dict[str, object],
+        file: Path = config,
+        program: Sequence[object] = ("-m", "abkd_megatron"),
     ) -> dict[str, list[float]]:
         settings = of_data[data]
         tensorboard = workspace / "packed" / f"{data} {name}"
@@ -104,7 +111,7 @@ def train(workspace: Path, config: Path, of_data):
         own = {"megatron.train-iters": 3, "megatron.tensorboard-dir": tensorboard}
         own |= {} if "distillation.cache" in given else {"teacher.load": made[data]}
         own |= {"megatron.load": workspace / f"student of {data}", "megatron.finetune": "true"}
-        run_job("distill", file, {**settings, **own, **given}, num_ranks=num_ranks)
+        run_job("distill", file, {**settings, **own, **given}, num_ranks=num_ranks, program=program)
         return scalars(tensorboard)
 
     return train
@@ -143,6 +150,67 @@ def test_a_cache_of_packed_data_trains_as_the_teacher(train, workspace: Path, co
     found = train(data, "cached", 1, {"distillation.cache": cache}, alone)
     for key in TRAINED:
         assert found[key] == pytest.approx(expected[key], rel=1e-5), key
+
+
+OWN_TEXT = {
+    "one rank": (1, {}),
+    **{name: (2, layout) for name, layout in LAYOUTS["conversations"].items()},
+    "PP 2": (2, PP),
+}
+
+
+def on_policy(**more: object) -> dict[str, object]:
+    given = {"share": 1, "new_tokens": 16, **more}
+    return {
+        "distillation.divergence": "reverse_kl",
+        "distillation.on_policy": "{" + ", ".join(f"{name}: {value}" for name, value in given.items()) + "}",
+    }
+
+
+@pytest.fixture(scope="module")
+def reward(workspace: Path) -> Path:
+    """A module of a reward, which holds only for prompts of conversations."""
+    folder = workspace / "reward-of-chats"
+    folder.mkdir()
+    (folder / "chat_reward.py").write_text(
+        "def of_length(prompts, texts):\n"
+        "    assert all('Assistant' in it[-12:] for it in prompts), prompts\n"
+        "    return [len(text) for text in texts]\n"
+        "def backwards(prompts):\n"
+        "    assert len({len(ids) for ids in prompts}) > 1 and all(0 not in ids for ids in prompts)\n"
+        "    return [ids[:3][::-1] for ids in prompts]\n"
+    )
+    return folder
+
+
+def test_a_source_continues_conversations(train, reward: Path) -> None:
+    policy = on_policy(source="chat_reward:backwards")
+    found = [
+        train("conversations", f"of a source, {ranks}", ranks, given | policy, program=(OWN_TEXT_JOB, "source", reward))
+        for ranks, given in ((1, {}), (2, PP))
+    ]
+    for numbers in found:
+        assert numbers["own text length"] == [3, 3, 3]
+        assert numbers["own text kd loss"] == pytest.approx(found[0]["own text kd loss"], rel=1e-4)
+
+
+def test_conversations_are_continued_the_same_in_every_layout(train, reward: Path) -> None:
+    """Groups are of several micro-batches, and at DP 2 of several ranks."""
+    policy = on_policy(reward="chat_reward:of_length", group=2, prompt_tokens=41)
+    found = {
+        name: train(
+            "conversations", f"own text, {name}", ranks, layout | policy, program=(OWN_TEXT_JOB, "source", reward)
+        )
+        for name, (ranks, layout) in OWN_TEXT.items()
+    }
+    one = found.pop("one rank")
+    assert all(reward > 0 for reward in one["own text reward"])
+    assert any(0 < share < 1 for share in one["own text left out"])
+    for name, of_layout in found.items():
+        for key in ("own text left out", "own text length", "own text reward", "own text distinct-2"):
+            assert of_layout[key] == pytest.approx(one[key], rel=1e-6), (name, key)
+        for key in ("own text lm loss", "own text kd loss", "own text total loss", "grad-norm"):
+            assert of_layout[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), (name, key)
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,23 @@ def test_with_a_teacher_it_is_the_command_lines_job(workspace: Path, config: Pat
         assert len(seconds) == 5 and all(it > 0 for it in seconds)
 
 
+def test_its_steps_on_own_text_are_the_command_lines(workspace: Path, config: Path, teacher: Path) -> None:
+    layout, out = {"pipeline-model-parallel-size": 2}, workspace / "stock-own-text"
+    own = {"divergence": "reverse_kl", "on_policy": "{share: 0.5, prompt_tokens: 8, new_tokens: 20, seed: 10}"}
+    found = train(SCRIPT, config, out, kd_arguments(teacher, own), 2, **layout)
+    settings = {f"megatron.{name}": value for name, value in layout.items()}
+    settings |= {f"distillation.{name}": value for name, value in own.items()}
+    settings |= {"megatron.tensorboard-dir": out / "job", "teacher.load": teacher}
+    run_job("distill", config, settings, num_ranks=2)
+    wanted = scalars(out / "job")
+    assert len(found["own text kd loss"]) == 3
+    for name in (name for name in wanted if "loss" in name or name in ("own text length", "grad-norm")):
+        assert found[name] == wanted[name], name
+    refused = [*command_line(config, {"dataloader-inter-document-masking": "true"}), *kd_arguments(teacher, own)]
+    (rank,) = run_script(SCRIPT, refused)
+    assert rank.code != 0 and "on_policy with packed data" in rank.output, rank.output[-3000:]
+
+
 def test_a_script_of_a_hybrid_model(workspace: Path, config: Path, teacher: Path) -> None:
     """As Megatron-LM's pretrain_hybrid.py makes its model config, with the same three lines."""
     script, out = workspace / "pretrain_hybrid.py", workspace / "hybrid-script"

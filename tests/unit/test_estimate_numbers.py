@@ -31,6 +31,7 @@ from abkd_megatron.cache.record import RecordLayout
 from abkd_megatron.config.load import load_config
 from abkd_megatron.config.megatron_args import megatron_options
 from abkd_megatron.config.model_config import model_config
+from abkd_megatron.config.rollouts import OnPolicy
 from abkd_megatron.config.schema import Config
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.tools import dry_run, estimate_view, memory_tracker, meta_layers, meta_run
@@ -41,7 +42,9 @@ from abkd_megatron.tools.estimate import (
     RankEstimate,
     _check,
     _with_layout,
+    decode_bytes,
     kinds_of_ranks,
+    kv_bytes,
     layouts,
 )
 from abkd_megatron.tools.meta_run import Account, MemoryTracker
@@ -98,6 +101,14 @@ def llama(size: str, **others: object) -> Namespace:
 @pytest.mark.parametrize(("size", "published"), [("8B", 8_030_261_248), ("70B", 70_553_706_496)])
 def test_parameters_of_published_models(size: str, published: int) -> None:
     assert parameters(llama(size), 128256) == published
+
+
+def test_bytes_of_sampling_text() -> None:
+    args = llama("8B", params_dtype=torch.bfloat16)
+    assert decode_bytes(args) == (8_030_261_248 - 128256 * 4096) // 4 * 2, "all stages' weights, without the embedding"
+    # 8 layers of a stage, 32 rows, keys and values of 2 heads.
+    assert kv_bytes(args, OnPolicy(share=1, prompt_tokens=40, new_tokens=24)) == 8 * 32 * 64 * 2 * 2 * 128 * 2
+    assert kv_bytes(args, OnPolicy(share=1, new_tokens=24)) == 8 * 32 * 8193 * 2 * 2 * 128 * 2
 
 
 def test_parameters_of_another_kind() -> None:
