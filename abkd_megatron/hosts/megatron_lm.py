@@ -331,14 +331,16 @@ class _DatasetsProvider:
                     directory, on_miss = Path(config.distillation.cache).expanduser(), config.distillation.on_miss
                     train, valid, test = with_records((train, valid, test), numbers, directory, on_miss)
         if validation.sets:
-            batch = args.eval_global_batch_size
-            args.eval_iters, args.consumed_valid_samples = number_of_rows(self._rows, batch) // batch, 0
+            batch, args.consumed_valid_samples = args.eval_global_batch_size, 0
             is_here = valid[0] is not None
             valid = HeldOut(valid, self._rows, batch, args.dataloader_type == "single") if is_here else None
         self._held_out.append(valid)
-        is_first = validation.at_start and args.iteration == 0 and args.eval_iters and not args.skip_train
-        if is_first and len(self._held_out) == len(self._student):
-            evaluate_first(step.distilled or step, self._student, self._held_out)
+        if len(self._held_out) == len(self._student):
+            # Not before: Megatron's numbers of samples, and so its indices of the data, have to be those of all chunks.
+            if validation.sets:
+                args.eval_iters = number_of_rows(self._rows, args.eval_global_batch_size) // args.eval_global_batch_size
+            if validation.at_start and args.iteration == 0 and args.eval_iters and not args.skip_train:
+                evaluate_first(step.distilled or step, self._student, self._held_out)
         return train, valid, test
 
     def _number_rows(self, sets: Sequence[Any]) -> list[int]:

@@ -15,9 +15,9 @@ from test_config import OPTIONS
 
 from abkd_megatron.config.cache import CacheConfig
 from abkd_megatron.config.load import load_config, render
-from abkd_megatron.config.validation import ValidationConfig
 from abkd_megatron.config.rollouts import GenerateConfig
 from abkd_megatron.config.schema import CompareConfig, Config, DataConfig, DistillationConfig
+from abkd_megatron.config.validation import ValidationConfig
 from abkd_megatron.errors import AbkdError, ConfigError
 
 EXAMPLE = (Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml").read_text()
