@@ -17,7 +17,7 @@ from abkd_megatron.config.yaml import LineMapping, flow, load_yaml
 from abkd_megatron.errors import ConfigError, brief, check_name, shown
 
 # Sections whose keys are dataclass fields.
-_FIELDS = ("distillation", "data", "cache", "generate", "compare")
+_FIELDS = ("distillation", "data", "validation", "cache", "generate", "compare")
 # Tag of a job's configuration in TensorBoard.
 CONFIG_TEXT = "abkd_megatron/config"
 
@@ -252,7 +252,7 @@ def render(config: Config, shown: Sequence[str] = SECTIONS, origins: bool = True
         rows.append((f"{section}:" if items else f"{section}: {{}}", ""))
         for key, value in items.items():
             origin = config.origins.get(f"{section}.{key}", "")
-            nested = isinstance(value, dict)
+            nested = isinstance(value, dict) and bool(value)
             rows.append((f"  {key}:" if nested else f"  {key}: {flow(value)}", origin))
             rows += [(f"    {flow(name)}: {flow(one)}", "") for name, one in value.items()] if nested else []
     width = max(len(text) for text, _ in rows if len(text) <= 60)  # long paths do not widen the column

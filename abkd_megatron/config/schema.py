@@ -9,6 +9,7 @@ from abkd_megatron.config.cache import CacheConfig, cache_problems
 from abkd_megatron.config.compare import CompareConfig, compare_problems
 from abkd_megatron.config.presets import DEFAULT, PRESETS, preset_values
 from abkd_megatron.config.rollouts import GenerateConfig, OnPolicy, rollout_problems
+from abkd_megatron.config.validation import ValidationConfig, validation_problems
 from abkd_megatron.errors import ConfigError, brief, check_name
 from abkd_megatron.kernels import CHOICES
 from abkd_megatron.losses import Divergence, LogitLoss, LossTerm, WeightedSum, registry
@@ -30,7 +31,7 @@ TEACHER_KEYS = ("load", "ckpt-step", "declared", "expected-loss", "weights")
 TEACHER_WEIGHTS = ("device", "int8", "host")
 PREFLIGHT = ("teacher_checksums", "teacher_weights", "memory", "gradient", "batch", "teacher_loss")
 ON_CHANGE = ("refuse", "warn")
-SECTIONS = ("device", "megatron", "teacher", "distillation", "data", "cache", "generate", "compare")
+SECTIONS = ("device", "megatron", "teacher", "distillation", "data", "validation", "cache", "generate", "compare")
 LEAST_VOCAB_SIZE = 300
 
 # Limit of a message about losses, which may quote custom names.
@@ -255,6 +256,8 @@ class Config:
     """The ``distillation`` section."""
     data: DataConfig = field(default_factory=DataConfig)
     """The ``data`` section."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """The ``validation`` section."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """The ``cache`` section."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
@@ -320,8 +323,9 @@ class Config:
             )
         if job == "rouge" and not self.megatron.get("load"):
             yield ConfigError("megatron.load: expected the student's checkpoint, got none; set megatron.load")
-        for key, text in (*compare_problems(self, job), *rollout_problems(self, job), *cache_problems(self, job)):
-            yield self._error(key, text)
+        for of_section in (validation_problems, compare_problems, rollout_problems, cache_problems):
+            for key, text in of_section(self, job):
+                yield self._error(key, text)
         if job == "prepare" and not data.dir:
             yield ConfigError("data.dir: expected an output directory, got none; set data.dir")
         if job in ("cache", "distill") and not self.teacher.load and not self.distillation.cache:

@@ -165,6 +165,13 @@ def _term(item: Given) -> dict[str, Scalar]:
     return term
 
 
+def _texts(item: Given) -> dict[str, str]:
+    """Convert a mapping of names to text."""
+    if not isinstance(item.value, dict):
+        raise wrong(item, "a mapping of names to paths, such as {books: data/books}", item.value)
+    return {str(name): _scalar(item, value, str) for name, value in item.value.items()}
+
+
 def _settings(item: Given) -> dict[str, list[str]]:
     """Convert `compare.losses` to overrides per loss. Their values are checked when they are used."""
     if not isinstance(item.value, dict):
@@ -194,6 +201,8 @@ def field_value(item: Given, kind: Any) -> Any:
         return _settings(item)
     if kind == dict[str, Scalar]:
         return _term(item)
+    if kind == dict[str, str]:
+        return _texts(item)
     if is_dataclass(kind):
         return _record(item, kind)
     if kind == Number:

@@ -4,6 +4,7 @@ import json
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ from megatron.training import get_args, get_tokenizer
 from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from torch.utils.data import Dataset, Subset
 
 from abkd_megatron.cache.dataset import RECORDS
+from abkd_megatron.config.validation import ValidationConfig
+from abkd_megatron.hosts.held_out import SET
 from abkd_megatron.losses.sources import UNKNOWN
 
 logger = logging.getLogger(__name__)
@@ -80,6 +84,7 @@ def get_batch(
     training: bool = True,
     counted: CountedTokens | None = None,
     with_sources: bool = False,
+    with_sets: bool = False,
     record_bytes: int | None = None,
     packed: bool = False,
 ) -> dict[str, Any]:
@@ -91,10 +96,12 @@ def get_batch(
     With `tokens_on_last` the last stage also gets the input tokens, as with multi-token prediction. With `mask_here`
     this stage gets the whole batch. Validation may use another micro-batch size. `counted` gets the loss mask on the
     rank that reads it. With `with_sources` there is a `dataset_id`, [b] int64: the position of each sequence's dataset
-    in a blend, or `UNKNOWN`. With `record_bytes` there are `RECORDS`, [b, s, record_bytes] uint8.
+    in a blend, or `UNKNOWN`. With `with_sets` there is a `SET`, [b] int64, see `HeldOut`. With `record_bytes` there are
+    `RECORDS`, [b, s, record_bytes] uint8.
 
     Collectives: Megatron's broadcasts over the tensor-parallel group, and one more each of [b] with `with_sources` and
-    of the records. Megatron reads the lengths of packed sequences on the host, which waits for the device.
+    with `with_sets`, and of the records. Megatron reads the lengths of packed sequences on the host, which waits for
+    the device.
     """
     args = get_args()
     keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens", "max_seqlen")
@@ -102,13 +109,13 @@ def get_batch(
     predicts_ahead = mtp_on_this_rank(None, args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage)
     is_whole = is_first_or_last_pipeline_stage(vp_stage) or predicts_ahead or mask_here
     if not is_whole and not packed:
-        return {**batch, "packed_seq_params": None, "dataset_id": None, RECORDS: None}
+        return {**batch, "packed_seq_params": None, "dataset_id": None, SET: None, RECORDS: None}
     size = args.micro_batch_size if training else args.eval_micro_batch_size
-    sources = records = None
+    sources = sets = records = None
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None
         data = next(data_iterator)
-        sources, records = data.get("dataset_id"), data.get(RECORDS)
+        sources, sets, records = data.get("dataset_id"), data.get(SET), data.get(RECORDS)
         if counted is not None:
             counted.add(data["loss_mask"], training)
         batch.update({key: data[key].cuda(non_blocking=True) for key in keys if data.get(key) is not None})
@@ -133,6 +140,7 @@ def get_batch(
     batch[RECORDS] = on_tp_ranks(records, shape, torch.uint8) if record_bytes is not None else None
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
     batch["dataset_id"] = on_tp_ranks(sources, (size,), torch.int64) if with_sources else None
+    batch[SET] = on_tp_ranks(sets, (size,), torch.int64) if with_sets else None
     return {**batch, "packed_seq_params": packed_seq_params}
 
 
@@ -165,6 +173,7 @@ def train_valid_test_datasets_provider(
     mask_here: bool = False,
     held_out_seed: int | None = None,
     packing: Packing | None = None,
+    validation: ValidationConfig | None = None,
 ) -> tuple:
     """Build Megatron's GPT datasets for training, validation and test on the ranks that read data; see `get_batch`.
 
@@ -175,7 +184,7 @@ def train_valid_test_datasets_provider(
         reads = mask_here or packing is not None or is_first_or_last_pipeline_stage(vp_stage)
         return mpu.get_tensor_model_parallel_rank() == 0 and reads
 
-    return build_datasets(get_args(), get_tokenizer(), num_samples, is_built_here, held_out_seed, packing)
+    return build_datasets(get_args(), get_tokenizer(), num_samples, is_built_here, held_out_seed, packing, validation)
 
 
 def build_datasets(
@@ -185,8 +194,11 @@ def build_datasets(
     is_built_here: Callable[[], bool],
     held_out_seed: int | None,
     packing: Packing | None,
+    validation: ValidationConfig | None = None,
 ) -> tuple:
     """Build Megatron's GPT datasets for training, validation and test.
+
+    With `validation.sets` the second is a list with an entry per set, a `Subset` or None, and the third None.
 
     Args:
         args: Megatron's validated arguments.
@@ -195,6 +207,7 @@ def build_datasets(
         is_built_here: whether this rank reads data.
         held_out_seed: see `train_valid_test_datasets_provider`.
         packing: of the rows.
+        validation: sets in place of validation and test.
     """
     dataset = SFTDataset if packing is Packing.CONVERSATIONS else MockGPTDataset if args.mock_data else GPTDataset
 
@@ -203,6 +216,17 @@ def build_datasets(
         return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, config).build()
 
     train, *held_out = build(args.seed)
+    if validation is not None and validation.sets:
+        seed, most = args.seed if held_out_seed is None else held_out_seed, validation.rows
+
+        def rows(prefix: str) -> Dataset | None:
+            """Return the first rows of one pass over a data set, in its random order."""
+            config = datasets_config(args, tokenizer, seed)
+            alone = replace(config, blend=None, blend_per_split=[None, ([prefix], None), None], split=None)
+            found = BlendedMegatronDatasetBuilder(dataset, [0, None, 0], is_built_here, alone).build()[1]
+            return Subset(found, range(min(len(found), most or len(found)))) if found is not None else None
+
+        return train, [rows(prefix) for prefix in validation.sets.values()], None
     if held_out_seed is not None and held_out_seed != args.seed:
         _, *held_out = build(held_out_seed)
     return train, *held_out

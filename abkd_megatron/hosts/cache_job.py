@@ -106,7 +106,7 @@ def run(config: Config) -> None:
         if args.sft:
             check_conversations(prefixes_of(args))
         else:
-            check_datasets(prefixes_of(args), args.vocab_size)
+            check_datasets([*prefixes_of(args), *config.validation.sets.values()], args.vocab_size)
         compared = check_teacher(config, checkpoint, args, args.vocab_size)
         checkpoint.check_tokenizer(args.tokenizer_model)
         return compared, identity_of(checkpoint, args, config, layout)
@@ -203,12 +203,13 @@ def _datasets(config: Config, packing: Packing | None) -> list[Dataset]:
 
     def provide(num_samples: Sequence[int], vp_stage: int | None = None) -> tuple:
         return train_valid_test_datasets_provider(
-            num_samples, vp_stage, held_out_seed=config.data.seed, packing=packing
+            num_samples, vp_stage, held_out_seed=config.data.seed, packing=packing, validation=config.validation
         )
 
     wanted = get_train_valid_test_num_samples()
+    numbers = (wanted[0], None, None) if config.validation.sets else wanted
     found: list[Dataset] = []
-    for split, number in zip(build_train_valid_test_datasets(provide, wanted), wanted, strict=True):
+    for split, number in zip(build_train_valid_test_datasets(provide, wanted), numbers, strict=True):
         for dataset in split if isinstance(split, list) else [split]:
             if dataset is not None:
                 most = len(dataset) if number is None else min(number, len(dataset))

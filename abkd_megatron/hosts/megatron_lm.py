@@ -41,14 +41,16 @@ from abkd_megatron.config.model_config import check_layers_here
 from abkd_megatron.config.schema import Config
 from abkd_megatron.config.unsupported import JOB
 from abkd_megatron.data.prepare import data_arguments
-from abkd_megatron.errors import ConfigError, on_every_rank
+from abkd_megatron.errors import ConfigError, from_rank_0, on_every_rank
 from abkd_megatron.hosts.add_cache import add_cache, with_records
 from abkd_megatron.hosts.add_teacher import add_teacher
 from abkd_megatron.hosts.batches import CountedTokens, Packing, get_batch, train_valid_test_datasets_provider
+from abkd_megatron.hosts.evaluation import BestCheckpoint, evaluate_first
+from abkd_megatron.hosts.held_out import SET, HeldOut, check_rows, number_of_rows
 from abkd_megatron.preflight.rules import EVENT_FILES, FOLDER_CHECKS, STUDENT_CHECKS, Setup, run_checks
 from abkd_megatron.preflight.student_checkpoint import only_writer, other_schedule_named
 from abkd_megatron.student.cached import CachedTeacher
-from abkd_megatron.student.report import LossChecks, masked_loss
+from abkd_megatron.student.report import LossChecks, ValidationSets, masked_loss
 from abkd_megatron.student.step import DistilledStep
 
 logger = logging.getLogger(__name__)
@@ -90,12 +92,13 @@ def _run(config: Config, job: str, held: ExitStack) -> None:
         if args.rank == 0:  # reads for all
             run_checks(STUDENT_CHECKS, Setup(config=config, job=job, student=args, vocab_size=args.vocab_size))
     if (writer := get_tensorboard_writer()) is not None:  # on the last rank
-        shown = ("megatron", "teacher", "distillation", "data") if job == "distill" else ("megatron", "data")
+        shown = ["megatron", *(("teacher", "distillation") if job == "distill" else ()), "data", "validation"]
         # Indented, which TensorBoard's Markdown takes for code.
         writer.add_text(CONFIG_TEXT, indent(render(config, shown), " " * 4))
     if args.save and args.exit_signal_handler:
         _keep_checkpoint_writer_from_signals()
-    plain = _ForwardStep(Packing.of(args))
+    best = BestCheckpoint.of_job(config.validation, args)
+    plain = _ForwardStep(Packing.of(args), list(config.validation.sets))
     if plain.packing is not None:
         args.create_attention_mask_in_dataloader = False  # boundaries stand for it
         # From here on only Megatron's validation reads it, to average the means of micro-batches, however many tokens
@@ -108,14 +111,17 @@ def _run(config: Config, job: str, held: ExitStack) -> None:
         else:
             distilled = add_teacher(config, megatron, args, config_of_model, plain, JOB)
         plain.distilled = distilled
+    datasets = _DatasetsProvider(plain, config)
+    config_of_model.post_wrap_hooks.append(datasets.note_student)
 
     try:
         with other_schedule_named():
             pretrain(
                 job_config,
-                _DatasetsProvider(plain, config),
+                datasets,
                 ModelType.encoder_or_decoder,
-                distilled or plain,
+                best.watching(distilled or plain) if best is not None else distilled or plain,
+                non_loss_data_func=best.conclude if best is not None else None,
             )
     finally:
         plain.counted.end()
@@ -216,12 +222,14 @@ class _ForwardStep:
 
     Attributes:
         packing: of the data.
+        sets: names of the validation sets.
         distilled: the step that wraps this one if there is a teacher; it decides which batch keys a stage needs.
         counted: gets the loss masks that this rank reads.
     """
 
-    def __init__(self, packing: Packing | None) -> None:
+    def __init__(self, packing: Packing | None, sets: Sequence[str] = ()) -> None:
         self.packing = packing
+        self.sets = sets
         self.distilled: DistilledStep | None = None
         self.counted = CountedTokens()
 
@@ -246,11 +254,13 @@ class _ForwardStep:
                 # What counts in own text is on the device, and is known.
                 counted=self.counted if is_last and not self._is_own_text else None,
                 with_sources=is_last and attachment is not None and bool(attachment.objective.sources),
+                with_sets=is_last and bool(self.sets) and not model.training,
                 record_bytes=cache.layout.bytes_per_token + 1 if cache is not None and is_last else None,
                 packed=self.packing is not None,
             )
+        sets = ValidationSets(self.sets, batch[SET]) if batch[SET] is not None else None
         if attachment is not None:
-            attachment.sources = batch["dataset_id"]
+            attachment.sources, attachment.validation_sets = batch["dataset_id"], sets
             if cache is not None and is_last:
                 cache.packed = batch[RECORDS]
         timers("batch-generator").stop()
@@ -263,7 +273,7 @@ class _ForwardStep:
                 loss_mask=batch["loss_mask"],
                 packed_seq_params=batch["packed_seq_params"],
             )
-        return output, partial(self._loss, batch["loss_mask"])
+        return output, partial(self._loss, batch["loss_mask"], sets)
 
     @property
     def _is_own_text(self) -> bool:
@@ -275,32 +285,68 @@ class _ForwardStep:
         return attachment is not None and vp_stage in attachment.needs_loss_mask
 
     def _loss(
-        self, loss_mask: torch.Tensor | None, output_tensor: torch.Tensor
+        self, loss_mask: torch.Tensor | None, sets: ValidationSets | None, output_tensor: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         assert loss_mask is not None  # Megatron computes the loss on the last stage only
         args = get_args()
         # With a teacher the wrapping step checks the losses, by name.
         nan = args.check_for_nan_in_loss_and_grad and self.distilled is None
         checks = LossChecks(nan=nan, spikes=args.check_for_spiky_loss, save=args.save)
-        return masked_loss(loss_mask, output_tensor, checks=checks)
+        return masked_loss(loss_mask, output_tensor, checks=checks, sets=sets if self.distilled is None else None)
 
 
 class _DatasetsProvider:
-    """Datasets provider that knows which stages need the loss mask, once Megatron has built the model."""
+    """Datasets provider that knows which stages need the loss mask, once Megatron has built the model.
+
+    Megatron calls it for each chunk of the model, and then trains. A validation before the first step is done here.
+    """
 
     is_distributed = True
 
     def __init__(self, step: _ForwardStep, config: Config) -> None:
         self._step, self._config = step, config
+        self._student: list[torch.nn.Module] = []
+        self._held_out: list[Any] = []
+        self._rows: list[int] = []
+
+    def note_student(self, student: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        """Take the model's chunks, once they are built."""
+        self._student = student
+        return student
 
     def __call__(self, num_samples: Sequence[int], vp_stage: int | None = None) -> tuple:
-        mask_here = self._step.needs_loss_mask(vp_stage)
-        seed, packing = self._config.data.seed, self._step.packing
-        found = train_valid_test_datasets_provider(num_samples, vp_stage, mask_here, seed, packing)
-        cache = self._config.distillation.cache
-        if cache is None or self._step.distilled is None:
-            return found
-        with on_every_rank():
-            if not mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage):
-                return found
-            return with_records(found, num_samples, Path(cache).expanduser(), self._config.distillation.on_miss)
+        config, step, args = self._config, self._step, get_args()
+        validation = config.validation
+        numbers: list[int | None] = list(num_samples)
+        mask_here = step.needs_loss_mask(vp_stage)
+        train, valid, test = train_valid_test_datasets_provider(
+            num_samples, vp_stage, mask_here, config.data.seed, step.packing, validation
+        )
+        if validation.sets:
+            numbers[1] = None
+            self._rows = self._rows or from_rank_0(lambda: self._number_rows(valid))
+        if config.distillation.cache is not None and step.distilled is not None:
+            with on_every_rank():
+                if mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage):
+                    directory, on_miss = Path(config.distillation.cache).expanduser(), config.distillation.on_miss
+                    train, valid, test = with_records((train, valid, test), numbers, directory, on_miss)
+        if validation.sets:
+            batch, args.consumed_valid_samples = args.eval_global_batch_size, 0
+            is_here = valid[0] is not None
+            valid = HeldOut(valid, self._rows, batch, args.dataloader_type == "single") if is_here else None
+        self._held_out.append(valid)
+        if len(self._held_out) == len(self._student):
+            # Not before: Megatron's numbers of samples, and so its indices of the data, have to be those of all chunks.
+            if validation.sets:
+                args.eval_iters = number_of_rows(self._rows, args.eval_global_batch_size) // args.eval_global_batch_size
+            if validation.at_start and args.iteration == 0 and args.eval_iters and not args.skip_train:
+                evaluate_first(step.distilled or step, self._student, self._held_out)
+        return train, valid, test
+
+    def _number_rows(self, sets: Sequence[Any]) -> list[int]:
+        """Return the number of rows of each validation set, and log them."""
+        rows = [len(of) for of in sets]
+        check_rows(self._config.validation.sets, rows)
+        named = ", ".join(f"{name} ({number})" for name, number in zip(self._config.validation.sets, rows, strict=True))
+        logger.info(f"validation reads all {sum(rows)} rows of {named}, in place of eval-iters batches")
+        return rows

@@ -158,6 +158,7 @@ def _datasets(setup: Setup) -> Finding | None:
     if setup.student is not None and setup.student.sft and prefixes:
         check_conversations(prefixes)
         return Finding(f"{len(prefixes)} files of conversations")
+    prefixes = list(dict.fromkeys([*prefixes, *setup.config.validation.sets.values()]))
     if setup.dry_run:
         prefixes = [it for it in prefixes if all(Path(it + end).is_file() for end in (".bin", ".idx"))]
     if not prefixes:

@@ -23,7 +23,7 @@ from abkd_megatron.student.head import compute_loss, positions_of
 from abkd_megatron.student.hidden import HiddenLosses, Layers, check_pairs, layers_of_stages
 from abkd_megatron.student.mixing import Mixing
 from abkd_megatron.student.plan import Plan, agree, propose_plan
-from abkd_megatron.student.report import CACHED, LossChecks, Report, StepObserver, masked_loss
+from abkd_megatron.student.report import CACHED, LossChecks, Report, StepObserver, ValidationSets, masked_loss
 from abkd_megatron.student.supported import (
     check_cacheable,
     check_mix,
@@ -162,6 +162,7 @@ class Attachment:
         loss_mask: [b, s] of the last micro-batch, on the last pipeline stage; None if the model got none.
         sources: [b] int64, dataset of each sequence of the next micro-batch, on the last pipeline stage. Set it before
             the model runs if the objective has weights by source; the model's forward takes it.
+        validation_sets: of the rows of the last micro-batch, for its report; None for none.
         lm_weights, kd_weights: [b, s] of the next micro-batch, by which its tokens' terms are multiplied; taken alike.
         max_queued_microbatches: peak number of micro-batches whose teacher hidden states waited for the student here.
             1 without virtual pipeline stages; else Megatron's microbatch_group_size_per_vp_stage.
@@ -194,6 +195,7 @@ class Attachment:
         self.report: dict[str, torch.Tensor] | None = None
         self.loss_mask: torch.Tensor | None = None
         self.sources: torch.Tensor | None = None
+        self.validation_sets: ValidationSets | None = None
         self.lm_weights: torch.Tensor | None = None
         self.kd_weights: torch.Tensor | None = None
         self.max_queued_microbatches = self.max_queued_bytes = 0
@@ -293,7 +295,7 @@ class Attachment:
             self._pop_teacher_seconds,
             self._pop_tensors(),
         )
-        loss, num_tokens, logged = masked_loss(loss_mask, output_tensor, report, checks)
+        loss, num_tokens, logged = masked_loss(loss_mask, output_tensor, report, checks, self.validation_sets)
         for observer in self.observers if not self.is_own_text else ():
             observer.note_losses(logged)
         return loss, num_tokens, logged

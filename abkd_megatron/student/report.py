@@ -1,6 +1,6 @@
 """The loss contract with Megatron's schedules: sums over tokens, and the numbers to log with them."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from abkd_megatron.student.loss_guard import check_losses
+from abkd_megatron.vocab_parallel.record_passes import BUCKETED_KL
 
 # Per token in a report: 1.0 where the divergence is trained, else 0.0; logged as a share.
 SELECTED = "selected tokens"
@@ -17,6 +18,9 @@ CACHED = "cached share"
 
 # Seconds of the teacher's pass on a micro-batch.
 TEACHER_SECONDS = "teacher seconds"
+
+# Numbers that validation also logs of each set, after its name.
+_OF_SETS = ("lm loss", "kd loss", "teacher lm loss", "kl to teacher", BUCKETED_KL, "top-1 agreement")
 
 # Losses that are not part of `kd loss`.
 _NO_PARTS = ("lm loss", "kd loss", "teacher lm loss", "total loss")
@@ -35,6 +39,16 @@ class LossChecks:
     """With `nan`, also report a loss far above what it was."""
     save: str | Path | None = None
     """Where statistics of such a micro-batch are written; Megatron's `save`."""
+
+
+@dataclass(frozen=True)
+class ValidationSets:
+    """Named sets of the rows of a micro-batch."""
+
+    names: Sequence[str]
+    """Of all sets."""
+    of_rows: torch.Tensor
+    """[b] int64, position in `names` of each row's set; -1 for none."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,7 @@ def masked_loss(
     output_tensor: torch.Tensor,
     report: Report | None = None,
     checks: LossChecks | None = None,
+    sets: ValidationSets | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Return what Megatron's schedules expect of a loss function for one micro-batch.
 
@@ -82,6 +97,7 @@ def masked_loss(
         output_tensor: [b, s], the loss per token as the model returned it.
         report: numbers to log; None for training without a teacher.
         checks: None for `LossChecks()`.
+        sets: of a micro-batch of validation, whose numbers are also logged by set, as `SET lm loss`.
 
     Returns:
         (sum of the loss over counted tokens, their number as int, {name: [sum, number]}). Without a report the only
@@ -101,18 +117,19 @@ def masked_loss(
     number = mask.sum().detach()
     num_tokens, counted = number.to(torch.int), number.clamp_min(NOTHING)
     counts: dict[str, torch.Tensor] = {}
+    selected_only: Collection[str] = report.selected_only if report is not None else ()
+    selected, per_token = mask, {"lm loss": output_tensor}
     hidden = report.hidden if report is not None else {}
     if report is None:
         sums = {"lm loss": loss}
     else:
-        per_token = report.per_token
+        per_token = dict(report.per_token)
         selected = mask * per_token[SELECTED].reshape(-1) if SELECTED in per_token else mask
         sums = {
-            name: _masked_sum(value, selected if name in report.selected_only else mask)
-            for name, value in per_token.items()
+            name: _masked_sum(value, selected if name in selected_only else mask) for name, value in per_token.items()
         }
         sums["total loss"] = loss
-        counts = dict.fromkeys(report.selected_only, selected.sum().clamp_min(NOTHING))
+        counts = dict.fromkeys(selected_only, selected.sum().clamp_min(NOTHING))
         for name, (weight, of_layers) in hidden.items():
             sums[name] = of_layers
             sums["total loss"] = sums["total loss"].detach() + weight * of_layers
@@ -134,6 +151,13 @@ def masked_loss(
         name: torch.cat([value.detach().clone().view(1), counts.get(name, counted).view(1)])
         for name, value in sums.items()
     }
+    if sets is not None:
+        for position, of_set in enumerate(sets.names):
+            here = (sets.of_rows == position).unsqueeze(-1).expand_as(loss_mask).reshape(-1)
+            for name in (name for name in _OF_SETS if name in per_token):
+                counted_here = torch.where(here, selected if name in selected_only else mask, 0.0)
+                pair = [_masked_sum(per_token[name].detach(), counted_here), counted_here.sum().clamp_min(NOTHING)]
+                logged[f"{of_set} {name}"] = torch.stack(pair)
     if report is not None:
         # Filled on the device: a copy from the host would wait for it.
         logged |= {name: mask.new_full((1,), value) for name, value in report.scheduled.items()}

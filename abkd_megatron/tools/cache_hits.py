@@ -13,6 +13,7 @@ from megatron.training.training import get_train_valid_test_num_samples
 
 from abkd_megatron.cache.key import sample_key
 from abkd_megatron.cache.store import CacheReader
+from abkd_megatron.config.validation import ValidationConfig
 from abkd_megatron.hosts.batches import Packing, build_datasets
 
 TRIED = 1024
@@ -40,7 +41,9 @@ class Hits:
         return f"{self.split}: {self.found} {of} samples, {self.found / max(self.tried, 1):.1%}{missing}"
 
 
-def count_hits(args: Namespace, reader: CacheReader, held_out_seed: int | None) -> Iterator[Hits]:
+def count_hits(
+    args: Namespace, reader: CacheReader, held_out_seed: int | None, validation: ValidationConfig
+) -> Iterator[Hits]:
     """Yield the hits of train, validation and test.
 
     Megatron's indices of the data are built in a temporary folder.
@@ -49,6 +52,7 @@ def count_hits(args: Namespace, reader: CacheReader, held_out_seed: int | None) 
         args: Megatron's validated arguments.
         reader: of the cache.
         held_out_seed: see `build_datasets`.
+        validation: see `build_datasets`.
     """
     args = copy.copy(args)
     args.iteration = 0
@@ -58,7 +62,8 @@ def count_hits(args: Namespace, reader: CacheReader, held_out_seed: int | None) 
     tokenizer: Any = build_tokenizer(args)
     with tempfile.TemporaryDirectory() as folder:
         args.data_cache_path = folder
-        splits = build_datasets(args, tokenizer, numbers, lambda: True, held_out_seed, Packing.of(args))
+        splits = build_datasets(args, tokenizer, numbers, lambda: True, held_out_seed, Packing.of(args), validation)
+        numbers = (numbers[0], None, None) if validation.sets else numbers
         for name, of_split, number in zip(("train", "validation", "test"), splits, numbers, strict=True):
             for dataset in of_split if isinstance(of_split, list) else [of_split]:
                 if dataset is not None and (number is None or number > 0):

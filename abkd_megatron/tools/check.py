@@ -216,7 +216,7 @@ class _Report:
         if student is None or self._setup.vocab_size is None or not self._data_is_here:
             return
         missing = Verdict.REJECTED if config.distillation.on_miss == "error" else Verdict.WARNING
-        for hits in count_hits(student, reader, config.data.seed):
+        for hits in count_hits(student, reader, config.data.seed, config.validation):
             self.add("samples in the cache", hits.text, Verdict.OK if hits.found == hits.tried else missing)
 
     def _models(self, megatron: Mapping[str, Any], options: Mapping[str, Action]) -> None:

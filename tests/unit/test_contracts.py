@@ -46,7 +46,8 @@ MODEL, LOCAL_SPEC = "teacher/model.py", "local_hybrid_spec.py"
 HIDDEN, PROJECTORS, MIXING = "student/hidden.py", "student/projectors.py", "student/mixing.py"
 ADD, JOB, SCRIPT, BRIDGE = (f"hosts/{name}.py" for name in ("add_teacher", "megatron_lm", "script", "bridge"))
 MODE, SAMPLER, OWN_TEXT = (f"rollouts/{name}.py" for name in ("mode", "sampler", "own_text"))
-GENERATE = "hosts/generate_job.py"
+GENERATE, EVALUATION = "hosts/generate_job.py", "hosts/evaluation.py"
+HELD_OUT = "hosts/held_out.py"
 CACHE_JOB, ROUGE_JOB, BATCHES = "hosts/cache_job.py", "hosts/rouge_job.py", "hosts/batches.py"
 MEGATRON_ARGS, UNSUPPORTED = "config/megatron_args.py", "config/unsupported.py"
 TEACHER_ARGS = "teacher/args.py"
@@ -241,8 +242,35 @@ CALLS = [
     Call("megatron.training.initialize:initialize_megatron", CACHE_JOB),
     Call(
         "megatron.training.datasets.data_samplers:build_pretraining_data_loader",
-        CACHE_JOB,
+        f"{CACHE_JOB}, {EVALUATION}",
         ("dataset", "consumed_samples"),
+    ),
+    # Validation before the first step, and the best checkpoint.
+    Call(
+        "megatron.training.training:evaluate_and_print_results",
+        EVALUATION,
+        (
+            *("prefix", "forward_step_func", "data_iterator", "model", "iteration", "process_non_loss_data_func"),
+            "config",
+        ),
+    ),
+    Call("megatron.training.training:disable_forward_pre_hook", EVALUATION, ("model_chunks",), ("param_sync",)),
+    Call("megatron.training.training:enable_forward_pre_hook", EVALUATION, ("model_chunks",)),
+    Call("megatron.training.training:should_disable_forward_pre_hook", EVALUATION, ("args",)),
+    Call("megatron.training.training:cyclic_iter", EVALUATION, ("iterable",)),
+    Call("megatron.training.training:get_moe_metrics_tracker", EVALUATION),
+    Call("megatron.core.utils:get_model_config", EVALUATION, ("model",)),
+    Call("megatron.core.rerun_state_machine:RerunDataIterator", EVALUATION, ("iterable",)),
+    Call(
+        "megatron.training.checkpointing:save_checkpoint",
+        EVALUATION,
+        ("iteration", "model", "optimizer", "opt_param_scheduler", "num_floating_point_operations_so_far"),
+    ),
+    Call(
+        "megatron.training.checkpointing:get_checkpoint_name",
+        EVALUATION,
+        ("checkpoints_path", "iteration"),
+        ("return_base_dir",),
     ),
     Call("megatron.training.training:get_train_valid_test_num_samples", f"{CACHE_JOB}, {ROUGE_JOB}"),
     Call(
@@ -268,6 +296,7 @@ CALLS = [
         "megatron.training:pretrain",
         JOB,
         ("cfg_container", "train_valid_test_dataset_provider", "model_type", "forward_step_func"),
+        ("non_loss_data_func",),
     ),
     Call("megatron.training.training:get_optimizer_param_scheduler", JOB, ("optimizer",)),
     *(Call(f"megatron.training:get_{name}", JOB) for name in ("args", "tensorboard_writer", "timers", "tokenizer")),
@@ -422,6 +451,7 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
         ),
     ),
     (f"{INTEROP}:GPTCompatLayerMaps", MODEL, ("fresh_init", "num_gpt_layers")),
+    ("megatron.core.datasets.utils:Split", HELD_OUT, ("valid",)),
     ("megatron.core.extensions.transformer_engine", MODEL_CONFIG, ("HAVE_TE",)),
     ("megatron.core.ssm.mamba_mixer", MODEL_CONFIG, ("HAVE_MAMBA_SSM", "HAVE_EINOPS")),
     ("megatron.core.ssm.gated_delta_net", MODEL_CONFIG, ("HAVE_FLA",)),

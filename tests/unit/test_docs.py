@@ -14,6 +14,7 @@ from pages import DOCS, PAGES, ROOT
 from abkd_megatron.config.cache import CacheConfig
 from abkd_megatron.config.rollouts import GenerateConfig
 from abkd_megatron.config.schema import CompareConfig, DataConfig, DistillationConfig, TeacherConfig
+from abkd_megatron.config.validation import ValidationConfig
 from abkd_megatron.losses.registry import DIVERGENCES, LOGIT_LOSSES, parameters
 from abkd_megatron.tools.comparison import differences, recommend, summarize, table
 
@@ -92,6 +93,7 @@ def keys(section: str) -> dict[str, str]:
     [
         ("distillation", DistillationConfig),
         ("data", DataConfig),
+        ("validation", ValidationConfig),
         ("cache", CacheConfig),
         ("generate", GenerateConfig),
         ("compare", CompareConfig),

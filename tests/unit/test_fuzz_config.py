@@ -17,6 +17,7 @@ from abkd_megatron.config.cache import CacheConfig
 from abkd_megatron.config.load import load_config, render
 from abkd_megatron.config.rollouts import GenerateConfig
 from abkd_megatron.config.schema import CompareConfig, Config, DataConfig, DistillationConfig
+from abkd_megatron.config.validation import ValidationConfig
 from abkd_megatron.errors import AbkdError, ConfigError
 
 EXAMPLE = (Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml").read_text()
@@ -106,6 +107,7 @@ values = st.one_of(
 fields_of = {
     "distillation": DistillationConfig,
     "data": DataConfig,
+    "validation": ValidationConfig,
     "cache": CacheConfig,
     "generate": GenerateConfig,
     "compare": CompareConfig,
