@@ -84,9 +84,12 @@ class WithRecords(Dataset):
         identity = self._reader.identity
         records = identity.layout.unpack(packed)
         assert records.label_log_prob is not None
-        total = torch.cat([records.log_probs, records.log_rest.unsqueeze(-1)], dim=-1).logsumexp(-1)
+        of_kept = records.log_probs[:, : records.num_kept]
+        total = torch.cat([of_kept, records.log_rest.unsqueeze(-1)], dim=-1).logsumexp(-1)
         wrong = []
-        if not bool(((records.ids >= 0) & (records.ids < identity.vocab_size)).all()):
+        least = torch.zeros_like(records.ids[:1])
+        least[:, records.num_kept :] = -1  # draws of one id are merged
+        if not bool(((records.ids >= least) & (records.ids < identity.vocab_size)).all()):
             wrong.append("ids beyond the vocabulary")
         if not bool((total.abs() < _NEAR).all()):
             wrong.append("probabilities that do not add up to 1")

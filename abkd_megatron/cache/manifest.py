@@ -39,12 +39,14 @@ class Identity:
     """Of `log_probs` and `log_rest`."""
     top_k: int
     precision: str
+    draws: int = 0
+    """Absent in the file if 0."""
     format: int = FORMAT
 
     @property
     def layout(self) -> RecordLayout:
         """Layout of a token's record."""
-        return RecordLayout(self.vocab_size, self.top_k, self.precision)
+        return RecordLayout(self.vocab_size, self.top_k, self.precision, self.draws)
 
     @property
     def bytes_per_sample(self) -> int:
@@ -61,7 +63,7 @@ class Identity:
     @property
     def digest(self) -> str:
         """A hash of `compared`, which every shard has."""
-        return hashlib.sha256(json.dumps(self.compared, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(_written(self.compared), sort_keys=True).encode()).hexdigest()
 
     def check(self, directory: Path, expected: Mapping[str, Any]) -> None:
         """Reject a cache that is not the expected one.
@@ -95,7 +97,7 @@ def publish(directory: Path, identity: Identity) -> None:
     temporary = directory / f".{MANIFEST}.{uuid4().hex}.tmp"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_synced(temporary, json.dumps(asdict(identity), indent=1).encode())
+        write_synced(temporary, json.dumps(_written(asdict(identity)), indent=1).encode())
         with contextlib.suppress(FileExistsError):
             os.link(temporary, directory / MANIFEST)  # unlike a rename it does not replace another job's
         temporary.unlink()
@@ -128,9 +130,14 @@ def read_manifest(directory: Path) -> Identity:
         raise DataError(
             f"expected a cache of format {FORMAT} in {directory}, got {found}; write it again with this version"
         )
-    if set(values) != {item.name for item in fields(Identity)} or values["precision"] not in PRECISIONS:
+    if set(values) | {"draws"} != {item.name for item in fields(Identity)} or values["precision"] not in PRECISIONS:
         raise _damaged(path, "other keys than were written")
     return Identity(**values)
+
+
+def _written(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out `draws` if there are none, as caches did before there were any."""
+    return {name: value for name, value in values.items() if name != "draws" or value}
 
 
 def _damaged(path: Path, why: str) -> DataError:

@@ -24,6 +24,8 @@ class CacheConfig:
     """Log-probabilities kept per token; None for 64, or for as many as `bytes_per_token` holds."""
     bytes_per_token: int | None = None
     """Largest size of a token's record, in place of `top_k`."""
+    draws: int = 0
+    """Tokens drawn per token from those that are not kept, by their probability."""
     precision: str = "fp16"
     """Of the log-probabilities: ``fp16`` or ``fp32``."""
     shard_mib: int = 256
@@ -44,6 +46,8 @@ def cache_problems(config: "Config", job: str) -> Iterator[tuple[str, str]]:
         number = getattr(cache, name)
         if number is not None and number < 1:
             yield f"cache.{name}", f"expected 1 or more, got {number}"
+    if cache.draws < 0:
+        yield "cache.draws", f"expected 0 or more, got {cache.draws}"
     if cache.top_k is not None and cache.bytes_per_token is not None:
         yield "cache.bytes_per_token", f"expected it or cache.top_k, got both ({cache.top_k}); remove one"
     if kd.on_miss not in ON_MISS:

@@ -60,6 +60,7 @@ from abkd_megatron.teacher.model import process_output
 from abkd_megatron.teacher.output_layer import OutputLayer
 from abkd_megatron.teacher.weights import DEVICE, store_weights
 from abkd_megatron.vocab_parallel import VocabShard
+from abkd_megatron.vocab_parallel.noise import places_in_tail
 from abkd_megatron.vocab_parallel.truncate import truncate
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def run(config: Config) -> None:
     directory = Path(str(config.cache.dir)).expanduser()
     logger.info(f"teacher's checkpoint: {checkpoint.directory}; compared with {compared}")
     logger.info(
-        f"{layout.bytes_per_token} bytes per token: {layout.top_k} log-probabilities in {layout.precision} at "
+        f"{layout.bytes_per_token} bytes per token: {layout.form} in {layout.precision} at "
         f"temperature {identity.temperature:g}; into {directory}"
     )
     check_files(checkpoint, config.distillation.skip_preflight)
@@ -170,8 +171,8 @@ def record_layout(config: Config, vocab_size: int) -> RecordLayout:
     """
     cache = config.cache
     if cache.bytes_per_token is not None:
-        return RecordLayout.of_bytes(vocab_size, cache.bytes_per_token, cache.precision)
-    return RecordLayout(vocab_size, cache.top_k or min(DEFAULT_TOP_K, vocab_size), cache.precision)
+        return RecordLayout.of_bytes(vocab_size, cache.bytes_per_token, cache.precision, cache.draws)
+    return RecordLayout(vocab_size, cache.top_k or min(DEFAULT_TOP_K, vocab_size), cache.precision, cache.draws)
 
 
 def identity_of(checkpoint: TeacherCheckpoint, args: Namespace, config: Config, layout: RecordLayout) -> Identity:
@@ -188,6 +189,7 @@ def identity_of(checkpoint: TeacherCheckpoint, args: Namespace, config: Config, 
         temperature=float(config.distillation.make_objective().objective.temperature),
         top_k=layout.top_k,
         precision=layout.precision,
+        draws=layout.draws,
     )
 
 
@@ -384,7 +386,8 @@ class _Pass:
         logits = OutputLayer(hidden_states, output_layer, output_weight, scale_logits).logits()
         shard = VocabShard.megatron(logits.shape[-1], self.tp_group, self.identity.vocab_size)
         of_tokens = logits.transpose(0, 1).reshape(-1, logits.shape[-1])
-        records = truncate(of_tokens, labels.reshape(-1), shard, context.top_k, self.identity.temperature)
+        places = places_in_tail(labels, context.draws) if context.draws else None
+        records = truncate(of_tokens, labels.reshape(-1), shard, context.top_k, self.identity.temperature, places)
         return context.pack(records).view(*labels.shape, -1)
 
 

@@ -12,6 +12,8 @@ from abkd_megatron.validation import finite_number
 
 # Below this |exponent * log_ratio| the divided difference is summed as a series, because the closed form cancels.
 SERIES_BELOW = 0.5
+# Of alpha and beta, whose sum is compared.
+_ROUNDING = 1e-6
 # Number of terms for a remainder below half a unit in the last place at SERIES_BELOW.
 SERIES_TERMS = {torch.float32: 8, torch.float64: 14}
 
@@ -62,6 +64,15 @@ class AlphaBeta(Divergence):
     def num_partial_sums(self) -> int:
         """3: alpha-beta separates for every (alpha, beta)."""
         return 3
+
+    @property
+    def suits_draws(self) -> bool:
+        """True for 0 <= beta <= 0.3 and 1 <= alpha + beta <= 1.1, where F is nearly linear in p and in q.
+
+        Elsewhere p^alpha or q^lam is large at tokens that the teacher seldom draws, which then weigh much.
+        """
+        of_sum = self.alpha + self.beta - 1.0
+        return -_ROUNDING <= self.beta <= 0.3 + _ROUNDING and -_ROUNDING <= of_sum <= 0.1 + _ROUNDING
 
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         """Return F."""

@@ -34,6 +34,11 @@ class Divergence(LossTerm, ABC):
         """Number of sums per shard that `partial_sums` returns; 0 if the divergence does not separate."""
         return 0
 
+    @property
+    def suits_draws(self) -> bool:
+        """Whether sums over tokens drawn from the teacher's tail estimate D well, see `vocab_parallel.records`."""
+        return False
+
     @abstractmethod
     def value(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         """Return F, elementwise."""

@@ -78,6 +78,11 @@ class WeightedSum(Divergence):
         values, slopes = zip(*(term.finalize(own) for term, own in self._split(sums)), strict=True)
         return self._weighted(values), None if None in slopes else self._weighted(slopes)
 
+    @property
+    def suits_draws(self) -> bool:
+        """True if all terms do."""
+        return all(term.suits_draws for _, term in self.terms)
+
     def _split(self, sums: tuple[Tensor, ...]) -> list[tuple[Divergence, tuple[Tensor, ...]]]:
         parts, first = [], 0
         for _, term in self.terms:

@@ -1,7 +1,8 @@
 """Training objective: cross entropy, divergence and further losses, with fixed or scheduled weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, fields, is_dataclass, replace
+from itertools import product
 from typing import Any
 
 from torch import Tensor
@@ -217,6 +218,19 @@ class ScheduledObjective:
         if any(of.kd_weight for of in self.objective.sources):
             return False
         return Schedule.of(self.schedules.get("kd_weight", self.objective.kd_weight)).lowest == 0
+
+    def divergences(self) -> Iterator[Divergence]:
+        """Yield the divergence at the corners of the region that its scheduled parameters are in during the run.
+
+        Values between corners are on the line between two points of the schedules if these have the same kind and
+        counts, and else in the box of all points.
+        """
+        of = {name: schedule for name, schedule in self.schedules.items() if name not in _OF_OBJECTIVE}
+        values = [[value for _, value in schedule.points] for schedule in of.values()]
+        forms = {(schedule.kind, schedule.by, *(count for count, _ in schedule.points)) for schedule in of.values()}
+        divergence: Any = self.objective.effective_divergence
+        for corner in zip(*values, strict=True) if len(forms) == 1 else product(*values):
+            yield replace(divergence, **dict(zip(of, corner, strict=True))) if of else divergence
 
     def values(self, progress: Progress) -> dict[str, float]:
         """Return the scheduled values."""

@@ -217,7 +217,7 @@ def _cache(setup: Setup) -> Finding | None:
     if setup.vocab_size is not None:
         expected["vocab_size"] = setup.vocab_size
     cache.check(Path(str(config.distillation.cache)).expanduser(), expected)
-    return Finding(f"of {cache.teacher_path}: {cache.top_k} log-probabilities, {cache.layout.bytes_per_token} bytes")
+    return Finding(f"of {cache.teacher_path}: {cache.layout.form}, {cache.layout.bytes_per_token} bytes")
 
 
 def _teacher_tokenizer(setup: Setup) -> Finding | None:
@@ -244,7 +244,7 @@ def _loss(setup: Setup) -> Finding | None:
         check_shared_vocab(objective, setup.vocab_size, student.context_parallel_size)
         check_tokens(objective, setup.vocab_size)
         if setup.cache is not None:
-            check_cacheable(setup.config.distillation.make_objective())
+            check_cacheable(setup.config.distillation.make_objective(), setup.cache.draws)
         if setup.execution is not None:
             check_fused(setup.execution, obstacles_of(objective, setup.vocab_size))
     return Finding(str(objective.divergence or ", ".join(objective.names_of_logit_losses)))

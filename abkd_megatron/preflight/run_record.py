@@ -41,7 +41,8 @@ def record(config: Config, teacher: TeacherCheckpoint | Identity) -> dict[str, A
     if isinstance(teacher, TeacherCheckpoint):
         return {"distillation": settings, "teacher": teacher.identity()}
     of_teacher = {"path": teacher.teacher_path, "iteration": teacher.teacher_iteration, "sha256": teacher.teacher}
-    settings |= {"cache": f"top {teacher.top_k}, {teacher.precision}", "on_miss": config.distillation.on_miss}
+    form = f"top {teacher.top_k}" + (f" and {teacher.draws} draws" if teacher.draws else "")
+    settings |= {"cache": f"{form}, {teacher.precision}", "on_miss": config.distillation.on_miss}
     return {"distillation": settings, "teacher": of_teacher}
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from abkd_megatron.config.rollouts import Sampling
 from abkd_megatron.vocab_parallel import VocabShard
+from abkd_megatron.vocab_parallel.noise import STEP, mixed, mixed_number, uniform
 
 # Masses of the nucleus are whole numbers, whose sums do not depend on the order of ranks and columns.
 _MASS_BITS = 40
@@ -55,16 +56,14 @@ def next_tokens(logits: Tensor, shard: VocabShard, sampling: Sampling, samples: 
 
 def gumbel(samples: Tensor, position: int, ids: Tensor, seed: int) -> Tensor:
     """Return Gumbel noise, [n, len(ids)] fp64, a function of (seed, samples, position, ids) alone."""
-    row = _mixed(_mixed(samples + _mixed_number(seed)) + position)
-    bits = _mixed(row.unsqueeze(-1) + ids * _signed(0x9E3779B97F4A7C15))
-    uniform = (((bits >> 11) & (2**53 - 1)).double() + 0.5) * 2.0**-53
-    return -(-uniform.log()).log()
+    row = mixed(mixed(samples + mixed_number(seed)) + position)
+    return -(-uniform(mixed(row.unsqueeze(-1) + ids * STEP)).log()).log()
 
 
 def coin(seed: int, number: int) -> float:
     """Return a number in [0, 1), a function of (seed, number) alone."""
-    mixed = int(_mixed(torch.tensor(_mixed_number(seed) ^ number, device="cpu")))
-    return ((mixed >> 11) & (2**53 - 1)) * 2.0**-53
+    bits = mixed_number(mixed_number(seed) ^ number)
+    return ((bits >> 11) & (2**53 - 1)) * 2.0**-53
 
 
 def _kept(scores: Tensor, shard: VocabShard, sampling: Sampling) -> Tensor:
@@ -117,19 +116,3 @@ def _gathered(local: Tensor, shard: VocabShard) -> Tensor:
 def _reduce(local: Tensor, operation: dist.ReduceOp.RedOpType, shard: VocabShard) -> None:
     if shard.num_ranks > 1:
         dist.all_reduce(local, operation, group=shard.group)
-
-
-def _signed(number: int) -> int:
-    """Return an unsigned 64-bit number as int64 has it."""
-    return (number + 2**63) % 2**64 - 2**63
-
-
-def _mixed(numbers: Tensor) -> Tensor:
-    """Hash int64 numbers with the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        numbers = (numbers ^ ((numbers >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)
-    return numbers ^ ((numbers >> 31) & (2**33 - 1))
-
-
-def _mixed_number(number: int) -> int:
-    return int(_mixed(torch.tensor(_signed(number), device="cpu")))

@@ -43,7 +43,7 @@ from abkd_megatron.teacher.output_layer import OutputLayer
 from abkd_megatron.teacher.runner import TeacherRunner
 from abkd_megatron.vocab_parallel import VocabShard
 from abkd_megatron.vocab_parallel.execution import Execution
-from abkd_megatron.vocab_parallel.record_passes import BUCKETED_KL
+from abkd_megatron.vocab_parallel.teacher_records import BUCKETED_KL, SAMPLED_KL
 from abkd_megatron.vocab_parallel.terms import METRICS
 
 
@@ -99,7 +99,7 @@ def attach(
         check_shared_vocab(objective, vocab_size, pg_collection.cp.size())
         check_tokens(objective, vocab_size)
         if isinstance(teacher, CachedTeacher):
-            check_cacheable(scheduled)
+            check_cacheable(scheduled, teacher.layout.draws)
         execution = (execution or Execution()).resolve(scheduled)
         chunks = _checked_student(student, teacher)
         check_mix(objective, chunks[0].config)
@@ -306,7 +306,7 @@ class Attachment:
         tokens = self.objective.tokens
         if isinstance(self.teacher, CachedTeacher):
             some = self.teacher.on_miss == "lm" or (tokens is not None and tokens.by_position)
-            return (*METRICS, BUCKETED_KL) if some else ()
+            return (*METRICS, BUCKETED_KL, SAMPLED_KL) if some else ()
         of_all = self.execution.diagnostics and not torch.is_grad_enabled()  # a diagnosis is of all tokens
         return METRICS if tokens is not None and tokens.by_position and not of_all else ()
 

@@ -72,13 +72,15 @@ class CachedTeacher:
         size, number = self.layout.vocab_size, self.layout.top_k
         here = cached.flatten()
         uniform = torch.tensor([size, size / max(size - number, 1e-30)], dtype=torch.float64).log().neg().tolist()
-        ids = torch.arange(number, dtype=records.ids.dtype, device=records.ids.device)
+        ids = torch.arange(self.layout.num_ids, dtype=records.ids.dtype, device=records.ids.device)
+        ids[number:] = -1
         filled = TeacherRecords(
             ids=torch.where(here.unsqueeze(-1), records.ids, ids),
             log_probs=records.log_probs.masked_fill(~here.unsqueeze(-1), uniform[0]),
             log_rest=records.log_rest.masked_fill(~here, uniform[1] if number < size else -torch.inf),
             entropy=records.entropy,
             label_log_prob=records.label_log_prob,
+            draws=None if records.draws is None else records.draws * here.unsqueeze(-1),
         )
         return CachedBatch(filled, cached)
 

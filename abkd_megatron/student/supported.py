@@ -20,6 +20,7 @@ from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.model import Model, pattern_of_model, takes_output_processor
+from abkd_megatron.vocab_parallel.teacher_records import check_recorded
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,12 @@ def check_tokens(objective: Objective, vocab_size: int) -> None:
         )
 
 
-def check_cacheable(objective: ScheduledObjective) -> None:
+def check_cacheable(objective: ScheduledObjective, num_draws: int) -> None:
     """Reject an objective that needs more of a teacher than a cache has.
+
+    Args:
+        objective: of the job.
+        num_draws: of a token's record, which some divergences do not suit.
 
     Raises:
         ConfigError: naming the setting.
@@ -78,6 +83,8 @@ def check_cacheable(objective: ScheduledObjective) -> None:
                 f"expected a loss that a teacher cache has records for, got {name}, which needs a live teacher; remove "
                 "it, or give teacher.load in place of distillation.cache"
             )
+    for divergence in objective.divergences() if num_draws else ():
+        check_recorded(divergence, num_draws)
 
 
 def check_mix(objective: Objective, config: TransformerConfig) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from abkd_megatron.errors import HostError
 from abkd_megatron.tools.events import Run
 from abkd_megatron.vocab_parallel.diagnostics import calibration_error
-from abkd_megatron.vocab_parallel.record_passes import BUCKETED_KL
+from abkd_megatron.vocab_parallel.teacher_records import BUCKETED_KL, SAMPLED_KL
 
 # Columns of the table: (title, name in the report, format). Those that a run has no number of are left out, as with a
 # teacher cache.
@@ -17,6 +17,7 @@ _COLUMNS = (
     ("cross entropy", "lm loss", "{:.3f}"),
     ("KL(teacher, student)", "kl to teacher", "{:.3f}"),
     ("bucketed KL(teacher, student)", BUCKETED_KL, "{:.3f}"),
+    ("sampled KL(teacher, student)", SAMPLED_KL, "{:.3f}"),
     ("KL(student, teacher)", "reverse kl to teacher", "{:.3f}"),
     ("top-1 agreement", "top-1 agreement", "{:.3f}"),
     ("calibration error", "calibration error", "{:.4f}"),
@@ -27,6 +28,7 @@ _CURVES = (
     ("lm loss", "Cross entropy, nats per token"),
     ("kl to teacher", "KL(teacher, student), nats per token"),
     (BUCKETED_KL, "Bucketed KL(teacher, student), nats per token"),
+    (SAMPLED_KL, "Sampled KL(teacher, student), nats per token"),
     ("hardness concentration", "Hardness concentration"),
     ("confidence concentration", "Confidence concentration"),
     ("todi weight", "ToDi weight, mean over the vocabulary"),

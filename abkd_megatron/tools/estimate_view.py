@@ -130,8 +130,9 @@ def _flops(estimate: Estimate) -> Table:
 
 
 def _cache(cache: CacheEstimate, device: str) -> str:
+    draws = f", {cache.layout.draws} draws" if cache.layout.draws else ""
     text = (
-        f"Teacher cache: {cache.layout.bytes_per_token} bytes per token (K {cache.layout.top_k}), "
+        f"Teacher cache: {cache.layout.bytes_per_token} bytes per token (K {cache.layout.top_k}{draws}), "
         f"{cache.num_bytes / GIB:.1f} GiB for the run's {_of_many(cache.tokens)} tokens."
     )
     if cache.flops.teacher_share:

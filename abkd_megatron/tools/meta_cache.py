@@ -33,6 +33,7 @@ def replacements(config: Config) -> Iterator[tuple[Any, str, Any]]:
         args = get_args()
         layout = layout_read(config, args.vocab_size)
         form = {"vocab_size": args.vocab_size, "top_k": layout.top_k, "precision": layout.precision}
+        form["draws"] = layout.draws
         names = {item.name: None for item in fields(_AnyCache)}
         return _AnyCache(**{**names, "seq_length": args.seq_length, "teacher_path": "", **form})
 

@@ -7,12 +7,12 @@ from abkd_megatron.vocab_parallel.logits import (
     vocab_parallel_distillation,
     vocab_parallel_divergence,
 )
-from abkd_megatron.vocab_parallel.record_passes import TeacherRecords
 from abkd_megatron.vocab_parallel.records import (
     vocab_parallel_record_distillation,
     vocab_parallel_record_distillation_head,
 )
 from abkd_megatron.vocab_parallel.shard import VocabShard
+from abkd_megatron.vocab_parallel.teacher_records import TeacherRecords
 
 __all__ = [
     "DistillationTerms",

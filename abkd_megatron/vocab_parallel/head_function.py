@@ -14,8 +14,8 @@ from torch import Tensor
 from abkd_megatron.tensors import Function, constant
 from abkd_megatron.vocab_parallel.head_gradients import Gradients, Operands, factor_of, weighted
 from abkd_megatron.vocab_parallel.logits import DistillationTerms
-from abkd_megatron.vocab_parallel.record_passes import TeacherRecords
 from abkd_megatron.vocab_parallel.shard import VocabShard
+from abkd_megatron.vocab_parallel.teacher_records import TeacherRecords
 from abkd_megatron.vocab_parallel.terms import Terms
 
 

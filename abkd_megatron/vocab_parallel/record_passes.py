@@ -10,7 +10,6 @@ Legend: N tokens, n of them in a chunk, K kept ids per token, C this rank's real
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,92 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from abkd_megatron import kernels
-from abkd_megatron.errors import ConfigError
 from abkd_megatron.kernels.record import Layout, base
-from abkd_megatron.losses.base import Divergence, LogitLoss, weigh
-from abkd_megatron.tensors import check_tensor, constant
-from abkd_megatron.vocab_parallel.logits import STUDENT_ONLY, check_divergence
+from abkd_megatron.losses.base import Divergence, weigh
+from abkd_megatron.vocab_parallel.logits import STUDENT_ONLY
 from abkd_megatron.vocab_parallel.passes import Rows
 from abkd_megatron.vocab_parallel.shard import VocabShard
-from abkd_megatron.vocab_parallel.terms import METRICS, Terms
-
-BUCKETED_KL = "bucketed kl to teacher"
-"""Metric: KL(teacher || student) of the K + 1 buckets, a lower bound of the live ``kl to teacher``; at T = 1 only."""
-
-
-@dataclass(frozen=True, eq=False)
-class TeacherRecords:
-    """A teacher's next-token distributions at a temperature T: K tokens each, and the mass of all others.
-
-    The log-probabilities and `log_rest` belong to softmax(logits / T) with the T of the loss, `entropy` and
-    `label_log_prob` to T = 1. They are used as they are; a record does not know its temperature.
-    """
-
-    ids: Tensor
-    """[N, K] int32 or int64, global token ids, distinct per token, K >= 1. Negative ids are padding, for tokens with
-    fewer than K ids. An id beyond the vocabulary makes the token's results NaN."""
-    log_probs: Tensor
-    """[N, K] fp32 (or fp64), log-probabilities of `ids`; not read for padding."""
-    log_rest: Tensor
-    """[N] fp32 (or fp64), log of the other tokens' probability, from their own logsumexp; -inf if there are none."""
-    entropy: Tensor | None = None
-    """[N], in nats at T = 1; for metrics."""
-    label_log_prob: Tensor | None = None
-    """[N], log-probability of the label at T = 1; for metrics."""
-
-    def __getitem__(self, tokens: slice) -> "TeacherRecords":
-        """Return the records of some tokens."""
-        return self._map(lambda it: it[tokens])
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "TeacherRecords":
-        entropy, label_log_prob = (None if it is None else function(it) for it in (self.entropy, self.label_log_prob))
-        ids, log_probs, log_rest = function(self.ids), function(self.log_probs), function(self.log_rest)
-        return TeacherRecords(ids, log_probs, log_rest, entropy, label_log_prob)
-
-    def check(self, labels: Tensor) -> "TeacherRecords":
-        """Return the records as constants.
-
-        Raises:
-            ConfigError: for another number of tokens than the labels', another device, shape or dtype, or K = 0.
-        """
-        num_tokens = labels.numel()
-        check_tensor("a record's log_probs", self.log_probs, like=labels)
-        wide = isinstance(self.ids, Tensor) and self.ids.dtype == torch.int64
-        check_tensor("a record's ids", self.ids, dtype=torch.int64 if wide else torch.int32, like=labels)
-        if self.ids.dim() != 2 or self.ids.shape != self.log_probs.shape or not self.ids.shape[-1]:
-            raise ConfigError(
-                "expected a record's ids and log_probs of one shape [N, K] with K >= 1, got "
-                f"{list(self.ids.shape)} and {list(self.log_probs.shape)}: pad tokens with fewer ids with -1"
-            )
-        per_token = {"log_rest": self.log_rest, "entropy": self.entropy, "label_log_prob": self.label_log_prob}
-        found = {"ids": self.ids.shape[0]}
-        for name, it in per_token.items():
-            if it is not None or name == "log_rest":
-                check_tensor(f"a record's {name}", it, like=labels)
-                assert it is not None
-                found[name] = it.shape[0] if it.dim() == 1 else -1
-        if wrong := [name for name, number in found.items() if number != num_tokens]:
-            raise ConfigError(
-                f"expected records of {num_tokens} tokens, one per label, got another shape of {', '.join(wrong)}: "
-                "pass the records of this micro-batch, in the order of its flattened labels"
-            )
-        return self._map(constant)
-
-    def metrics(self, temperature: float) -> tuple[str, ...]:
-        """Return the names of the metrics that the records determine, in their order."""
-        kl, entropy, lm_loss = temperature == 1.0, self.entropy is not None, self.label_log_prob is not None
-        known = {"teacher lm loss": lm_loss, "kl to teacher": kl, "teacher entropy": entropy}
-        return tuple(BUCKETED_KL if name == "kl to teacher" else name for name in METRICS if known.get(name, True))
-
-
-def check_bucketed(divergence: object) -> None:
-    """Raise ConfigError unless `divergence` is a Divergence, which buckets have a value of."""
-    if isinstance(divergence, LogitLoss):
-        raise ConfigError(
-            f"expected a divergence, got {divergence.name}, which needs all of the teacher's logits, of which records "
-            "have K: use one of abkd_megatron.losses.registry.DIVERGENCES, or a live teacher"
-        )
-    check_divergence(divergence)
+from abkd_megatron.vocab_parallel.teacher_records import BUCKETED_KL, SAMPLED_KL, TeacherRecords
+from abkd_megatron.vocab_parallel.terms import Terms
 
 
 class RecordBatch:
@@ -277,19 +197,23 @@ class RecordPasses:
 
         if needs_gradient:
             value, h = self.divergence.value_and_grad(log_p, log_q, log_ratio)
+            h.masked_fill_(outside, 0.0)
         else:
             value, h = self.divergence.value(log_p, log_q, log_ratio), None
+        value.masked_fill_(outside, 0.0)
+        p = log_p.exp()
+        if records.draws is not None:
+            p = self._estimate(records, p, at_t, value, h)
         is_label = ids == labels
         target = torch.maximum(targets.amax(dim=0), torch.where(is_label, kept, -math.inf).amax(dim=0))
         log_q_label = target - base(maximum) - at_1.log_z
         values = {
-            "divergence": value.masked_fill_(outside, 0.0).sum(dim=0),
+            "divergence": value.sum(dim=0),
             "cross entropy": (-log_q_label).masked_fill(labels < 0, 0.0),
         }
         if records.label_log_prob is not None:
             values["teacher lm loss"] = (-records.label_log_prob).masked_fill(labels < 0, 0.0)
-        if BUCKETED_KL in self.metrics:
-            values[BUCKETED_KL] = weigh(log_p.exp(), log_ratio).sum(dim=0)
+        values[BUCKETED_KL] = values[SAMPLED_KL] = weigh(p, log_ratio).sum(dim=0)
         if records.entropy is not None:
             values["teacher entropy"] = records.entropy
         shift = above - at_1.log_z
@@ -300,12 +224,15 @@ class RecordPasses:
         def lowest(chosen: Tensor) -> Tensor:
             return ids.masked_fill(~chosen, torch.iinfo(ids.dtype).max).amin(dim=0)
 
-        of_teacher = log_p[:-1].amax(dim=0)
+        of_teacher = log_p[: records.num_kept].amax(dim=0)
         top = torch.minimum(
             torch.where(maxima == maximum, tops, math.inf).amin(dim=0),
             lowest(kept == maximum).double(),  # ids are exact in fp64
         )
-        teacher_top = lowest(log_p[:-1] == of_teacher)
+        # A draw's may equal a kept one's in a cache's precision.
+        is_top = log_p[:-1] == of_teacher
+        is_top[records.num_kept :] = False
+        teacher_top = lowest(is_top)
         values["top-1 agreement"] = (top == teacher_top) & top.isfinite() & of_teacher.isfinite()
         values["top-1 accuracy"] = top == labels
         values["student confidence"] = (-at_1.log_z).exp()
@@ -314,7 +241,6 @@ class RecordPasses:
         if h is None:
             return terms, ()
 
-        h.masked_fill_(outside, 0.0)
         of_divergence = h.addcmul_(q, h.sum(dim=0), value=-1.0)
         if temperature != 1.0:
             of_divergence /= temperature
@@ -329,6 +255,31 @@ class RecordPasses:
         scalars = [base(maximum), at_t.rest.masked_fill(no_rest, 0.0), at_1.log_z]
         scalars += [of_rest_divergence, of_rest_cross_entropy]
         return terms, BucketStats(torch.stack(scalars), of_divergence.to(self.dtype), of_cross_entropy.to(self.dtype))
+
+    def _estimate(
+        self, records: TeacherRecords, p: Tensor, student: "_Buckets", value: Tensor, h: Tensor | None
+    ) -> Tensor:
+        """Replace the rest's F and h, [K + R + 1, n], by estimates of their sums over the tail, see `records`.
+
+        Returns the mass that each bucket stands for: p, that of the draws, and 0.
+        """
+        assert records.draws is not None
+        first, counts = records.num_kept, records.draws.t().double()
+        log_rest = records.log_rest.double()
+        mass = weigh(counts / records.num_draws, log_rest.exp())
+        weight = weigh(counts / records.num_draws, (log_rest - records.log_probs[:, first:].t().double()).exp())
+        q, q_tail = student.q, student.q[first:].sum(dim=0)
+        log_mean = (q_tail / max(self.shard.size - first, 1)).log()
+        nothing = torch.full_like(log_mean, -math.inf)
+        slope = self.divergence.grad_log_q(nothing, log_mean, nothing) / log_mean.exp()
+        slope = torch.where(q_tail > 0, slope, 0.0)
+        linear = slope * q[first:-1]
+        value[first:-1] = weigh(weight, value[first:-1] - linear)
+        value[-1] = slope * q_tail
+        if h is not None:
+            h[first:-1] = weigh(weight, h[first:-1] - linear) + linear
+            h[-1] = slope * q[-1]
+        return torch.cat([p[:first], mass, torch.zeros_like(p[-1:])])
 
     def write_gradient(
         self,

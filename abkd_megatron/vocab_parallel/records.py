@@ -36,8 +36,9 @@ from abkd_megatron.vocab_parallel.logits import (
     check_selection,
     check_shard,
 )
-from abkd_megatron.vocab_parallel.record_passes import RecordPasses, TeacherRecords, check_bucketed
+from abkd_megatron.vocab_parallel.record_passes import RecordPasses
 from abkd_megatron.vocab_parallel.shard import VocabShard
+from abkd_megatron.vocab_parallel.teacher_records import TeacherRecords, check_recorded
 from abkd_megatron.vocab_parallel.terms import Terms
 from abkd_megatron.vocab_parallel.transfer import to_device
 
@@ -87,9 +88,8 @@ def vocab_parallel_record_distillation(
     check_context(owner)
     check_shard(shard)
     check_tensor("student logits", student_logits)
-    check_bucketed(divergence)
     check_labels(student_logits, labels)
-    records = _records_of(records, labels)
+    records = _records_of(records, labels, divergence)
     temperature = positive_number(owner, "temperature", temperature, "1.0 leaves the logits as they are")
     shard.check_width("logits", student_logits.shape[-1])
     student_logits = student_logits.resolve_neg()
@@ -155,11 +155,10 @@ def vocab_parallel_record_distillation_head(
     """
     owner = "vocab_parallel_record_distillation_head"
     check_context(owner)
-    check_bucketed(divergence)
     temperature = positive_number(owner, "temperature", temperature, "1.0 leaves the logits as they are")
     student, parameter = checked_student(owner, student_hidden, student_weight, labels, shard, into_main_grad)
     options = checked_options(owner, labels, kd_weight, lm_weight, student_scale, token_weights, select)
-    records = _records_of(records, labels)
+    records = _records_of(records, labels, divergence)
     if chunk_tokens is None:
         # Of one model.
         chunk_tokens = automatic_chunk_tokens(student_weight.device, bytes_per_token(student_weight, shard) // 2)
@@ -178,9 +177,10 @@ def vocab_parallel_record_distillation_head(
     return loss, terms if selected is None else _only(selected, terms)
 
 
-def _records_of(records: object, labels: Tensor) -> TeacherRecords:
+def _records_of(records: object, labels: Tensor, divergence: Divergence) -> TeacherRecords:
     if not isinstance(records, TeacherRecords):
         raise ConfigError(f"expected TeacherRecords, got {type(records).__name__}: build them from a teacher's cache")
+    check_recorded(divergence, records.num_draws)
     return records.check(labels)
 
 

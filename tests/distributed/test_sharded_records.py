@@ -34,7 +34,7 @@ from abkd_megatron.vocab_parallel import (
     vocab_parallel_record_distillation,
     vocab_parallel_record_distillation_head,
 )
-from abkd_megatron.vocab_parallel.record_passes import BUCKETED_KL
+from abkd_megatron.vocab_parallel.teacher_records import BUCKETED_KL
 
 WORLDS = [1, 2, 4]
 HIDDEN = 12

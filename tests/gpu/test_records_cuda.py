@@ -33,7 +33,11 @@ def inputs(dtype: torch.dtype, temperature: float) -> tuple[torch.Tensor, Teache
     labels = torch.randint(REAL, (ROWS,), generator=generator)
     labels[0], labels[1] = teacher[0, :REAL].argmax(), -1
     records = records_of(teacher[:, :REAL], 16, labels, temperature)
-    return student.to("cuda", dtype), TeacherRecords(*(it.cuda() for it in vars(records).values())), labels.cuda()
+    return (
+        student.to("cuda", dtype),
+        TeacherRecords(*(None if it is None else it.cuda() for it in vars(records).values())),
+        labels.cuda(),
+    )
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -13,7 +13,7 @@ import torch
 from launch import launch, run_job, scalars
 
 from abkd_megatron.cache.store import CacheReader
-from abkd_megatron.vocab_parallel.record_passes import TeacherRecords
+from abkd_megatron.vocab_parallel.teacher_records import TeacherRecords
 
 TENSOR, PIPELINE = "tensor-model-parallel-size", "pipeline-model-parallel-size"
 # {name: (ranks, teacher's layout)}.
@@ -74,6 +74,35 @@ def test_every_layout_writes_the_same_records(caches: dict[str, Path], name: str
         torch.testing.assert_close(dense(a).logsumexp(-1), torch.zeros(32), rtol=0.0, atol=1e-5)
         for field in ("entropy", "label_log_prob"):
             torch.testing.assert_close(getattr(b, field), getattr(a, field), rtol=1e-5, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def drawn(workspace: Path, config: Path, teacher: Path) -> dict[str, Path]:
+    """Caches of 16 log-probabilities and 8 draws."""
+    found = {name: workspace / f"cache-drawn-{name}" for name in ("one", "tensor", "pipeline")}
+    for name, directory in found.items():
+        ranks, layout = LAYOUTS[name]
+        form = {"cache.top_k": 16, "cache.draws": 8}
+        run_job("cache", config, {**settings(teacher, directory, layout), **form}, num_ranks=ranks)
+    return found
+
+
+@pytest.mark.parametrize("name", ["tensor", "pipeline"])
+def test_every_layout_draws_the_same_tokens(drawn: dict[str, Path], name: str) -> None:
+    one, other = (CacheReader(drawn[it]) for it in ("one", name))
+    assert one.identity.draws == 8
+    same, number = 0, 0
+    for key in keys_of(drawn["one"]):
+        a, b = records(one, key), records(other, key)
+        assert a.draws is not None and b.draws is not None
+        assert bool((a.draws.sum(-1) == 8).all())
+        assert not (a.ids[:, :16, None] == a.ids[:, None, 16:]).any()
+        # A logit that another layout rounds differently may move a token's border in the tail past a draw.
+        equal = (a.ids[:, 16:] == b.ids[:, 16:]) & (a.draws == b.draws)
+        same, number = same + int(equal.all(-1).sum()), number + len(a.ids)
+        both = (a.ids == b.ids) & (a.ids >= 0)
+        torch.testing.assert_close(a.log_probs[both], b.log_probs[both], rtol=1e-5, atol=2e-5)
+    assert number == SAMPLES * 32 and same >= 0.99 * number
 
 
 def test_a_second_job_writes_what_is_missing(caches: dict[str, Path], config: Path, teacher: Path) -> None:
@@ -185,6 +214,15 @@ def assert_equal(found: dict[str, list[float]], live: dict[str, list[float]]) ->
         )
 
 
+def test_students_train_from_draws(drawn: dict[str, Path], workspace: Path, alone: Path, student: Path) -> None:
+    common = {**of_cache(drawn["one"]), "distillation.alpha": 0.8, "distillation.beta": 0.3}
+    one = train(workspace, alone, student, "drawn-one", 1, common)
+    assert len(one["sampled kl to teacher"]) == 5 and "bucketed kl to teacher" not in one
+    layout = {f"megatron.{TENSOR}": 2, "distillation.head": "fused", "distillation.chunk_tokens": 16}
+    found = train(workspace, alone, student, "drawn-tensor", 2, {**common, **layout})
+    assert_equal(found, one)
+
+
 def test_virtual_stages(caches: dict[str, Path], workspace: Path, config: Path, alone: Path, teacher: Path) -> None:
     layers = {"megatron.num-layers": 4}
     start = workspace / "student-of-4"
@@ -274,6 +312,20 @@ def test_a_job_that_the_cache_does_not_fit(
     words = [f"{key}={value}" for key, value in {**of_cache(caches["one"]), **given}.items()]
     (rank,) = launch(["-m", "abkd_megatron", "distill", alone, *words], 1)
     assert rank.code == 2 and message in rank.output, rank.output[-3000:]
+
+
+@pytest.mark.parametrize(
+    "given, name",
+    [
+        ({"distillation.divergence": "todi"}, "ToDi"),
+        ({"distillation.beta": "{schedule: linear, from: 0.2, to: 0.7, end: 5}", "distillation.alpha": 0.8}, "beta=0.7"),
+    ],
+)
+def test_a_divergence_that_draws_do_not_suit(drawn: dict[str, Path], alone: Path, given: dict, name: str) -> None:
+    chosen = {"distillation.divergence": "alpha_beta", **of_cache(drawn["one"]), **given}
+    words = [f"{key}={value}" for key, value in chosen.items()]
+    (rank,) = launch(["-m", "abkd_megatron", "distill", alone, *words], 1)
+    assert rank.code == 2 and name in rank.output and "iteration        1/" not in rank.output, rank.output[-3000:]
 
 
 def test_check_of_a_student_with_a_cache(caches: dict[str, Path], alone: Path) -> None:

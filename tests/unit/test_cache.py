@@ -23,7 +23,7 @@ from abkd_megatron.cache.record import RecordLayout
 from abkd_megatron.cache.store import CacheReader, CacheWriter
 from abkd_megatron.errors import ConfigError, DataError
 from abkd_megatron.student.cached import CachedTeacher
-from abkd_megatron.vocab_parallel.record_passes import TeacherRecords
+from abkd_megatron.vocab_parallel.teacher_records import TeacherRecords
 
 IDENTITY = Identity(
     teacher="a" * 64,

@@ -28,7 +28,7 @@ from abkd_megatron.vocab_parallel import (
     vocab_parallel_record_distillation,
     vocab_parallel_record_distillation_head,
 )
-from abkd_megatron.vocab_parallel.record_passes import BUCKETED_KL
+from abkd_megatron.vocab_parallel.teacher_records import BUCKETED_KL
 
 ARGUMENTS = {"alpha_beta": (0.3, 0.6)}
 REGISTRY = {name: make(*ARGUMENTS.get(name, ())) for name, make in registry.DIVERGENCES.items()}
