@@ -29,7 +29,7 @@ def test_each_setting_has_one_and_its_docstring(parser: ArgumentParser) -> None:
         action = actions.pop(f"kd_{item.name.removeprefix('kd_')}")
         assert action.help and "(default: " in action.help
         assert _settings()[action.dest.removeprefix("kd_")] == f"distillation.{item.name}"
-    ours = {"load", "step", "declared", "expected_loss", "args"}
+    ours = {"load", "step", "declared", "expected_loss", "weights", "args"}
     assert actions.keys() == {"help", *(f"kd_teacher_{name}" for name in ours)}
     assert not set(OPTIONS) & {
         option.removeprefix("--") for action in parser._actions for option in action.option_strings if "kd" in option
