@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from abkd_megatron.config.schema import Config
 
 # Numbers by which a checkpoint is best where they are lowest, without and with a teacher, and from a cache.
-_LM, _KL, _BUCKETED_KL = "lm loss", "kl to teacher", "bucketed kl to teacher"
+_LM, _KL = "lm loss", "kl to teacher"
+_OF_CACHE = ("bucketed kl to teacher", "sampled kl to teacher")  # without draws, and with them
 # Megatron's arguments that conflict with `sets`.
 _CONFLICTS = ("valid-data-path", "test-data-path", "per-split-data-args-path", "mock-data", "sft")
 
@@ -73,4 +74,4 @@ def _numbers(config: "Config", job: str) -> tuple[str, ...]:
         return (_LM,)
     if config.distillation.cache is None:
         return (_LM, _KL)
-    return (_LM, _BUCKETED_KL) if config.distillation.expanded().temperature == 1.0 else (_LM,)
+    return (_LM, *_OF_CACHE) if config.distillation.expanded().temperature == 1.0 else (_LM,)

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from abkd_megatron.student.loss_guard import check_losses
-from abkd_megatron.vocab_parallel.record_passes import BUCKETED_KL
+from abkd_megatron.vocab_parallel.teacher_records import BUCKETED_KL, SAMPLED_KL
 
 # Per token in a report: 1.0 where the divergence is trained, else 0.0; logged as a share.
 SELECTED = "selected tokens"
@@ -20,7 +20,7 @@ CACHED = "cached share"
 TEACHER_SECONDS = "teacher seconds"
 
 # Numbers that validation also logs of each set, after its name.
-_OF_SETS = ("lm loss", "kd loss", "teacher lm loss", "kl to teacher", BUCKETED_KL, "top-1 agreement")
+_OF_SETS = ("lm loss", "kd loss", "teacher lm loss", "kl to teacher", BUCKETED_KL, SAMPLED_KL, "top-1 agreement")
 
 # Losses that are not part of `kd loss`.
 _NO_PARTS = ("lm loss", "kd loss", "teacher lm loss", "total loss")

@@ -1,5 +1,7 @@
 """On a GPU losses on records equal the dense fp64 form, in deterministic mode too, and the host does not wait."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from record_cases import records_of
@@ -33,11 +35,8 @@ def inputs(dtype: torch.dtype, temperature: float) -> tuple[torch.Tensor, Teache
     labels = torch.randint(REAL, (ROWS,), generator=generator)
     labels[0], labels[1] = teacher[0, :REAL].argmax(), -1
     records = records_of(teacher[:, :REAL], 16, labels, temperature)
-    return (
-        student.to("cuda", dtype),
-        TeacherRecords(*(None if it is None else it.cuda() for it in vars(records).values())),
-        labels.cuda(),
-    )
+    on_gpu = replace(records, **{name: it.cuda() for name, it in vars(records).items() if it is not None})
+    return student.to("cuda", dtype), on_gpu, labels.cuda()
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
