@@ -1,4 +1,7 @@
-"""Bar chart of README from the results of head.py and loss.py: `python benchmarks/chart.py`."""
+"""Charts of the documentation: `python benchmarks/chart.py`.
+
+README's bars are of the results of head.py and loss.py, those of docs/comparison.md of its numbers.
+"""
 
 import json
 from pathlib import Path
@@ -7,6 +10,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CHART = ROOT / "docs" / "benchmark.png"
+REGIMES = ROOT / "docs" / "comparison-regimes.json"
 Bars = dict[str, float]
 
 
@@ -65,5 +69,40 @@ def draw(path: Path) -> None:
     pyplot.close(figure)
 
 
+def gains() -> dict[str, dict[str, dict[str, float]]]:
+    """Return {student: {loss: mean, low and high of how far its cross entropy is below the text's alone, in nats}}."""
+    regimes = json.loads(REGIMES.read_text())
+    return {student: of["differences"]["CE only"] for student, of in regimes.items()}
+
+
+def draw_regimes(path: Path) -> None:
+    """Draw a panel per student: the gain of each loss in cross entropy over the text alone, with its interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = gains()
+    figure, axes = pyplot.subplots(1, len(found), figsize=(9, 2.3), sharey=True)
+    for axis, (student, losses) in zip(axes, found.items(), strict=True):
+        axis.axvline(0, color="#9aa4b0", linewidth=1)
+        for row, (loss, gain) in enumerate(losses.items()):
+            color = "#4c8c5b" if "rising" in loss else "#5b6770"
+            axis.plot([gain["low"], gain["high"]], [row, row], color=color, linewidth=2)
+            axis.plot(gain["mean"], row, "o", color=color)
+            axis.annotate(f"{gain['mean']:+.3f}", (gain["mean"], row), (0, 6), textcoords="offset points", ha="center")
+        axis.set_yticks(range(len(losses)), list(losses))
+        axis.set_ylim(len(losses) - 0.4, -0.8)
+        axis.set_title(student, size=10)
+        axis.tick_params(labelsize=8, length=2)
+        axis.margins(x=0.15)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    figure.supxlabel("cross entropy below that of the text alone, nats per token, 95 % interval", size=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 if __name__ == "__main__":
     draw(CHART)
+    draw_regimes(REGIMES.with_suffix(".png"))

@@ -16,6 +16,17 @@ def test_the_readme_has_the_measured_memory() -> None:
     assert f"{fused:.0f} MiB" in readme and f"{materialized:.0f}" in readme
 
 
+def test_the_chart_of_three_students(tmp_path: Path) -> None:
+    found = chart.gains()
+    page = (ROOT / "docs" / "comparison.md").read_text()
+    for student, losses in found.items():
+        for loss, gain in losses.items():
+            (row,) = [line for line in page.splitlines() if line.startswith(f"| {student} | {loss} |")]
+            assert f"{gain['mean']:.3f}".replace("-0.000", "0.000") in row
+    chart.draw_regimes(tmp_path / "regimes.png")
+    assert pytest.importorskip("matplotlib.image").imread(tmp_path / "regimes.png").std() > 0.05
+
+
 def test_the_chart_has_six_bars(tmp_path: Path) -> None:
     assert len(chart.memory()) + len(chart.time()) == 6
     chart.draw(tmp_path / "chart.png")
