@@ -40,7 +40,7 @@ _MOST_CHARACTERS = 2000
 # Keys of `distillation` that define the divergence.
 _OF_DIVERGENCE = ("divergence", "alpha", "beta", "scale", "detach", "skew", "mixture", "detach_mixture", "losses")
 # Keys that define its use. Each is checked together with the ones before it.
-_OF_OBJECTIVE = ("temperature", "temperature_squared", "lm_weight", "kd_weight", "shared_vocab", "tokens")
+_OF_OBJECTIVE = ("temperature", "temperature_squared", "lm_weight", "kd_weight", "shared_vocab", "tokens", "mtp_weight")
 _OF_EXECUTION = ("chunk_tokens", "gradient_in_place", "diagnostics", "kernel", "head")
 # Keys of `distillation` that may be a schedule.
 SCHEDULED = ("alpha", "beta", "scale", "skew", "mixture", "temperature", "kd_weight", "lm_weight")
@@ -91,6 +91,8 @@ class DistillationConfig:
     """Weight of the divergence."""
     lm_weight: Number | None = None
     """Weight of the cross entropy with the labels."""
+    mtp_weight: float = 0.0
+    """Weight of the divergence of the student's multi-token predictions, a mean over the heads; 0 for none."""
     kernel: str = "auto"
     """Code of the loss: ``auto`` (by device), ``eager``, ``cpp`` or ``triton``."""
     head: str = "auto"

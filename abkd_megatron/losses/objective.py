@@ -59,6 +59,10 @@ class Objective:
     tokens. The sum is still divided once, by the number of all counted tokens. Logged losses are unweighted, but the
     total."""
 
+    mtp_weight: float = 0.0
+    """Weight of the divergence of the student's multi-token predictions from what the teacher predicts at the shifted
+    positions, a mean over the heads. 0: they learn from the text only."""
+
     mix: SequenceMix | None = None
     """Both models see mixed sequences in training, and the loss is the divergence alone. None: the sequences."""
 
@@ -72,7 +76,7 @@ class Objective:
         if self.shared_vocab is not None:
             self._set("shared_vocab", whole_number("Objective", "shared_vocab", self.shared_vocab, least=1))
         self._set("temperature", positive_number("Objective", "temperature", self.temperature))
-        for name in ("kd_weight", "lm_weight"):
+        for name in ("kd_weight", "lm_weight", "mtp_weight"):
             self._set(name, weight_number("Objective", name, getattr(self, name)))
         if self.tokens is not None and not isinstance(self.tokens, TokenSelection):
             raise ConfigError(
@@ -90,6 +94,8 @@ class Objective:
         reject_duplicate_sources(self.sources)
         if self.mix is not None:
             self._check_mix()
+        if self.mtp_weight:
+            self._check_ahead()
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -107,6 +113,18 @@ class Objective:
                     f"mix: expected the divergence alone, got {name}: a mixed sequence has no labels, ids or source of "
                     "its own; set lm_weight to 0 and leave the others out, or remove mix"
                 )
+
+    def _check_ahead(self) -> None:
+        """Reject what the divergence of multi-token predictions does not follow."""
+        found = {
+            "no divergence": self.divergence is None,
+            "shared_vocab": self.shared_vocab is not None,
+            "tokens": self.tokens is not None,
+            "sources": bool(self.sources),
+        }
+        for name, is_on in found.items():
+            if is_on:
+                raise ConfigError(f"mtp_weight: expected a divergence of all tokens, got {name}; remove one of them")
 
     def _checked_losses(self) -> tuple[tuple[float, LogitLoss], ...]:
         checked = []

@@ -18,6 +18,7 @@ from abkd_megatron import kernels
 from abkd_megatron.errors import ConfigError, HostError, on_every_rank
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress
+from abkd_megatron.student.ahead import AheadLosses
 from abkd_megatron.student.cached import CachedBatch, CachedTeacher, compute_cached_loss
 from abkd_megatron.student.head import compute_loss, positions_of
 from abkd_megatron.student.hidden import HiddenLosses, Layers, check_pairs, layers_of_stages
@@ -25,6 +26,7 @@ from abkd_megatron.student.mixing import Mixing
 from abkd_megatron.student.plan import Plan, agree, propose_plan
 from abkd_megatron.student.report import CACHED, LossChecks, Report, StepObserver, ValidationSets, masked_loss
 from abkd_megatron.student.supported import (
+    check_ahead,
     check_cacheable,
     check_mix,
     check_positions,
@@ -103,6 +105,7 @@ def attach(
         execution = (execution or Execution()).resolve(scheduled)
         chunks = _checked_student(student, teacher)
         check_mix(objective, chunks[0].config)
+        check_ahead(objective, chunks[0].config)
         check_positions(objective)
     stages = {}
     if objective.hidden_losses:
@@ -219,6 +222,10 @@ class Attachment:
             assert isinstance(teacher, Teacher)
             self._mixing = Mixing(chunks[0], teacher.layout, self.objective.mix, seed)
             self._hooks += self._mixing.hooks
+        self._ahead = None
+        if self.objective.mtp_weight and chunks[-1].post_process:
+            self._ahead = AheadLosses(chunks[-1])
+            self._hooks.append(self._ahead.hook)
         self._hidden = None
         if losses := self.objective.hidden_losses:
             assert isinstance(teacher, Teacher)
@@ -334,8 +341,9 @@ class Attachment:
 
     @property
     def hidden(self) -> dict[str, tuple[float, torch.Tensor]] | None:
-        """{name: (weight, sum over counted tokens)} of the last micro-batch's hidden losses, on the last stage."""
-        return self._hidden.report if self._hidden is not None else None
+        """{name: (weight, sum over counted tokens)} of the last micro-batch's added losses, on the last stage."""
+        reports = [of.report for of in (self._hidden, self._ahead) if of is not None and of.report is not None]
+        return reports[0] | reports[-1] if reports else None
 
     @property
     def needs_loss_mask(self) -> set[int | None]:
@@ -419,6 +427,9 @@ class Attachment:
             "gradient_in_place": self.execution.gradient_in_place,
         }
         with kernels.using(self.plan.choice):
+            if self._ahead is not None:
+                assert isinstance(context, OutputLayer)
+                student = self._ahead.add(student, context, self.objective, packed_seq_params, of_tokens)
             if isinstance(context, CachedBatch):
                 loss = compute_cached_loss(student, context, self.objective, **of_tokens)
             else:

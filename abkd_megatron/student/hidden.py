@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.hidden import HiddenLoss
+from abkd_megatron.student.added import add_loss, check_scaling
 from abkd_megatron.student.projectors import PROJECTORS, check_projector, layer_numbers
 from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.channel import Channel, new_group
@@ -115,14 +115,7 @@ def check_pairs(
         chunk = _chunk_of(chunks, loss)
         if loss.projector and chunk is not None:
             check_projector(chunk, loss, theirs.hidden_size)
-    if not config.calculate_per_token_loss:
-        try:
-            get_num_microbatches()
-        except AttributeError as error:  # Megatron's calculator is None
-            raise ConfigError(
-                "hidden losses are divided by the number of micro-batches, as Megatron's loss is, and it is not known "
-                "yet; call megatron.core's init_num_microbatches_calculator(), or set calculate_per_token_loss"
-            ) from error
+    check_scaling(config, "hidden losses")
 
 
 def _layer(model: Model, number: int) -> torch.nn.Module:
@@ -179,23 +172,6 @@ class _Distance(Function):
             distance = _distance(ctx.kind, leaf, teacher)
         (gradient,) = torch.autograd.grad(distance, leaf, of_distance)
         return gradient.masked_fill_((of_distance == 0).unsqueeze(-1), 0.0), None, None
-
-
-class _Add(torch.autograd.Function):
-    """Returns the hidden states; backward also backpropagates a loss that is not part of the output.
-
-    Double backward is correct here, but raises in the loss itself.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, loss: Tensor) -> Tensor:
-        ctx.loss = loss.shape, loss.dtype, loss.device
-        return hidden_states
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        shape, dtype, device = ctx.loss
-        return gradient, torch.ones(shape, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -367,7 +343,7 @@ class HiddenLosses:
             return None
         if not torch.is_grad_enabled():
             return None
-        added = _Add.apply(hidden_states, self._scaled(pair.loss.weight * loss, tokens.count))
+        added = add_loss(hidden_states, pair.loss.weight * loss, self._config, tokens.count)
         # Megatron frees the output of a stage after sending it, which must not be a view.
         added = make_viewless_tensor(added, requires_grad=True, keep_graph=True)
         return added if isinstance(output, Tensor) else (added, *output[1:])
@@ -378,14 +354,6 @@ class HiddenLosses:
             hidden_states = getattr(chunk.model, PROJECTORS).project(pair.loss.pair, hidden_states)
         of_token = hidden_distance(pair.loss.loss, hidden_states, theirs)
         return torch.where(tokens.mask == 0, 0.0, of_token * tokens.mask).sum()
-
-    def _scaled(self, loss: Tensor, count: Tensor) -> Tensor:
-        """Scale the loss as Megatron's schedules scale the main loss of a micro-batch."""
-        if not self._config.calculate_per_token_loss:
-            loss = loss / count.clamp(min=1) / get_num_microbatches()
-        if self._config.grad_scale_func is not None:
-            loss = self._config.grad_scale_func(loss)
-        return loss
 
     def _after(self, chunk: _Chunk, model: Model, args: tuple, output: Any) -> None:
         if chunk.tokens is None:

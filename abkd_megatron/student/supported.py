@@ -18,6 +18,7 @@ from abkd_megatron.config.stages import check_stages
 from abkd_megatron.config.unsupported import MODEL, check_features
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
+from abkd_megatron.student.added import check_scaling
 from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.model import Model, pattern_of_model, takes_output_processor
 from abkd_megatron.vocab_parallel.teacher_records import check_recorded
@@ -75,6 +76,7 @@ def check_cacheable(objective: ScheduledObjective, num_draws: int) -> None:
         "a scheduled temperature": "temperature" in objective.schedules,
         "shared_vocab": now.shared_vocab is not None,
         "mix": now.mix is not None,
+        "mtp_weight": now.mtp_weight > 0,
         "tokens: {select: disagreement}": now.tokens is not None and now.tokens.select == "disagreement",
     }
     for name, is_on in found.items():
@@ -102,6 +104,25 @@ def check_mix(objective: Objective, config: TransformerConfig) -> None:
             "distillation.mix is not supported with multi-token prediction, which embeds later tokens again, unmixed; "
             "remove mix or mtp-num-layers"
         )
+
+
+def check_ahead(objective: Objective, config: TransformerConfig) -> None:
+    """Reject a weight of predictions that the student does not make.
+
+    Args:
+        objective: with or without `mtp_weight`.
+        config: the student's.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if objective.mtp_weight and not config.mtp_num_layers:
+        raise ConfigError(
+            f"distillation.mtp_weight {objective.mtp_weight:g}: expected a student with multi-token prediction, got "
+            "none; set mtp-num-layers, or remove mtp_weight"
+        )
+    if objective.mtp_weight:
+        check_scaling(config, "losses of multi-token prediction")
 
 
 def check_mixed_batches(objective: Objective, args: Namespace) -> None:

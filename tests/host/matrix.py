@@ -113,7 +113,11 @@ REFERENCES: dict[str, Reference] = {
     },
     "8 layers": Reference(student={"num-layers": 8}, beside={"global-batch-size": 16}),
     "6 layers": Reference(student={"num-layers": 6}, beside={"teacher.num-layers": 4}),
-    "MTP": Reference(student={"mtp-num-layers": 1}),
+    "MTP": Reference(
+        student={"mtp-num-layers": 1},
+        beside={"distillation.mtp_weight": 0.5},
+        reports=("mtp 1 kd loss",),
+    ),
     "MoE": Reference(student=MOE, beside={"teacher.num-experts": "null"}),
     "dense of MoE": Reference(teacher=MOE),
     "MoE of MoE": Reference(student=MOE, teacher=MOE),
@@ -124,7 +128,11 @@ REFERENCES: dict[str, Reference] = {
     "Mamba": Reference(student=MAMBA),
     "Mamba of Mamba": Reference(student=MAMBA, teacher=MAMBA_AND_DELTA),
     "Mamba teacher": Reference(teacher=MAMBA_AND_DELTA),
-    "hybrid with MTP": Reference(student={"hybrid-layer-pattern": "*-*-/*-", "num-layers": "null"}),
+    "hybrid with MTP": Reference(
+        student={"hybrid-layer-pattern": "*-*-/*-", "num-layers": "null"},
+        beside={"distillation.mtp_weight": 0.5},
+        reports=("mtp 1 kd loss",),
+    ),
     "hidden losses of Mamba": Reference(
         student=MAMBA,
         teacher=MAMBA_AND_DELTA,

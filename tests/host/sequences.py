@@ -30,6 +30,7 @@ from abkd_megatron.student.cached import CachedTeacher
 VOCAB, PADDED, LONGEST = 250, 256, 24
 SPLIT = 2  # context-parallel ranks of the cases that average over micro-batches
 LAYERS, HIDDEN, TEACHER_LAYERS, TEACHER_HIDDEN = 4, 16, 8, 24
+MTP_WEIGHT = 0.6
 RECORDS = RecordLayout(VOCAB, VOCAB, "fp32")
 CACHED = ("packed", "context", "packed context")
 # What may stand where no token counts: Megatron's and torch's marks, padded columns, ids that no vocabulary has.
@@ -60,10 +61,13 @@ class Case:
 
     weights: str = "device"
     """Of the teacher's layers."""
+    heads: int = 0
+    """Of the student's multi-token prediction, which learn from the teacher."""
 
     @property
-    def reference(self) -> tuple[str, bool, bool, int | None, bool, bool]:
-        return self.data, self.todi, self.per_token, self.every, self.factors, self.weights == "int8"
+    def reference(self) -> tuple[str, bool, bool, int | None, bool, str, int]:
+        weights = "int8" if self.weights == "int8" else "device"
+        return self.data, self.todi, self.per_token, self.every, self.factors, weights, self.heads
 
 
 CASES: dict[int, dict[str, Case]] = {
@@ -88,6 +92,8 @@ CASES: dict[int, dict[str, Case]] = {
         "masked, int8": Case("masked", weights="int8"),
         "packed, host": Case("packed", weights="host"),
         "packed, hybrid, host": Case("packed", hybrid=True, weights="host"),
+        "packed, 2 heads": Case("packed", heads=2),
+        "masked, 2 heads, fused": Case("masked", heads=2, head="fused"),
     },
     2: {
         "packed, TP 2": Case("packed", tp=2),
@@ -119,6 +125,11 @@ CASES: dict[int, dict[str, Case]] = {
         "variable, PP 2, hybrid": Case("variable", pp=2, hybrid=True),
         "context, CP 2, hybrid": Case("context", cp=2, hybrid=True),
         "packed context, CP 2, hybrid, fused": Case("packed context", cp=2, head="fused", hybrid=True),
+        "packed, TP 2, 2 heads": Case("packed", tp=2, heads=2),
+        "packed, PP 2, 2 heads, fused": Case("packed", pp=2, heads=2, head="fused"),
+        "masked, DP 2, 2 heads": Case("masked", heads=2),
+        "context, CP 2, 2 heads": Case("context", cp=2, heads=2),
+        "packed context, CP 2, 2 heads, fused": Case("packed context", cp=2, heads=2, head="fused"),
         "packed, PP 2, int8": Case("packed", pp=2, weights="int8"),
         "packed, TP 2, host": Case("packed", tp=2, weights="host"),
         "variable, PP 2, host, fused": Case("variable", pp=2, head="fused", weights="host"),
@@ -302,9 +313,8 @@ def main() -> None:
     dist.barrier()
 
 
-def case_of(data: str, todi: bool, per_token: bool, every: int | None, factors: bool, int8: bool) -> Case:
-    weights = "int8" if int8 else "device"
-    return Case(data, todi=todi, per_token=per_token, every=every, factors=factors, weights=weights)
+def case_of(data: str, todi: bool, per_token: bool, every: int | None, factors: bool, weights: str, heads: int) -> Case:
+    return Case(data, todi=todi, per_token=per_token, every=every, factors=factors, weights=weights, heads=heads)
 
 
 def compare(case: Case, got: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
@@ -370,12 +380,14 @@ def train(case: Case, plain: bool = False, records: Sequence[Tensor] = ()) -> di
     kinds = ("learned_absolute", "rope") if case.todi else ("rope", "learned_absolute")
     own_attention = not plain and ("packed" in case.data or case.cp > 1)
     student = build(case, "student", LAYERS, HIDDEN, kinds[0], groups, own_attention)
-    teacher = build(case, "teacher", TEACHER_LAYERS, TEACHER_HIDDEN, kinds[1], groups, own_attention)
+    alone = replace(case, heads=0)
+    teacher = build(alone, "teacher", TEACHER_LAYERS, TEACHER_HIDDEN, kinds[1], groups, own_attention)
     if plain and case.weights == "int8":
         round_layers(teacher)
     model = DistributedDataParallel(student.config, DistributedDataParallelConfig(), student)
     divergence = ToDi() if case.todi else AlphaBeta(0.2, 0.7)
-    objective = Objective(divergence, tokens=TokenSelection("every", n=case.every) if case.every else None)
+    tokens = TokenSelection("every", n=case.every) if case.every else None
+    objective = Objective(divergence, tokens=tokens, mtp_weight=MTP_WEIGHT if case.heads else 0.0)
     execution = Execution(head=case.head, chunk_tokens=7 if case.head == "fused" else None)
     before = attributes(student)
     frozen = Teacher.of(teacher, groups)
@@ -416,6 +428,8 @@ def train(case: Case, plain: bool = False, records: Sequence[Tensor] = ()) -> di
         if case.every:
             batches = [batch.masked(batch.position_ids % case.every == case.every - 1) for batch in batches]
         losses["teacher lm loss"][0] = sum(cross_entropy(teacher, batch) for batch in batches)
+        for name, loss in check_heads(student, teacher, batches).items() if case.heads and case.per_token else ():
+            torch.testing.assert_close(losses[name][0].double(), loss.double(), rtol=1e-5, atol=1e-6)
     found = {"losses": losses, "gradients": {name: weight.main_grad.clone() for name, weight in named(student)}}
     if plain:
         found["records"] = records_of(teacher, case) if case.data in CACHED and case.per_token else []
@@ -461,13 +475,45 @@ def cross_entropy(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
     return (torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none") * batch.loss_mask).sum()
 
 
+def check_heads(student: torch.nn.Module, teacher: torch.nn.Module, batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
+    """Sums of the heads' losses as they are defined; and asserts that the gradients are theirs and the main losses'."""
+    from abkd_megatron import AlphaBeta
+    from abkd_megatron.losses import reference_divergence
+
+    kept: list[Tensor] = []
+    hook = student.mtp.register_forward_hook(lambda _module, _args, output: kept.append(output))
+    sums: dict[str, Tensor] = {}
+    total = torch.zeros(())
+    for batch in batches:
+        student(batch.tokens, batch.position_ids, None, labels=batch.labels, loss_mask=batch.loss_mask)
+        length, mask = batch.tokens.shape[1], batch.loss_mask
+        main, *heads = (student.output_layer(of)[0].transpose(0, 1)[..., :VOCAB] for of in kept.pop().split(length))
+        with torch.no_grad():
+            theirs = teacher(batch.tokens, batch.position_ids, None)[..., :VOCAB]
+        of_text = torch.nn.functional.cross_entropy(main.transpose(1, 2), batch.labels, reduction="none")
+        total = total + ((of_text + reference_divergence(AlphaBeta(0.2, 0.7), main, theirs)) * mask).sum()
+        for number, head in enumerate(heads, 1):
+            if length > number:
+                of_head = reference_divergence(AlphaBeta(0.2, 0.7), head[:, :-number], theirs[:, number:])
+                name, value = f"mtp {number} kd loss", (of_head * mask[:, number:]).sum()
+                sums[name] = sums.get(name, torch.zeros(())) + value.detach()
+                total = total + MTP_WEIGHT / len(heads) * value
+    hook.remove()
+    counted = sum(batch.loss_mask.sum() for batch in batches)
+    weights = dict(named(student))
+    gradients = torch.autograd.grad(total, list(weights.values()))
+    for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+        assert error(weight.main_grad, gradient / counted) < 2e-5, name
+    return sums
+
+
 def build(
     case: Case, who: str, layers: int, hidden: int, positions: str, groups: Any, own_attention: bool
 ) -> torch.nn.Module:
     """This rank's part of a model whose weights depend on its name alone."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
     from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.transformer import TransformerConfig
 
@@ -484,6 +530,8 @@ def build(
         variable_seq_lengths=case.data == "variable",
         moe_token_dispatcher_type="alltoall",  # Megatron asks for it beside variable lengths, without any experts
         calculate_per_token_loss=case.per_token,
+        mtp_num_layers=case.heads or None,
+        mtp_loss_scaling_factor=0.0,
         normalization="RMSNorm",
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -498,6 +546,9 @@ def build(
         spec = attention = get_gpt_layer_local_spec(normalization="RMSNorm")
     if own_attention:
         attention.submodules.self_attention.submodules.core_attention = CoreAttention
+    if case.heads:
+        stage = groups.pp.rank()
+        make = partial(make, mtp_block_spec=get_gpt_mtp_block_spec(config, spec, False, pp_rank=stage))
     model = make(
         config,
         spec,
@@ -543,8 +594,8 @@ def forward_step(
     batch = next(batches)
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     here = {
-        "tokens": batch.tokens if first else None,
-        "position_ids": batch.position_ids if first else None,
+        "tokens": batch.tokens if first or case.heads else None,
+        "position_ids": batch.position_ids if first or case.heads else None,
         "labels": batch.labels if last else None,
         "loss_mask": batch.loss_mask if last else None,
         "of divergence": 0.7 * (batch.position_ids % 3 - 1) if last and case.factors else None,

@@ -31,6 +31,7 @@ def place(num_ranks: int, name: str) -> tuple[str, str]:
     feature = FEATURES[case.data] + ", divergence on every third token" * bool(case.every)
     feature += ", weights per token" * case.factors
     feature += ", teacher cache" * case.cached
+    feature += ", multi-token prediction distilled" * bool(case.heads)
     feature += f", teacher.weights {case.weights}" * (case.weights != "device")
     feature += ", HybridModel `*-` compared with GPTModel" * case.hybrid
     return feature, where or "1 rank"
@@ -63,6 +64,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Found]:
 def test_trains_as_the_plain_form_does(found: Callable[[int], Found], num_ranks: int, case: str) -> None:
     with recorded(*place(num_ranks, case), "equal to the plain form on one rank within 2e-5"):
         errors = found(num_ranks)[case]
+        num_parameters = 4 * 10 + 3 + ("ToDi" in case) + 14 * CASES[num_ranks][case].heads
         assert errors.keys() > (SUMS | {"selected tokens"} if "every" in case else SUMS)
-        assert sum(name.startswith("gradient of ") for name in errors) == 4 * 10 + 3 + ("ToDi" in case)
+        assert sum(name.startswith("gradient of ") for name in errors) == num_parameters
         assert all(worst <= 2e-5 for worst in errors.values()), errors

@@ -206,7 +206,13 @@ CALLS = [
         ("threshold", "context"),
     ),
     # Losses between layers.
-    Call("megatron.core.num_microbatches_calculator:get_num_microbatches", f"{HIDDEN}, {MIXING}"),
+    Call("megatron.core.num_microbatches_calculator:get_num_microbatches", f"student/added.py, {MIXING}"),
+    Call(
+        "megatron.core.transformer.multi_token_prediction:roll_tensor",
+        "student/ahead.py",
+        ("tensor",),
+        ("cp_group", "packed_seq_params"),
+    ),
     Call("megatron.core.utils:make_viewless_tensor", HIDDEN, ("inp", "requires_grad", "keep_graph")),
     Call(
         "megatron.core.transformer.utils:make_sharded_tensors_for_checkpoint",
