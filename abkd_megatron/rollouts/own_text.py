@@ -162,7 +162,7 @@ class OwnText:
         """Read the step's samples, continue their prompts, and keep the micro-batches.
 
         Collectives: one broadcast of [n, P + 1] over the model-parallel group, and those of `Sampler.sample`; with a
-        source one more of [n, N] and [n]; those of `_of_leaders`, `_bounds` and `_rewards`.
+        source one more of [n, N + 1]; those of `_in_step_order`, `_bounds` and `_rewards`.
         """
         begin = time.perf_counter()
         number, size, group = get_num_microbatches(), self._sizes.micro_batch, self._settings.group

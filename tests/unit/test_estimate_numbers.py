@@ -445,6 +445,14 @@ def test_what_is_shown(capsys, tmp_path, monkeypatch) -> None:
     assert [bar.get_width() for bar in others.patches] == [20.0, 99.0]
 
 
+def test_the_reads_of_sampling_are_shown_for_gpus(capsys) -> None:
+    with_reads = replace(an_estimate(), sampling=2**31, decode=33_500_000_000)
+    for device, shown in (("cuda", True), ("cpu", False)):
+        estimate_view.show(replace(with_reads, device=device))
+        text = capsys.readouterr().out
+        assert "2.00 GiB" in text and ("10.00 ms" in text) == shown
+
+
 def test_tables_in_a_pipe_are_not_broken(capsys) -> None:
     ranks = [replace(an_estimate().ranks[0], name=f"stage {index + 1} of 40") for index in range(40)]
     estimate_view.show(replace(an_estimate(), ranks=tuple(ranks)))
