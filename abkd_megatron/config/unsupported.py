@@ -79,14 +79,14 @@ UNSUPPORTED = (
     ),
     Feature(
         "full_validation",
-        "Megatron's validation on whole datasets",
+        "Megatron's full-validation",
         "megatron-core 0.19 fails in it on ranks that read no data, with one set everywhere, and with several sets in "
         "the test after it",
         remedy="remove full-validation (in jobs of this package, validation.sets does it)",
     ),
     Feature(
         "multiple_validation_sets",
-        "Megatron's several validation sets",
+        "Megatron's multiple-validation-sets",
         "Megatron requires full-validation with them, which fails",
         remedy="remove multiple-validation-sets (in jobs of this package, validation.sets does it)",
     ),

@@ -49,8 +49,10 @@ def validation_problems(config: "Config", job: str) -> Iterator[tuple[str, str]]
     if names and (given := [name for name in _CONFLICTS if config.megatron.get(name) not in (None, False)]):
         reason = "conversations have no number of rows" if given == ["sft"] else "the sets are in place of them"
         yield "validation.sets", f"expected none with {', '.join(given)}: {reason}; remove one of them"
-    if names and job == "compare":
-        yield "validation.sets", "expected none: `compare` judges by the test split, which is then not read; remove it"
+    if job == "compare":
+        for key in ("sets", "best"):
+            if getattr(of, key):
+                yield f"validation.{key}", "expected none in `compare`, which judges by the test split; remove it"
     if of.best is None or job not in ("pretrain", "distill"):
         return
     if not names:

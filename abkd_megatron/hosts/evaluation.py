@@ -16,6 +16,7 @@ from megatron.core import mpu
 from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.core.utils import get_model_config
 from megatron.training import get_args, print_rank_0
+from megatron.training.async_utils import maybe_finalize_async_save
 from megatron.training.checkpointing import get_checkpoint_name, save_checkpoint
 from megatron.training.datasets.data_samplers import build_pretraining_data_loader
 from megatron.training.training import (
@@ -157,6 +158,8 @@ class BestCheckpoint:
         if dist.get_rank() == 0:  # what a save has left that did not end
             shutil.rmtree(_folder_of(folder, step), ignore_errors=True)
         args = get_args()
+        # Saves in the background and in the foreground return their results through one queue.
+        maybe_finalize_async_save(blocking=True)
         # In the foreground, so that the file below is of a whole checkpoint, and without what a resume takes.
         with _changed(args, save=str(folder), async_save=False, save_retain_interval=None, no_save_optim=True):
             save_checkpoint(step, student, None, None, args.num_floating_point_operations_so_far)

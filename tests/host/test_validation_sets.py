@@ -31,7 +31,7 @@ def run(workspace: Path, config: Path, teacher: Path, student: Path):
     data = workspace / "data"
 
     def run(
-        name: str, given: dict[str, object], num_ranks: int = 1, job: str = "distill"
+        name: str, given: dict[str, object], num_ranks: int = 1, job: str = "distill", file: Path = config
     ) -> tuple[Path, dict[str, list[float]], list[Rank]]:
         folder = workspace / "validation" / name
         settings = {
@@ -49,7 +49,7 @@ def run(workspace: Path, config: Path, teacher: Path, student: Path):
             "validation.best": BEST,
             **given,
         }
-        ranks = run_job(job, config, settings, num_ranks=num_ranks)
+        ranks = run_job(job, file, {key: of for key, of in settings.items() if of is not None}, num_ranks=num_ranks)
         return folder, scalars(folder / "tensorboard") if (folder / "tensorboard").exists() else {}, ranks
 
     return run
@@ -110,9 +110,13 @@ def test_the_best_checkpoint(run, on_one_rank, workspace: Path) -> None:
     best = best_of(folder)
     assert best["iteration"] == 4 and best["number"] == BEST and best["rows"] == ROWS
     assert best["value"] == pytest.approx(min(found[f"{BEST} validation"]), rel=1e-6)
-    # It can be loaded, and is the student with that number.
-    _, again, _ = run("from best", {"megatron.load": folder / "best", "megatron.train-iters": 1})
-    assert again[f"{BEST} validation"][0] == pytest.approx(best["value"], rel=1e-5)
+    # It can be loaded, as a student and as a teacher, and is the one with that number.
+    sizes = {"num-layers": 2, "hidden-size": 32, "ffn-hidden-size": 64, "load": folder / "best"}
+    as_both = {"megatron.load": folder / "best", **{f"teacher.{name}": value for name, value in sizes.items()}}
+    _, again, _ = run("from best", {**as_both, "megatron.train-iters": 1})
+    for name in ("a lm loss", "a teacher lm loss", "b teacher lm loss"):
+        before = found[f"{name.replace('teacher ', '')} validation"][-1]
+        assert again[f"{name} validation"][0] == pytest.approx(before, rel=1e-5), name
 
 
 def test_a_resumed_run_knows_the_best(run, on_one_rank, workspace: Path) -> None:
@@ -143,11 +147,13 @@ def test_interleaved_pipeline_without_a_teacher(run, teacher: Path) -> None:
 
 def test_a_cached_teacher(run, on_one_rank, workspace: Path, config: Path, teacher: Path) -> None:
     cache = workspace / "validation" / "cache"
-    writes = {"cache.dir": cache, "cache.top_k": 16, "validation.best": "null", "megatron.save": "null"}
-    run("writing", {**writes, "megatron.load": "null", "megatron.finetune": "false"}, job="cache")
-    reads = {"teacher.load": "null", "distillation.cache": cache, "validation.best": "b bucketed kl to teacher"}
-    reads |= {f"teacher.{name}": "null" for name in ("num-layers", "hidden-size", "ffn-hidden-size")}
-    folder, found, _ = run("cached", reads)
+    writes = {"cache.dir": cache, "cache.top_k": 16, "validation.best": None, "megatron.save": None}
+    run("writing", {**writes, "megatron.load": None, "megatron.finetune": None}, job="cache")
+    before, _, after = config.read_text().partition("teacher:\n")
+    without_teacher = workspace / "validation" / "without-teacher.yaml"
+    without_teacher.write_text(before + after[after.index("distillation:") :])
+    reads = {"teacher.load": None, "distillation.cache": cache, "validation.best": "b bucketed kl to teacher"}
+    folder, found, _ = run("cached", reads, file=without_teacher)
     _, live, _ = on_one_rank
     for name in ("lm loss", "a lm loss", "b lm loss", "teacher lm loss", "a teacher lm loss"):
         assert found[f"{name} validation"][0] == pytest.approx(live[f"{name} validation"][0], rel=1e-3), name

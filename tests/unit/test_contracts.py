@@ -263,6 +263,7 @@ CALLS = [
     Call("megatron.training.training:disable_forward_pre_hook", EVALUATION, ("model_chunks",), ("param_sync",)),
     Call("megatron.training.training:enable_forward_pre_hook", EVALUATION, ("model_chunks",)),
     Call("megatron.training.training:should_disable_forward_pre_hook", EVALUATION, ("args",)),
+    Call("megatron.training.async_utils:maybe_finalize_async_save", EVALUATION, (), ("blocking",)),
     Call("megatron.training.training:cyclic_iter", EVALUATION, ("iterable",)),
     Call("megatron.training.training:get_moe_metrics_tracker", EVALUATION),
     Call("megatron.core.utils:get_model_config", EVALUATION, ("model",)),

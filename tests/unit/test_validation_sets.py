@@ -80,6 +80,7 @@ def test_numbers_of_a_set_are_means_over_its_counted_tokens(selects: bool) -> No
         ("distill", [SETS, "megatron.valid-data-path=[x]"], "sets"),
         ("distill", [SETS, "megatron.sft=true"], "sets"),
         ("compare", [SETS], "sets"),
+        ("compare", ["validation.best=lm loss"], "best"),
         ("distill", ["validation.best=lm loss", *GIVEN[1:]], "best"),
         ("distill", [SETS, "validation.best=lm loss"], "best"),
         ("distill", [*GIVEN, "validation.best=kd loss"], "best"),
