@@ -318,7 +318,10 @@ def test_a_job_that_the_cache_does_not_fit(
     "given, name",
     [
         ({"distillation.divergence": "todi"}, "ToDi"),
-        ({"distillation.beta": "{schedule: linear, from: 0.2, to: 0.7, end: 5}", "distillation.alpha": 0.8}, "beta=0.7"),
+        (
+            {"distillation.beta": "{schedule: linear, from: 0.2, to: 0.7, end: 5}", "distillation.alpha": 0.8},
+            "beta=0.7",
+        ),
     ],
 )
 def test_a_divergence_that_draws_do_not_suit(drawn: dict[str, Path], alone: Path, given: dict, name: str) -> None:
