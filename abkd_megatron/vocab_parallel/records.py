@@ -16,8 +16,8 @@ Records with R draws of the rest estimate its terms instead of comparing it as o
     h is h_k for kept columns, w_d (h_d - c q_d) + c q_d for drawn ones, and c q_j for others
 
 The mean over draws is the loss on logits, in value and gradient, for every c that does not depend on them. c q is the
-tangent of F at p = 0 and the mean q of the rest, held constant: 1 for forward KL, whose gradient is then q minus the kept
-probabilities and the draws' shares of the rest (Anshumann et al., 2025, arXiv:2503.16870).
+tangent of F at p = 0 and the mean q of the rest, held constant: 1 for forward KL, whose gradient is then q minus the
+kept probabilities and the draws' shares of the rest (Anshumann et al., 2025, arXiv:2503.16870).
 
 Legend: N tokens, K kept ids per token, R draws, h hidden size, W width of a rank's logits.
 """
@@ -66,9 +66,9 @@ def vocab_parallel_record_distillation(
     """Compute divergence from a teacher's records, the student's cross entropy and metrics per token.
 
     As `vocab_parallel_distillation`, with the divergence on K + 1 buckets, or estimated from draws. Metrics have the
-    live names, except that KL(teacher || student) is ``bucketed kl to teacher``, with draws ``sampled kl to teacher``, at
-    T = 1 only. Without a record's entropy or
-    label log-probability, ``teacher entropy`` or ``teacher lm loss`` is left out.
+    live names, except that KL(teacher || student) is ``bucketed kl to teacher``, with draws ``sampled kl to teacher``,
+    at T = 1 only. Without a record's entropy or label log-probability, ``teacher entropy`` or ``teacher lm loss`` is
+    left out.
 
     Args:
         student_logits: [..., V/TP], any floating dtype, this rank's columns.
