@@ -1,5 +1,6 @@
 """Samples with their records: what a loader's workers read of a cache."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,32 @@ RECORDS = "teacher_records"
 _NUM_TRIED = 8
 # Log-probabilities in fp16 add up to 1 within this.
 _NEAR = 0.02
+
+
+def packed_records(reader: CacheReader, sample: Mapping[str, torch.Tensor], on_miss: str, name: str) -> torch.Tensor:
+    """Return the records of a sample as the loss reads them, [s, bytes per token + 1] uint8, see `RECORDS`.
+
+    Args:
+        reader: of the cache.
+        sample: as `sample_key` takes it, with its `loss_mask`, [s].
+        on_miss: see `WithRecords`.
+        name: of the sample, for the message.
+
+    Raises:
+        DataError: it has no records and `on_miss` is "error", or they are damaged.
+    """
+    found = reader.read(sample_key(sample))
+    identity = reader.identity
+    packed = torch.zeros(identity.seq_length, identity.layout.bytes_per_token + 1, dtype=torch.uint8)
+    if found is not None:
+        packed[:, :-1] = torch.from_numpy(found)
+        packed[:, -1] = 1
+    elif on_miss == "error" and sample["loss_mask"].any():
+        raise DataError(
+            f"expected the teacher's records of sample {name} in the cache, found none; run `abkd-megatron cache` "
+            "with this job's data, seed and train-iters, or set distillation.on_miss=lm"
+        )
+    return packed
 
 
 class WithRecords(Dataset):
@@ -44,18 +71,7 @@ class WithRecords(Dataset):
             DataError: it has no records and `on_miss` is "error", or they are damaged.
         """
         sample = self._dataset[index]
-        found = self._reader.read(sample_key(sample))
-        identity = self._reader.identity
-        packed = torch.zeros(identity.seq_length, identity.layout.bytes_per_token + 1, dtype=torch.uint8)
-        if found is not None:
-            packed[:, :-1] = torch.from_numpy(found)
-            packed[:, -1] = 1
-        elif self._on_miss == "error" and sample["loss_mask"].any():
-            raise DataError(
-                f"expected the teacher's records of sample {index} in the cache, found none; run `abkd-megatron cache` "
-                "with this job's data, seed and train-iters, or set distillation.on_miss=lm"
-            )
-        return {**sample, RECORDS: packed}
+        return {**sample, RECORDS: packed_records(self._reader, sample, self._on_miss, str(index))}
 
     def check(self, number: int | None) -> int:
         """Try a few samples out of those that a job reads, and compare their records with the data.

@@ -26,10 +26,11 @@ from abkd_megatron.losses.objective import Objective
 from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.preflight.live import check_models
 from abkd_megatron.student.attach import attach
+from abkd_megatron.student.cached import CachedTeacher
 from abkd_megatron.student.report import LossChecks
 from abkd_megatron.student.step import DistilledStep
 from abkd_megatron.student.supported import check_mixed_batches, check_tokens
-from abkd_megatron.teacher.build import share_frozen_weights
+from abkd_megatron.teacher.build import Teacher, share_frozen_weights
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.weights import DEVICE, store_weights
 
@@ -46,6 +47,7 @@ try:
     from megatron.bridge.training.utils.train_utils import maybe_inject_state, needs_global_state_injection
     from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
 
+    from abkd_megatron.hosts.bridge_cache import BatchRecords
     from abkd_megatron.hosts.bridge_teacher import build_bridge_teacher, num_columns
 
     # The newest API in use: an older Bridge is rejected here, not when its model is built.
@@ -133,19 +135,15 @@ def add_teacher(
         ConfigError: an unsupported setting. The hook raises more errors, after Bridge has built the student.
     """
     device = "cpu" if cpu_backend.is_installed() else "cuda"
-    if config.distillation.cache is not None:
-        raise ConfigError(
-            "distillation.cache: a teacher cache is not supported in Bridge, whose datasets have no place for its "
-            "records; use `abkd-megatron distill` or a script of Megatron-LM's kind, or remove it"
-        )
     settings = [
         f"distillation.{item.name}={flow(value)}"
         for item in fields(DistillationConfig)
         if (value := getattr(config.distillation, item.name)) != getattr(DistillationConfig(), item.name)
     ]
-    source = _source(config.teacher)
+    cache, source = config.distillation.cache, _source(config)
+    live = [f"teacher.load={flow(source)}"] if cache is None else []
     try:
-        ours = load_config(None, [f"device={device}", f"teacher.load={flow(source)}", *settings], {})
+        ours = load_config(None, [f"device={device}", *live, *settings], {})
         ours.teacher.expected_loss, ours.teacher.weights = config.teacher.expected_loss, config.teacher.weights
         ours.check("distill")
     except ConfigError as error:
@@ -164,6 +162,8 @@ def add_teacher(
         transformer, vocab_size = get_model_config(student[0]), config.model.vocab_size  # the tokenizer's by now
         groups = get_attr_wrapped_model(student[0], "pg_collection")
         with on_every_rank():
+            if cache is not None:
+                step.records = BatchRecords(config, Path(source).expanduser(), scheduled, ours.distillation.on_miss)
             check_tokens(objective, vocab_size)
             if objective.shares_part_of(vocab_size) and groups.pp.size() > 1:
                 raise ConfigError(
@@ -171,7 +171,8 @@ def add_teacher(
                     "on the last pipeline stage, and Bridge's forward step has them only on the first; set "
                     "model.pipeline_model_parallel_size to 1"
                 )
-        print_rank_0(f"distilling with {objective.divergence or 'logit losses'} from the teacher in {source}")
+        name = "teacher" if cache is None else "cache"
+        print_rank_0(f"distilling with {objective.divergence or 'logit losses'} from the {name} in {source}")
         timeout = timedelta(minutes=config.dist.distributed_timeout_minutes)
         last = unwrap_model(student[-1])
         with on_every_rank():
@@ -180,11 +181,16 @@ def add_teacher(
                     "peft: an adapter of the output layer is not supported, since the loss reads the layer's weight; "
                     "leave output_layer out of peft.target_modules"
                 )
-        teacher = build_bridge_teacher(config, transformer, num_columns(config.model), objective, groups, timeout)
-        if config.peft is not None:  # whose base is loaded by now
-            of_both = share_frozen_weights(teacher.model, unwrap_model(student))
-            shared, size = (f"{num_bytes / 2**20:.1f}" for num_bytes in of_both)
-            print_rank_0(f"the teacher reads {shared} of its {size} MiB from the student's frozen weights")
+        if step.records is not None:
+            teacher: Teacher | CachedTeacher = CachedTeacher(
+                step.records.reader.identity.layout, ours.distillation.on_miss
+            )
+        else:
+            teacher = build_bridge_teacher(config, transformer, num_columns(config.model), objective, groups, timeout)
+            if config.peft is not None:  # whose base is loaded by now
+                of_both = share_frozen_weights(teacher.model, unwrap_model(student))
+                shared, size = (f"{num_bytes / 2**20:.1f}" for num_bytes in of_both)
+                print_rank_0(f"the teacher reads {shared} of its {size} MiB from the student's frozen weights")
         if last.post_process:
             last.register_forward_pre_hook(step.give_loss_mask, with_kwargs=True)
         tokens = config.train.micro_batch_size * config.model.seq_length // groups.cp.size()
@@ -208,7 +214,7 @@ def add_teacher(
             skip=ours.distillation.skip_preflight,
             expected_loss=config.teacher.expected_loss,
         )
-        if config.teacher.weights != DEVICE:
+        if config.teacher.weights != DEVICE and isinstance(teacher, Teacher):
             print_rank_0(str(store_weights(teacher, config.teacher.weights)))
         return student
 
@@ -227,6 +233,7 @@ class BridgeStep:
 
     Attributes:
         distilled: the step of every training loop.
+        records: of the batches, with a teacher cache.
     """
 
     def __init__(self, forward_step: Callable[..., Any]) -> None:
@@ -235,6 +242,7 @@ class BridgeStep:
         self._takes_state = needs_global_state_injection(forward_step)
         self._state: GlobalState | None = None
         self._batch: Mapping[str, Any] = {}
+        self.records: BatchRecords | None = None
 
     def __call__(
         self, state: GlobalState, data_iterator: Iterator | None, model: torch.nn.Module
@@ -282,6 +290,12 @@ class BridgeStep:
         assert self._state is not None
         step = maybe_inject_state(self._forward_step, self._state, needs_injection=self._takes_state)
         self._batch = {}
+        if (records := self.records) is not None and get_attr_wrapped_model(model, "post_process"):
+            assert self.distilled.attachment is not None
+            teacher = self.distilled.attachment.teacher
+            assert isinstance(teacher, CachedTeacher)
+            group = get_attr_wrapped_model(model, "pg_collection").cp
+            teacher.read = lambda: records.of_batch(self._batch, group)
         result: tuple[Any, Any] = step(self._noted(data_iterator) if data_iterator is not None else None, model)
         return result
 
@@ -359,12 +373,14 @@ def _with_hf_teacher(recipe: ConfigContainer, hf: str) -> DistillConfigContainer
     return DistillConfigContainer.of(recipe, TeacherConfig(hf=hf))
 
 
-def _source(teacher: TeacherConfig) -> str:
-    given = [source for source in (teacher.hf, teacher.load) if source]
+def _source(config: DistillConfigContainer) -> str:
+    teacher, cache = config.teacher, config.distillation.cache
+    given = [source for source in (teacher.hf, teacher.load, cache) if source]
     if len(given) != 1:
+        found = "neither" if not given else "both" if cache is None else "a teacher and a cache"
         raise ConfigError(
-            "expected one of teacher.hf (a model of Hugging Face) and teacher.load (a torch_dist checkpoint), got "
-            f"{'both' if given else 'neither'}; set one"
+            "expected one of teacher.hf (a model of Hugging Face), teacher.load (a torch_dist checkpoint) and "
+            f"distillation.cache (a teacher cache), got {found}; set one"
         )
     return given[0]
 

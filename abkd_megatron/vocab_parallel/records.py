@@ -9,7 +9,17 @@ which is exact in value and gradient for these buckets. With K = V it is the liv
 own columns; 1 - sum would lose it where it is small. Cross entropy and the student's metrics are those of the whole
 vocabulary. See docs/maths.md for what buckets change.
 
-Legend: N tokens, K kept ids per token, h hidden size, W width of a rank's logits.
+Records with R draws of the rest estimate its terms instead of comparing it as one bucket:
+
+    D = sum_kept F_k + sum_draws w_d (F_d - c q_d) + c q_rest,    w_d = count_d p_rest / (R p_d)
+
+    h is h_k for kept columns, w_d (h_d - c q_d) + c q_d for drawn ones, and c q_j for others
+
+The mean over draws is the loss on logits, in value and gradient, for every c that does not depend on them. c q is the
+tangent of F at p = 0 and the mean q of the rest, held constant: 1 for forward KL, whose gradient is then q minus the
+kept probabilities and the draws' shares of the rest (Anshumann et al., 2025, arXiv:2503.16870).
+
+Legend: N tokens, K kept ids per token, R draws, h hidden size, W width of a rank's logits.
 """
 
 from collections.abc import Callable, Mapping
@@ -55,14 +65,15 @@ def vocab_parallel_record_distillation(
 ) -> DistillationTerms:
     """Compute divergence from a teacher's records, the student's cross entropy and metrics per token.
 
-    As `vocab_parallel_distillation`, with the divergence on K + 1 buckets. Metrics have the live names, except that
-    KL(teacher || student) of the buckets is ``bucketed kl to teacher``, at T = 1 only. Without a record's entropy or
-    label log-probability, ``teacher entropy`` or ``teacher lm loss`` is left out.
+    As `vocab_parallel_distillation`, with the divergence on K + 1 buckets, or estimated from draws. Metrics have the
+    live names, except that KL(teacher || student) is ``bucketed kl to teacher``, with draws ``sampled kl to teacher``,
+    at T = 1 only. Without a record's entropy or label log-probability, ``teacher entropy`` or ``teacher lm loss`` is
+    left out.
 
     Args:
         student_logits: [..., V/TP], any floating dtype, this rank's columns.
         records: of the N tokens, in the order of the flattened labels, made at `temperature`; identical on every rank.
-        divergence: any Divergence.
+        divergence: any Divergence; for records with draws one that `suits_draws`.
         labels: [...], as in `vocab_parallel_distillation`.
         shard: columns of the logits.
         temperature: T > 0, for the divergence only.
@@ -75,13 +86,13 @@ def vocab_parallel_record_distillation(
 
     Raises:
         ConfigError: as vocab_parallel_distillation; for records of another shape, dtype or device; for a LogitLoss,
-            which needs all logits.
+            which needs all logits; for a divergence that draws do not suit.
 
-    Collectives: forward: 1 all-reduce of 5 fp64 numbers per rank (6 if T is not 1) and K more, per token, for every
+    Collectives: forward: 1 all-reduce of 5 fp64 numbers per rank (6 if T is not 1) and K + R more, per token, for every
     divergence. Backward: none. A single rank has none.
 
-    Memory: a reference to the logits and 2 (K + 1) numbers per token of their precision until backward; copies of a
-    chunk of logits, and of a chunk of [K + 1] fp64 numbers per token, while running; one gradient buffer unless in
+    Memory: a reference to the logits and 2 (K + R + 1) numbers per token of their precision until backward; copies of a
+    chunk of logits, and of a chunk of [K + R + 1] fp64 numbers per token, while running; one gradient buffer unless in
     place.
     """
     owner = "vocab_parallel_record_distillation"
@@ -129,7 +140,7 @@ def vocab_parallel_record_distillation_head(
         student_weight: [W, h], this rank's rows of the LM head.
         records: see `vocab_parallel_record_distillation`, also for `divergence`, `labels`, `shard`, `temperature` and
             `selected`.
-        divergence: any Divergence.
+        divergence: any Divergence; for records with draws one that `suits_draws`.
         labels: [...].
         shard: columns of the logits.
         kd_weight: see `vocab_parallel_distillation_head`, also for all that follows.

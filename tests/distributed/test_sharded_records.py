@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import CollectiveCounter, chosen, run_distributed
-from record_cases import records_of
+from record_cases import records_of, sampled_divergence, with_draws
 from test_vocab_parallel import LAYOUTS, TOKENS, bounds, dense_inputs
 from torch import Tensor
 
@@ -34,7 +34,7 @@ from abkd_megatron.vocab_parallel import (
     vocab_parallel_record_distillation,
     vocab_parallel_record_distillation_head,
 )
-from abkd_megatron.vocab_parallel.teacher_records import BUCKETED_KL
+from abkd_megatron.vocab_parallel.teacher_records import BUCKETED_KL, SAMPLED_KL
 
 WORLDS = [1, 2, 4]
 HIDDEN = 12
@@ -49,11 +49,13 @@ class Case:
     num_kept: int = 16
     """0 for all tokens; no more than there are."""
     kernel: str = "auto"
+    num_draws: int = 0
     equal = False
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.divergence}-{dtype}-{self.layout}-T{self.temperature}-K{self.num_kept}-{self.kernel}"
+        form = f"K{self.num_kept}" + (f"-R{self.num_draws}" if self.num_draws else "")
+        return f"{self.divergence}-{dtype}-{self.layout}-T{self.temperature}-{form}-{self.kernel}"
 
 
 DIVERGENCES = [
@@ -76,6 +78,15 @@ CASES += [
     for temperature, num_kept, dtype in ((2.0, 16, torch.float64), (1.0, 1, torch.float32), (1.0, 0, torch.float32))
 ]
 CASES += [Case(d, torch.float32, "uneven", 2.0, kernel="eager") for d in DIVERGENCES[:5]]
+SAMPLED = [AlphaBeta(1, 0), AlphaBeta(0.8, 0.3), WeightedSum([(1.0, AlphaBeta(1, 0)), (0.5, AlphaBeta(0.9, 0.1))])]
+CASES += [
+    Case(d, dtype, "uneven", temperature, 8, num_draws=12)
+    for d in SAMPLED
+    for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    for temperature in (1.0, 2.0)
+]
+CASES += [Case(SAMPLED[1], torch.float32, layout, 2.0, 8, num_draws=12) for layout in LAYOUTS if layout != "excluded"]
+CASES += [Case(d, torch.float32, "uneven", 1.0, 1, "eager", num_draws=3) for d in SAMPLED]
 
 
 def inputs(case: Case, world_size: int) -> tuple[Tensor, ...]:
@@ -87,6 +98,8 @@ def inputs(case: Case, world_size: int) -> tuple[Tensor, ...]:
         case.temperature,
         torch.promote_types(case.dtype, torch.float32),
     )
+    if case.num_draws:
+        records = with_draws(records, teacher, case.num_draws, case.temperature)
     return student, teacher, records, labels, weights
 
 
@@ -169,7 +182,13 @@ def test_equals_the_dense_form(ranks, index):
     student, teacher, records, labels, weights = inputs(case, len(ranks))
     dense = student.double().requires_grad_()
     in_shape = [it.view(*TOKENS, *it.shape[1:]).double() for it in (records.ids, records.log_probs, records.log_rest)]
-    divergence = reference_bucketed_divergence(case.divergence, dense, *in_shape, case.temperature)
+    if case.num_draws:
+        flat = sampled_divergence(case.divergence, dense.flatten(0, -2), records, case.temperature)
+        divergence = flat.view(TOKENS)
+        estimate = sampled_divergence(AlphaBeta(1, 0), dense.detach().flatten(0, -2), records).view(TOKENS)
+        assert torch.equal((records.draws > 1).any(-1), records.log_rest > -torch.inf)
+    else:
+        divergence = reference_bucketed_divergence(case.divergence, dense, *in_shape, case.temperature)
     if not case.num_kept:
         live = reference_divergence(case.divergence, dense.detach(), teacher, case.temperature)
         torch.testing.assert_close(divergence.detach(), live, rtol=1e-5, atol=1e-6)
@@ -182,7 +201,10 @@ def test_equals_the_dense_form(ranks, index):
         of_divergence, of_cross_entropy, of_metrics = *result["terms"][:2], dict(result["terms"][2])
         torch.testing.assert_close(of_divergence.double(), divergence.detach(), rtol=tolerance, atol=0)
         torch.testing.assert_close(of_cross_entropy.double(), cross_entropy.detach(), rtol=tolerance, atol=0)
-        assert (BUCKETED_KL in of_metrics) == (case.temperature == 1.0)
+        assert (BUCKETED_KL in of_metrics) == (case.temperature == 1.0 and not case.num_draws)
+        assert (SAMPLED_KL in of_metrics) == (case.temperature == 1.0 and bool(case.num_draws))
+        if SAMPLED_KL in of_metrics:
+            torch.testing.assert_close(of_metrics.pop(SAMPLED_KL).double(), estimate, rtol=tolerance, atol=tolerance)
         if BUCKETED_KL in of_metrics:
             bucketed = of_metrics.pop(BUCKETED_KL).double()
             assert (bucketed <= kl * (1 + tolerance)).all()

@@ -211,7 +211,8 @@ class Recording:
             while True:
                 batch = next(data_iterator)
                 batch["loss_mask"][:, ::3] = 0
-                seen = {name: batch[name].clone() for name in ("tokens", "labels", "loss_mask")}
+                names = ("tokens", "labels", "position_ids", "loss_mask")
+                seen = {name: batch[name].clone() for name in names}
                 (self.training if model.training else self.validation).append(seen)
                 yield batch
 
@@ -314,7 +315,50 @@ def hf(folder: Path, overrides: list[str]) -> dict[str, Any]:
         return train(config, step)
     facts = train(config, step, lambda student: keep(folder, student[0], step.training[0]["tokens"]))
     facts["twin"] = dense_twin(folder, step.training[:2], 2.0)
+    write_cache(folder, [*step.training, *step.validation])
     return facts
+
+
+def write_cache(folder: Path, batches: list[dict[str, Any]]) -> None:
+    """All log-probabilities of Hugging Face's teacher at temperature 2 for the samples of these batches."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from abkd_megatron.cache.key import sample_key
+    from abkd_megatron.cache.manifest import Identity
+    from abkd_megatron.cache.store import CacheWriter
+    from abkd_megatron.vocab_parallel import VocabShard
+    from abkd_megatron.vocab_parallel.truncate import truncate
+
+    identity = Identity(
+        teacher="0",
+        teacher_path=str(folder / "teacher"),
+        teacher_iteration=None,
+        tokenizer="NullTokenizer",
+        vocab_size=VOCABULARY,
+        seq_length=32,
+        reset_attention_mask=False,
+        temperature=2.0,
+        top_k=VOCABULARY,
+        precision="fp32",
+    )
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float64).eval()
+    shard = VocabShard(0, VOCABULARY, VOCABULARY)
+    with CacheWriter(folder / "cache", identity) as writer, torch.no_grad():
+        for batch in batches:
+            logits = teacher(batch["tokens"], use_cache=False).logits
+            for row, of_sample in enumerate(logits):
+                records = truncate(of_sample, batch["labels"][row], shard, VOCABULARY, 2.0)
+                key = sample_key({name: it[row] for name, it in batch.items()})
+                writer.add(key, identity.layout.pack(records).numpy())
+
+
+def cached(folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """The student of `hf` with the cache that it wrote, in place of the teacher."""
+    given = ["teacher.hf=null", "teacher.overrides={}", f"distillation.cache={folder / 'cache'}"]
+    config = recipe(folder, [*given, *overrides])
+    config.checkpoint.save = None
+    return train(config, Recording())
 
 
 def hybrid(folder: Path, overrides: list[str]) -> dict[str, Any]:

@@ -96,6 +96,33 @@ def test_two_ranks_are_as_one(folder: Path, distilled: dict[str, Any], setting: 
     assert found["validation"] == pytest.approx(distilled["validation"], rel=1e-4)
 
 
+@pytest.mark.parametrize("setting", [None, "tensor_model_parallel_size", "pipeline_model_parallel_size"])
+def test_a_cache_of_all_columns_is_the_live_teacher(
+    folder: Path, distilled: dict[str, Any], setting: str | None
+) -> None:
+    given = [f"model.{setting}=2"] if setting else []
+    found = run("cached", folder, *given, num_ranks=1 + len(given))
+    names = ("lm loss", "kd loss", "total loss", "grad norm", "teacher lm loss", "teacher entropy", "top-1 agreement")
+    for mine, theirs in zip(found["steps"], distilled["steps"], strict=True):
+        for name in names:
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
+    for name in ("lm loss", "kd loss", "teacher lm loss"):
+        assert found["validation"][name] == pytest.approx(distilled["validation"][name], rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("distillation.temperature=1", "temperature: 2.0 in the cache, 1.0 in this job"),
+        ("dataset.random_seed=7", "found none; run `abkd-megatron cache`"),
+        ("distillation.divergence=akl", "akl"),
+    ],
+)
+def test_a_cache_that_does_not_fit(folder: Path, distilled: dict[str, Any], setting: str, message: str) -> None:
+    (rank,) = launch([JOB, "cached", folder, setting], 1)
+    assert rank.code != 0 and message in rank.output, rank.output[-3000:]
+
+
 def test_the_student_comes_back_to_hugging_face(folder: Path, distilled: dict[str, Any]) -> None:
     found = run("export", folder)
     assert found["from the student"] < 1e-4
@@ -151,7 +178,7 @@ def test_settings_travel_through_bridges_own_yaml(folder: Path) -> None:
         "distillation.beta=abc": "ConfigError: distillation.beta: expected a finite number, got 'abc'",
         "teacher.load=here": "got both; set one",
         "teacher.hf=null": "got neither; set one",
-        "distillation.cache=/somewhere": "ConfigError: distillation.cache: a teacher cache is not supported in Bridge",
+        "distillation.cache=/somewhere": "got a teacher and a cache; set one",
         "dist.use_megatron_fsdp=true": "ConfigError: student: Megatron FSDP is not supported",
         "distillation.sources=[{source: 0, kd_weight: 0.5}]": "use `abkd-megatron distill`",
         "distillation.hidden_losses=[{student_layer: 1, teacher_layer: 2, loss: mse}]": "use `abkd-megatron distill`",

@@ -111,7 +111,33 @@ def test_records_come_back(vocab_size: int, id_bytes: int, precision: str) -> No
     torch.testing.assert_close(found.log_probs, log_probs, rtol=2**-11, atol=0.0)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_draws_come_back(precision: str) -> None:
+    layout = RecordLayout(70000, 3, precision, 4)
+    assert layout.bytes_per_token == 12 + 7 * (3 + (2 if precision == "fp16" else 4))
+    given = TeacherRecords(
+        ids=torch.tensor([[5, 6, 7, 8, -1, 69999, -1], [1, 2, 3, -1, -1, -1, -1]], dtype=torch.int32),
+        log_probs=torch.tensor([[-1.0, -2, -3, -8, -7, -5, -6], [-1.0, -2, -3, 0, 0, 0, 0]]),
+        log_rest=torch.tensor([-2.0, -torch.inf]),
+        entropy=torch.ones(2),
+        label_log_prob=-torch.ones(2),
+        draws=torch.tensor([[3, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.int32),
+    )
+    found = layout.unpack(layout.pack(given))
+    assert found.draws is not None and found.num_kept == 3
+    assert torch.equal(found.ids[:, :3], given.ids[:, :3])
+    rows = zip(found.ids[:, 3:].tolist(), found.draws.tolist(), strict=True)
+    drawn = [dict(zip(ids, counts, strict=True)) for ids, counts in rows]
+    assert drawn == [{8: 3, 69999: 1, -1: 0}, {-1: 0}]
+    at = found.ids[0].tolist().index(69999)
+    assert found.log_probs[0, at] == -5.0
+
+
 def test_k_by_bytes() -> None:
+    assert RecordLayout.of_bytes(128000, 12 + 5 * 40, draws=8) == RecordLayout(128000, 32, draws=8)
+    assert RecordLayout(20, 20, draws=8).draws == 0
+    with pytest.raises(ConfigError):
+        RecordLayout.of_bytes(128000, 12 + 5 * 8, draws=8)
     assert RecordLayout(128000, 64).bytes_per_token == 12 + 64 * 5
     assert RecordLayout.of_bytes(128000, 332) == RecordLayout(128000, 64)
     assert RecordLayout.of_bytes(128000, 336).top_k == 64

@@ -1,12 +1,13 @@
 """Losses on teacher records are the dense fp64 form on K + 1 buckets, and the live loss if every token is kept."""
 
 import math
+from dataclasses import replace
 
 import kernel_cases
 import pytest
 import torch
 from megatron.training.distillation.cached_logits_loss import topk_kl_div
-from record_cases import records_of
+from record_cases import records_of, with_draws
 from torch import Tensor
 
 from abkd_megatron import AlphaBeta, ToDi, kernels
@@ -21,6 +22,8 @@ from abkd_megatron.losses import (
     reference_divergence,
     registry,
 )
+from abkd_megatron.losses.objective import Objective, ScheduledObjective
+from abkd_megatron.losses.schedule import Schedule
 from abkd_megatron.vocab_parallel import (
     TeacherRecords,
     VocabShard,
@@ -28,7 +31,9 @@ from abkd_megatron.vocab_parallel import (
     vocab_parallel_record_distillation,
     vocab_parallel_record_distillation_head,
 )
-from abkd_megatron.vocab_parallel.teacher_records import BUCKETED_KL
+from abkd_megatron.vocab_parallel.noise import places_in_tail
+from abkd_megatron.vocab_parallel.teacher_records import BUCKETED_KL, SAMPLED_KL
+from abkd_megatron.vocab_parallel.truncate import truncate
 
 ARGUMENTS = {"alpha_beta": (0.3, 0.6)}
 REGISTRY = {name: make(*ARGUMENTS.get(name, ())) for name, make in registry.DIVERGENCES.items()}
@@ -537,3 +542,69 @@ def test_bad_input_is_refused(changes):
     student, _, labels = dense(torch.float32)
     with pytest.raises(ConfigError, match="TeacherRecords"):
         vocab_parallel_record_distillation(student, student, ToDi(), labels, VocabShard.megatron(VOCAB))
+
+
+# ---- draws
+
+
+SUITABLE = {
+    "forward_kl": AlphaBeta(1, 0),
+    "alpha_beta(0.8, 0.3)": AlphaBeta(0.8, 0.3),
+    "a sum": WeightedSum([(1.0, AlphaBeta(1, 0)), (0.5, AlphaBeta(0.9, 0.1))]),
+}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("name", SUITABLE)
+def test_draws_are_unbiased(name: str, temperature: float) -> None:
+    """The mean over draws of value and gradient is the full loss's, within 5 standard errors of each number."""
+    size, num_seeds, number = 40, 3000, 3
+    generator = torch.Generator().manual_seed(2)
+    student, teacher = 2 * torch.randn(2, 1, number, size, generator=generator, dtype=torch.float64)
+    student = 0.5 * student + 0.5 * teacher
+    labels = torch.randint(size, (num_seeds, number), generator=generator)
+    places = places_in_tail(labels, 4)
+    shard = VocabShard(0, size, size)
+    records = truncate(teacher.expand(num_seeds, -1, -1).flatten(0, 1), labels.flatten(), shard, 3, temperature, places)
+    leaf = student.repeat(num_seeds, 1, 1).requires_grad_()
+    terms = vocab_parallel_record_distillation(leaf, records, SUITABLE[name], labels, shard, temperature)
+    (gradient,) = torch.autograd.grad(terms.divergence.sum(), leaf)
+    exact = student.requires_grad_()
+    value = reference_divergence(SUITABLE[name], exact, teacher, temperature)
+    (wanted,) = torch.autograd.grad(value.sum(), exact)
+    found = [(terms.divergence.detach(), value.detach()), (gradient, wanted)]
+    if temperature == 1.0:
+        found.append((terms.metrics[SAMPLED_KL], reference_divergence(AlphaBeta(1, 0), exact.detach(), teacher)))
+    for of_seeds, full in found:
+        error = of_seeds.std(0) / num_seeds**0.5
+        assert error.amax() < 0.05 * full.abs().amax(), "enough seeds to tell"
+        assert ((of_seeds.mean(0) - full[0]).abs() <= 5 * error + 1e-6).all()
+
+
+def test_divergences_that_draws_do_not_suit() -> None:
+    student, teacher, labels = dense(torch.float64)
+    records = with_draws(records_of(teacher, 4, labels), teacher, 3, 1.0)
+    shard = VocabShard(0, VOCAB, VOCAB)
+    suitable = {name for name, it in REGISTRY.items() if it.suits_draws}
+    assert suitable == {"forward_kl"}
+    others = [AlphaBeta(0.2, 0.7), AlphaBeta(0.8, 0.1), AlphaBeta(1.2, -0.1), AlphaBeta(0.9, 0.3), ToDi()]
+    for divergence in (*others, WeightedSum([(1.0, AlphaBeta(1, 0)), (0.1, ToDi())])):
+        with pytest.raises(ConfigError):
+            vocab_parallel_record_distillation(student, records, divergence, labels, shard)
+    for divergence in SUITABLE.values():
+        vocab_parallel_record_distillation(student, records, divergence, labels, shard)
+    for wrong in (torch.zeros(8, 7, dtype=torch.int32), torch.zeros(3, 3, dtype=torch.int32), torch.zeros(8, 3)):
+        with pytest.raises(ConfigError):
+            vocab_parallel_record_distillation(student, replace(records, draws=wrong), AlphaBeta(1, 0), labels, shard)
+
+
+def test_schedules_are_within_the_rule_over_their_whole_range() -> None:
+    def named(**schedules: Schedule) -> list[Divergence]:
+        return list(ScheduledObjective(Objective(AlphaBeta(1, 0)), schedules).divergences())
+
+    together = named(alpha=Schedule.linear(1, 0.8, end=10), beta=Schedule.linear(0, 0.2, end=10))
+    assert together == [AlphaBeta(1, 0), AlphaBeta(0.8, 0.2)]
+    apart = named(alpha=Schedule.linear(1, 0.8, end=10), beta=Schedule.linear(0, 0.2, end=20))
+    assert AlphaBeta(0.8, 0) in apart and len(apart) == 4
+    assert all(it.suits_draws for it in together) and not all(it.suits_draws for it in apart)
+    assert named() == [AlphaBeta(1, 0)]
