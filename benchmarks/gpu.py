@@ -160,6 +160,8 @@ def stages() -> list[Stage]:
             spec="te",
         ),
         train("TE, CP 2", f"as te: {as_one}", "megatron.context-parallel-size=2", gpus=2, spec="te"),
+        train("TE, TP 2, int8 teacher", f"as te: {as_one}", tp, "teacher.weights=int8", gpus=2, spec="te"),
+        train("TE, PP 2, teacher on the host", f"as te: {as_one}", pp, "teacher.weights=host", gpus=2, spec="te"),
         train("packed", "documents packed into rows, as te: kd loss falls", spec="packed"),
         train("packed, PP 2", f"as packed: {as_one}", pp, gpus=2, spec="packed"),
         train("TP 2 x PP 2", as_one, tp, pp, gpus=4),
