@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from record_cases import records_of
+from record_cases import records_of, sampled_divergence
 from test_no_sync_cuda import waiting_is_an_error
 
 from abkd_megatron import AlphaBeta, ToDi, kernels
@@ -15,6 +15,8 @@ from abkd_megatron.vocab_parallel import (
     vocab_parallel_record_distillation,
     vocab_parallel_record_distillation_head,
 )
+from abkd_megatron.vocab_parallel.noise import places_in_tail
+from abkd_megatron.vocab_parallel.truncate import truncate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,6 +62,24 @@ def test_equals_the_dense_form(divergence, temperature, dtype, tolerance, determ
     torch.testing.assert_close(terms.divergence.double(), wanted.detach(), rtol=1e-5, atol=0)
     error = (gradient.double() - expected).abs().amax(-1) / expected.abs().amax(-1)
     assert error.max() <= tolerance
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("divergence", [AlphaBeta(1, 0), AlphaBeta(0.8, 0.3)], ids=str)
+def test_draws(divergence, temperature):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = 2 * torch.randn(2, ROWS, COLUMNS, generator=generator).cuda()
+    labels = torch.randint(REAL, (ROWS,), generator=generator).cuda()
+    shard = VocabShard.megatron(COLUMNS, None, REAL)
+    records = truncate(teacher, labels, shard, 16, temperature, places_in_tail(labels.unsqueeze(0), 8))
+    leaf, exact = student.clone().requires_grad_(), student[:, :REAL].double().requires_grad_()
+    terms = vocab_parallel_record_distillation(leaf, records, divergence, labels, shard, temperature)
+    wanted = sampled_divergence(divergence, exact, records, temperature)
+    torch.testing.assert_close(terms.divergence.double(), wanted.detach(), rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(terms.divergence.sum(), leaf)
+    (expected,) = torch.autograd.grad(wanted.sum(), exact)
+    error = (gradient[:, :REAL].double() - expected).abs().amax(-1) / expected.abs().amax(-1)
+    assert error.max() <= 1e-5
 
 
 @pytest.mark.parametrize("in_forward", [True, False])

@@ -364,12 +364,14 @@ def test_estimate_of_a_student_with_a_cache(part: Path, alone: Path) -> None:
         assert "LM heads and loss" in rank.output and "teacher's parameters" not in rank.output
 
 
-def test_losses_are_compared_with_a_cache(caches: dict[str, Path], workspace: Path, alone: Path) -> None:
+def test_losses_are_compared_with_a_cache(drawn: dict[str, Path], workspace: Path, alone: Path) -> None:
     out = workspace / "compare-cached"
     given = {
-        **of_cache(caches["one"]),
+        **of_cache(drawn["one"]),
+        "distillation.alpha": 0.8,  # of the run that only watches
+        "distillation.beta": 0.3,
         "compare.out": out,
-        "compare.losses": "{CE only: {kd_weight: 0, lm_weight: 1}, reverse: {divergence: reverse_kl}}",
+        "compare.losses": "{CE only: {kd_weight: 0, lm_weight: 1}, forward: {divergence: forward_kl}}",
         "compare.seeds": "[1234]",  # Megatron's default, in whose order the cache was written
         "distillation.on_miss": "lm",
         "megatron.save-interval": 5,
@@ -381,12 +383,12 @@ def test_losses_are_compared_with_a_cache(caches: dict[str, Path], workspace: Pa
     (rank,) = launch(["-m", "abkd_megatron", "compare", alone, *words], 1)
     assert rank.code == 0, rank.output[-3000:]
     results = json.loads((out / "results.json").read_text())
-    assert [run["loss"] for run in results["runs"]] == ["CE only", "reverse"]
+    assert [run["loss"] for run in results["runs"]] == ["CE only", "forward"]
     for run in results["runs"]:
         assert run["test"]["cached share"] == 1.0, "another order of the data"
-        assert run["test"]["bucketed kl to teacher"] > 0
+        assert run["test"]["sampled kl to teacher"] > 0
         assert "kl to teacher" not in run["test"] and "calibration error" not in run["test"]
-    assert "bucketed KL(teacher, student)" in (out / "table.md").read_text()
+    assert "sampled KL(teacher, student)" in (out / "table.md").read_text()
     assert (out / "comparison.png").stat().st_size > 10_000
 
 

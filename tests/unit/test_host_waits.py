@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.testing._internal.distributed import fake_pg
 
 from abkd_megatron import AlphaBeta, ToDi, vocab_parallel_divergence
+from abkd_megatron.cache.record import RecordLayout
 from abkd_megatron.losses import (
     AdaptiveKL,
     ClippedKL,
@@ -33,6 +34,8 @@ from abkd_megatron.vocab_parallel import (
     vocab_parallel_record_distillation,
     vocab_parallel_record_distillation_head,
 )
+from abkd_megatron.vocab_parallel.noise import places_in_tail
+from abkd_megatron.vocab_parallel.truncate import truncate
 
 TOKENS, VOCAB, WIDTH, HIDDEN = (24, 2), 1000, 512, 16
 DIVERGENCES = [AlphaBeta(0.2, 0.7), ToDi(), ToDi(detach=False), JensenShannon()]
@@ -231,6 +234,28 @@ def test_records(shard, divergence, make, selected, temperature):
             selected=torch.ones(TOKENS, dtype=torch.bool) if selected else None,
         )
         (terms.divergence + terms.cross_entropy).sum().backward()
+
+    assert_none(run)
+
+
+def test_records_with_draws(shard):
+    layout = RecordLayout(shard.size, 6, draws=2)
+
+    def run():
+        packed = torch.zeros(TOKENS[0] * TOKENS[1], layout.bytes_per_token, dtype=torch.uint8, device=GPU)
+        terms = vocab_parallel_record_distillation(
+            logits().requires_grad_(), layout.unpack(packed), AlphaBeta(0.8, 0.3), ints(), shard
+        )
+        (terms.divergence + terms.cross_entropy).sum().backward()
+
+    assert_none(run)
+
+
+def test_draws(shard):
+    def run():
+        places = places_in_tail(ints(), 2)
+        flat = logits().flatten(0, -2)
+        RecordLayout(shard.size, 6, draws=2).pack(truncate(flat, ints().flatten(), shard, 6, 1.0, places))
 
     assert_none(run)
 
