@@ -354,13 +354,16 @@ def test_check_counts_the_samples_that_are_there(caches: dict[str, Path], part: 
 
 
 def test_estimate_of_a_student_with_a_cache(part: Path, alone: Path) -> None:
+    drawn = ["distillation.cache=/nowhere", "cache.top_k=8", "cache.draws=4", "distillation.alpha=0.8"]
+    drawn += ["distillation.beta=0.3"]
     for words in (
         [f"distillation.cache={part}"],
-        ["distillation.cache=/nowhere", "cache.top_k=8", "distillation.head=fused", "distillation.on_miss=lm"],
+        [*drawn, "distillation.head=fused", "distillation.on_miss=lm"],
         [f"distillation.cache={part}", f"megatron.{PIPELINE}=2", "--world-size", "2"],
     ):
         (rank,) = launch(["-m", "abkd_megatron", "estimate", alone, *words], 1)
         assert rank.code == 0 and "K 8" in rank.output, rank.output[-3000:]
+        assert ("K 8, 4 draws" in rank.output) == (words[0] == drawn[0])
         assert "LM heads and loss" in rank.output and "teacher's parameters" not in rank.output
 
 
@@ -371,7 +374,7 @@ def test_losses_are_compared_with_a_cache(drawn: dict[str, Path], workspace: Pat
         "distillation.alpha": 0.8,  # of the run that only watches
         "distillation.beta": 0.3,
         "compare.out": out,
-        "compare.losses": "{CE only: {kd_weight: 0, lm_weight: 1}, forward: {divergence: forward_kl}}",
+        "compare.losses": "{CE only: {kd_weight: 0, lm_weight: 1}, forward: {alpha: 1, beta: 0}}",
         "compare.seeds": "[1234]",  # Megatron's default, in whose order the cache was written
         "distillation.on_miss": "lm",
         "megatron.save-interval": 5,

@@ -261,6 +261,18 @@ def no_file_larger_than(num_bytes: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
+def test_a_cache_without_draws_is_what_it_was(tmp_path: Path) -> None:
+    """Its manifest and its shards' digest are those of versions without draws."""
+    assert IDENTITY.digest == "401fd4b9742a1b4eabd67d855ce441c7cf30b64a2e125af9041624b26e7582ec"
+    write(tmp_path, range(1))
+    assert "draws" not in json.loads((tmp_path / "manifest.json").read_text())
+    drawn = dataclasses.replace(IDENTITY, draws=4)
+    assert drawn.digest != IDENTITY.digest
+    with CacheWriter(tmp_path / "drawn", drawn):
+        pass
+    assert CacheReader(tmp_path / "drawn").identity == drawn
+
+
 def test_a_full_disk_keeps_what_is_there(tmp_path: Path) -> None:
     write(tmp_path, range(3))
     with no_file_larger_than(600), pytest.raises(DataError, match="make room"):
@@ -272,7 +284,15 @@ def test_a_full_disk_keeps_what_is_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"teacher": "b" * 64}, {"tokenizer": "u"}, {"temperature": 2.0}, {"top_k": 9}, {"seq_length": 8}]
+    "change",
+    [
+        {"teacher": "b" * 64},
+        {"tokenizer": "u"},
+        {"temperature": 2.0},
+        {"top_k": 9},
+        {"seq_length": 8},
+        {"draws": 4},
+    ],
 )
 def test_another_cache_is_rejected_by_name(tmp_path: Path, change: dict) -> None:
     write(tmp_path, range(1))
