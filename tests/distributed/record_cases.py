@@ -71,7 +71,9 @@ def sampled_divergence(
         value = _terms(log_p[:num_kept], log_q[kept], divergence).sum()
         in_tail = torch.ones_like(log_q, dtype=torch.bool).scatter(-1, kept, False)
         q_tail = log_q[in_tail].exp().sum()
-        slope = (q_tail.detach() / in_tail.sum()) ** (divergence.alpha + divergence.beta - 1) / divergence.alpha
+        slope = (q_tail.detach() / in_tail.sum().clamp_min(1)) ** (
+            divergence.alpha + divergence.beta - 1
+        ) / divergence.alpha
         value = value + slope * q_tail
         for number in range(len(drawn)):
             if records.draws[row, number]:
