@@ -26,10 +26,9 @@ from abkd_megatron.student.mixing import Mixing
 from abkd_megatron.student.plan import Plan, agree, propose_plan
 from abkd_megatron.student.report import CACHED, LossChecks, Report, StepObserver, ValidationSets, masked_loss
 from abkd_megatron.student.supported import (
-    check_ahead,
     check_cacheable,
-    check_mix,
     check_positions,
+    check_predictions_ahead,
     check_shared_vocab,
     check_sources_given,
     check_student,
@@ -104,8 +103,7 @@ def attach(
             check_cacheable(scheduled, teacher.layout.draws)
         execution = (execution or Execution()).resolve(scheduled)
         chunks = _checked_student(student, teacher)
-        check_mix(objective, chunks[0].config)
-        check_ahead(objective, chunks[0].config)
+        check_predictions_ahead(objective, chunks[0].config)
         check_positions(objective)
     stages = {}
     if objective.hidden_losses:
@@ -411,7 +409,7 @@ class Attachment:
         own_weights = [it.transpose(0, 1) if it is not None else None for it in (self.kd_weights, self.lm_weights)]
         self.kd_weights = self.lm_weights = None
         check_sources_given(self.objective, sources)
-        sequence_group = self._group_of_sequences(packed_seq_params)
+        sequence_group = (packed_seq_params is not None and packed_seq_params.cp_group) or self._cp_group
         assert self.plan is not None
         of_tokens: dict[str, Any] = {
             "labels": labels.transpose(0, 1),
@@ -442,10 +440,6 @@ class Attachment:
         if isinstance(context, CachedBatch) and context.cached is not None:
             self.report[CACHED] = _batch_first(context.cached).float()
         return _batch_first(loss.total)
-
-    def _group_of_sequences(self, packed: PackedSeqParams | None) -> dist.ProcessGroup | None:
-        """Return the ranks over which a sequence is split."""
-        return (packed.cp_group if packed is not None else None) or self._cp_group
 
 
 def _batch_first(per_token: torch.Tensor) -> torch.Tensor:

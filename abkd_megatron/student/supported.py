@@ -89,11 +89,11 @@ def check_cacheable(objective: ScheduledObjective, num_draws: int) -> None:
         check_recorded(divergence, num_draws)
 
 
-def check_mix(objective: Objective, config: TransformerConfig) -> None:
-    """Reject mixed sequences for a student that embeds tokens twice.
+def check_predictions_ahead(objective: Objective, config: TransformerConfig) -> None:
+    """Reject what does not fit a student with multi-token prediction, or one without.
 
     Args:
-        objective: with or without `mix`.
+        objective: with or without `mix` and `mtp_weight`.
         config: the student's.
 
     Raises:
@@ -104,18 +104,6 @@ def check_mix(objective: Objective, config: TransformerConfig) -> None:
             "distillation.mix is not supported with multi-token prediction, which embeds later tokens again, unmixed; "
             "remove mix or mtp-num-layers"
         )
-
-
-def check_ahead(objective: Objective, config: TransformerConfig) -> None:
-    """Reject a weight of predictions that the student does not make.
-
-    Args:
-        objective: with or without `mtp_weight`.
-        config: the student's.
-
-    Raises:
-        ConfigError: naming the setting.
-    """
     if objective.mtp_weight and not config.mtp_num_layers:
         raise ConfigError(
             f"distillation.mtp_weight {objective.mtp_weight:g}: expected a student with multi-token prediction, got "
