@@ -70,13 +70,13 @@ def draw(path: Path) -> None:
 
 
 def gains() -> dict[str, dict[str, dict[str, float]]]:
-    """Return {student: {loss: mean, low and high of how far its cross entropy is below the text's alone, in nats}}."""
+    """Return {student: {loss: mean, low and high of its cross entropy below that of the text only, in nats}}."""
     regimes = json.loads(REGIMES.read_text())
     return {student: of["differences"]["CE only"] for student, of in regimes.items()}
 
 
 def draw_regimes(path: Path) -> None:
-    """Draw a panel per student: the gain of each loss in cross entropy over the text alone, with its interval."""
+    """Draw a panel per student: the gain of each loss in cross entropy over the text only, with its interval."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -97,7 +97,7 @@ def draw_regimes(path: Path) -> None:
         axis.tick_params(labelsize=8, length=2)
         axis.margins(x=0.15)
         axis.spines[["top", "right", "left"]].set_visible(False)
-    figure.supxlabel("cross entropy below that of the text alone, nats per token, 95 % interval", size=9)
+    figure.supxlabel("cross entropy below that of training on the text only, nats per token, 95 % interval", size=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

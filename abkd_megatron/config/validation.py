@@ -67,7 +67,7 @@ def validation_problems(config: "Config", job: str) -> Iterator[tuple[str, str]]
         yield "validation.best", f"expected ckpt-format torch_dist, got {config.megatron['ckpt-format']}"
     known = _numbers(config, job)
     if of.best not in [*known, *(f"{name} {number}" for name in names for number in known)]:
-        expected = f"{' or '.join(known)}, alone or after the name of a set ({', '.join(names)})"
+        expected = f"{' or '.join(known)}, also after the name of a set ({', '.join(names)})"
         yield "validation.best", f"expected {expected}, got {brief(of.best)}"
 
 

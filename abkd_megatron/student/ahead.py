@@ -67,7 +67,8 @@ class AheadLosses:
             The student with hidden states whose backward also backpropagates these losses.
 
         Collectives: per head those of `compute_loss`, and with context parallelism messages between neighbors. With
-        sequence parallelism one all-gather of the teacher's hidden states.
+        sequence parallelism one all-gather of the teacher's hidden states. Megatron reads the boundaries of packed
+        sequences on the host, which waits for the device, as it does for its own losses of these heads.
         """
         assert self._hidden_states is not None
         of_heads = self._hidden_states.chunk(1 + (depth := self._config.mtp_num_layers))[1:]

@@ -57,6 +57,8 @@ def store_weights(teacher: Teacher, how: str) -> Stored:
     Collectives: none.
     """
     layers = [_weights(layer) for layer in teacher.model.decoder.layers]
+    if not any(layers):  # a pipeline stage of the embedding only
+        return Stored(0, 0, 0, 0.0)
     store = _Int8(layers) if how == INT8 else _Host(layers)
     teacher.stored.extend(store.tensors())
     sizes = [sum(weight.nbytes for weight in weights) for weights in layers]
@@ -147,6 +149,8 @@ class _Host:
         like = next(weight for weights in layers for weight in weights)
         self._buffers = [like.new_empty(size, dtype=torch.uint8) for _ in range(2)]
         self._copies = torch.cuda.Stream(like.device) if like.is_cuda else None
+        if self._copies is not None:  # the buffers' memory may still be in use by what was freed there
+            self._copies.wait_stream(torch.cuda.current_stream())
         self._copied, self._used = ([torch.cuda.Event() for _ in range(2)] if like.is_cuda else [] for _ in range(2))
         self._buffer, self._ahead = 0, -1  # where the layer `_ahead` is, or is being copied to
 
