@@ -29,6 +29,7 @@ from abkd_megatron.losses import (
 )
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.rollouts.choice import next_tokens
+from abkd_megatron.student.supported import check_text
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_logit_loss
 
 LOSSES = [K1(), K2(), K3()]
@@ -140,6 +141,10 @@ def test_without_draws_they_are_rejected() -> None:
         vocab_parallel_logit_loss(student, teacher, K3(), shard)
     with pytest.raises(ConfigError, match="labels of shape"):
         vocab_parallel_logit_loss(student, teacher, K3(), shard, drawn=torch.zeros(2, dtype=torch.int64))
+    objective = Objective(None, logit_losses=((1.0, AdaptiveKL()), (1.0, K3())))
+    check_text(objective, is_own=True)
+    with pytest.raises(ConfigError, match="k3: expected training steps on text that the student drew"):
+        check_text(objective, is_own=False)
     with pytest.raises(ConfigError, match="shared_vocab"):
         Objective(None, logit_losses=((1.0, K3()),), shared_vocab=9)
 
