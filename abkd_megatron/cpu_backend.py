@@ -216,9 +216,22 @@ def install() -> None:
     # This module imported the names from torch.cuda before they were patched.
     megatron_random._lazy_call = torch.cuda._lazy_call
     megatron_random._lazy_init = torch.cuda._lazy_init
+    _let_meshes_be_of_cpus()
     _fix_resumed_adam()
     _let_torch_norms_be_sequence_parallel()
     _keep_data_loaders_from_the_generator()
+
+
+def _let_meshes_be_of_cpus() -> None:
+    """Make meshes of CPUs where Megatron FSDP asks for GPUs, since a mesh takes its device from its type by name."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    make = DeviceMesh.__init__
+
+    def make_of_cpus(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        make(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+    DeviceMesh.__init__ = make_of_cpus  # type: ignore[method-assign]
 
 
 def use_compiled_helpers() -> None:

@@ -117,7 +117,14 @@ UNSUPPORTED = (
         "stages then exchange shapes first, which synchronizes the device while the teacher's messages are in flight",
         _ANYWHERE,
     ),
-    Feature("use_megatron_fsdp", "Megatron FSDP", _SHARDED, (*_ANYWHERE, BRIDGE), setting="dist.use_megatron_fsdp"),
+    Feature(
+        "use_megatron_fsdp",
+        "Megatron FSDP",
+        "jobs compare and resume checkpoints of the format torch_dist, and it needs fsdp_dtensor; a training loop of "
+        "your own can give such a student to attach()",
+        (*_ARGUMENTS, BRIDGE),
+        setting="dist.use_megatron_fsdp",
+    ),
     Feature("use_torch_fsdp2", "torch FSDP2", _SHARDED, (*_ANYWHERE, BRIDGE), setting="dist.use_torch_fsdp2"),
     # Exists once per process, for the student's sizes or backward pass.
     Feature(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_model_config, unwrap_model
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from abkd_megatron.errors import on_every_rank
@@ -15,6 +15,7 @@ from abkd_megatron.preflight.first_step import Observed, digest, when_gradients_
 from abkd_megatron.preflight.models import Models
 from abkd_megatron.preflight.rules import CHECKSUMS, FIRST_STEP_CHECKS, MODEL_CHECKS, run_checks
 from abkd_megatron.student.attach import Attachment
+from abkd_megatron.student.wrappers import unwrapped
 from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.model import Model
@@ -99,7 +100,7 @@ class FirstStep:
         self._objective = models.attachment.objective
         self._config = get_model_config(models.student[0])
         self._groups = {"student": models.tp_group}
-        self._models: dict[str, Model] = {"student": unwrap_model(models.student[0])}
+        self._models: dict[str, Model] = {"student": unwrapped(models.student)[0]}
         if isinstance(teacher, Teacher):
             self._groups["teacher"], self._models["teacher"] = teacher.pg_collection.tp, teacher.model
         self._vocab_size = models.vocab_size

@@ -12,10 +12,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import unwrap_model
 
 from abkd_megatron import kernels
-from abkd_megatron.errors import ConfigError, HostError, on_every_rank
+from abkd_megatron.errors import ConfigError, on_every_rank
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.student.ahead import AheadLosses
@@ -34,11 +33,11 @@ from abkd_megatron.student.supported import (
     check_student,
     check_text,
     check_tokens,
-    check_wrappers,
     log_restrictions,
     warn_of_mtp_losses,
 )
 from abkd_megatron.student.timer import PassTimer
+from abkd_megatron.student.wrappers import check_wrappers, unwrapped
 from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.model import Model, process_output
 from abkd_megatron.teacher.output_layer import OutputLayer
@@ -103,7 +102,7 @@ def attach(
         if isinstance(teacher, CachedTeacher):
             check_cacheable(scheduled, teacher.layout.draws)
         execution = (execution or Execution()).resolve(scheduled)
-        chunks = _checked_student(student, teacher)
+        chunks = _checked_student(student, teacher, objective, pg_collection)
         check_predictions_ahead(objective, chunks[0].config)
         check_positions(objective)
     stages = {}
@@ -130,17 +129,15 @@ def attach(
 
 
 def _checked_student(
-    student: torch.nn.Module | Sequence[torch.nn.Module], teacher: Teacher | CachedTeacher
+    student: torch.nn.Module | Sequence[torch.nn.Module],
+    teacher: Teacher | CachedTeacher,
+    objective: Objective,
+    pg_collection: ProcessGroupCollection,
 ) -> list[Model]:
-    chunks = list(student) if isinstance(student, Sequence) else [student]
-    check_wrappers(chunks)
-    chunks = unwrap_model(chunks)
+    wrapped = list(student) if isinstance(student, Sequence) else [student]
+    check_wrappers(wrapped, objective, pg_collection)
+    chunks = unwrapped(wrapped)
     for model in chunks:
-        if not isinstance(model, Model):
-            raise HostError(
-                f"expected a GPTModel or a HybridModel of megatron-core >= 0.19, got {type(model).__name__}; build the "
-                "student with a GPTModelConfig or a HybridModelConfig"
-            )
         if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in model._forward_pre_hooks.values()):
             raise ConfigError("this student has a teacher attached already; call `detach()` on that attachment first")
     check_student(chunks, teacher if isinstance(teacher, Teacher) else None)
