@@ -120,11 +120,13 @@ UNSUPPORTED = (
     Feature(
         "use_megatron_fsdp",
         "Megatron FSDP",
-        "jobs compare and resume checkpoints of the format torch_dist, and it needs fsdp_dtensor; a training loop of "
-        "your own can give such a student to attach()",
+        "jobs read and write checkpoints of the format torch_dist, and it needs fsdp_dtensor",
         (*_ARGUMENTS, BRIDGE),
+        ("student",),
         setting="dist.use_megatron_fsdp",
+        remedy="give such a student to attach() in a training loop of your own, or remove use-megatron-fsdp",
     ),
+    Feature("use_megatron_fsdp", "Megatron FSDP", "a frozen teacher has no gradients to shard", models=("teacher",)),
     Feature("use_torch_fsdp2", "torch FSDP2", _SHARDED, (*_ANYWHERE, BRIDGE), setting="dist.use_torch_fsdp2"),
     # Exists once per process, for the student's sizes or backward pass.
     Feature(
