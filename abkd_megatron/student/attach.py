@@ -32,6 +32,7 @@ from abkd_megatron.student.supported import (
     check_shared_vocab,
     check_sources_given,
     check_student,
+    check_text,
     check_tokens,
     check_wrappers,
     log_restrictions,
@@ -238,8 +239,12 @@ class Attachment:
             progress: what was trained on before this step, the same on every rank. Schedules take their values from it.
             training: False for validation, which keeps the values of the training step before it, if there was one.
             own_lm_weight: `lm_weight` of a step on text of the student, whose labels are its own; None: on data.
+
+        Raises:
+            ConfigError: a training step on data, with a loss that estimates a divergence from own text.
         """
         if training:
+            check_text(self._of_data, is_own=own_lm_weight is not None)
             for observer in self.observers:
                 observer.begin(is_first=progress.iteration == progress.samples == 0)
         is_new = progress != self.progress and (training or self.progress is None)
@@ -254,8 +259,8 @@ class Attachment:
             self.scheduled = self._scheduled_objective.values(progress)
         if is_new or (own_lm_weight is not None) != self.is_own_text:
             self.is_own_text = own_lm_weight is not None
-            of_data = self._of_data
-            self.objective = of_data if own_lm_weight is None else replace(of_data, lm_weight=own_lm_weight)
+            of_step = self._of_data
+            self.objective = of_step.on_data() if own_lm_weight is None else replace(of_step, lm_weight=own_lm_weight)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -432,10 +437,8 @@ class Attachment:
                 loss = compute_cached_loss(student, context, self.objective, **of_tokens)
             else:
                 read = input_ids.transpose(0, 1) if input_ids is not None else None
-                diagnostics = self.execution.diagnostics
-                loss = compute_loss(
-                    student, context, self.objective, **of_tokens, input_ids=read, diagnostics=diagnostics
-                )
+                of_tokens |= {"diagnostics": self.execution.diagnostics, "is_drawn": self.is_own_text}
+                loss = compute_loss(student, context, self.objective, **of_tokens, input_ids=read)
         self.report = {name: _batch_first(value) for name, value in loss.numbers(self.objective).items()}
         if isinstance(context, CachedBatch) and context.cached is not None:
             self.report[CACHED] = _batch_first(context.cached).float()
