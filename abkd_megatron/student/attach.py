@@ -20,7 +20,7 @@ from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.student.ahead import AheadLosses
 from abkd_megatron.student.cached import CachedBatch, CachedTeacher, compute_cached_loss
-from abkd_megatron.student.head import compute_loss, positions_of
+from abkd_megatron.student.head import batch_first, compute_loss, positions_of
 from abkd_megatron.student.hidden import HiddenLosses, Layers, check_pairs, layers_of_stages
 from abkd_megatron.student.mixing import Mixing
 from abkd_megatron.student.plan import Plan, agree, propose_plan
@@ -271,6 +271,12 @@ class Attachment:
         finally:
             self._is_paused = False
 
+    def run_teacher_again(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
+        """Return the teacher's hidden states of the last micro-batch, which had these arguments here; see `again`."""
+        assert self._runner is not None
+        with torch.no_grad(), self._hidden.untouched() if self._hidden is not None else nullcontext():
+            return self._runner.again(batch)
+
     def detach(self) -> None:
         """Detach the teacher, with projectors, and restore the student. Idempotent.
 
@@ -323,8 +329,7 @@ class Attachment:
     def _pop_tensors(self) -> dict[str, torch.Tensor]:
         """Return both models' last hidden states of the last micro-batch, and forget them.
 
-        [s, b, h] each, with sequence parallelism this rank's [s/TP, b, h]. Statistics of them are written where a loss
-        is not finite.
+        [s, b, h] each, or this rank's [s/TP, b, h]. Statistics of them are written where a loss is not finite.
         """
         tensors, self._tensors = self._tensors, {}
         return tensors
@@ -439,12 +444,7 @@ class Attachment:
                 read = input_ids.transpose(0, 1) if input_ids is not None else None
                 of_tokens |= {"diagnostics": self.execution.diagnostics, "is_drawn": self.is_own_text}
                 loss = compute_loss(student, context, self.objective, **of_tokens, input_ids=read)
-        self.report = {name: _batch_first(value) for name, value in loss.numbers(self.objective).items()}
+        self.report = {name: batch_first(value) for name, value in loss.numbers(self.objective).items()}
         if isinstance(context, CachedBatch) and context.cached is not None:
-            self.report[CACHED] = _batch_first(context.cached).float()
-        return _batch_first(loss.total)
-
-
-def _batch_first(per_token: torch.Tensor) -> torch.Tensor:
-    """[s, b] -> contiguous [b, s], as Megatron's loss functions expect."""
-    return per_token.transpose(0, 1).contiguous()
+            self.report[CACHED] = batch_first(context.cached).float()
+        return batch_first(loss.total)

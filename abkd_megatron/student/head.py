@@ -211,6 +211,11 @@ def positions_of(
     return positions_here(length, ends, rank, size)
 
 
+def batch_first(per_token: Tensor) -> Tensor:
+    """[s, b] -> contiguous [b, s], as Megatron's loss functions expect."""
+    return per_token.transpose(0, 1).contiguous()
+
+
 def weights_of_terms(
     objective: Objective, sources: Tensor | None, own: Sequence[Tensor | None], labels: Tensor
 ) -> tuple[float | Tensor, float | Tensor]:
