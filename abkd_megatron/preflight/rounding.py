@@ -56,7 +56,8 @@ def store_and_measure(
     stored = store_weights(attachment.teacher, how, keep_plain=measured)
     if measured:
         shared = min(attachment.objective.shared_vocab or vocab_size, vocab_size)
-        attachment.observers.append(RoundingError(student, attachment, stored, shared, pg_collection.tp))
+        # What begins first ends last: `FirstStep` must not see the teacher's further passes.
+        attachment.observers.insert(0, RoundingError(student, attachment, stored, shared, pg_collection.tp))
     return stored
 
 
