@@ -57,7 +57,7 @@ class Feature:
 
 
 _GET_MODEL = "Megatron reads it in get_model() only, which is not used with a model config: it would be ignored"
-_SCHEDULE_PLAN = "it runs a schedule plan instead of the model's forward and bypasses the teacher"
+_SCHEDULE_PLAN = "it runs a schedule plan instead of the model's forward, and the checks of a job hook the forward"
 _SHARDED = "it shards the student's weights over data-parallel ranks; the loss needs the complete output layer"
 _KEEPS_NONE = "a teacher keeps no activations for a backward pass"
 _NO_VIRTUAL = (
@@ -102,7 +102,16 @@ UNSUPPORTED = (
         "overlap_moe_expert_parallel_comm",
         "combined 1F1B, which overlaps expert communication,",
         _SCHEDULE_PLAN,
+        remedy="give such a student to attach() in a training loop of your own, or remove "
+        "overlap-moe-expert-parallel-comm",
+        models=("student",),
+    ),
+    Feature(
+        "overlap_moe_expert_parallel_comm",
+        "combined 1F1B, which overlaps expert communication,",
+        "it runs a schedule plan of forward and backward passes, and a teacher has no backward pass",
         _ANYWHERE,
+        ("teacher",),
     ),
     Feature("delay_wgrad_compute", "delaying weight gradients, a part of combined 1F1B,", _SCHEDULE_PLAN, _ANYWHERE),
     Feature(

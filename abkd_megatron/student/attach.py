@@ -23,6 +23,7 @@ from abkd_megatron.student.head import batch_first, compute_loss, positions_of
 from abkd_megatron.student.hidden import HiddenLosses, Layers, check_pairs, layers_of_stages
 from abkd_megatron.student.mixing import Mixing
 from abkd_megatron.student.plan import Plan, agree, propose_plan
+from abkd_megatron.student.planned import PlannedForward, is_planned
 from abkd_megatron.student.report import CACHED, LossChecks, Report, StepObserver, ValidationSets, masked_loss
 from abkd_megatron.student.supported import (
     check_cacheable,
@@ -213,6 +214,8 @@ class Attachment:
         self._hooks = [chunks[0].register_forward_pre_hook(self._run_teacher, with_kwargs=True)]
         if chunks[-1].post_process:
             self._hooks += process_output(chunks[-1], self._head_context, self._head)
+        if is_planned(chunks[0]):
+            self._hooks.append(PlannedForward(chunks[0], self._run_teacher, self._head_context, self._head))
         self._mixing = None
         if self.objective.mix is not None:
             assert isinstance(teacher, Teacher)

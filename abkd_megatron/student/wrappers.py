@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from abkd_megatron.config.unsupported import MODEL, check_features
 from abkd_megatron.errors import ConfigError, HostError
 from abkd_megatron.losses.objective import Objective
+from abkd_megatron.student.planned import check_planned
 from abkd_megatron.teacher.model import Model
 
 # Megatron FSDP is a class; from megatron-core 0.20 on it is a function that returns one of two.
@@ -75,6 +76,7 @@ def check_wrappers(
                 check_features(SimpleNamespace(**{name: True}), "student", MODEL)
         if isinstance(module, tuple(_MEGATRON_FSDP)):
             _check_megatron_fsdp(module, objective, pg_collection)
+    check_planned(unwrapped(student), objective, pg_collection)
 
 
 def _check_megatron_fsdp(wrapper: torch.nn.Module, objective: Objective, pg_collection: ProcessGroupCollection) -> None:

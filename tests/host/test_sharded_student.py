@@ -1,4 +1,4 @@
-"""attach() takes a student in Megatron FSDP, and refuses other sharded ones, and one that is compiled as a whole."""
+"""attach() takes a student in Megatron FSDP or trained by combined 1F1B, and refuses others that it cannot follow."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,8 @@ from abkd_megatron.losses import AlphaBeta
 from abkd_megatron.losses.objective import Objective
 
 
-def found_by(program: str, num_ranks: int) -> dict:
-    # A mesh asks its groups for names, which strict ones do not have. There is no message between two ranks here.
-    first, *_ = ranks = launch([Path(__file__).with_name(program)], num_ranks, plain=True)
+def found_by(program: str, num_ranks: int, plain: bool = False) -> dict:
+    first, *_ = ranks = launch([Path(__file__).with_name(program)], num_ranks, plain=plain)
     for rank in ranks:
         assert rank.code == 0, rank.output[-6000:]
     (line,) = [line for line in first.output.splitlines() if line.startswith("FOUND ")]
@@ -32,7 +31,8 @@ def test_each_wrapper_is_refused_by_name() -> None:
 
 def test_megatron_fsdp_trains_as_ddp_does() -> None:
     """Losses and gradient norms of three steps on two ranks, at each of its strategies."""
-    found = found_by("megatron_fsdp.py", 2)
+    # A mesh asks its groups for names, which strict ones do not have. There is no message between two ranks here.
+    found = found_by("megatron_fsdp.py", 2, plain=True)
     fused, hidden = found.pop("rejected")
     assert "head: fused is not possible (student: the output layer has hooks" in fused
     assert "Megatron FSDP is supported with data parallelism only and losses on logits, got hidden_losses" in hidden
@@ -42,6 +42,19 @@ def test_megatron_fsdp_trains_as_ddp_does() -> None:
         wanted = plain[", tied" if name.endswith("tied") else ""]
         for step, of_plain in zip(steps, wanted, strict=True):
             assert step == pytest.approx(of_plain, rel=1e-5), name
+
+
+def test_combined_1f1b_trains_as_the_plain_schedule_does() -> None:
+    """Losses and gradients of a step on two expert-parallel ranks, with materialized logits and in the fused head."""
+    found = found_by("planned.py", 2)
+    hidden, of_teacher = found["rejected"]
+    assert "combined 1F1B is supported on one pipeline stage of a GPTModel and with losses on logits" in hidden
+    assert of_teacher.startswith("teacher: combined 1F1B, which overlaps expert communication, is not supported")
+    for head in ("materialized", "fused"):
+        plain, planned = found[f"{head} False"], found[f"{head} True"]
+        assert planned["losses"] == plain["losses"] and len(plain["losses"]["kd loss"]) == 3
+        assert planned["gradients"] == pytest.approx(plain["gradients"], rel=1e-3)
+        assert all(norm > 0 for name, norm in plain["gradients"].items() if "bias" not in name)
 
 
 @pytest.mark.parametrize("name", ["tp", "pp", "cp", "ep"])

@@ -39,7 +39,7 @@ class Call:
 
 
 PREFLIGHT, RULES = "preflight/live.py", "preflight/rules.py"
-WRAPPERS = "student/wrappers.py"
+WRAPPERS, PLANNED = "student/wrappers.py", "student/planned.py"
 FAULTS, ATTACH, HEAD = "student/loss_guard.py", "student/attach.py", "student/head.py"
 SAFE_LOAD, COMPATIBILITY = "teacher/safe_load.py", "teacher/compatibility.py"
 CHECKPOINT, TEACHER, RUNNER = "teacher/checkpoint.py", "teacher/build.py", "teacher/runner.py"
@@ -105,6 +105,12 @@ CALLS = [
         MODEL,
         ("self", "input_ids", "position_ids", "attention_mask"),
         ("output_processor", "output_processor_context"),
+    ),
+    Call(
+        f"{GPT}.build_schedule_plan",
+        PLANNED,
+        ("self", "input_ids", "position_ids", "attention_mask"),
+        ("labels", "loss_mask", "packed_seq_params", "output_processor", "output_processor_context"),
     ),
     Call(
         "megatron.core.transformer.multi_token_prediction:process_mtp_loss",
