@@ -2,6 +2,7 @@
 
 import functools
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Operands:
-    """Hidden states and LM head weights of both models, and labels, for all tokens; no teacher's with records."""
+    """Hidden states and LM head weights of all models, and labels, for all tokens; no teacher's with records."""
 
     student_hidden: Tensor
     student_weight: Tensor
-    teacher_hidden: Tensor | None
-    teacher_weight: Tensor | None
     labels: Tensor
+    teachers: tuple[Tensor, ...] = ()
+    """Hidden states and weight of each teacher, one after another."""
+
+    def teacher_logits(self, chunk: slice, scales: Sequence[float]) -> Tensor:
+        """Compute the sum of the teachers' logits, each times its scale."""
+        hidden, weights = self.teachers[::2], self.teachers[1::2]
+        logits = hidden[0][chunk] @ weights[0].t()
+        if scales[0] != 1.0:
+            logits.mul_(scales[0])
+        for of_tokens, weight, scale in zip(hidden[1:], weights[1:], scales[1:], strict=True):
+            logits.addmm_(of_tokens[chunk], weight.t(), alpha=scale)
+        return logits
 
 
 class Gradients:
