@@ -50,13 +50,14 @@ class TeacherRunner:
     Args:
         chunks: the student's model chunks on this rank.
         teacher: this rank's share of the teacher.
+        outbox: for messages to later stages, see `TeacherRunners`.
         timeout: for messages.
 
     Collectives: the constructor creates a group per kind of message and pipeline or sharing group, and connects all
     pairs of ranks that will exchange messages.
     """
 
-    def __init__(self, chunks: Sequence[Model], teacher: Teacher, timeout: timedelta) -> None:
+    def __init__(self, chunks: Sequence[Model], teacher: Teacher, outbox: Outbox, timeout: timedelta) -> None:
         student = chunks[0]
         self._student, self._teacher, self._layout = student, teacher, teacher.layout
         layout, config = self._layout, student.config
@@ -86,12 +87,11 @@ class TeacherRunner:
             dist.barrier(
                 group=self._first_stage
             )  # NCCL needs all ranks in a group's first call; exchanges involve only some
-        self._outbox = Outbox(config, self._post_ahead)
+        self._outbox = outbox
         self._posted: dict[tuple[Channel, int], deque[tuple[dist.Work, torch.Tensor]]] = defaultdict(deque)
         self._passes = self._posted_for = 0
         self._counters = []
         if layout.student_stages > 1:
-            self._outbox.watch()
             if config.variable_seq_lengths:
                 # NCCL needs all ranks in the first call of Megatron's group, but a stage waits for a header before it.
                 dist.barrier(group=teacher.pg_collection.pp)
@@ -112,9 +112,6 @@ class TeacherRunner:
             [s/TP, b, H] if the student is sequence parallel. None on other stages.
         """
         layout = self._layout
-        self._outbox.release()  # needed by schedules without Megatron's P2PCommunicator
-        if layout.student_stages > 1:
-            self._outbox.watch()
         number, self._micro_batch = self._micro_batch, self._micro_batch + 1
         length, size = self._extent_of(batch)
         if self._student.training:  # validation may use other sizes
@@ -195,7 +192,7 @@ class TeacherRunner:
             )
         return received
 
-    def _post_ahead(self, name: str) -> None:
+    def post_ahead(self, name: str) -> None:
         """Post the receives of the next micro-batch within Megatron's receive of its activation, where required.
 
         This is required if Megatron synchronizes after a stage's send and before the next stage's forward step: with
@@ -355,17 +352,15 @@ class TeacherRunner:
         return [channel for channel in (self._stages, self._tokens, self._results) if channel is not None]
 
     def drain(self) -> None:
-        """Wait for all sends. Call it only between steps, or in the first forward pass of one."""
-        self._outbox.release()
+        """Wait for all sends, which have left the outbox."""
         # Reset here, because the step after validation does not start our timers: evaluate() has replaced them.
         self._passes = self._posted_for = 0
         for channel in self._channels():
             channel.drain()
 
     def close(self) -> None:
-        """Drain, and restore Megatron's timers."""
+        """Drain, and remove all hooks."""
         self.drain()
-        self._outbox.unwatch()
         for counter in self._counters:
             counter.remove()
 
@@ -373,3 +368,64 @@ class TeacherRunner:
     def num_in_flight(self) -> int:
         """Number of sends from this rank that are not known to be complete."""
         return sum(channel.num_in_flight for channel in self._channels())
+
+
+class TeacherRunners:
+    """Runs several teachers of one student, one after another, on each micro-batch.
+
+    Their messages to later stages share one `Outbox` and leave in the order of the teachers, in which the next stage
+    receives them. Each teacher has its own groups, so messages of two teachers cannot be confused.
+
+    Args:
+        chunks: the student's model chunks on this rank.
+        teachers: this rank's share of each.
+        timeout: for messages.
+
+    Collectives: those of each `TeacherRunner`.
+    """
+
+    def __init__(self, chunks: Sequence[Model], teachers: Sequence[Teacher], timeout: timedelta) -> None:
+        self._outbox = Outbox(chunks[0].config, self._post_ahead)
+        self._runners = [TeacherRunner(chunks, teacher, self._outbox, timeout) for teacher in teachers]
+        self._has_stages = teachers[0].layout.student_stages > 1
+        self._watch()
+
+    def run(
+        self, batch: Mapping[str, Any], draw: Callable[[int, int], Draw | None] | None = None
+    ) -> list[torch.Tensor] | None:
+        """Run this rank's stage of every teacher, see `TeacherRunner.run`.
+
+        Returns:
+            On the student's last stage, each teacher's last hidden states. None on other stages.
+        """
+        self._outbox.release()  # needed by schedules without Megatron's P2PCommunicator
+        self._watch()
+        found = [runner.run(batch, draw) for runner in self._runners]
+        hidden_states = [hidden for hidden in found if hidden is not None]
+        return hidden_states or None
+
+    def _watch(self) -> None:
+        if self._has_stages:
+            self._outbox.watch()
+
+    def _post_ahead(self, name: str) -> None:
+        for runner in self._runners:
+            runner.post_ahead(name)
+
+    def drain(self) -> None:
+        """Wait for all sends. Call it only between steps, or in the first forward pass of one."""
+        self._outbox.release()
+        for runner in self._runners:
+            runner.drain()
+
+    def close(self) -> None:
+        """Drain, and restore Megatron's timers."""
+        self.drain()
+        self._outbox.unwatch()
+        for runner in self._runners:
+            runner.close()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Number of sends from this rank that are not known to be complete."""
+        return sum(runner.num_in_flight for runner in self._runners)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from abkd_megatron.tensors import Function, constant
-from abkd_megatron.vocab_parallel.head_gradients import Gradients, Operands, factor_of, weighted
+from abkd_megatron.vocab_parallel.head_gradients import Gradients, Operands, factor_of, sum_of_logits, weighted
 from abkd_megatron.vocab_parallel.logits import DistillationTerms
 from abkd_megatron.vocab_parallel.shard import VocabShard
 from abkd_megatron.vocab_parallel.teacher_records import TeacherRecords
@@ -148,7 +148,8 @@ class Head:
         if self.records is not None:
             teacher = self.records[chunk]
         elif chunk.start < self.num_compared:
-            teacher = operands.teacher_logits(chunk, self.teacher_scales)
+            hidden, weights = operands.teachers[::2], operands.teachers[1::2]
+            teacher = sum_of_logits([of_tokens[chunk] for of_tokens in hidden], weights, self.teacher_scales)
         return self.passes_of(chunk).batch(student, teacher, operands.labels[chunk])
 
     def conclude(self, chunk: slice, batch: Any, pending_record: Any, needs_gradient: bool, result: Tensor) -> Any:

@@ -20,16 +20,6 @@ class Operands:
     teachers: tuple[Tensor, ...] = ()
     """Hidden states and weight of each teacher, one after another."""
 
-    def teacher_logits(self, chunk: slice, scales: Sequence[float]) -> Tensor:
-        """Compute the sum of the teachers' logits, each times its scale."""
-        hidden, weights = self.teachers[::2], self.teachers[1::2]
-        logits = hidden[0][chunk] @ weights[0].t()
-        if scales[0] != 1.0:
-            logits.mul_(scales[0])
-        for of_tokens, weight, scale in zip(hidden[1:], weights[1:], scales[1:], strict=True):
-            logits.addmm_(of_tokens[chunk], weight.t(), alpha=scale)
-        return logits
-
 
 class Gradients:
     """Gradients of hidden states [N, h] and weight [W, h], accumulated over chunks; the weight's in at least fp32."""
@@ -47,6 +37,16 @@ class Gradients:
             torch.mm(of_logits, self.operands.student_weight, out=self.of_hidden[chunk])
         if self.of_weight is not None:
             add_product(self.of_weight, of_logits.t(), self.operands.student_hidden[chunk])
+
+
+def sum_of_logits(hidden_states: Sequence[Tensor], weights: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    """Compute the sum of scale * hidden @ weight^T, [n, W], over teachers."""
+    logits = hidden_states[0] @ weights[0].t()
+    if scales[0] != 1.0:
+        logits.mul_(scales[0])
+    for hidden, weight, scale in zip(hidden_states[1:], weights[1:], scales[1:], strict=True):
+        logits.addmm_(hidden, weight.t(), alpha=scale)
+    return logits
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

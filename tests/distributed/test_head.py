@@ -37,7 +37,8 @@ class Case:
     def __str__(self) -> str:
         how = "in forward" if self.in_forward else "in backward"
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.divergence}-{dtype}-{how}-{self.chunk_tokens}-T{self.temperature}-{self.scales}{'-others' * self.others}"
+        others = "-others" * self.others
+        return f"{self.divergence}-{dtype}-{how}-{self.chunk_tokens}-T{self.temperature}-{self.scales}{others}"
 
 
 CASES = [
