@@ -92,7 +92,12 @@ def _run(config: Config, job: str, held: ExitStack) -> None:
         if args.rank == 0:  # reads for all
             run_checks(STUDENT_CHECKS, Setup(config=config, job=job, student=args, vocab_size=args.vocab_size))
     if (writer := get_tensorboard_writer()) is not None:  # on the last rank
-        shown = ["megatron", *(("teacher", "distillation") if job == "distill" else ()), "data", "validation"]
+        shown = [
+            "megatron",
+            *(("teacher", "teachers", "distillation") if job == "distill" else ()),
+            "data",
+            "validation",
+        ]
         # Indented, which TensorBoard's Markdown takes for code.
         writer.add_text(CONFIG_TEXT, indent(render(config, shown), " " * 4))
     if args.save and args.exit_signal_handler:
