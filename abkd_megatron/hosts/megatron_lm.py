@@ -258,7 +258,7 @@ class _ForwardStep:
                 training=model.training,
                 # What counts in own text is on the device, and is known.
                 counted=self.counted if is_last and not self._is_own_text else None,
-                with_sources=is_last and attachment is not None and bool(attachment.objective.sources),
+                with_sources=is_last and attachment is not None and attachment.needs_sources,
                 with_sets=is_last and bool(self.sets) and not model.training,
                 record_bytes=cache.layout.bytes_per_token + 1 if cache is not None and is_last else None,
                 packed=self.packing is not None,

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,17 +39,17 @@ class Observed:
 
     student: Sequence[Digest | None]
     """Per rank, of the student's tokens; None beyond the first pipeline stage."""
-    teacher: Sequence[Digest | None] | None
-    """The same of the teacher, whose first stage may be on other ranks; None for a cache."""
-    teacher_loss: float | None
-    """The teacher's cross entropy in nats per token; None if no token counts."""
+    teachers: Sequence[Sequence[Digest | None]]
+    """The same of each teacher, whose first stage may be on other ranks; none for a cache."""
+    teacher_losses: Mapping[str, float | None]
+    """By name of the teacher, its cross entropy in nats per token; None if no token of its sources counts."""
     kd_loss: float | None
     """`kd loss` per token; None if no token counts."""
     vocab_size: int
     """Number of tokens that both models know."""
     kd_weight: float
     expected_loss: float | None
-    """The expected `teacher_loss`; None if it is not known."""
+    """The expected loss of the only teacher; None if it is not known."""
 
 
 def digest(tokens: Tensor) -> Tensor:
@@ -92,18 +92,19 @@ def check_batch(student: Sequence[Digest | None], teacher: Sequence[Digest | Non
         )
 
 
-def check_teacher_loss(loss: float, vocab_size: int) -> None:
+def check_teacher_loss(loss: float, vocab_size: int, who: str = "the teacher") -> None:
     """Reject a teacher that is worse than a uniform guess, and warn of a teacher that is not better.
 
     Args:
         loss: its cross entropy on the first step's tokens, in nats per token.
         vocab_size: number of tokens that it knows.
+        who: its name in messages.
 
     Raises:
         ConfigError: the loss is more than `BEYOND` above ln `vocab_size`.
     """
     guessing = math.log(vocab_size)
-    summary = f"the teacher's cross entropy on the first step is {loss:.3f} nats, guessing costs ln {vocab_size}"
+    summary = f"{who}'s cross entropy on the first step is {loss:.3f} nats, guessing costs ln {vocab_size}"
     if not loss <= guessing + BEYOND:
         raise ConfigError(
             f"expected a teacher that knows the text's tokens, got one that does not: {summary} = {guessing:.3f}; give "

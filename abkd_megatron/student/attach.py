@@ -155,7 +155,7 @@ class Attachment:
 
     Attributes:
         teacher: the frozen teacher's share of this rank, or a cache; of several teachers the default.
-        teachers: every teacher once, the default first; none with a cache.
+        teachers: all of them; None with a cache.
         plan: how the loss is computed, the same on every rank of the job.
         objective: what the student is trained on, in the current step.
         execution: how the loss is computed.
@@ -186,7 +186,7 @@ class Attachment:
         plan: Plan | None,
     ) -> None:
         self.teacher: Teacher | CachedTeacher = teachers.default if isinstance(teachers, Teachers) else teachers
-        self.teachers = teachers.distinct if isinstance(teachers, Teachers) else ()
+        self.teachers = teachers if isinstance(teachers, Teachers) else None
         self.plan = plan
         self.objective = self._of_data = objective.objective
         self.execution = execution
@@ -324,11 +324,11 @@ class Attachment:
     @property
     def needs_sources(self) -> bool:
         """Whether the last pipeline stage needs `sources`: for weights by source, or for several teachers."""
-        return bool(self.objective.sources) or len(self.teachers) > 1
+        return bool(self.objective.sources) or (self.teachers is not None and len(self.teachers.distinct) > 1)
 
     @property
     def teachers_of_rows(self) -> torch.Tensor | None:
-        """[b] int64, positions in `teachers` of the last micro-batch's sequences, on the last stage; None: of one."""
+        """[b] int64, positions in `Teachers.distinct` for the last micro-batch, on the last stage; None with one."""
         return self._passes.numbers if self._passes is not None else None
 
     @property

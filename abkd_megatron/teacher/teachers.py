@@ -48,6 +48,15 @@ class Teachers:
                 found.append(teacher)
         return tuple(found)
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the `distinct` teachers in messages."""
+        names = ["the teacher"]
+        for teacher in self.distinct[1:]:
+            sources = sorted(source for of_one, other in self.of_sources if other is teacher for source in of_one)
+            names.append(f"the teacher of {'sources' if len(sources) > 1 else 'source'} {', '.join(map(str, sources))}")
+        return names
+
     def numbers(self, sources: Tensor) -> Tensor:
         """Return the teachers of sequences, [b] int64, as positions in `distinct`.
 

@@ -46,7 +46,6 @@ from abkd_megatron.losses import AlphaBeta, Divergence, ToDi
 from abkd_megatron.student import cached, head, plan, step
 from abkd_megatron.student.attach import Attachment
 from abkd_megatron.teacher import runner
-from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.layout import RankCoords
 from abkd_megatron.tools import meta_cache, meta_layers
@@ -178,8 +177,8 @@ class _Watch:
         ledger, attachment = self._ledger, forward_step.attachment
         student = [parameter for chunk in model for parameter in chunk.parameters()]
         teacher: list[Tensor] = []
-        if isinstance(attachment.teacher, Teacher):
-            teacher = [*attachment.teacher.parameters(), *attachment.teacher.stored]
+        if attachment.teachers is not None:
+            teacher = [it for of in attachment.teachers.distinct for it in (*of.parameters(), *of.stored)]
         ledger.assign_rest(OPTIMIZER, kept=())
         ledger.assign((it.main_grad for it in student if hasattr(it, "main_grad")), GRADIENTS)
         ledger.assign((it.grad for it in student if it.grad is not None), GRADIENTS)
