@@ -61,6 +61,21 @@ def digest(tokens: Tensor) -> Tensor:
     return (mixed ^ (mixed >> 32)).sum()
 
 
+def sums_by_teacher(losses: Tensor, counted: Tensor, numbers: Tensor, num_teachers: int) -> Tensor:
+    """Return (sum of losses, number of tokens) of each teacher's sequences, [K, 2] fp64. Does not synchronize.
+
+    Args:
+        losses: [b, s].
+        counted: [b, s], 1 where a token counts, else 0.
+        numbers: [b] int64, the teacher of each sequence.
+        num_teachers: K.
+    """
+    of_tokens = torch.where(counted == 0, 0.0, counted.double() * losses)
+    of_rows = torch.stack([of_tokens.sum(dim=1), counted.double().sum(dim=1)], dim=1)
+    its_rows = numbers == torch.arange(num_teachers, device=numbers.device).unsqueeze(-1)
+    return torch.where(its_rows.unsqueeze(-1), of_rows, 0.0).sum(dim=1)
+
+
 def check_batch(student: Sequence[Digest | None], teacher: Sequence[Digest | None] | None) -> None:
     """Reject a step in which tensor-parallel ranks, or the two models, got different tokens.
 

@@ -11,7 +11,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
 from abkd_megatron.errors import on_every_rank
-from abkd_megatron.preflight.first_step import Observed, digest
+from abkd_megatron.preflight.first_step import Observed, digest, sums_by_teacher
 from abkd_megatron.preflight.models import Models
 from abkd_megatron.preflight.rules import CHECKSUMS, FIRST_STEP_CHECKS, MODEL_CHECKS, run_checks
 from abkd_megatron.student.attach import Attachment
@@ -150,16 +150,13 @@ class FirstStep:
                 self._losses_of_teachers = losses + (before if before is not None else 0.0)
 
     def _teacher_losses(self) -> Tensor:
-        """Return each teacher's cross entropy on the last micro-batch, [K, 2]: sum over its tokens, their number."""
+        """Return each teacher's cross entropy on the last micro-batch, see `sums_by_teacher`."""
         report, mask = self._attachment.report, self._attachment.loss_mask
         numbers = self._attachment.teachers_of_rows
         assert report is not None and mask is not None and numbers is not None
         tokens = self._objective.tokens
         counted = mask.double() * (report[SELECTED] if tokens is not None and tokens.by_position else 1.0)
-        losses = torch.where(counted == 0, 0.0, counted * report["teacher lm loss"])
-        of_rows = torch.stack([losses.sum(dim=1), counted.sum(dim=1)], dim=1)
-        its_rows = numbers == torch.arange(len(self._teachers), device=numbers.device).unsqueeze(-1)
-        return torch.where(its_rows.unsqueeze(-1), of_rows, 0.0).sum(dim=1)
+        return sums_by_teacher(report["teacher lm loss"], counted, numbers, len(self._teachers))
 
     def _note_tokens(self, who: str) -> Callable[..., None]:
         signature = inspect.signature(self._models[who].forward)

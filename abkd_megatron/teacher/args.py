@@ -138,9 +138,18 @@ class OtherTeacher:
         Raises:
             AbkdError: naming the teacher.
         """
+        args, model = self.arguments(megatron, student, host)
+        return replace(self, args=args, model=model, checkpoint=self.checkpoint_here(megatron))
+
+    def arguments(self, megatron: Mapping[str, Any], student: Namespace, host: str) -> tuple[Namespace, ModelConfig]:
+        """Return its arguments and model, see `teacher_arguments`."""
         with self.named():
-            args, model = teacher_arguments(megatron, self.config.teacher.megatron, student, host)
-            return replace(self, args=args, model=model, checkpoint=open_teacher(self.config, megatron))
+            return teacher_arguments(megatron, self.config.teacher.megatron, student, host)
+
+    def checkpoint_here(self, megatron: Mapping[str, Any]) -> TeacherCheckpoint:
+        """Open its checkpoint, see `open_teacher`."""
+        with self.named():
+            return open_teacher(self.config, megatron)
 
 
 def other_teachers(config: Config, student: Namespace) -> list[OtherTeacher]:
