@@ -44,7 +44,13 @@ from abkd_megatron.data.prepare import data_arguments
 from abkd_megatron.errors import ConfigError, from_rank_0, on_every_rank
 from abkd_megatron.hosts.add_cache import add_cache, with_records
 from abkd_megatron.hosts.add_teacher import add_teacher
-from abkd_megatron.hosts.batches import CountedTokens, Packing, get_batch, train_valid_test_datasets_provider
+from abkd_megatron.hosts.batches import (
+    SOURCES_ON_HOST,
+    CountedTokens,
+    Packing,
+    get_batch,
+    train_valid_test_datasets_provider,
+)
 from abkd_megatron.hosts.evaluation import BestCheckpoint, evaluate_first
 from abkd_megatron.hosts.held_out import SET, HeldOut, check_rows, number_of_rows
 from abkd_megatron.preflight.rules import EVENT_FILES, FOLDER_CHECKS, STUDENT_CHECKS, Setup, run_checks
@@ -266,6 +272,8 @@ class _ForwardStep:
         sets = ValidationSets(self.sets, batch[SET]) if batch[SET] is not None else None
         if attachment is not None:
             attachment.sources, attachment.validation_sets = batch["dataset_id"], sets
+            if attachment.passes is not None:
+                attachment.passes.sources_on_host = batch[SOURCES_ON_HOST]
             if cache is not None and is_last:
                 cache.packed = batch[RECORDS]
         timers("batch-generator").stop()

@@ -152,10 +152,10 @@ class FirstStep:
     def _teacher_losses(self) -> Tensor:
         """Return each teacher's cross entropy on the last micro-batch, see `sums_by_teacher`."""
         report, mask = self._attachment.report, self._attachment.loss_mask
-        numbers = self._attachment.teachers_of_rows
-        assert report is not None and mask is not None and numbers is not None
-        tokens = self._objective.tokens
+        assert report is not None and mask is not None and self._attachment.passes is not None
+        numbers, tokens = self._attachment.passes.numbers, self._objective.tokens
         counted = mask.double() * (report[SELECTED] if tokens is not None and tokens.by_position else 1.0)
+        assert numbers is not None
         return sums_by_teacher(report["teacher lm loss"], counted, numbers, len(self._teachers))
 
     def _note_tokens(self, who: str) -> Callable[..., None]:

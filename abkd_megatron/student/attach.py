@@ -156,6 +156,7 @@ class Attachment:
     Attributes:
         teacher: the frozen teacher's share of this rank, or a cache; of several teachers the default.
         teachers: all of them; None with a cache.
+        passes: of the teachers; None with a cache.
         plan: how the loss is computed, the same on every rank of the job.
         objective: what the student is trained on, in the current step.
         execution: how the loss is computed.
@@ -206,7 +207,7 @@ class Attachment:
         self._vocab_size = vocab_size
         self._tp_group = pg_collection.tp
         self._cp_group: dist.ProcessGroup | None = getattr(pg_collection, "cp", None)
-        self._passes = TeacherPasses(chunks, teachers, timeout) if isinstance(teachers, Teachers) else None
+        self.passes = TeacherPasses(chunks, teachers, timeout) if isinstance(teachers, Teachers) else None
         self._is_single_stage = chunks[0].pre_process and chunks[0].post_process
         self._signature = inspect.signature(chunks[0].forward)
         # The first chunk sees its micro-batches in order, and so does the last one; other chunks may run in between.
@@ -242,11 +243,13 @@ class Attachment:
                 observer.begin(is_first=progress.iteration == progress.samples == 0)
         is_new = progress != self.progress and (training or self.progress is None)
         if is_new:
-            for of in (self._passes, self._hidden):
+            for of in (self.passes, self._hidden):
                 if of is not None:
                     of.drain()
             if self._mixing is not None:
                 self._mixing.begin(progress.iteration)
+            if self.passes is not None:
+                self.passes.num_steps += training
             self.progress = progress
             self._of_data = self._scheduled_objective.at(progress)
             self.scheduled = self._scheduled_objective.values(progress)
@@ -273,8 +276,8 @@ class Attachment:
             hook.remove()
         if self._hidden is not None:
             self._hidden.remove()
-        if self._passes is not None:
-            self._passes.close()
+        if self.passes is not None:
+            self.passes.close()
 
     def loss_func(
         self, loss_mask: torch.Tensor, output_tensor: torch.Tensor, checks: LossChecks | None = None
@@ -294,7 +297,7 @@ class Attachment:
             self._selected_only,
             self.hidden or {},
             self.scheduled,
-            self._passes.pop_seconds if self._passes is not None else lambda: None,
+            self.passes.pop_seconds if self.passes is not None else lambda: None,
             self._pop_tensors(),
         )
         loss, num_tokens, logged = masked_loss(loss_mask, output_tensor, report, checks, self.validation_sets)
@@ -327,24 +330,19 @@ class Attachment:
         return bool(self.objective.sources) or (self.teachers is not None and len(self.teachers.distinct) > 1)
 
     @property
-    def teachers_of_rows(self) -> torch.Tensor | None:
-        """[b] int64, positions in `Teachers.distinct` for the last micro-batch, on the last stage; None with one."""
-        return self._passes.numbers if self._passes is not None else None
-
-    @property
     def max_queued_microbatches(self) -> int:
         """Peak of micro-batches whose teacher hidden states waited here: 1, or a group of virtual pipeline stages."""
-        return self._passes.max_queued_microbatches if self._passes is not None else 0
+        return self.passes.max_queued_microbatches if self.passes is not None else 0
 
     @property
     def max_queued_bytes(self) -> int:
         """Peak of their bytes; of a teacher s * b * H / (TP if sequence parallel) numbers per micro-batch."""
-        return self._passes.max_queued_bytes if self._passes is not None else 0
+        return self.passes.max_queued_bytes if self.passes is not None else 0
 
     @property
     def num_in_flight(self) -> int:
         """Number of the teacher's messages that this rank has started and that are not known to have arrived."""
-        return sum(of.num_in_flight for of in (self._passes, self._hidden) if of is not None)
+        return sum(of.num_in_flight for of in (self.passes, self._hidden) if of is not None)
 
     @property
     def hidden(self) -> dict[str, tuple[float, torch.Tensor]] | None:
@@ -370,8 +368,8 @@ class Attachment:
             raise ConfigError(
                 "schedules and mixed sequences need the training progress: call attachment.on_step() before each step"
             )
-        if self._passes is not None:
-            self._passes.run(batch, self._mixing.next(batch) if self._mixing is not None else None)
+        if self.passes is not None:
+            self.passes.run(batch, self._mixing.next(batch) if self._mixing is not None else None)
 
     def _head_context(self, args: tuple, kwargs: dict[str, Any]) -> TeacherOutput | CachedBatch | None:
         """Return the teacher's side of the next micro-batch's loss; None where the model was called for logits."""
@@ -379,8 +377,8 @@ class Attachment:
             return None
         if isinstance(self.teacher, CachedTeacher):
             return self.teacher.take()
-        assert self._passes is not None
-        return self._passes.take(self.sources)
+        assert self.passes is not None
+        return self.passes.take(self.sources)
 
     def _logits_are_wanted(self, batch: dict[str, Any]) -> bool:
         """Return whether the model was called for logits: a single pipeline stage without labels, or `paused`."""

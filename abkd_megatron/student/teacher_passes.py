@@ -22,7 +22,7 @@ from abkd_megatron.teacher.teachers import Teachers
 
 
 class TeacherPasses:
-    """Runs every teacher once per micro-batch, one after another.
+    """Runs every teacher once per micro-batch, one after another, or those that a micro-batch needs.
 
     Args:
         chunks: the student's model chunks on this rank.
@@ -32,6 +32,11 @@ class TeacherPasses:
     Attributes:
         numbers: [b], the teachers of the last micro-batch's sequences, see `Teachers.numbers`, on the last pipeline
             stage; None with one teacher.
+        num_steps: training steps begun. In the first one all teachers run, so that it shows the memory of the run and
+            its checks see all of them.
+        sources_on_host: dataset of each sequence of the next micro-batch, where the host knows it, the same on all
+            ranks of the tensor- and context-parallel groups. Then teachers that no sequence needs do not run, if
+            `TeacherRunners.is_local`. The pass takes it.
         max_queued_microbatches: see `Attachment`.
         max_queued_bytes: see `Attachment`.
 
@@ -40,22 +45,28 @@ class TeacherPasses:
 
     def __init__(self, chunks: Sequence[Model], teachers: Teachers, timeout: timedelta) -> None:
         self.numbers: Tensor | None = None
+        self.num_steps = 0
+        self.sources_on_host: Sequence[int] | None = None
         self.max_queued_microbatches = self.max_queued_bytes = 0
         self._teachers = teachers
         self._runners = TeacherRunners(chunks, teachers.distinct, timeout)
-        self._waiting: deque[list[Tensor]] = deque()
+        self._waiting: deque[dict[int, Tensor]] = deque()
         # Only where the loss is reported.
         self._timer = PassTimer(next(chunks[-1].parameters()).device) if chunks[-1].post_process else None
 
     def run(self, batch: Mapping[str, Any], draw: Callable[[int, int], Draw | None] | None) -> None:
         """Run this rank's stage of every teacher on its share of the next micro-batch; see `TeacherRunner.run`."""
         measured = self._timer.measure() if self._timer and torch.is_grad_enabled() else nullcontext()
+        sources, self.sources_on_host = self.sources_on_host, None
+        needed = None
+        if sources is not None and self.num_steps > 1 and self._runners.is_local:
+            needed = self._teachers.needed(sources)
         with measured, torch.no_grad():
-            hidden_states = self._runners.run(batch, draw)
-        if hidden_states is not None:
+            hidden_states = self._runners.run(batch, draw, needed)
+        if hidden_states:
             self._waiting.append(hidden_states)
             self.max_queued_microbatches = max(self.max_queued_microbatches, len(self._waiting))
-            size = sum(hidden.nbytes for waiting in self._waiting for hidden in waiting)
+            size = sum(hidden.nbytes for waiting in self._waiting for hidden in waiting.values())
             self.max_queued_bytes = max(self.max_queued_bytes, size)
 
     def take(self, sources: Tensor | None) -> TeacherOutput:

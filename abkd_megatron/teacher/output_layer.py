@@ -3,7 +3,7 @@
 Legend: s sequence, b micro-batch, h hidden size, V/TP vocabulary columns of a rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -83,13 +83,15 @@ class OutputLayers:
 
     parts: tuple[OutputLayer, ...]
     """Of each teacher, for all sequences."""
+    teachers: tuple[int, ...]
+    """The number of each part's teacher."""
     numbers: Tensor
-    """[b] int64, the position in `parts` of each sequence's teacher."""
+    """[b] int64, the number of each sequence's teacher."""
 
     def logits(self) -> Tensor:
         """Compute logits, [s, b, V/TP], each sequence's from its own teacher. Those of one more teacher exist."""
         logits = self.parts[0].logits()
-        for number, part in enumerate(self.parts[1:], 1):
+        for number, part in zip(self.teachers[1:], self.parts[1:], strict=True):
             torch.where((self.numbers == number).unsqueeze(-1), part.logits(), logits, out=logits)
         return logits
 
@@ -100,13 +102,13 @@ class OutputLayers:
         """
         numbers = self.numbers[rows % len(self.numbers)].unsqueeze(-1)
         logits = self.parts[0].logits_of(rows, tp_group)
-        for number, part in enumerate(self.parts[1:], 1):
+        for number, part in zip(self.teachers[1:], self.parts[1:], strict=True):
             logits = torch.where(numbers == number, part.logits_of(rows, tp_group), logits)
         return logits
 
     def named_hidden_states(self, who: str) -> dict[str, Tensor]:
         """Return each teacher's hidden states by a name that starts with `who`."""
-        return {f"{who} {number} hidden states": part.hidden_states for number, part in enumerate(self.parts)}
+        return {f"{who} {number} hidden states": part.hidden_states for number, part in self._numbered()}
 
     def operands(self, tp_group: dist.ProcessGroup) -> list[tuple[Tensor, Tensor, float]]:
         """Return hidden states, weight and scale of each teacher; the sum of their products are the logits.
@@ -116,11 +118,14 @@ class OutputLayers:
         Collectives: with sequence parallelism one all-gather per teacher.
         """
         found = []
-        for number, part in enumerate(self.parts):
+        for number, part in self._numbered():
             hidden = part.whole_hidden_states(tp_group)
             own = torch.where((self.numbers == number).unsqueeze(-1), hidden, 0.0)
             found.append((own, part.weight, part.scale()))
         return found
+
+    def _numbered(self) -> Iterator[tuple[int, OutputLayer]]:
+        return zip(self.teachers, self.parts, strict=True)
 
 
 TeacherOutput: TypeAlias = OutputLayer | OutputLayers  # noqa: UP040 (isinstance takes no `type`)

@@ -370,6 +370,12 @@ class TeacherRunner:
         return sum(channel.num_in_flight for channel in self._channels())
 
 
+def _is_local(teacher: Teacher) -> bool:
+    config = teacher.model.config
+    tensor = config.expert_tensor_parallel_size in (None, config.tensor_model_parallel_size)
+    return teacher.layout.matches_student and config.expert_model_parallel_size == 1 and tensor
+
+
 class TeacherRunners:
     """Runs several teachers of one student, one after another, on each micro-batch.
 
@@ -381,6 +387,10 @@ class TeacherRunners:
         teachers: this rank's share of each.
         timeout: for messages.
 
+    Attributes:
+        is_local: whether a pass concerns no ranks but those of the student's tensor- and context-parallel groups, which
+            have the same sequences. They may leave a teacher out.
+
     Collectives: those of each `TeacherRunner`.
     """
 
@@ -388,21 +398,30 @@ class TeacherRunners:
         self._outbox = Outbox(chunks[0].config, self._post_ahead)
         self._runners = [TeacherRunner(chunks, teacher, self._outbox, timeout) for teacher in teachers]
         self._has_stages = teachers[0].layout.student_stages > 1
+        self.is_local = not self._has_stages and all(_is_local(teacher) for teacher in teachers)
         self._watch()
 
     def run(
-        self, batch: Mapping[str, Any], draw: Callable[[int, int], Draw | None] | None = None
-    ) -> list[torch.Tensor] | None:
-        """Run this rank's stage of every teacher, see `TeacherRunner.run`.
+        self,
+        batch: Mapping[str, Any],
+        draw: Callable[[int, int], Draw | None] | None = None,
+        needed: Sequence[int] | None = None,
+    ) -> dict[int, torch.Tensor]:
+        """Run this rank's stage of the teachers, see `TeacherRunner.run`.
+
+        Args:
+            batch: arguments of the student's forward on this micro-batch.
+            draw: what it is mixed with.
+            needed: positions of the teachers to run; None for all. Only with `is_local`.
 
         Returns:
-            On the student's last stage, each teacher's last hidden states. None on other stages.
+            On the student's last stage, the last hidden states of each teacher that has run, by its position.
         """
         self._outbox.release()  # needed by schedules without Megatron's P2PCommunicator
         self._watch()
-        found = [runner.run(batch, draw) for runner in self._runners]
-        hidden_states = [hidden for hidden in found if hidden is not None]
-        return hidden_states or None
+        numbers = range(len(self._runners)) if needed is None else needed
+        found = {number: self._runners[number].run(batch, draw) for number in numbers}
+        return {number: hidden for number, hidden in found.items() if hidden is not None}
 
     def _watch(self) -> None:
         if self._has_stages:

@@ -3,7 +3,7 @@
 Legend: s sequence, b micro-batch, H hidden size of a teacher.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -64,18 +64,33 @@ class Teachers:
             sources: [b] int64, the dataset of each sequence.
         """
         numbers = torch.zeros_like(sources)
-        for of_one, teacher in self.of_sources:
-            number = next(at for at, other in enumerate(self.distinct) if other is teacher)
-            for source in of_one if number else ():
-                numbers = torch.where(sources == source, number, numbers)
+        for source, number in self._number_of.items():
+            numbers = torch.where(sources == source, number, numbers)
         return numbers
 
-    def output(self, hidden_states: Sequence[Tensor], numbers: Tensor | None) -> TeacherOutput:
+    def needed(self, sources: Iterable[int]) -> list[int]:
+        """Return the positions in `distinct` of the teachers of some sequences, without duplicates.
+
+        Args:
+            sources: the dataset of each sequence, on the host.
+        """
+        return sorted({self._number_of.get(source, 0) for source in sources})
+
+    @cached_property
+    def _number_of(self) -> dict[int, int]:
+        """Positions in `distinct` by source."""
+        places = {id(teacher): number for number, teacher in enumerate(self.distinct)}
+        return {source: places[id(teacher)] for of_one, teacher in self.of_sources for source in of_one}
+
+    def output(self, hidden_states: Mapping[int, Tensor], numbers: Tensor | None) -> TeacherOutput:
         """Return the output layers applied to the last hidden states of a micro-batch.
 
         Args:
-            hidden_states: of each teacher in `distinct`, [s, b, H] or this rank's part.
+            hidden_states: [s, b, H] or this rank's part, of the teachers that have run, by position in `distinct`.
             numbers: [b], see `numbers`; None with one teacher.
         """
-        parts = tuple(of.output_layer(hidden) for of, hidden in zip(self.distinct, hidden_states, strict=True))
-        return OutputLayers(parts, numbers) if numbers is not None else parts[0]
+        parts = tuple(self.distinct[number].output_layer(hidden) for number, hidden in hidden_states.items())
+        if len(parts) == 1:
+            return parts[0]
+        assert numbers is not None
+        return OutputLayers(parts, tuple(hidden_states), numbers)

@@ -9,6 +9,7 @@ the file REFERENCES; it and jobs of more ranks compare their cases with those. T
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,6 +42,8 @@ class Case:
     select: str | None = None
     weights: bool = False
     """Weights by source, too."""
+    skips: bool = False
+    """The host knows the sources, so that teachers which no sequence of a micro-batch needs do not run."""
 
     @property
     def reference(self) -> tuple[str | None, bool]:
@@ -59,6 +62,8 @@ CASES: dict[int, dict[str, Case]] = {
         "quantile": Case(select="quantile"),
         "quantile, fused": Case(head="fused", select="quantile"),
         "weights, fused": Case(head="fused", weights=True),
+        "skipped": Case(skips=True),
+        "skipped, every third, fused": Case(head="fused", select="every", skips=True),
     },
     2: {
         "TP 2": Case(tp=2),
@@ -70,6 +75,7 @@ CASES: dict[int, dict[str, Case]] = {
         "PP 2 x VPP 2, fused, weights": Case(pp=2, virtual=2, head="fused", weights=True),
         "DP 2, fused": Case(head="fused"),
         "DP 2, weights": Case(weights=True),
+        "DP 2, skipped, fused": Case(head="fused", skips=True),
     },
 }
 
@@ -189,23 +195,30 @@ def train(case: Case) -> dict[str, Any]:
         pg_collection=groups,
     )
     assert attachment.needs_sources and attachment.teacher is first
+    attachment.passes.num_steps = 2 if case.skips else 1
+    passes: Counter[int] = Counter()
+    for number, model in enumerate(of_teachers):
+        model.register_forward_hook(lambda *_, number=number: passes.update([number]))
     given = list(zip(micro_batches(), map(torch.tensor, SOURCES), strict=True))[groups.dp.rank() :: groups.dp.size()]
     for chunk in chunks:
         chunk.zero_grad_buffer()
     reports = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, attachment),
+        forward_step_func=partial(forward_step, attachment, case.skips),
         data_iterator=[iter(given) for _ in chunks] if case.virtual else iter(given),
         model=chunks,
         num_microbatches=len(given),
         seq_length=LENGTH,
         micro_batch_size=ROWS,
     )
-    if groups.pp.rank() + 1 == groups.pp.size():
+    needed = [{TEACHER_OF_SOURCE.get(source, 0) for source in sources.tolist()} for _, sources in given]
+    every = [set(range(len(TEACHERS)))] * len(given)
+    assert passes == Counter(number for of_one in (needed if case.skips else every) for number in of_one)
+    if groups.pp.rank() + 1 == groups.pp.size() and not case.skips:
         # Of each teacher s * b * H numbers, of a rank's part of the sequence, per micro-batch that waits.
         sizes = sum(hidden for _, hidden, _ in TEACHERS) * LENGTH * ROWS * 4 // (2 if case.sequence_parallel else 1)
         assert attachment.max_queued_bytes == attachment.max_queued_microbatches * sizes
         assert attachment.max_queued_microbatches == (case.virtual or 1)
-        assert attachment.teachers_of_rows is not None
+        assert attachment.passes.numbers is not None
     attachment.detach()
     assert [sequences.attributes(chunk) for chunk in student] == before, "detached, the student is what it was"
     losses = {}
@@ -217,11 +230,12 @@ def train(case: Case) -> dict[str, Any]:
 
 
 def forward_step(
-    attachment: Any, batches: Iterator[tuple[MicroBatch, Tensor]], model: torch.nn.Module
+    attachment: Any, skips: bool, batches: Iterator[tuple[MicroBatch, Tensor]], model: torch.nn.Module
 ) -> tuple[Tensor, partial]:
     batch, sources = next(batches)
     first, last = model.module.pre_process, model.module.post_process
     attachment.sources = sources if last else None
+    attachment.passes.sources_on_host = sources.tolist() if skips else None
     output = model(
         batch.tokens if first else None,
         batch.position_ids if first else None,
