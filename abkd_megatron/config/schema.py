@@ -29,23 +29,13 @@ Number = float | Schedule
 DEVICES = ("cuda", "cpu")
 # Keys of `teacher` that are not Megatron arguments.
 TEACHER_KEYS = ("load", "ckpt-step", "declared", "expected-loss", "weights")
-PREFLIGHT = ("teacher_checksums", "teacher_weights", "memory", "gradient", "batch", "teacher_loss")
+PREFLIGHT = ("teacher_checksums", "teacher_weights", "memory", "gradient", "batch", "teacher_loss", "teacher_rounding")
 ON_CHANGE = ("refuse", "warn")
 # Keys at the top, without keys of their own.
 TOP_KEYS = ("device", "teachers")
 SECTIONS = (
-    *(
-        "device",
-        "megatron",
-        "teacher",
-        "teachers",
-        "distillation",
-        "data",
-        "validation",
-        "cache",
-        "generate",
-        "compare",
-    ),
+    *("device", "megatron", "teacher", "teachers", "distillation"),
+    *("data", "validation", "cache", "generate", "compare"),
 )
 LEAST_VOCAB_SIZE = 300
 
@@ -132,7 +122,7 @@ class DistillationConfig:
     """Mix the embeddings of the sequences of a micro-batch, in both models (MixKD): `alpha` of Beta(alpha, alpha)."""
     skip_preflight: list[str] = field(default_factory=list)
     """Checks to skip before the first step: ``teacher_checksums``, ``teacher_weights``, ``memory``, ``gradient``,
-    ``batch``, ``teacher_loss``."""
+    ``batch``, ``teacher_loss``, ``teacher_rounding``."""
     cache: str | None = None
     """Teacher cache to train from, in place of `teacher.load`: the `cache.dir` of the job `cache`."""
     on_policy: OnPolicy | None = None

@@ -16,7 +16,7 @@ from megatron.training import get_args, get_tokenizer, print_rank_0
 
 from abkd_megatron.config.model_config import check_layers_here
 from abkd_megatron.config.rollouts import OnPolicy
-from abkd_megatron.config.schema import Config
+from abkd_megatron.config.schema import PREFLIGHT, Config
 from abkd_megatron.config.unsupported import SCRIPT
 from abkd_megatron.data.indexed import with_positions
 from abkd_megatron.errors import from_rank_0, on_every_rank
@@ -24,6 +24,7 @@ from abkd_megatron.losses.objective import ScheduledObjective
 from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.preflight import run_record
 from abkd_megatron.preflight.live import check_files, check_models
+from abkd_megatron.preflight.rounding import store_and_measure
 from abkd_megatron.preflight.rules import RESUME, TEACHER_CHECKS, Setup, run_checks
 from abkd_megatron.rollouts.own_text import OwnText, Sizes, load_function
 from abkd_megatron.rollouts.sampler import Sampler
@@ -34,7 +35,7 @@ from abkd_megatron.student.step import DistilledStep
 from abkd_megatron.teacher.args import OtherTeacher, open_teacher, other_teachers, teacher_arguments
 from abkd_megatron.teacher.build import Teacher, build_teacher
 from abkd_megatron.teacher.teachers import Teachers
-from abkd_megatron.teacher.weights import DEVICE, store_weights
+from abkd_megatron.teacher.weights import DEVICE
 
 logger = logging.getLogger(__name__)
 
@@ -129,9 +130,10 @@ def add_teacher(
         )
         built = _build_teachers([default, *others], record, student, pg_collection, args.sequence_parallel, timeout)
         tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
+        teachers = Teachers(built[0], tuple(zip((other.sources for other in others), built[1:], strict=True)))
         step.attachment = attach(
             student,
-            Teachers(built[0], tuple(zip((other.sources for other in others), built[1:], strict=True))),
+            teachers,
             scheduled,
             vocab_size=vocab_size,
             pg_collection=pg_collection,
@@ -154,10 +156,12 @@ def add_teacher(
             skip=config.distillation.skip_preflight,
             expected_loss=config.teacher.expected_loss,
         )
-        for of, teacher in zip([default, *others], built, strict=True):
-            if of.config.teacher.weights != DEVICE and not teacher.stored:
-                stored = str(store_weights(teacher, of.config.teacher.weights))
-                print_rank_0(stored if of is default else f"{of.name}: {stored}")
+        skip = PREFLIGHT if args.skip_train else config.distillation.skip_preflight
+        how = {id(teacher): of.config.teacher.weights for of, teacher in zip([default, *others], built, strict=True)}
+        for number, teacher in enumerate(teachers.distinct):
+            if (weights := how[id(teacher)]) != DEVICE:
+                measured = {"vocab_size": vocab_size, "pg_collection": pg_collection, "skip": skip}
+                print_rank_0(str(store_and_measure(student, step.attachment, weights, **measured, number=number)))
         return student
 
     if objective.hidden_losses:

@@ -17,7 +17,7 @@ from abkd_megatron.losses.mixed_sequences import Draw
 from abkd_megatron.student.timer import PassTimer
 from abkd_megatron.teacher.model import Model
 from abkd_megatron.teacher.output_layer import TeacherOutput
-from abkd_megatron.teacher.runner import TeacherRunners
+from abkd_megatron.teacher.runners import TeacherRunners
 from abkd_megatron.teacher.teachers import Teachers
 
 
@@ -87,6 +87,10 @@ class TeacherPasses:
             )
         self.numbers = self._teachers.numbers(sources) if several and sources is not None else None
         return self._teachers.output(self._waiting.popleft(), self.numbers)
+
+    def again(self, batch: Mapping[str, Any], number: int) -> Tensor | None:
+        """Run one teacher's last micro-batch once more; see `TeacherRunner.again`."""
+        return self._runners.again(batch, number)
 
     def pop_seconds(self) -> tuple[float, float] | None:
         """Return (seconds, passes) of the teachers in training on this rank since the last call; see `PassTimer.take`.

@@ -146,6 +146,25 @@ class TeacherRunner:
                 mine = kept if kept is not None else mine
         return self._distribute_results(number, mine, result)
 
+    def again(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
+        """Run the micro-batch of the last call of `run` once more, outside Megatron's schedule; return what `run` does.
+
+        For all ranks at the same time, after a step's last micro-batch. Not with variable_seq_lengths over several
+        pipeline stages, where messages are received within Megatron's.
+
+        Args:
+            batch: as in that call.
+
+        Collectives: those of a pass of the teacher, and its messages, which have left when this returns.
+        """
+        self._outbox.release()
+        self.drain()
+        self._micro_batch -= 1
+        hidden_states = self.run(batch)
+        self._outbox.release()
+        self.drain()
+        return hidden_states
+
     def _extent_of(self, batch: Mapping[str, Any]) -> tuple[int, int]:
         """Return the tokens per sequence on this context-parallel rank, and the number of sequences."""
         if self._student.pre_process:
@@ -368,83 +387,3 @@ class TeacherRunner:
     def num_in_flight(self) -> int:
         """Number of sends from this rank that are not known to be complete."""
         return sum(channel.num_in_flight for channel in self._channels())
-
-
-def _is_local(teacher: Teacher) -> bool:
-    config = teacher.model.config
-    tensor = config.expert_tensor_parallel_size in (None, config.tensor_model_parallel_size)
-    return teacher.layout.matches_student and config.expert_model_parallel_size == 1 and tensor
-
-
-class TeacherRunners:
-    """Runs several teachers of one student, one after another, on each micro-batch.
-
-    Their messages to later stages share one `Outbox` and leave in the order of the teachers, in which the next stage
-    receives them. Each teacher has its own groups, so messages of two teachers cannot be confused.
-
-    Args:
-        chunks: the student's model chunks on this rank.
-        teachers: this rank's share of each.
-        timeout: for messages.
-
-    Attributes:
-        is_local: whether a pass concerns no ranks but those of the student's tensor- and context-parallel groups, which
-            have the same sequences. They may leave a teacher out.
-
-    Collectives: those of each `TeacherRunner`.
-    """
-
-    def __init__(self, chunks: Sequence[Model], teachers: Sequence[Teacher], timeout: timedelta) -> None:
-        self._outbox = Outbox(chunks[0].config, self._post_ahead)
-        self._runners = [TeacherRunner(chunks, teacher, self._outbox, timeout) for teacher in teachers]
-        self._has_stages = teachers[0].layout.student_stages > 1
-        self.is_local = not self._has_stages and all(_is_local(teacher) for teacher in teachers)
-        self._watch()
-
-    def run(
-        self,
-        batch: Mapping[str, Any],
-        draw: Callable[[int, int], Draw | None] | None = None,
-        needed: Sequence[int] | None = None,
-    ) -> dict[int, torch.Tensor]:
-        """Run this rank's stage of the teachers, see `TeacherRunner.run`.
-
-        Args:
-            batch: arguments of the student's forward on this micro-batch.
-            draw: what it is mixed with.
-            needed: positions of the teachers to run; None for all. Only with `is_local`.
-
-        Returns:
-            On the student's last stage, the last hidden states of each teacher that has run, by its position.
-        """
-        self._outbox.release()  # needed by schedules without Megatron's P2PCommunicator
-        self._watch()
-        numbers = range(len(self._runners)) if needed is None else needed
-        found = {number: self._runners[number].run(batch, draw) for number in numbers}
-        return {number: hidden for number, hidden in found.items() if hidden is not None}
-
-    def _watch(self) -> None:
-        if self._has_stages:
-            self._outbox.watch()
-
-    def _post_ahead(self, name: str) -> None:
-        for runner in self._runners:
-            runner.post_ahead(name)
-
-    def drain(self) -> None:
-        """Wait for all sends. Call it only between steps, or in the first forward pass of one."""
-        self._outbox.release()
-        for runner in self._runners:
-            runner.drain()
-
-    def close(self) -> None:
-        """Drain, and restore Megatron's timers."""
-        self.drain()
-        self._outbox.unwatch()
-        for runner in self._runners:
-            runner.close()
-
-    @property
-    def num_in_flight(self) -> int:
-        """Number of sends from this rank that are not known to be complete."""
-        return sum(runner.num_in_flight for runner in self._runners)

@@ -124,9 +124,7 @@ OF_TINY: dict[str, tuple[list[str], list[str]]] = {
             *("data.dir=null", "megatron.tokenizer-type=NullTokenizer", "megatron.vocab-size=400"),
             *("megatron.data-path=[1, a, 1, b]", "teachers=[{sources: [b], load: x}, {sources: [1], load: y}]"),
         ],
-        [
-            r"rejected +teachers: teachers: expected one teacher per source, got teacher of source b and teacher of "
-        ],
+        [r"rejected +teachers: teachers: expected one teacher per source, got teacher of source b and teacher of "],
     ),
     "several values and a layout": (
         ["distillation.temperature=0", "distillation.lm_weight=-1", STAGES, "megatron.num-layers=3"],

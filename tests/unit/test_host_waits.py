@@ -13,6 +13,7 @@ from torch.testing._internal.distributed import fake_pg
 from abkd_megatron import AlphaBeta, ToDi, vocab_parallel_divergence
 from abkd_megatron.cache.record import RecordLayout
 from abkd_megatron.losses import (
+    K3,
     AdaptiveKL,
     ClippedKL,
     JensenShannon,
@@ -52,6 +53,7 @@ LOGIT_LOSSES = [
     Ranking(top_k=5),
     Sinkhorn(group=8),
     Preference(),
+    K3(),
 ]
 
 
@@ -291,7 +293,7 @@ def test_fused_head_on_records(shard, known, select):
 def test_logit_loss(shard, loss, masked):
     def run():
         counted = torch.ones(TOKENS, dtype=torch.bool, device=GPU) if masked else None
-        value = vocab_parallel_logit_loss(logits().requires_grad_(), logits(), loss, shard, 2.0, counted)
+        value = vocab_parallel_logit_loss(logits().requires_grad_(), logits(), loss, shard, 2.0, counted, ints())
         value.sum().backward()
 
     assert_none(run)
