@@ -47,7 +47,11 @@ def test_a_job_trains_with_a_rounded_teacher(workspace: Path, config: Path, teac
         assert ("teacher's layers" in first.output) == (weights != "device")
         found[name] = re.findall(MEASURED, first.output)
     assert losses["host"] == losses["device"] != losses["int8"]
-    for name, steps in (("int8", 2), ("tensor", 1), ("other layout", 2)):  # losses between layers change the second step
+    for name, steps in (
+        ("int8", 2),
+        ("tensor", 1),
+        ("other layout", 2),
+    ):  # losses between layers change the second step
         for mine, theirs in zip(losses[name][:steps], losses["device"][:steps], strict=True):
             assert float(mine) == pytest.approx(float(theirs), rel=2e-2)
     assert found["device"] == found["host"] == []
