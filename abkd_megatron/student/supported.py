@@ -165,6 +165,29 @@ def check_positions(objective: Objective) -> None:
             )
 
 
+def check_several_teachers(objective: Objective, number: int) -> None:
+    """Reject an objective that does not go with several teachers.
+
+    Args:
+        objective: of the job.
+        number: of teachers.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    found = {
+        "hidden_losses": bool(objective.hidden_losses),
+        "mix": objective.mix is not None,
+        "mtp_weight": objective.mtp_weight > 0,
+    }
+    for name, is_on in found.items():
+        if is_on and number > 1:
+            raise ConfigError(
+                f"expected no distillation.{name} with several teachers, which is of one teacher's layers or of mixed "
+                "sequences; remove it, or the section `teachers`"
+            )
+
+
 def check_sources_given(objective: Objective, sources: torch.Tensor | None) -> None:
     """Reject a micro-batch without the datasets of its sequences where weights depend on them.
 
