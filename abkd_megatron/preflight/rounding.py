@@ -57,7 +57,8 @@ def store_and_measure(
     stored = store_weights(attachment.teachers.distinct[number], how, keep_plain=measured)
     if measured:
         shared = min(attachment.objective.shared_vocab or vocab_size, vocab_size)
-        attachment.observers.append(RoundingError(student, attachment, stored, shared, pg_collection.tp, number))
+        # What begins first ends last: `FirstStep` must not see the teacher's further passes.
+        attachment.observers.insert(0, RoundingError(student, attachment, stored, shared, pg_collection.tp, number))
     return stored
 
 
