@@ -137,6 +137,20 @@ MUTATIONS = [
         matrix("VPP"),
     ),
     Mutation(
+        "every sequence has the default teacher",
+        "teacher/teachers.py",
+        "numbers = torch.where(sources == source, number, numbers)",
+        "pass",
+        "tests/host/test_several_teachers.py -k rank",
+    ),
+    Mutation(
+        "other teachers' hidden states in a sequence's logits",
+        "teacher/output_layer.py",
+        "own = torch.where((self.numbers == number).unsqueeze(-1), hidden, 0.0)",
+        "own = hidden",
+        "tests/host/test_several_teachers.py -k rank",
+    ),
+    Mutation(
         "checksums of the teacher's checkpoint not compared",
         "teacher/checksums.py",
         "is not None:\n                    raise CheckpointError(",

@@ -161,7 +161,8 @@ def add_teacher(
         for number, teacher in enumerate(teachers.distinct):
             if (weights := how[id(teacher)]) != DEVICE:
                 measured = {"vocab_size": vocab_size, "pg_collection": pg_collection, "skip": skip}
-                print_rank_0(str(store_and_measure(student, step.attachment, weights, **measured, number=number)))
+                stored = store_and_measure(student, step.attachment, weights, **measured, number=number)
+                print_rank_0(f"{teachers.names[number]}: {stored}" if number else str(stored))
         return student
 
     if objective.hidden_losses:
