@@ -18,6 +18,7 @@ from abkd_megatron.config.schema import Config
 from abkd_megatron.config.unsupported import SCRIPT
 from abkd_megatron.data.indexed import with_positions
 from abkd_megatron.errors import from_rank_0, on_every_rank
+from abkd_megatron.hosts.align import aligner_of
 from abkd_megatron.losses.objective import ScheduledObjective
 from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.preflight import run_record
@@ -71,7 +72,10 @@ def add_teacher(
     with on_every_rank():
         scheduled = objective_of_job(config, args)
         objective = scheduled.objective
-        teacher_args, teacher_config = teacher_arguments(megatron, config.teacher.megatron, args, host)
+        own_tokens = objective.cross_tokenizer is not None
+        teacher_args, teacher_config = teacher_arguments(
+            megatron, config.teacher.megatron, args, host, cross_tokenizer=own_tokens
+        )
         check_layers_here(teacher_config, "teacher")
         checkpoint = open_teacher(config, megatron)
         setup = Setup(
@@ -85,7 +89,9 @@ def add_teacher(
             execution=execution,
         )
         findings = run_checks(TEACHER_CHECKS, setup)
+        aligner = aligner_of(get_tokenizer(), teacher_args) if own_tokens else None
     step = DistilledStep(forward_step, MegatronHost(), needs_input_ids=objective.shares_part_of(vocab_size))
+    step.aligner = aligner
 
     def recorded() -> dict[str, Any]:
         run_checks([RESUME], setup)
@@ -124,7 +130,12 @@ def add_teacher(
         check_files(checkpoint, config.distillation.skip_preflight)
         tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
         teacher = build_teacher(
-            teacher_config, checkpoint, pg_collection, sequence_parallel=args.sequence_parallel, timeout=timeout
+            teacher_config,
+            checkpoint,
+            pg_collection,
+            sequence_parallel=args.sequence_parallel,
+            timeout=timeout,
+            vocab_size=teacher_args.vocab_size if own_tokens else None,
         )
         step.attachment = attach(
             student,

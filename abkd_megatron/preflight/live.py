@@ -102,7 +102,10 @@ class FirstStep:
         self._models: dict[str, Model] = {"student": unwrap_model(models.student[0])}
         if isinstance(teacher, Teacher):
             self._groups["teacher"], self._models["teacher"] = teacher.pg_collection.tp, teacher.model
-        self._vocab_size = models.vocab_size
+        own_vocabulary = teacher.vocab_size if isinstance(teacher, Teacher) else None
+        self._vocab_size = own_vocabulary or models.vocab_size
+        # With its own tokens it is not given the student's.
+        self._compares_tokens = own_vocabulary is None
         self._skip = skip
         self._expected_loss = expected_loss
         self._watching = self._is_over = False
@@ -177,7 +180,9 @@ class FirstStep:
             teacher_loss = None
         observed = Observed(
             student=[digests.get("student") for digests, _ in ranks],
-            teacher=[digests.get("teacher") for digests, _ in ranks] if "teacher" in self._models else None,
+            teacher=[digests.get("teacher") for digests, _ in ranks]
+            if "teacher" in self._models and self._compares_tokens
+            else None,
             teacher_loss=teacher_loss,
             kd_loss=kd_loss,
             vocab_size=self._vocab_size,

@@ -55,7 +55,8 @@ def check_weights(models: Models) -> None:
         CheckpointError: with the first such tensor.
     """
     assert isinstance(models.attachment.teacher, Teacher)
-    if wrong := wrong_weights(models.attachment.teacher, models.vocab_size, models.tp_group):
+    size = models.attachment.teacher.vocab_size or models.vocab_size
+    if wrong := wrong_weights(models.attachment.teacher, size, models.tp_group):
         more = f", and {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
         raise CheckpointError(
             f"expected trained weights of the teacher, got {wrong[0]} on rank {dist.get_rank()}{more}; give "
@@ -116,7 +117,9 @@ def bytes_of_logits(last: Model, attachment: Attachment, tokens: int) -> int:
     objective, plan, weight = attachment.objective, attachment.plan, next(last.parameters())
     assert plan is not None
     every = objective.tokens.n if objective.tokens is not None and objective.tokens.n is not None else 1
-    rows = (1 if attachment.execution.gradient_in_place else 2) * tokens + tokens // every
+    # A teacher with another tokenizer has its logits before the student's, and another number of them.
+    compared = tokens // every if objective.cross_tokenizer is None else 0
+    rows = (1 if attachment.execution.gradient_in_place else 2) * tokens + compared
     if plan.chunk_tokens is not None:
         rows = 2 * min(plan.chunk_tokens, tokens)
     size: int = rows * last.output_layer.output_size_per_partition * weight.element_size()

@@ -15,11 +15,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
 from abkd_megatron import kernels
+from abkd_megatron.data.aligned_text import AlignedText
 from abkd_megatron.errors import ConfigError, HostError, on_every_rank
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.student.ahead import AheadLosses
-from abkd_megatron.student.cached import CachedBatch, CachedTeacher, compute_cached_loss
+from abkd_megatron.student.cached import CachedBatch, CachedTeacher, compute_cached_loss, selected_only
+from abkd_megatron.student.chunked import OF_CHUNKS, ChunkedBatch, Sums, compute_chunked_loss, side_of, teacher_batch
 from abkd_megatron.student.head import compute_loss, positions_of
 from abkd_megatron.student.hidden import HiddenLosses, Layers, check_pairs, layers_of_stages
 from abkd_megatron.student.mixing import Mixing
@@ -27,6 +29,7 @@ from abkd_megatron.student.plan import Plan, agree, propose_plan
 from abkd_megatron.student.report import CACHED, LossChecks, Report, StepObserver, ValidationSets, masked_loss
 from abkd_megatron.student.supported import (
     check_cacheable,
+    check_own_vocabulary,
     check_positions,
     check_predictions_ahead,
     check_shared_vocab,
@@ -44,8 +47,6 @@ from abkd_megatron.teacher.output_layer import OutputLayer
 from abkd_megatron.teacher.runner import TeacherRunner
 from abkd_megatron.vocab_parallel import VocabShard
 from abkd_megatron.vocab_parallel.execution import Execution
-from abkd_megatron.vocab_parallel.teacher_records import BUCKETED_KL, SAMPLED_KL
-from abkd_megatron.vocab_parallel.terms import METRICS
 
 
 def attach(
@@ -99,6 +100,7 @@ def attach(
     with on_every_rank():
         check_shared_vocab(objective, vocab_size, pg_collection.cp.size())
         check_tokens(objective, vocab_size)
+        check_own_vocabulary(objective, teacher)
         if isinstance(teacher, CachedTeacher):
             check_cacheable(scheduled, teacher.layout.draws)
         execution = (execution or Execution()).resolve(scheduled)
@@ -164,6 +166,7 @@ class Attachment:
         sources: [b] int64, dataset of each sequence of the next micro-batch, on the last pipeline stage. Set it before
             the model runs if the objective has weights by source; the model's forward takes it.
         validation_sets: of the rows of the last micro-batch, for its report; None for none.
+        text: of the next micro-batch, in the tokens of a teacher with another tokenizer. Set it before the model runs.
         lm_weights, kd_weights: [b, s] of the next micro-batch, by which its tokens' terms are multiplied; taken alike.
         max_queued_microbatches: peak number of micro-batches whose teacher hidden states waited for the student here.
             1 without virtual pipeline stages; else Megatron's microbatch_group_size_per_vp_stage.
@@ -197,10 +200,12 @@ class Attachment:
         self.loss_mask: torch.Tensor | None = None
         self.sources: torch.Tensor | None = None
         self.validation_sets: ValidationSets | None = None
+        self.text: AlignedText | None = None
         self.lm_weights: torch.Tensor | None = None
         self.kd_weights: torch.Tensor | None = None
         self.max_queued_microbatches = self.max_queued_bytes = 0
         self._tensors: dict[str, torch.Tensor] = {}
+        self._sums: Sums = {}
         self._vocab_size = vocab_size
         self._tp_group = pg_collection.tp
         self._cp_group: dist.ProcessGroup | None = getattr(pg_collection, "cp", None)
@@ -294,7 +299,8 @@ class Attachment:
         assert self.report is not None
         report = Report(
             self.report,
-            self._selected_only,
+            selected_only(self.teacher, self.objective, self.execution.diagnostics and not torch.is_grad_enabled()),
+            self._sums,
             self.hidden or {},
             self.scheduled,
             self._pop_teacher_seconds,
@@ -304,16 +310,6 @@ class Attachment:
         for observer in self.observers if not self.is_own_text else ():
             observer.note_losses(logged)
         return loss, num_tokens, logged
-
-    @property
-    def _selected_only(self) -> tuple[str, ...]:
-        """The names in `report` that are means over the selected tokens."""
-        tokens = self.objective.tokens
-        if isinstance(self.teacher, CachedTeacher):
-            some = self.teacher.on_miss == "lm" or (tokens is not None and tokens.by_position)
-            return (*METRICS, BUCKETED_KL, SAMPLED_KL) if some else ()
-        of_all = self.execution.diagnostics and not torch.is_grad_enabled()  # a diagnosis is of all tokens
-        return METRICS if tokens is not None and tokens.by_position and not of_all else ()
 
     def _pop_tensors(self) -> dict[str, torch.Tensor]:
         """Return both models' last hidden states of the last micro-batch, and forget them.
@@ -363,6 +359,8 @@ class Attachment:
             )
         if self._runner is None:
             return
+        if self.objective.cross_tokenizer is not None:
+            batch = teacher_batch(self.text)
         measured = self._timer.measure() if self._timer and torch.is_grad_enabled() else nullcontext()
         with measured, torch.no_grad():
             draw = self._mixing.next(batch) if self._mixing is not None else None
@@ -372,13 +370,14 @@ class Attachment:
             self.max_queued_microbatches = max(self.max_queued_microbatches, len(self._waiting))
             self.max_queued_bytes = max(self.max_queued_bytes, sum(hidden.nbytes for hidden in self._waiting))
 
-    def _head_context(self, args: tuple, kwargs: dict[str, Any]) -> OutputLayer | CachedBatch | None:
+    def _head_context(self, args: tuple, kwargs: dict[str, Any]) -> OutputLayer | CachedBatch | ChunkedBatch | None:
         """Return the teacher's side of the next micro-batch's loss; None where the model was called for logits."""
         if self._logits_are_wanted(self._signature.bind_partial(*args, **kwargs).arguments):
             return None
         if isinstance(self.teacher, CachedTeacher):
             return self.teacher.take()
-        return self.teacher.output_layer(self._waiting.popleft())
+        text, self.text = self.text, None
+        return side_of(self.teacher, self._waiting.popleft(), text, self._tp_group)
 
     def _logits_are_wanted(self, batch: dict[str, Any]) -> bool:
         """Return whether the model was called for logits: a single pipeline stage without labels, or `paused`."""
@@ -393,7 +392,7 @@ class Attachment:
         labels: torch.Tensor,
         loss_mask: torch.Tensor | None,
         input_ids: torch.Tensor | None,
-        context: OutputLayer | CachedBatch,
+        context: OutputLayer | CachedBatch | ChunkedBatch,
         compute_language_model_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         scale_logits: Callable[[torch.Tensor], torch.Tensor],
         packed_seq_params: PackedSeqParams | None = None,
@@ -402,8 +401,9 @@ class Attachment:
         """Compute the per-token loss [b, s] from both models' hidden states; see `process_output`."""
         self.loss_mask = loss_mask
         self._tensors = {"student hidden states": hidden_states.detach()}
-        if isinstance(context, OutputLayer):
-            self._tensors["teacher hidden states"] = context.hidden_states
+        if not isinstance(context, CachedBatch):
+            theirs = context.teacher if isinstance(context, ChunkedBatch) else context
+            self._tensors["teacher hidden states"] = theirs.hidden_states
         student = OutputLayer(hidden_states, output_layer, output_weight, scale_logits)
         sources, self.sources = self.sources, None
         own_weights = [it.transpose(0, 1) if it is not None else None for it in (self.kd_weights, self.lm_weights)]
@@ -428,7 +428,10 @@ class Attachment:
             if self._ahead is not None:
                 assert isinstance(context, OutputLayer)
                 student = self._ahead.add(student, context, self.objective, packed_seq_params, of_tokens)
-            if isinstance(context, CachedBatch):
+            if isinstance(context, ChunkedBatch):
+                of_chunks = {name: of_tokens[name] for name in OF_CHUNKS}
+                loss, self._sums = compute_chunked_loss(student, context, self.objective, **of_chunks)
+            elif isinstance(context, CachedBatch):
                 loss = compute_cached_loss(student, context, self.objective, **of_tokens)
             else:
                 read = input_ids.transpose(0, 1) if input_ids is not None else None

@@ -19,6 +19,7 @@ from abkd_megatron.config.unsupported import MODEL, check_features
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.student.added import check_scaling
+from abkd_megatron.student.cached import CachedTeacher
 from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.model import Model, pattern_of_model, takes_output_processor
 from abkd_megatron.vocab_parallel.teacher_records import check_recorded
@@ -138,6 +139,27 @@ def check_mixed_batches(objective: Objective, args: Namespace) -> None:
             )
 
 
+def check_own_vocabulary(objective: Objective, teacher: Teacher | CachedTeacher) -> None:
+    """Reject a teacher with its own vocabulary without a loss of chunks, and such a loss without one, or in a layout.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    size = teacher.vocab_size if isinstance(teacher, Teacher) else None
+    if (objective.cross_tokenizer is None) != (size is None):
+        raise ConfigError(
+            f"expected Objective(cross_tokenizer=...) and a Teacher with its own vocab_size, or neither, got "
+            f"{objective.cross_tokenizer} and {size}; give both, or remove one"
+        )
+    if size is not None:
+        assert isinstance(teacher, Teacher)
+        if teacher.layout.student_stages > 1 or not teacher.layout.matches_student:
+            raise ConfigError(
+                "cross_tokenizer is not supported over pipeline stages or with independent teacher parallelism: its "
+                "messages have the student's length; use one stage, and the student's tensor parallelism"
+            )
+
+
 def check_sharded_output(layer: torch.nn.Module, who: str) -> None:
     """Reject an output layer that gathers its logits over the tensor-parallel ranks.
 
@@ -230,7 +252,7 @@ def check_student(chunks: Sequence[Model], teacher: Teacher | None) -> None:
         assert teacher.head is not None
         check_sharded_output(teacher.head, "teacher")
         ours, theirs = last.output_layer.output_size_per_partition, teacher.head.output_size_per_partition
-        if ours != theirs:
+        if ours != theirs and teacher.vocab_size is None:
             raise ConfigError(
                 f"student and teacher must pad the vocabulary alike: {ours} columns per rank against {theirs}; "
                 "give both configs the same vocab_size, or make_vocab_size_divisible_by"

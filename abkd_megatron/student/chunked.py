@@ -1,0 +1,147 @@
+"""Loss of a student whose teacher has another tokenizer: chunk likelihoods, from the cross entropies of both models.
+
+Each rank has its columns of each model's logits, and the ranks exchange a few numbers per token, as for any loss here.
+The teacher's logits are freed before the student's exist.
+
+Legend: s tokens of the student, t of the teacher, b micro-batch.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from abkd_megatron.data.aligned_text import AlignedText
+from abkd_megatron.errors import ConfigError
+from abkd_megatron.losses.chunks import CUT_OFF, ChunkLosses, chunk_losses
+from abkd_megatron.losses.objective import Objective
+from abkd_megatron.student.head import Loss, sum_of, weights_of_terms
+from abkd_megatron.teacher.build import Teacher
+from abkd_megatron.teacher.output_layer import OutputLayer
+from abkd_megatron.vocab_parallel import DistillationTerms, VocabShard, vocab_parallel_distillation
+from abkd_megatron.vocab_parallel.head_gradients import weighted
+from abkd_megatron.vocab_parallel.logits import STUDENT_ONLY
+
+Sums = dict[str, tuple[Tensor, Tensor]]
+"""{name: (sum, the number it is divided by)} of a micro-batch."""
+
+
+class ChunkedBatch(NamedTuple):
+    """The teacher's side of a micro-batch."""
+
+    teacher: OutputLayer
+    text: AlignedText
+    shard: VocabShard
+    """Of the teacher's vocabulary."""
+
+
+OF_CHUNKS = ("labels", "loss_mask", "shard", "megatron_cross_entropy", "sources", "kd_weights", "lm_weights")
+"""Arguments of `compute_loss` that `compute_chunked_loss` takes."""
+
+
+def teacher_batch(text: AlignedText | None) -> dict[str, Tensor]:
+    """Return the arguments of the teacher's forward on a micro-batch.
+
+    Raises:
+        ConfigError: there is no text.
+    """
+    if text is None:
+        raise ConfigError(
+            "cross_tokenizer: expected the text of this micro-batch in the teacher's tokens, got none; use "
+            "`abkd-megatron distill`, or set attachment.text before the model runs"
+        )
+    positions = torch.arange(text.tokens.shape[1], device=text.tokens.device)
+    return {"input_ids": text.tokens, "position_ids": positions.expand_as(text.tokens)}
+
+
+def side_of(
+    teacher: Teacher, hidden_states: Tensor, text: AlignedText | None, tp_group: dist.ProcessGroup
+) -> OutputLayer | ChunkedBatch:
+    """Return the teacher's side of a micro-batch.
+
+    Args:
+        teacher: this rank's share.
+        hidden_states: its last ones.
+        text: in its own tokens; None if these are the student's.
+        tp_group: of its output layer.
+    """
+    layer = teacher.output_layer(hidden_states)
+    if text is None:
+        return layer
+    return ChunkedBatch(layer, text, VocabShard.megatron(layer.weight.shape[0], tp_group, teacher.vocab_size))
+
+
+def compute_chunked_loss(
+    student: OutputLayer,
+    batch: ChunkedBatch,
+    objective: Objective,
+    labels: Tensor,
+    loss_mask: Tensor | None,
+    shard: VocabShard,
+    megatron_cross_entropy: Callable[[Tensor], Tensor],
+    sources: Tensor | None = None,
+    *,
+    kd_weights: Tensor | None = None,
+    lm_weights: Tensor | None = None,
+) -> tuple[Loss, Sums]:
+    """Compute the objective's loss from chunks; see `compute_loss` for the arguments.
+
+    Returns:
+        The loss, whose distillation is 0 except at a chunk's last token; and what is logged with numbers of its own:
+        the teacher's cross entropy per token of a chunk, |log p(c) - log q(c)| per chunk, and the shares of the counted
+        tokens' bytes that are in chunks, and that the teacher's row has no room for.
+
+    Collectives: two times those of `vocab_parallel_distillation`.
+    """
+    text = batch.text
+    kd_weight, lm_weight = weights_of_terms(objective, sources, (kd_weights, lm_weights), labels)
+    with torch.no_grad():
+        theirs = _cross_entropy(batch.teacher.logits(), text.labels.transpose(0, 1), batch.shard)
+    logits = student.logits()
+    mask = loss_mask.transpose(0, 1) if loss_mask is not None else None
+
+    def of_chunks(ours: Tensor) -> ChunkLosses:
+        both = ours.transpose(0, 1), theirs.transpose(0, 1)
+        assert objective.divergence is not None and objective.cross_tokenizer is not None
+        return chunk_losses(*both, text.chunks, mask, objective.divergence, objective.cross_tokenizer)
+
+    if objective.only_watches:
+        with torch.no_grad():
+            found = of_chunks(_cross_entropy(logits, labels, shard))
+        # Last, because Megatron's cross entropy overwrites fp32 logits.
+        ours = megatron_cross_entropy(logits)
+        distillation = found.per_token.transpose(0, 1).to(ours.dtype)
+        total = weighted(lm_weight, ours)
+    else:
+        ours = _cross_entropy(logits, labels, shard)
+        found = of_chunks(ours)
+        distillation = found.per_token.transpose(0, 1).to(ours.dtype)
+        total = sum_of((kd_weight, lm_weight), (distillation, ours))
+    terms = DistillationTerms(distillation, ours, {})
+    return Loss(total, distillation, terms, {}, None), _sums(found, text, theirs.transpose(0, 1), mask)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
+    """Return the cross entropy per token, without the padding of the vocabulary, from a pass of a model with itself."""
+    return vocab_parallel_distillation(logits, logits, STUDENT_ONLY, labels, shard).cross_entropy
+
+
+@torch.no_grad()
+def _sums(found: ChunkLosses, text: AlignedText, of_teacher: Tensor, mask: Tensor | None) -> Sums:
+    """Return what is logged of chunks, see `compute_chunked_loss`."""
+
+    def counts(ids: Tensor) -> Tensor:
+        return (ids >= 0) & found.counted.gather(1, ids.clamp_min(0))
+
+    ours, theirs = text.chunks
+    counted_bytes = text.num_bytes if mask is None else text.num_bytes * (mask != 0)
+    num_bytes = counted_bytes.sum()
+    in_chunks = counts(theirs)
+    return {
+        "teacher lm loss": (torch.where(in_chunks, of_teacher, 0.0).sum(), in_chunks.sum()),
+        "chunk log-ratio": (found.log_ratio.abs().sum(), found.counted.sum()),
+        "aligned bytes": ((text.num_bytes * counts(ours)).sum(), num_bytes),
+        "bytes cut off": ((counted_bytes * (ours == CUT_OFF)).sum(), num_bytes),
+    }
