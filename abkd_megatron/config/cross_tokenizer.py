@@ -24,7 +24,8 @@ def cross_tokenizer_problems(config: "Config", job: str) -> Iterator[tuple[str, 
         return
     if job in ("cache", "compare"):
         yield _KEY, f"expected none in the job `{job}`, which compares tokens that both models have; remove it"
-    if job == "distill" and not any(name.replace("_", "-") == "tokenizer-model" for name in config.teacher.megatron):
+    given = {name.replace("_", "-") for name, value in config.teacher.megatron.items() if value is not None}
+    if job == "distill" and kd.cache is None and "tokenizer-model" not in given:
         yield _KEY, "expected teacher.tokenizer-model as well, the teacher's tokenizer, got none; set it"
     found = {
         "distillation.cache": (kd.cache is not None, "a cache has records of the student's tokens"),

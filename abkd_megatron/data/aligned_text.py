@@ -97,14 +97,19 @@ class TokenBytes:
         got, lengths = self.join(ids), self.lengths[ids]
         is_special = lengths < 0
         ends = np.maximum(lengths, 0).cumsum()
-        if got == b" " + wanted:  # SentencePiece's dummy prefix
-            ends, got = np.maximum(ends - 1, 0), wanted
         if got != wanted:
-            size = min(len(got), len(wanted))
-            both = [np.frombuffer(of, dtype=np.uint8, count=size) for of in (got, wanted)]
-            differs = np.flatnonzero(both[0] != both[1])
-            ends[ends > (differs[0] if len(differs) else size)] = -1
+            size = _common(got, wanted)
+            if got[:1] == b" " and (without := _common(got[1:], wanted)) > size:  # SentencePiece's dummy prefix
+                size, ends = without, np.maximum(ends - 1, 0)
+            ends[ends > size] = -1
         return ids, ends, is_special
+
+
+def _common(one: bytes, other: bytes) -> int:
+    """Return the number of bytes with which both begin."""
+    size = min(len(one), len(other))
+    differs = np.flatnonzero(np.frombuffer(one, np.uint8, size) != np.frombuffer(other, np.uint8, size))
+    return int(differs[0]) if differs.size else size
 
 
 def _of_sentencepiece(model: Any) -> list[bytes | None]:
