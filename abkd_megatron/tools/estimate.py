@@ -199,6 +199,11 @@ def _layout(args: Namespace) -> str:
 def _check(config: Config, student: Namespace, teacher: Namespace | None) -> None:
     if config.distillation.hidden_losses:
         raise ConfigError("hidden losses cannot be estimated: their ranks communicate; leave them out here")
+    if config.distillation.cross_tokenizer is not None:
+        raise ConfigError(
+            "distillation.cross_tokenizer cannot be estimated: it needs text; leave it and the teacher's tokenizer out "
+            "here, and head=materialized gives both models' logits at once, of which it holds one model's at a time"
+        )
     for who, args in (("student", student), ("teacher", teacher)):
         if args is None:
             continue
