@@ -76,6 +76,14 @@ def test_a_short_row_of_the_teacher_cuts_text_off_and_says_how_much(train) -> No
         assert 0.2 < aligned < 0.8 and 0.95 < aligned + cut <= 1.0001
 
 
+def test_a_watched_teacher_changes_no_bit(train, workspace: Path, config: Path, student: Path) -> None:
+    alone = workspace / "cross" / "without"
+    settings = {"megatron.load": student, "megatron.finetune": "true", "megatron.train-iters": 2}
+    run_job("pretrain", config, {**settings, "megatron.eod-mask-loss": "true", "megatron.tensorboard-dir": alone})
+    logged, _ = train("watched", **{"distillation.kd_weight": 0})
+    assert logged["lm loss"] == scalars(alone)["lm loss"] and min(logged["kd loss"]) > 0
+
+
 # Each was supported for no teacher but one of the student's tokens, or is not supported for another one.
 REJECTED = {
     "without the loss": (
