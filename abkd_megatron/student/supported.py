@@ -295,6 +295,11 @@ def log_restrictions(objective: Objective, vocab_size: int) -> None:
     """Log on which tokens, and on what sequences, the divergence is trained, unless on the text as it is."""
     if objective.tokens is not None:
         logger.info("the divergence is trained on some tokens: %s", objective.tokens)
+    if objective.cross_tokenizer is not None:
+        logger.info(
+            "the teacher has its own tokenizer: the divergence is of the likelihoods of chunks, at temperature %g",
+            objective.cross_tokenizer.temperature,
+        )
     if objective.mix is not None:
         logger.info("both models see mixed sequences, with shares of Beta(%g, %g)", *[objective.mix.alpha] * 2)
     if objective.shares_part_of(vocab_size):
