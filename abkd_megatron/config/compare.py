@@ -40,7 +40,7 @@ class CompareConfig:
     rouge_prompts: int = 0
     """Held-out prompts that each student continues, scored by ROUGE-L against the text; 0 for none."""
     prompt_tokens: int = 32
-    """Tokens of each of these prompts."""
+    """Tokens of each of these prompts; of conversations, at most."""
     new_tokens: int = 64
     """Tokens of a continuation, at most."""
     launch: str | None = None
@@ -57,7 +57,7 @@ def compare_problems(config: "Config", job: str) -> Iterator[tuple[str, str]]:
     of, length = config.compare, config.megatron.get("seq-length")
     tokens, batches = of.prompt_tokens + of.new_tokens, of.gradient_batches
     is_long = bool(of.rouge_prompts) and isinstance(length, int) and tokens > length
-    is_packed = any(config.megatron.get(name) for name in ("sft", "dataloader-inter-document-masking"))
+    packs_documents = bool(config.megatron.get("dataloader-inter-document-masking"))
     rules = (
         ("seeds", bool(of.seeds), "at least one", "none"),
         ("losses", bool(of.losses), "at least one", "none"),
@@ -65,7 +65,7 @@ def compare_problems(config: "Config", job: str) -> Iterator[tuple[str, str]]:
         ("at_once", of.at_once >= 1, "1 or more", of.at_once),
         ("gradient_batches", batches >= 0 and batches != 1, "0, or 2 or more", batches),
         ("rouge_prompts", of.rouge_prompts >= (job == "rouge"), "a number of prompts", of.rouge_prompts),
-        ("rouge_prompts", not (of.rouge_prompts and is_packed), "0 with packed data", of.rouge_prompts),
+        ("rouge_prompts", not (of.rouge_prompts and packs_documents), "0 with packed documents", of.rouge_prompts),
         ("prompt_tokens", of.prompt_tokens >= 1, "1 or more", of.prompt_tokens),
         ("new_tokens", of.new_tokens >= 1, "1 or more", of.new_tokens),
         ("new_tokens", not is_long, f"at most seq-length {length} with prompt_tokens", tokens),

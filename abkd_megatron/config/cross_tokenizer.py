@@ -30,6 +30,10 @@ def cross_tokenizer_problems(config: "Config", job: str) -> Iterator[tuple[str, 
     found = {
         "distillation.cache": (kd.cache is not None, "a cache has records of the student's tokens"),
         "distillation.on_policy": (kd.on_policy is not None, "own text is not aligned"),
+        "teacher.weights: int8": (
+            config.teacher.weights == "int8",
+            "its rounding is measured on tokens of both models",
+        ),
         "distillation.gradient_in_place": (kd.gradient_in_place, "the logits are read by two terms"),
         "distillation.diagnostics": (kd.diagnostics, "they compare the models token by token"),
         "distillation.head: fused": (kd.head == "fused", "a chunk's weight is known only after all of its tokens"),

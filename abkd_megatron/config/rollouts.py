@@ -1,10 +1,11 @@
 """Keys of `generate` and of `distillation.on_policy`, and the rules of sampling. Does not import megatron."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from abkd_megatron.errors import ConfigError
+from abkd_megatron.losses import registry
 from abkd_megatron.losses.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -155,6 +156,9 @@ def rollout_problems(config: "Config", job: str) -> Iterator[tuple[str, str]]:
             yield "generate.prompts", "expected generate.prompts or generate.file, got neither; give a prompt"
         if "" in generate.prompts:
             yield "generate.prompts", "expected text in every prompt, got an empty one; remove it"
+    if job == "distill":
+        named = [it.get("name") for it in kd.losses] or [kd.divergence]
+        yield from _draw_problems(kd.on_policy, kd.temperature, named)
     if kd.on_policy is None:
         return
     if kd.cache is not None:
@@ -180,6 +184,43 @@ def rollout_problems(config: "Config", job: str) -> Iterator[tuple[str, str]]:
             f"expected kd_weight above 0 at every step, since own text is trained on the teacher alone, got "
             f"{kd.kd_weight}; raise it",
         )
+
+
+def _draw_problems(
+    on_policy: OnPolicy | None, temperature: float | Schedule | None, losses: Sequence[object]
+) -> Iterator[tuple[str, str]]:
+    """Yield the settings with which labels are not what the student drew at the temperature of the loss."""
+    names = [name for name in registry.ESTIMATORS if name in losses]
+    if not names:
+        return
+    which, exact = ", ".join(names), "or take reverse_kl, which is exact on any text"
+    if set(losses) == {"k1"}:
+        yield (
+            "distillation.losses",
+            f"expected a loss whose gradient has a mean, got k1 only, whose gradient has mean 0; take k2, {exact}",
+        )
+    if on_policy is None or {value for _, value in Schedule.of(on_policy.share).points} != {1}:
+        got = "none" if on_policy is None else f"share {on_policy.share}"
+        yield (
+            "distillation.on_policy",
+            f"expected share 1 at every step with {which}, which needs tokens that the student drew, got {got}; set "
+            f"share to 1, {exact}",
+        )
+        return
+    at = [value for _, value in Schedule.of(temperature if temperature is not None else 1.0).points]
+    found = {
+        "source": on_policy.source,
+        "top_k": on_policy.top_k,
+        "top_p": on_policy.top_p,
+        "temperature": None if set(at) == {on_policy.temperature} else on_policy.temperature,
+    }
+    for name, value in found.items():
+        if value is not None:
+            yield (
+                "distillation.on_policy",
+                f"expected draws from the student's whole distribution at distillation.temperature with {which}, got "
+                f"{name} {value} and a temperature of {', '.join(map(str, at))} in the loss; change one, {exact}",
+            )
 
 
 def _prompt_problems(config: "Config", on_policy: OnPolicy) -> Iterator[tuple[str, str]]:

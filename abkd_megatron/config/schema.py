@@ -31,7 +31,7 @@ DEVICES = ("cuda", "cpu")
 # Keys of `teacher` that are not Megatron arguments.
 TEACHER_KEYS = ("load", "ckpt-step", "declared", "expected-loss", "weights")
 TEACHER_WEIGHTS = ("device", "int8", "host")
-PREFLIGHT = ("teacher_checksums", "teacher_weights", "memory", "gradient", "batch", "teacher_loss")
+PREFLIGHT = ("teacher_checksums", "teacher_weights", "memory", "gradient", "batch", "teacher_loss", "teacher_rounding")
 ON_CHANGE = ("refuse", "warn")
 SECTIONS = ("device", "megatron", "teacher", "distillation", "data", "validation", "cache", "generate", "compare")
 LEAST_VOCAB_SIZE = 300
@@ -122,7 +122,7 @@ class DistillationConfig:
     of text that both cut alike, at a `temperature` (default 100). None: they have one tokenizer."""
     skip_preflight: list[str] = field(default_factory=list)
     """Checks to skip before the first step: ``teacher_checksums``, ``teacher_weights``, ``memory``, ``gradient``,
-    ``batch``, ``teacher_loss``."""
+    ``batch``, ``teacher_loss``, ``teacher_rounding``."""
     cache: str | None = None
     """Teacher cache to train from, in place of `teacher.load`: the `cache.dir` of the job `cache`."""
     on_policy: OnPolicy | None = None

@@ -14,7 +14,7 @@ from megatron.training import get_args, get_tokenizer, print_rank_0
 
 from abkd_megatron.config.model_config import check_layers_here
 from abkd_megatron.config.rollouts import OnPolicy
-from abkd_megatron.config.schema import Config
+from abkd_megatron.config.schema import PREFLIGHT, Config
 from abkd_megatron.config.unsupported import SCRIPT
 from abkd_megatron.data.indexed import with_positions
 from abkd_megatron.errors import from_rank_0, on_every_rank
@@ -23,6 +23,7 @@ from abkd_megatron.losses.objective import ScheduledObjective
 from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.preflight import run_record
 from abkd_megatron.preflight.live import check_files, check_models
+from abkd_megatron.preflight.rounding import store_and_measure
 from abkd_megatron.preflight.rules import RESUME, TEACHER_CHECKS, Setup, run_checks
 from abkd_megatron.rollouts.own_text import OwnText, Sizes, load_function
 from abkd_megatron.rollouts.sampler import Sampler
@@ -32,7 +33,7 @@ from abkd_megatron.student.report import LossChecks
 from abkd_megatron.student.step import DistilledStep
 from abkd_megatron.teacher.args import open_teacher, teacher_arguments
 from abkd_megatron.teacher.build import build_teacher
-from abkd_megatron.teacher.weights import DEVICE, store_weights
+from abkd_megatron.teacher.weights import DEVICE
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +164,10 @@ def add_teacher(
             expected_loss=config.teacher.expected_loss,
         )
         if config.teacher.weights != DEVICE:
-            print_rank_0(str(store_weights(teacher, config.teacher.weights)))
+            measured = {"vocab_size": vocab_size, "pg_collection": pg_collection}
+            skip = PREFLIGHT if args.skip_train else config.distillation.skip_preflight
+            how = config.teacher.weights
+            print_rank_0(str(store_and_measure(student, step.attachment, how, **measured, skip=skip)))
         return student
 
     if objective.hidden_losses:

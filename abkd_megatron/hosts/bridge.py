@@ -25,6 +25,7 @@ from abkd_megatron.errors import CheckpointError, ConfigError, HostError, on_eve
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.preflight.live import check_models
+from abkd_megatron.preflight.rounding import store_and_measure
 from abkd_megatron.student.attach import attach
 from abkd_megatron.student.cached import CachedTeacher
 from abkd_megatron.student.report import LossChecks
@@ -32,7 +33,7 @@ from abkd_megatron.student.step import DistilledStep
 from abkd_megatron.student.supported import check_mixed_batches, check_tokens
 from abkd_megatron.teacher.build import Teacher, share_frozen_weights
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
-from abkd_megatron.teacher.weights import DEVICE, store_weights
+from abkd_megatron.teacher.weights import DEVICE
 
 try:
     from megatron.bridge import AutoBridge
@@ -220,7 +221,8 @@ def add_teacher(
             expected_loss=config.teacher.expected_loss,
         )
         if config.teacher.weights != DEVICE and isinstance(teacher, Teacher):
-            print_rank_0(str(store_weights(teacher, config.teacher.weights)))
+            measured = {"vocab_size": vocab_size, "pg_collection": groups, "skip": ours.distillation.skip_preflight}
+            print_rank_0(str(store_and_measure(student, attachment, config.teacher.weights, **measured)))
         return student
 
     if isinstance(config.model, ModelConfig):

@@ -21,6 +21,7 @@ from abkd_megatron.losses.combination import (
 from abkd_megatron.losses.extra.adaptive import AdaptiveKL
 from abkd_megatron.losses.extra.clipped import ClippedKL
 from abkd_megatron.losses.extra.correlation import LogitCosine, LogitPearson, Pearson
+from abkd_megatron.losses.extra.estimators import K1, K2, K3
 from abkd_megatron.losses.extra.preference import Preference
 from abkd_megatron.losses.extra.ranking import Ranking
 from abkd_megatron.losses.extra.reference import reference_logit_loss
@@ -42,6 +43,9 @@ from abkd_megatron.losses.todi import ToDi
 from abkd_megatron.losses.total_variation import TotalVariation
 
 __all__ = [
+    "K1",
+    "K2",
+    "K3",
     "AdaptiveKL",
     "AlphaBeta",
     "ClippedKL",

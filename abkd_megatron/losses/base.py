@@ -82,6 +82,9 @@ class LogitLoss(LossTerm, ABC):
 
     name: ClassVar[str] = ""
     """Name in the log; defaults to the class name."""
+    estimates: ClassVar[Divergence | None] = None
+    """The divergence that the loss estimates from `columns.drawn`, tokens that the student drew. On text that it did
+    not draw, such as validation's, this divergence takes the loss's place. None: the loss needs no draws."""
 
     @property
     def group_size(self) -> int:

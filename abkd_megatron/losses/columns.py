@@ -43,6 +43,8 @@ class Columns(ABC):
     """[C] int64: global ids of this rank's columns, ascending."""
     size: int
     """Number of columns over all ranks."""
+    drawn: Tensor | None = None
+    """[n] int64: per position the global id that the student drew; None for a loss that `estimates` nothing."""
 
     @abstractmethod
     def total(self, local: Tensor) -> Tensor:

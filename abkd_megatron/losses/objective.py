@@ -11,6 +11,7 @@ from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.alpha_beta import AlphaBeta
 from abkd_megatron.losses.base import Divergence, LogitLoss
 from abkd_megatron.losses.chunks import ChunkLikelihood
+from abkd_megatron.losses.combination import WeightedSum
 from abkd_megatron.losses.hidden import HiddenLoss, reject_duplicate_pairs
 from abkd_megatron.losses.mixed_sequences import SequenceMix
 from abkd_megatron.losses.schedule import Progress, Schedule, both_zero
@@ -92,6 +93,11 @@ class Objective:
                 f"expected no logit_losses with tokens selected by position ({self.tokens}), got "
                 f"{', '.join(self.names_of_logit_losses)}: they need the teacher's logits at every token; select by "
                 "teacher_entropy or disagreement, or remove the losses"
+            )
+        if self.estimators and self.shared_vocab is not None:
+            raise ConfigError(
+                f"{', '.join(self.estimators)}: expected no shared_vocab, since the student draws from its whole "
+                f"vocabulary, got {self.shared_vocab}; remove one of them"
             )
         reject_duplicate_pairs(self.hidden_losses)
         if self.kd_weight == 0 and self.lm_weight == 0:
@@ -200,6 +206,21 @@ class Objective:
         names = [loss.name for _, loss in self.logit_losses]
         before = [names[:index].count(name) for index, name in enumerate(names)]
         return tuple(f"{name} {count + 1}" if count else name for name, count in zip(names, before, strict=True))
+
+    @property
+    def estimators(self) -> tuple[str, ...]:
+        """Names of the losses that estimate a divergence from tokens that the student drew."""
+        return tuple(loss.name for _, loss in self.logit_losses if loss.estimates is not None)
+
+    def on_data(self) -> "Objective":
+        """Return the objective on text that the student did not draw: estimators are what they estimate."""
+        if not self.estimators:
+            return self
+        terms = [(weight, loss.estimates) for weight, loss in self.logit_losses if loss.estimates is not None]
+        if self.divergence is not None:
+            terms.insert(0, (1.0, self.divergence))
+        kept = tuple((weight, loss) for weight, loss in self.logit_losses if loss.estimates is None)
+        return replace(self, divergence=WeightedSum(terms), logit_losses=kept)
 
     def shares_part_of(self, vocab_size: int) -> bool:
         """Return True if a student of this vocabulary size has tokens that the teacher cannot read."""

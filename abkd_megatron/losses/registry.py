@@ -14,6 +14,7 @@ from abkd_megatron.losses.base import Divergence, LogitLoss, LossTerm
 from abkd_megatron.losses.extra.adaptive import AdaptiveKL
 from abkd_megatron.losses.extra.clipped import ClippedKL
 from abkd_megatron.losses.extra.correlation import LogitCosine, LogitPearson, Pearson
+from abkd_megatron.losses.extra.estimators import K1, K2, K3
 from abkd_megatron.losses.extra.preference import Preference
 from abkd_megatron.losses.extra.ranking import Ranking
 from abkd_megatron.losses.extra.sinkhorn import Sinkhorn
@@ -37,6 +38,7 @@ DIVERGENCES: dict[str, Callable[..., Divergence]] = {
     "neyman_chi_square": combination.neyman_chi_square,
     "squared_l2": combination.squared_l2,
 }
+ESTIMATORS: dict[str, type[LogitLoss]] = {"k1": K1, "k2": K2, "k3": K3}
 LOGIT_LOSSES: dict[str, Callable[..., LogitLoss]] = {
     "akl": AdaptiveKL,
     "pearson": Pearson,
@@ -47,6 +49,7 @@ LOGIT_LOSSES: dict[str, Callable[..., LogitLoss]] = {
     "ranking": Ranking,
     "sinkhorn": Sinkhorn,
     "preference": Preference,
+    **ESTIMATORS,
 }
 LOSSES: dict[str, Callable[..., LossTerm]] = {**DIVERGENCES, **LOGIT_LOSSES}
 

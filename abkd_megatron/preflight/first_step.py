@@ -3,10 +3,12 @@
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from abkd_megatron.errors import ConfigError
@@ -17,6 +19,10 @@ logger = logging.getLogger(__name__)
 # it an error. Untrained logits of variance v cost v/2 more than ln V: 0.8 for Megatron's initial weights (std 0.02) at
 # hidden size 4096, but almost nothing in a tiny model, so a teacher that has hardly been trained only gets a warning.
 NEAR, BEYOND = 0.1, 0.5
+
+# KL(plain teacher || teacher with rounded layers) in nats per token. Losses of students that are told apart in a
+# comparison differ by about as much.
+LARGEST_ROUNDING = 0.01
 
 # Relative tolerance of the teacher's expected loss. Rounding in bf16 moves the mean over a batch by less than 0.001; a
 # wrong rotary base, number of heads or norm epsilon moves it by several hundredths or more.
@@ -50,6 +56,26 @@ class Observed:
     kd_weight: float
     expected_loss: float | None
     """The expected `teacher_loss`; None if it is not known."""
+
+
+def when_gradients_are_done(config: TransformerConfig, conclude: Callable[[], None]) -> None:
+    """Call `conclude` once, on every rank, where Megatron finalizes the gradients of the running step.
+
+    That is after the last message of its pipeline schedule, and before the optimizer changes a weight.
+
+    Args:
+        config: of the student.
+        conclude: may have collectives.
+    """
+    make_whole = config.finalize_model_grads_func
+
+    def conclude_first(*args: Any, **kwargs: Any) -> None:
+        config.finalize_model_grads_func = make_whole
+        conclude()
+        if make_whole is not None:
+            make_whole(*args, **kwargs)
+
+    config.finalize_model_grads_func = conclude_first
 
 
 def digest(tokens: Tensor) -> Tensor:
@@ -131,6 +157,36 @@ def check_expected_loss(loss: float, expected: float) -> None:
             "`teacher:`, or remove teacher.expected-loss"
         )
     logger.info("the teacher's cross entropy on the first step is %.4f, expected %.4f", loss, expected)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding the layers changes in a teacher's predictions, on the tokens of some micro-batches."""
+
+    kl: float
+    """KL(plain || rounded) in nats per token."""
+    agreement: float
+    """Share of tokens with the same most probable token."""
+    tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"KL {self.kl:.2g} nats per token to the plain teacher, the same most probable token in "
+            f"{self.agreement:.2%} of {self.tokens} tokens"
+        )
+
+
+def check_rounding(found: Rounding) -> None:
+    """Reject a teacher whose predictions are changed by rounding its layers.
+
+    Raises:
+        ConfigError: KL is more than `LARGEST_ROUNDING`.
+    """
+    if not found.kl <= LARGEST_ROUNDING:
+        raise ConfigError(
+            f"expected teacher.weights int8 to leave the teacher's predictions within {LARGEST_ROUNDING} nats per "
+            f"token, got {found}; set teacher.weights to host or device"
+        )
 
 
 def check_fp32_range(loss: float, kd_weight: float) -> None:

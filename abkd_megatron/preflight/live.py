@@ -11,7 +11,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
 from abkd_megatron.errors import on_every_rank
-from abkd_megatron.preflight.first_step import Observed, digest
+from abkd_megatron.preflight.first_step import Observed, digest, when_gradients_are_done
 from abkd_megatron.preflight.models import Models
 from abkd_megatron.preflight.rules import CHECKSUMS, FIRST_STEP_CHECKS, MODEL_CHECKS, run_checks
 from abkd_megatron.student.attach import Attachment
@@ -129,15 +129,7 @@ class FirstStep:
             for who, model in self._models.items():
                 if model.pre_process:
                     self._hooks.append(model.register_forward_pre_hook(self._note_tokens(who), with_kwargs=True))
-        make_whole = self._config.finalize_model_grads_func
-
-        def conclude_first(*args: Any, **kwargs: Any) -> None:
-            self._config.finalize_model_grads_func = make_whole
-            self._conclude()
-            if make_whole is not None:
-                make_whole(*args, **kwargs)
-
-        self._config.finalize_model_grads_func = conclude_first
+        when_gradients_are_done(self._config, self._conclude)
 
     def note_losses(self, logged: Mapping[str, Tensor]) -> None:
         """Add the losses of a micro-batch as `masked_loss` logs them. Does not synchronize."""

@@ -224,9 +224,9 @@ def wrong_losses(
     for name, (_, loss) in zip(objective.names_of_logit_losses, objective.logit_losses, strict=True):
         with torch.enable_grad():
             leaf = whole_student.detach().requires_grad_()
-            wanted = vocab_parallel_logit_loss(leaf, whole_teacher, loss, whole, temperature)
+            wanted = vocab_parallel_logit_loss(leaf, whole_teacher, loss, whole, temperature, drawn=labels)
             (gradient,) = torch.autograd.grad(wanted.sum(), leaf)
-        ours = vocab_parallel_logit_loss(student, teacher, loss, shard, temperature)
+        ours = vocab_parallel_logit_loss(student, teacher, loss, shard, temperature, drawn=labels)
         compared[name] = ours, wanted.detach(), gradient
 
     wrong = []

@@ -24,7 +24,7 @@ from abkd_megatron.data.indexed import check_datasets, prefixes_of, with_positio
 from abkd_megatron.errors import AbkdError
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.preflight import first_step, models, run_record, student_checkpoint
-from abkd_megatron.preflight.first_step import Observed
+from abkd_megatron.preflight.first_step import Observed, Rounding
 from abkd_megatron.student.hidden import Layers, check_layers
 from abkd_megatron.student.plan import check_fused, obstacles_of, try_kernel
 from abkd_megatron.student.supported import check_cacheable, check_mixed_batches, check_shared_vocab, check_tokens
@@ -334,6 +334,11 @@ def _fp32_range(observed: Observed) -> None:
         first_step.check_fp32_range(observed.kd_loss, observed.kd_weight)
 
 
+def _teacher_rounding(found: Rounding) -> Finding:
+    first_step.check_rounding(found)
+    return Finding(str(found))
+
+
 # In the order of a job, grouped by their subject and by the ranks that run them.
 FOLDER_CHECKS: tuple[Check[Setup], ...] = (
     Check("output folders", Phase.FILES, _output_folders),
@@ -370,4 +375,5 @@ FIRST_STEP_CHECKS: tuple[Check[Observed], ...] = (
     Check("expected_loss", Phase.FIRST_STEP, _expected_loss),
     Check("fp32_range", Phase.FIRST_STEP, _fp32_range),
 )
-CHECKS: tuple[Check[Any], ...] = (*EARLY_CHECKS, CHECKSUMS, *MODEL_CHECKS, *FIRST_STEP_CHECKS)
+ROUNDING: Check[Rounding] = Check("teacher_rounding", Phase.FIRST_STEP, _teacher_rounding)
+CHECKS: tuple[Check[Any], ...] = (*EARLY_CHECKS, CHECKSUMS, *MODEL_CHECKS, *FIRST_STEP_CHECKS, ROUNDING)

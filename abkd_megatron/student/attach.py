@@ -21,8 +21,8 @@ from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.student.ahead import AheadLosses
 from abkd_megatron.student.cached import CachedBatch, CachedTeacher, compute_cached_loss, selected_only
-from abkd_megatron.student.chunked import OF_CHUNKS, ChunkedBatch, Sums, compute_chunked_loss, side_of, teacher_batch
-from abkd_megatron.student.head import compute_loss, positions_of
+from abkd_megatron.student.chunked import ChunkedBatch, Sums, compute_chunked_loss, side_of, teacher_batch
+from abkd_megatron.student.head import batch_first, compute_loss, positions_of
 from abkd_megatron.student.hidden import HiddenLosses, Layers, check_pairs, layers_of_stages
 from abkd_megatron.student.mixing import Mixing
 from abkd_megatron.student.plan import Plan, agree, propose_plan
@@ -35,6 +35,7 @@ from abkd_megatron.student.supported import (
     check_shared_vocab,
     check_sources_given,
     check_student,
+    check_text,
     check_tokens,
     check_wrappers,
     log_restrictions,
@@ -243,8 +244,12 @@ class Attachment:
             progress: what was trained on before this step, the same on every rank. Schedules take their values from it.
             training: False for validation, which keeps the values of the training step before it, if there was one.
             own_lm_weight: `lm_weight` of a step on text of the student, whose labels are its own; None: on data.
+
+        Raises:
+            ConfigError: a training step on data, with a loss that estimates a divergence from own text.
         """
         if training:
+            check_text(self._of_data, is_own=own_lm_weight is not None)
             for observer in self.observers:
                 observer.begin(is_first=progress.iteration == progress.samples == 0)
         is_new = progress != self.progress and (training or self.progress is None)
@@ -259,8 +264,8 @@ class Attachment:
             self.scheduled = self._scheduled_objective.values(progress)
         if is_new or (own_lm_weight is not None) != self.is_own_text:
             self.is_own_text = own_lm_weight is not None
-            of_data = self._of_data
-            self.objective = of_data if own_lm_weight is None else replace(of_data, lm_weight=own_lm_weight)
+            of_step = self._of_data
+            self.objective = of_step.on_data() if own_lm_weight is None else replace(of_step, lm_weight=own_lm_weight)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -270,6 +275,12 @@ class Attachment:
             yield
         finally:
             self._is_paused = False
+
+    def run_teacher_again(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
+        """Return the teacher's hidden states of the last micro-batch, which had these arguments here; see `again`."""
+        assert self._runner is not None
+        with torch.no_grad(), self._hidden.untouched() if self._hidden is not None else nullcontext():
+            return self._runner.again(batch)
 
     def detach(self) -> None:
         """Detach the teacher, with projectors, and restore the student. Idempotent.
@@ -314,8 +325,7 @@ class Attachment:
     def _pop_tensors(self) -> dict[str, torch.Tensor]:
         """Return both models' last hidden states of the last micro-batch, and forget them.
 
-        [s, b, h] each, with sequence parallelism this rank's [s/TP, b, h]. Statistics of them are written where a loss
-        is not finite.
+        [s, b, h] each, or this rank's [s/TP, b, h]. Statistics of them are written where a loss is not finite.
         """
         tensors, self._tensors = self._tensors, {}
         return tensors
@@ -359,8 +369,7 @@ class Attachment:
             )
         if self._runner is None:
             return
-        if self.objective.cross_tokenizer is not None:
-            batch = teacher_batch(self.text)
+        batch = teacher_batch(self.objective, self.text, batch)
         measured = self._timer.measure() if self._timer and torch.is_grad_enabled() else nullcontext()
         with measured, torch.no_grad():
             draw = self._mixing.next(batch) if self._mixing is not None else None
@@ -402,8 +411,7 @@ class Attachment:
         self.loss_mask = loss_mask
         self._tensors = {"student hidden states": hidden_states.detach()}
         if not isinstance(context, CachedBatch):
-            theirs = context.teacher if isinstance(context, ChunkedBatch) else context
-            self._tensors["teacher hidden states"] = theirs.hidden_states
+            self._tensors["teacher hidden states"] = context.hidden_states
         student = OutputLayer(hidden_states, output_layer, output_weight, scale_logits)
         sources, self.sources = self.sources, None
         own_weights = [it.transpose(0, 1) if it is not None else None for it in (self.kd_weights, self.lm_weights)]
@@ -429,22 +437,14 @@ class Attachment:
                 assert isinstance(context, OutputLayer)
                 student = self._ahead.add(student, context, self.objective, packed_seq_params, of_tokens)
             if isinstance(context, ChunkedBatch):
-                of_chunks = {name: of_tokens[name] for name in OF_CHUNKS}
-                loss, self._sums = compute_chunked_loss(student, context, self.objective, **of_chunks)
+                loss, self._sums = compute_chunked_loss(student, context, self.objective, of_tokens)
             elif isinstance(context, CachedBatch):
                 loss = compute_cached_loss(student, context, self.objective, **of_tokens)
             else:
                 read = input_ids.transpose(0, 1) if input_ids is not None else None
-                diagnostics = self.execution.diagnostics
-                loss = compute_loss(
-                    student, context, self.objective, **of_tokens, input_ids=read, diagnostics=diagnostics
-                )
-        self.report = {name: _batch_first(value) for name, value in loss.numbers(self.objective).items()}
+                of_tokens |= {"diagnostics": self.execution.diagnostics, "is_drawn": self.is_own_text}
+                loss = compute_loss(student, context, self.objective, **of_tokens, input_ids=read)
+        self.report = {name: batch_first(value) for name, value in loss.numbers(self.objective).items()}
         if isinstance(context, CachedBatch) and context.cached is not None:
-            self.report[CACHED] = _batch_first(context.cached).float()
-        return _batch_first(loss.total)
-
-
-def _batch_first(per_token: torch.Tensor) -> torch.Tensor:
-    """[s, b] -> contiguous [b, s], as Megatron's loss functions expect."""
-    return per_token.transpose(0, 1).contiguous()
+            self.report[CACHED] = batch_first(context.cached).float()
+        return batch_first(loss.total)

@@ -6,8 +6,8 @@ The teacher's logits are freed before the student's exist.
 Legend: s tokens of the student, t of the teacher, b micro-batch.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,17 +36,25 @@ class ChunkedBatch(NamedTuple):
     shard: VocabShard
     """Of the teacher's vocabulary."""
 
+    @property
+    def hidden_states(self) -> Tensor:
+        """The teacher's last ones, of its own tokens."""
+        return self.teacher.hidden_states
 
-OF_CHUNKS = ("labels", "loss_mask", "shard", "megatron_cross_entropy", "sources", "kd_weights", "lm_weights")
-"""Arguments of `compute_loss` that `compute_chunked_loss` takes."""
 
-
-def teacher_batch(text: AlignedText | None) -> dict[str, Tensor]:
+def teacher_batch(objective: Objective, text: AlignedText | None, batch: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of the teacher's forward on a micro-batch.
+
+    Args:
+        objective: of the step.
+        text: in the teacher's tokens, if it has its own.
+        batch: arguments of the student's forward.
 
     Raises:
         ConfigError: there is no text.
     """
+    if objective.cross_tokenizer is None:
+        return batch
     if text is None:
         raise ConfigError(
             "cross_tokenizer: expected the text of this micro-batch in the teacher's tokens, got none; use "
@@ -74,19 +82,16 @@ def side_of(
 
 
 def compute_chunked_loss(
-    student: OutputLayer,
-    batch: ChunkedBatch,
-    objective: Objective,
-    labels: Tensor,
-    loss_mask: Tensor | None,
-    shard: VocabShard,
-    megatron_cross_entropy: Callable[[Tensor], Tensor],
-    sources: Tensor | None = None,
-    *,
-    kd_weights: Tensor | None = None,
-    lm_weights: Tensor | None = None,
+    student: OutputLayer, batch: ChunkedBatch, objective: Objective, given: Mapping[str, Any]
 ) -> tuple[Loss, Sums]:
-    """Compute the objective's loss from chunks; see `compute_loss` for the arguments.
+    """Compute the objective's loss from chunks.
+
+    Args:
+        student: receives gradients.
+        batch: the teacher's side.
+        objective: what is trained.
+        given: arguments of `compute_loss` by name: `labels`, `loss_mask`, `shard`, `megatron_cross_entropy`, `sources`,
+            `kd_weights` and `lm_weights` are used.
 
     Returns:
         The loss, whose distillation is 0 except at a chunk's last token; and what is logged with numbers of its own:
@@ -95,8 +100,9 @@ def compute_chunked_loss(
 
     Collectives: two times those of `vocab_parallel_distillation`.
     """
-    text = batch.text
-    kd_weight, lm_weight = weights_of_terms(objective, sources, (kd_weights, lm_weights), labels)
+    text, labels, loss_mask, shard = batch.text, given["labels"], given["loss_mask"], given["shard"]
+    of_tokens = given["kd_weights"], given["lm_weights"]
+    kd_weight, lm_weight = weights_of_terms(objective, given["sources"], of_tokens, labels)
     with torch.no_grad():
         theirs = _cross_entropy(batch.teacher.logits(), text.labels.transpose(0, 1), batch.shard)
     logits = student.logits()
@@ -111,7 +117,7 @@ def compute_chunked_loss(
         with torch.no_grad():
             found = of_chunks(_cross_entropy(logits, labels, shard))
         # Last, because Megatron's cross entropy overwrites fp32 logits.
-        ours = megatron_cross_entropy(logits)
+        ours = given["megatron_cross_entropy"](logits)
         distillation = found.per_token.transpose(0, 1).to(ours.dtype)
         total = weighted(lm_weight, ours)
     else:

@@ -74,6 +74,7 @@ def compute_loss(
     chunk_tokens: int | None = None,
     gradient_in_place: bool = False,
     diagnostics: bool = False,
+    is_drawn: bool = False,
 ) -> Loss:
     """Compute the objective's loss, with or without materialized logits.
 
@@ -98,9 +99,10 @@ def compute_loss(
         chunk_tokens: `Plan.chunk_tokens`, of the fused head; None materializes logits, as diagnostics do.
         gradient_in_place: as in `Execution`.
         diagnostics: as in `Execution`.
+        is_drawn: whether the student drew the counted labels, which losses with `estimates` need.
 
     Raises:
-        ConfigError: input ids are needed and missing.
+        ConfigError: input ids are needed and missing, or labels that the student drew.
         RuntimeError: hooks were registered on the student's output layer after the plan was made.
 
     Collectives: those of `vocab_parallel_distillation`, twice if the student has tokens beyond the shared ones, and of
@@ -169,6 +171,7 @@ def compute_loss(
         return _loss(
             *(student_logits, teacher_logits, objective, (kd_weight, lm_weight), labels, counted),
             *(shard, compared, input_ids, selected, cp_group, gradient_in_place),
+            drawn=labels if is_drawn else None,
         )
 
     watch_only = objective.only_watches
@@ -208,6 +211,11 @@ def positions_of(
     return positions_here(length, ends, rank, size)
 
 
+def batch_first(per_token: Tensor) -> Tensor:
+    """[s, b] -> contiguous [b, s], as Megatron's loss functions expect."""
+    return per_token.transpose(0, 1).contiguous()
+
+
 def weights_of_terms(
     objective: Objective, sources: Tensor | None, own: Sequence[Tensor | None], labels: Tensor
 ) -> tuple[float | Tensor, float | Tensor]:
@@ -235,6 +243,7 @@ def _loss(
     selected: Tensor | None,
     cp_group: dist.ProcessGroup | None,
     gradient_in_place: bool,
+    drawn: Tensor | None,
 ) -> Loss:
     """Compute the objective's loss from materialized logits.
 
@@ -258,7 +267,7 @@ def _loss(
         terms = terms._replace(divergence=torch.where(trained, terms.divergence, 0.0))
         counted = trained if counted is None else trained & counted
     # After the divergence, so that their backward runs before its backward, which may overwrite the logits.
-    logit_losses = _logit_losses(student_logits, teacher_logits, objective, compared, counted)
+    logit_losses = _logit_losses(student_logits, teacher_logits, objective, compared, counted, drawn)
     weights = [weight for weight, _ in objective.logit_losses]
     parts = [weight * value for weight, value in zip(weights, logit_losses.values(), strict=True)]
     if objective.divergence is not None:
@@ -309,7 +318,12 @@ def _teacher_entropy(
 
 
 def _logit_losses(
-    student_logits: Tensor, teacher_logits: Tensor, objective: Objective, shard: VocabShard, counted: Tensor | None
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    objective: Objective,
+    shard: VocabShard,
+    counted: Tensor | None,
+    drawn: Tensor | None,
 ) -> dict[str, Tensor]:
     """[s, b] each, by name."""
     found = {}
@@ -319,8 +333,8 @@ def _logit_losses(
         student, teacher = (
             logits.transpose(0, 1) if together else logits for logits in (student_logits, teacher_logits)
         )
-        counts = counted.transpose(0, 1) if together and counted is not None else counted
-        value = vocab_parallel_logit_loss(student, teacher, loss, shard, objective.temperature, counts)
+        counts, tokens = (it.transpose(0, 1) if together and it is not None else it for it in (counted, drawn))
+        value = vocab_parallel_logit_loss(student, teacher, loss, shard, objective.temperature, counts, tokens)
         found[name] = value.transpose(0, 1) if together else value
     return found
 

@@ -5,7 +5,8 @@ Legend: s sequence, b micro-batch, H hidden size.
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -284,6 +285,17 @@ class HiddenLosses:
         """Wait until every message has been sent. Only between steps."""
         if self._channel is not None:
             self._channel.drain()
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Forget outputs of the teacher's layers in this block."""
+        pairs = [pair for chunk in self._chunks for pair in chunk.pairs]
+        before = [pair.waiting.copy() for pair in pairs]
+        try:
+            yield
+        finally:
+            for pair, waiting in zip(pairs, before, strict=True):
+                pair.waiting = waiting
 
     def remove(self) -> None:
         """Remove all hooks and the projectors. Only between steps."""

@@ -206,6 +206,19 @@ def check_sources_given(objective: Objective, sources: torch.Tensor | None) -> N
         )
 
 
+def check_text(objective: Objective, is_own: bool) -> None:
+    """Reject a training step on data with a loss that estimates a divergence from tokens that the student drew.
+
+    Raises:
+        ConfigError: naming the losses.
+    """
+    if objective.estimators and not is_own:
+        raise ConfigError(
+            f"{', '.join(objective.estimators)}: expected training steps on text that the student drew, got a step on "
+            "data; set distillation.on_policy with share 1, or take reverse_kl, which is exact on any text"
+        )
+
+
 def check_student(chunks: Sequence[Model], teacher: Teacher | None) -> None:
     """Reject a student or teacher with a feature, a layout or an output layer that is not supported.
 

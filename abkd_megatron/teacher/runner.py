@@ -149,6 +149,23 @@ class TeacherRunner:
                 mine = kept if kept is not None else mine
         return self._distribute_results(number, mine, result)
 
+    def again(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
+        """Run the micro-batch of the last call of `run` once more, outside Megatron's schedule; return what `run` does.
+
+        For all ranks at the same time, after a step's last micro-batch. Not with variable_seq_lengths over several
+        pipeline stages, where messages are received within Megatron's.
+
+        Args:
+            batch: as in that call.
+
+        Collectives: those of a pass of the teacher, and its messages, which have left when this returns.
+        """
+        self.drain()
+        self._micro_batch -= 1
+        hidden_states = self.run(batch)
+        self.drain()
+        return hidden_states
+
     def _extent_of(self, batch: Mapping[str, Any]) -> tuple[int, int]:
         """Return the tokens per sequence on this context-parallel rank, and the number of sequences."""
         if self._student.pre_process:

@@ -32,15 +32,18 @@ class Stored(NamedTuple):
     """Bytes of weights on the device while a layer runs, at most; 0 if these are among `kept`."""
     error: float
     """Norm of all changes of weights over the norm of all weights; 0 for `HOST`."""
+    rounded: "Int8Layers | None" = None
+    """With `keep_plain`: the layers, which can also run with the weights as they were loaded."""
 
     def __str__(self) -> str:
-        original, kept, at_a_time = (f"{size / 2**20:.1f} MiB" for size in self[:3])
+        sizes = self.original, self.kept, self.at_a_time
+        original, kept, at_a_time = (f"{size / 2**20:.1f} MiB" for size in sizes)
         of_one = f", and {at_a_time} while a layer runs" if self.at_a_time else ""
         changed = f"; relative change of the weights {self.error:.2g}" if self.error else ""
         return f"teacher's layers: {kept} on this device in place of {original}{of_one}{changed}"
 
 
-def store_weights(teacher: Teacher, how: str) -> Stored:
+def store_weights(teacher: Teacher, how: str, *, keep_plain: bool = False) -> Stored:
     """Store the weights of a loaded teacher's layers in another way.
 
     With ``int8`` a weight has one scale per row, max |w| / 127 in fp32, and is rounded to the nearest multiple of it.
@@ -53,13 +56,15 @@ def store_weights(teacher: Teacher, how: str) -> Stored:
     Args:
         teacher: loaded and frozen; its layers get hooks, and `Teacher.stored` the tensors on the device.
         how: ``int8`` or ``host``.
+        keep_plain: with ``int8``, keep the weights as they were loaded in the host's memory, to measure what rounding
+            changes; see `Int8Layers.plain`.
 
     Collectives: none.
     """
     layers = [_weights(layer) for layer in teacher.model.decoder.layers]
     if not any(layers):  # a pipeline stage of the embedding only
         return Stored(0, 0, 0, 0.0)
-    store = _Int8(layers) if how == INT8 else _Host(layers)
+    store = Int8Layers(layers, keep_plain) if how == INT8 else _Host(layers)
     teacher.stored.extend(store.tensors())
     sizes = [sum(weight.nbytes for weight in weights) for weights in layers]
     for number, (layer, weights) in enumerate(zip(teacher.model.decoder.layers, layers, strict=True)):
@@ -68,7 +73,8 @@ def store_weights(teacher: Teacher, how: str) -> Stored:
         layer.register_forward_pre_hook(_before(store, number, weights))
         layer.register_forward_hook(_after(store, weights, empty))
     kept = sum(tensor.nbytes for tensor in store.tensors())
-    return Stored(sum(sizes), kept, max(sizes, default=0) if how == INT8 else 0, store.error)
+    rounded = store if isinstance(store, Int8Layers) and keep_plain else None
+    return Stored(sum(sizes), kept, max(sizes, default=0) if how == INT8 else 0, store.error, rounded)
 
 
 def _weights(layer: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -82,14 +88,16 @@ def _set(weights: Sequence[torch.nn.Parameter], values: Sequence[Tensor]) -> Non
         weight.data = value
 
 
-def _before(store: "_Int8 | _Host", number: int, weights: Sequence[torch.nn.Parameter]) -> Callable[..., None]:
+def _before(store: "Int8Layers | _Host", number: int, weights: Sequence[torch.nn.Parameter]) -> Callable[..., None]:
     def hook(*_: Any) -> None:
         _set(weights, store.begin(number))
 
     return hook
 
 
-def _after(store: "_Int8 | _Host", weights: Sequence[torch.nn.Parameter], empty: list[Tensor]) -> Callable[..., None]:
+def _after(
+    store: "Int8Layers | _Host", weights: Sequence[torch.nn.Parameter], empty: list[Tensor]
+) -> Callable[..., None]:
     def hook(*_: Any) -> None:
         _set(weights, empty)
         store.end()
@@ -97,23 +105,43 @@ def _after(store: "_Int8 | _Host", weights: Sequence[torch.nn.Parameter], empty:
     return hook
 
 
-class _Int8:
+class Int8Layers:
     """Weights as whole numbers and a scale per row."""
 
-    def __init__(self, layers: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(self, layers: Sequence[Sequence[Tensor]], keep_plain: bool) -> None:
+        self._kept = [[weight.detach().cpu() for weight in weights] for weights in layers] if keep_plain else []
+        self._is_plain = False
         self._layers = [[self._rounded(weight) for weight in weights] for weights in layers]
         changes, norms = zip(*(_squares(*pair) for pair in self._pairs(layers)), strict=True)
         change, norm = sum(changes), sum(norms)
         self.error = math.nan if norm.is_meta else math.sqrt(change.item() / max(norm.item(), math.ulp(0.0)))
 
     def tensors(self) -> list[Tensor]:
+        """Return what is on the device."""
         return [tensor for layer in self._layers for stored in layer for tensor in stored[:2]]
 
     def begin(self, number: int) -> list[Tensor]:
-        return [self._made(*stored) for stored in self._layers[number]]
+        """Return the weights of a layer that is about to run."""
+        stored = self._layers[number]
+        if self._is_plain:
+            return [kept.to(numbers.device) for kept, (numbers, *_) in zip(self._kept[number], stored, strict=True)]
+        return [self._made(*of_weight) for of_weight in stored]
+
+    @contextlib.contextmanager
+    def plain(self) -> Iterator[None]:
+        """Run layers in this block with the weights as they were loaded, copied from the host one layer at a time."""
+        self._is_plain = True
+        try:
+            yield
+        finally:
+            self._is_plain = False
+
+    def forget_plain(self) -> None:
+        """Free the weights as they were loaded."""
+        self._kept = []
 
     def end(self) -> None:
-        pass
+        """Do nothing: the weights are freed with their last use."""
 
     def _pairs(self, layers: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         for weights, stored in zip(layers, self._layers, strict=True):

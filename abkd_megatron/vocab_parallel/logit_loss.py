@@ -19,7 +19,7 @@ from abkd_megatron.losses.base import LogitLoss
 from abkd_megatron.losses.columns import Columns
 from abkd_megatron.tensors import Function, check_context, check_tensor, constant
 from abkd_megatron.validation import positive_number
-from abkd_megatron.vocab_parallel.logits import check_logits, check_shard
+from abkd_megatron.vocab_parallel.logits import check_labels, check_logits, check_shard
 from abkd_megatron.vocab_parallel.passes import PendingSum, Rows, all_gather, unravel
 from abkd_megatron.vocab_parallel.shard import VocabShard
 
@@ -34,6 +34,7 @@ def vocab_parallel_logit_loss(
     shard: VocabShard,
     temperature: float = 1.0,
     counted: Tensor | None = None,
+    drawn: Tensor | None = None,
 ) -> Tensor:
     """Compute a logit loss per token, over a vocabulary sharded across the group of `shard`.
 
@@ -46,6 +47,8 @@ def vocab_parallel_logit_loss(
         temperature: T > 0; divides both logits. There is no factor T^2.
         counted: [..., s] bool; tokens that are not counted have loss 0, no gradient, and no influence on others, even
             if their logits are NaN. None counts all.
+        drawn: [..., s] int64, the tokens that the student drew from softmax(student logits / T), for losses that
+            estimate a divergence from them. An id outside the vocabulary gives a loss of 0. Others ignore it.
 
     Returns:
         [..., s], fp32 (fp64 if either input is), bitwise identical on every rank of the group. Once differentiable in
@@ -54,7 +57,8 @@ def vocab_parallel_logit_loss(
 
     Raises:
         ConfigError: for shapes that differ, a dtype that is not floating, a temperature that is not finite and > 0, a
-            shard wider than the logits, a `loss` that is not a LogitLoss, or `counted` of another shape or dtype.
+            shard wider than the logits, a `loss` that is not a LogitLoss, `counted` or `drawn` of another shape or
+            dtype, or a loss that needs `drawn` and gets none.
 
     Collectives: forward: `loss.num_collectives` (for some losses more with fp64 logits) per chunk of about
     2^23 / (V/TP) tokens. Backward: none. A single rank has none.
@@ -81,12 +85,22 @@ def vocab_parallel_logit_loss(
                 "logits, such as loss_mask != 0"
             )
         counted = constant(counted)
+    if loss.estimates is None:
+        drawn = None
+    elif drawn is None:
+        raise ConfigError(
+            f"{loss.name}: expected the tokens that the student drew, from which it estimates {loss.estimates}, got "
+            "none: train it on the student's own text only, or take the divergence itself"
+        )
+    else:
+        check_labels(student_logits, drawn)
+        drawn = constant(drawn)
     if not tokens:  # one token
-        only = counted.unsqueeze(0) if counted is not None else None
+        rows = [it.unsqueeze(0) if it is not None else None for it in (counted, drawn)]
         student_logits, teacher_logits = student_logits.unsqueeze(0), teacher_logits.unsqueeze(0)
-        return vocab_parallel_logit_loss(student_logits, teacher_logits, loss, shard, temperature, only).squeeze(0)
+        return vocab_parallel_logit_loss(student_logits, teacher_logits, loss, shard, temperature, *rows).squeeze(0)
     result: Tensor = _LogitLoss.apply(
-        student_logits.resolve_neg(), constant(teacher_logits), loss, shard, temperature, counted
+        student_logits.resolve_neg(), constant(teacher_logits), loss, shard, temperature, counted, drawn
     )
     return result
 
@@ -94,7 +108,8 @@ def vocab_parallel_logit_loss(
 class _ShardColumns(Columns):
     """Columns of a shard, with cached results of the collectives for one chunk of tokens."""
 
-    def __init__(self, shard: VocabShard, device: torch.device) -> None:
+    def __init__(self, shard: VocabShard, device: torch.device, drawn: Tensor | None) -> None:
+        self.drawn = drawn
         self.ids = torch.arange(shard.start, shard.stop, device=device)
         self.size = shard.size
         self._shard = shard
@@ -179,6 +194,7 @@ class _LogitLoss(Function):
         shard: VocabShard,
         temperature: float,
         counted: Tensor | None,
+        drawn: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(student, teacher, counted)
         ctx.loss, ctx.shard, ctx.temperature = loss, shard, temperature
@@ -186,7 +202,7 @@ class _LogitLoss(Function):
         result = student.new_empty(chunks.num_tokens, dtype=chunks.dtype)
         ctx.columns = []
         for chunk in chunks.slices():
-            columns = _ShardColumns(shard, student.device)
+            columns = _ShardColumns(shard, student.device, drawn.reshape(-1)[chunk] if drawn is not None else None)
             of_student, of_teacher, counts = chunks[chunk]
             result[chunk] = loss(of_student, of_teacher, columns, counts).to(chunks.dtype).masked_fill(~counts, 0.0)
             ctx.columns.append(columns)
@@ -210,4 +226,4 @@ class _LogitLoss(Function):
             gradient = (gradient / ctx.temperature).masked_fill((weights == 0).unsqueeze(-1), 0.0)
             rows = torch.arange(chunk.start, chunk.stop, device=student.device)
             out[..., :width][unravel(rows, tokens)] = gradient.to(out.dtype)
-        return out, None, None, None, None, None
+        return out, None, None, None, None, None, None

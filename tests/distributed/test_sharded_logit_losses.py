@@ -17,6 +17,9 @@ from harness import CollectiveCounter, chosen, run_distributed
 from torch import Tensor
 
 from abkd_megatron.losses import (
+    K1,
+    K2,
+    K3,
     AdaptiveKL,
     ClippedKL,
     LogitCosine,
@@ -46,6 +49,9 @@ LOSSES = [
     Ranking(top_k=6, teacher_steepness=0.7, student_steepness=0.4),
     Sinkhorn(group=3),
     Preference(),
+    K1(),
+    K2(),
+    K3(),
 ]
 LAYOUTS = ["even", "uneven", "padded", "last shard all padding", "shard excluded", "reversed"]
 
@@ -105,6 +111,13 @@ def dense_inputs(case: Case, world_size: int) -> tuple[Tensor, Tensor, Tensor, T
     return student, teacher, counted, weights
 
 
+def drawn_tokens(size: int) -> Tensor:
+    """A token per position, of every rank, and one beyond the vocabulary."""
+    drawn = torch.linspace(0, size - 1, TOKENS[0] * TOKENS[1]).long().view(TOKENS)
+    drawn[1, 5] = size
+    return drawn
+
+
 def run_case(case: Case, rank: int, world_size: int, group: dist.ProcessGroup | None) -> dict:
     logit_loss.CHUNK_SIZE = case.chunk
     student, teacher, counted, weights = dense_inputs(case, world_size)
@@ -121,7 +134,8 @@ def run_case(case: Case, rank: int, world_size: int, group: dist.ProcessGroup | 
     shard = VocabShard(start, stop, student.shape[-1], group)
     with CollectiveCounter() as forward:
         value = vocab_parallel_logit_loss(
-            student_shard, teacher_shard, case.loss, shard, case.temperature, counted if case.masked else None
+            *(student_shard, teacher_shard, case.loss, shard, case.temperature, counted if case.masked else None),
+            drawn=drawn_tokens(shard.size),
         )
     total = (weights * value).sum()
     with CollectiveCounter() as backward:
@@ -157,8 +171,12 @@ def test_equals_the_dense_twin(ranks, index):
     # The twin knows nothing of tokens that hold no numbers.
     held = counted.unsqueeze(-1)
     dense = student.double().where(held, 0.0).requires_grad_()
+    drawn = drawn_tokens(student.shape[-1])
+    which = counted & (drawn < student.shape[-1]) if case.loss.estimates is not None else counted
     value = reference_logit_loss(
-        case.loss, dense, teacher.where(held, 0.0), case.temperature, counted=counted if case.masked else None
+        *(case.loss, dense, teacher.where(held, 0.0), case.temperature),
+        counted=which if case.masked or case.loss.estimates is not None else None,
+        drawn=drawn.clamp_max(student.shape[-1] - 1),
     )
     (expected,) = torch.autograd.grad((weights * value).sum(), dense)
     assert (expected.abs().amax(dim=-1) > 0).sum() >= 5

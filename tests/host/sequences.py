@@ -331,7 +331,9 @@ def main() -> None:
     for name, case in sorted(CASES[num_ranks].items(), key=lambda item: (item[1].tp, item[1].pp, item[1].cp)):
         errors: list[Any] = [None] * num_ranks
         reference = references[case.reference]
-        dist.all_gather_object(errors, compare(case, train(case, records=reference["records"]), reference))
+        dist.all_gather_object(
+            errors, compare(case, train(case, False, reference["records"], reference["rounding"]), reference)
+        )
         found[name] = {what: max(of.get(what, 0.0) for of in errors) for what in set().union(*errors)}
     if dist.get_rank() == 0:
         print("FOUND " + json.dumps(found), flush=True)
@@ -386,18 +388,21 @@ def process_groups(tp: int, pp: int, cp: int) -> Any:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
-def train(case: Case, plain: bool = False, records: Sequence[Tensor] = ()) -> dict[str, Any]:
+def train(
+    case: Case, plain: bool = False, records: Sequence[Tensor] = (), wanted_rounding: Sequence[float] = ()
+) -> dict[str, Any]:
     """One step: the sums of losses and tokens over all ranks, if this is the last stage, and this stage's gradients.
 
     The plain form also returns the teacher's records of each micro-batch that is not plain.
     """
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from abkd_megatron import AlphaBeta, ToDi
     from abkd_megatron.losses.objective import Objective
     from abkd_megatron.losses.selection import TokenSelection
+    from abkd_megatron.preflight.rounding import RoundingError
     from abkd_megatron.student.attach import attach
     from abkd_megatron.teacher.build import Teacher
     from abkd_megatron.teacher.weights import store_weights
@@ -411,8 +416,15 @@ def train(case: Case, plain: bool = False, records: Sequence[Tensor] = ()) -> di
     alone = replace(case, heads=0)
     size = PADDED_CHUNKS if case.chunks else PADDED
     teacher = build(alone, "teacher", TEACHER_LAYERS, TEACHER_HIDDEN, kinds[1], groups, own_attention, size)
+    rounding = []
     if plain and case.weights == "int8":
+        given = micro_batches(case.data, case.per_token)[1][-1]
+        before_rounding = log_probabilities(teacher, given)
         round_layers(teacher)
+        after = log_probabilities(teacher, given)
+        kl = (before_rounding.exp() * (before_rounding - after)).sum(-1)[given.loss_mask != 0]
+        same = (before_rounding.argmax(-1) == after.argmax(-1))[given.loss_mask != 0]
+        rounding = [kl.mean().item(), same.double().mean().item(), len(kl)]
     model = DistributedDataParallel(student.config, DistributedDataParallelConfig(), student)
     divergence = ToDi() if case.todi else AlphaBeta(0.2, 0.7)
     tokens = TokenSelection("every", n=case.every) if case.every else None
@@ -426,7 +438,7 @@ def train(case: Case, plain: bool = False, records: Sequence[Tensor] = ()) -> di
     before = attributes(student)
     frozen = replace(Teacher.of(teacher, groups), vocab_size=VOCAB_CHUNKS if case.chunks else None)
     if not plain and case.weights != "device":
-        stored = store_weights(frozen, case.weights)
+        stored = store_weights(frozen, case.weights, keep_plain=case.weights == "int8")
         assert all(it.dim() == 1 for it in teacher.decoder.layers.parameters()), "no matrix is left"
         assert (stored.error > 0) == (case.weights == "int8") and stored.kept > 0
     attachment = attach(
@@ -438,6 +450,10 @@ def train(case: Case, plain: bool = False, records: Sequence[Tensor] = ()) -> di
         pg_collection=groups,
     )
 
+    measured = None
+    if not plain and case.weights == "int8":
+        measured = RoundingError([model], attachment, stored, VOCAB, groups.tp)
+        measured.begin(is_first=True)
     batches = micro_batches(case.data, case.per_token)[plain]
     if case.cached:
         batches = [replace(batch, records=of_batch) for batch, of_batch in zip(batches, records, strict=True)]
@@ -453,6 +469,12 @@ def train(case: Case, plain: bool = False, records: Sequence[Tensor] = ()) -> di
     )
     attachment.detach()
     assert attributes(student) == before, "detached, the student is what it was"
+    assert measured is None or student.config.finalize_model_grads_func is finalize_model_grads
+    if measured is not None and case.data == "masked":
+        assert measured.found is None, "no token of the last micro-batch counts"
+    elif measured is not None:
+        assert measured.found.tokens == wanted_rounding[2] and measured.found.agreement == wanted_rounding[1]
+        assert abs(measured.found.kl / wanted_rounding[0] - 1) < 1e-2, (measured.found, wanted_rounding)
     losses = {}
     for name in reports[0].keys() - {"teacher seconds"} if reports else ():
         losses[name.removeprefix("bucketed ")] = torch.stack([report[name] for report in reports]).double().sum(0)
@@ -466,9 +488,15 @@ def train(case: Case, plain: bool = False, records: Sequence[Tensor] = ()) -> di
         for name, loss in check_heads(student, teacher, batches).items() if case.heads and case.per_token else ():
             torch.testing.assert_close(losses[name][0].double(), loss.double(), rtol=1e-5, atol=1e-6)
     found = {"losses": losses, "gradients": {name: weight.main_grad.clone() for name, weight in named(student)}}
+    found["rounding"] = rounding
     if plain:
         found["records"] = records_of(teacher, case) if case.data in CACHED and case.per_token else []
     return found
+
+
+@torch.no_grad()
+def log_probabilities(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
+    return model(batch.tokens, batch.position_ids, None)[..., :VOCAB].double().log_softmax(-1)
 
 
 @torch.no_grad()

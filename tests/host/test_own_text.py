@@ -40,6 +40,7 @@ def run(
         **settings,
     }
     program = (PROGRAM, *first) if first else ("-m", "abkd_megatron")
+    given = {name: value for name, value in given.items() if value is not None}
     ranks = run_job("distill", config, given, num_ranks=num_ranks, program=program)
     return scalars(folder / "tensorboard"), ranks
 
@@ -229,6 +230,31 @@ def test_a_rank_killed_while_it_samples_ends_the_job(config: Path, teacher: Path
     assert killed.code == -9 and other.code == 1
     assert "ended in step 2 because another rank of the job has ended" in other.output
     assert other.ended - killed.ended < 15
+
+
+def test_estimators_see_what_the_student_drew(workspace: Path, config: Path, teacher: Path, students: dict) -> None:
+    """k1 and k3 are the exact divergence within four standard errors; in validation they are the divergence itself."""
+    found, which = {}, ("k1", "k2", "k3")
+    losses = "[{name: reverse_kl}, " + ", ".join(f"{{name: {name}, weight: 0.5}}" for name in which) + "]"
+    for name, ranks, layout in (("one", 1, {}), ("tensor", 2, TENSOR)):
+        given = {**start(students), **layout, "distillation.divergence": None, "distillation.losses": losses}
+        given |= {"distillation.on_policy": on_policy(1), "megatron.train-iters": 3, "distillation.diagnostics": True}
+        found[name], _ = run(config, workspace / f"own-estimators-{name}", teacher, ranks, given=given)
+    one, tensor = untimed(found["one"]), untimed(found["tensor"])
+    assert tensor.keys() == one.keys()
+    for key in (*(f"own text {name} loss" for name in which), "own text kd loss", "own text lm loss", "grad-norm"):
+        assert tensor[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key
+    tokens = [8 * length for length in one["own text length"]]
+    k1, k2, k3 = (
+        sum(n * value for n, value in zip(tokens, one[f"own text {name} loss"], strict=True)) / sum(tokens)
+        for name in which
+    )
+    whole = sum(n * value for n, value in zip(tokens, one["own text kd loss"], strict=True)) / sum(tokens)
+    exact = whole - 0.5 * (k1 + k2 + k3)
+    error = ((2 * k2 - k1**2) / sum(tokens)) ** 0.5
+    assert abs(k1 - exact) < 4 * error < exact and abs(k3 - exact) < 4 * error
+    exact_on_data = one["reverse kl to teacher validation"][-1]
+    assert one["kd loss validation"][-1] == pytest.approx(2.5 * exact_on_data, rel=1e-4)
 
 
 SOURCE = """

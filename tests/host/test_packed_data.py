@@ -213,6 +213,33 @@ def test_conversations_are_continued_the_same_in_every_layout(train, reward: Pat
             assert of_layout[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), (name, key)
 
 
+def test_answers_are_scored_the_same_in_every_layout(train, workspace: Path, config: Path, conversations) -> None:
+    pytest.importorskip("rouge_score")
+    train("conversations", "one rank", 1, {})
+    lines = Path(str(conversations["megatron.test-data-path"])[1:-1]).read_text().splitlines()
+    chats = [json.loads(line)["messages"] for line in lines]
+    numbers = {"rouge_prompts": 4, "prompt_tokens": 44, "new_tokens": 20}
+    given = {
+        **conversations,
+        **{f"compare.{name}": number for name, number in numbers.items()},
+        "megatron.load": workspace / "student of conversations",
+    }
+    found = []
+    for layout in ({}, PP):
+        out = workspace / f"answers-{len(layout)}"
+        run_job("rouge", config, {**given, **layout, "compare.out": out}, num_ranks=1 + len(layout))
+        found.append(json.loads((out / "rouge.json").read_text()))
+    assert found[0] == found[1]
+    assert found[0]["prompts"] == len(found[0]["examples"]) == 4
+    answers = {question["content"]: answer["content"] for _, question, answer, *_ in chats}
+    for example in found[0]["examples"]:
+        (asked,) = (question for question in answers if f"User\n{question}\n" in example["prompt"])
+        text = example["text"].strip()
+        assert text and answers[asked].strip().startswith(text.split("<SPECIAL_12>")[0].strip())
+    with pytest.raises(AssertionError, match="expected at most 0"):
+        run_job("rouge", config, {**given, "compare.prompt_tokens": 3, "compare.out": workspace / "answers-none"})
+
+
 @pytest.mark.parametrize(
     "line", ["", "no json", '{"text": "no messages"}', '{"messages": [{"role": "robot", "content": ""}]}']
 )

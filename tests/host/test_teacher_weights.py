@@ -3,11 +3,18 @@
 That values and gradients are right in every layout is in test_sequences.py.
 """
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 from launch import ROOT, launch, run_job
+
+from abkd_megatron.errors import ConfigError
+from abkd_megatron.preflight.first_step import LARGEST_ROUNDING, Rounding
+from abkd_megatron.preflight.rules import ROUNDING, run_checks
+
+MEASURED = r"teacher.weights int8: KL (\S+) nats per token .* in (\S+)% of (\d+) tokens"
 
 
 def test_estimate_counts_what_is_on_the_device() -> None:
@@ -20,12 +27,37 @@ def test_estimate_counts_what_is_on_the_device() -> None:
 
 
 def test_a_job_trains_with_a_rounded_teacher(workspace: Path, config: Path, teacher: Path, student: Path) -> None:
-    losses = {}
-    for weights in ("device", "host", "int8"):
-        settings = {"teacher.load": teacher, "megatron.load": student, "teacher.weights": weights}
-        (rank,) = run_job("distill", config, {**settings, "megatron.train-iters": 2, "megatron.finetune": True})
-        losses[weights] = re.findall(r"kd loss: (\S+)", rank.output)
-        assert ("teacher's layers" in rank.output) == (weights != "device")
+    losses, found = {}, {}
+    tensor = {"megatron.tensor-model-parallel-size": 2, "megatron.sequence-parallel": True}
+    for name, weights, layout in (
+        *((weights, weights, {}) for weights in ("device", "host", "int8")),
+        ("tensor", "int8", tensor),
+    ):
+        settings = {"teacher.load": teacher, "megatron.load": student, "teacher.weights": weights, **layout}
+        settings |= {"megatron.train-iters": 2, "megatron.finetune": True}
+        first, *others = run_job("distill", config, settings, num_ranks=2 if layout else 1)
+        losses[name] = re.findall(r"kd loss: (\S+)", (others or [first])[-1].output)
+        assert ("teacher's layers" in first.output) == (weights != "device")
+        found[name] = re.findall(MEASURED, first.output)
     assert losses["host"] == losses["device"] != losses["int8"]
-    for mine, theirs in zip(losses["int8"], losses["device"], strict=True):
-        assert float(mine) == pytest.approx(float(theirs), rel=2e-2)
+    for name in ("int8", "tensor"):
+        for mine, theirs in zip(losses[name], losses["device"], strict=True):
+            assert float(mine) == pytest.approx(float(theirs), rel=2e-2)
+    assert found["device"] == found["host"] == []
+    # Rows of shards are rounded differently.
+    ((kl, agreement, tokens),), ((of_tensor, _, _),) = found["int8"], found["tensor"]
+    assert 0 < float(kl) < LARGEST_ROUNDING and float(agreement) > 90 and tokens == "64"
+    assert float(of_tensor) == pytest.approx(float(kl), rel=0.5)
+
+
+def test_a_teacher_that_rounding_changes_is_rejected() -> None:
+    found = Rounding(0.02, 0.9, 64)
+    with pytest.raises(
+        ConfigError, match=r"within 0.01 nats per token, got KL 0.02 .* 90.00% of 64 .*teacher_rounding"
+    ):
+        run_checks([ROUNDING], found)
+    for kl in (LARGEST_ROUNDING, 0.0):
+        run_checks([ROUNDING], Rounding(kl, 1.0, 64))
+    with pytest.raises(ConfigError, match="got KL nan"):
+        run_checks([ROUNDING], Rounding(math.nan, 0.0, 64))
+    run_checks([ROUNDING], found, ["teacher_rounding"])

@@ -284,10 +284,9 @@ def test_what_no_comparison_has_written_is_not_written_over(tmp_path, content):
     compare.check_out(tmp_path)
 
 
-@pytest.mark.parametrize("option", ["sft", "dataloader-inter-document-masking"])
-def test_no_continuations_of_packed_rows(load, option):
+def test_no_continuations_of_packed_documents(load):
     for prompts, problems in ((0, []), (8, ["compare.rouge_prompts"])):
         config = load([f"compare.rouge_prompts={prompts}"])
-        packed = replace(config, megatron={**config.megatron, option: True})
+        packed = replace(config, megatron={**config.megatron, "dataloader-inter-document-masking": True})
         assert [key for key, _ in compare_problems(config, "distill")] == []
         assert [key for key, _ in compare_problems(packed, "distill")] == problems

@@ -14,6 +14,7 @@ from abkd_megatron import AlphaBeta, ToDi, vocab_parallel_divergence
 from abkd_megatron.cache.record import RecordLayout
 from abkd_megatron.data.aligned_text import AlignedText
 from abkd_megatron.losses import (
+    K3,
     AdaptiveKL,
     ClippedKL,
     JensenShannon,
@@ -26,6 +27,7 @@ from abkd_megatron.losses import (
     Sinkhorn,
 )
 from abkd_megatron.losses.chunks import ChunkLikelihood, chunk_losses
+from abkd_megatron.losses.objective import Objective
 from abkd_megatron.losses.selection import TokenSelection, positions_here
 from abkd_megatron.student.chunked import teacher_batch
 from abkd_megatron.vocab_parallel import (
@@ -55,6 +57,7 @@ LOGIT_LOSSES = [
     Ranking(top_k=5),
     Sinkhorn(group=8),
     Preference(),
+    K3(),
 ]
 
 
@@ -148,7 +151,7 @@ def test_chunks(divergence):
         mask = torch.empty(2, 24, device=GPU)
         found = chunk_losses(student, torch.empty(2, 30, device=GPU), text.chunks, mask, divergence, ChunkLikelihood())
         (found.per_token.sum() + found.log_ratio.sum()).backward()
-        teacher_batch(text)
+        teacher_batch(Objective(divergence, cross_tokenizer=ChunkLikelihood()), text, {})
 
     assert_none(run)
 
@@ -308,7 +311,7 @@ def test_fused_head_on_records(shard, known, select):
 def test_logit_loss(shard, loss, masked):
     def run():
         counted = torch.ones(TOKENS, dtype=torch.bool, device=GPU) if masked else None
-        value = vocab_parallel_logit_loss(logits().requires_grad_(), logits(), loss, shard, 2.0, counted)
+        value = vocab_parallel_logit_loss(logits().requires_grad_(), logits(), loss, shard, 2.0, counted, ints())
         value.sum().backward()
 
     assert_none(run)

@@ -451,7 +451,8 @@ def test_head_on_records(bodies, in_forward):
 def check_logit_loss(bodies: Bodies, loss: LogitLoss, counted: bool = False) -> None:
     student, teacher = (typed(bodies.group, V, *TOKENS, WIDTH, gradient=gradient) for gradient in (True, False))
     which = typed(bodies.group, I, *TOKENS, labels=True) > 3 if counted else None
-    result = vocab_parallel_logit_loss(student, teacher, loss, Shard(bodies.group), 2.0, which)
+    drawn = typed(bodies.group, I, *TOKENS, labels=True)
+    result = vocab_parallel_logit_loss(student, teacher, loss, Shard(bodies.group), 2.0, which, drawn)
     differentiate(bodies, result, (student,))
     assert logit_loss._LogitLoss in bodies.backwards
 

@@ -75,7 +75,10 @@ def losses(constant=lambda tensor: tensor, student=lambda tensor: tensor, tokens
         made[f"{divergence} fused"] = fused, (hidden, weight)
         made[f"{divergence} fused, in forward"] = fused_in_forward, (hidden, weight)
     for name, loss in LOGIT_LOSSES.items():
-        made[name] = (lambda loss=loss: vocab_parallel_logit_loss(logits, teacher, loss, SHARD)), (logits,)
+        made[name] = (
+            (lambda loss=loss: vocab_parallel_logit_loss(logits, teacher, loss, SHARD, drawn=labels)),
+            (logits,),
+        )
     return made
 
 

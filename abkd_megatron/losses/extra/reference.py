@@ -15,6 +15,7 @@ from abkd_megatron.losses.base import LogitLoss
 from abkd_megatron.losses.extra.adaptive import AdaptiveKL
 from abkd_megatron.losses.extra.clipped import ClippedKL
 from abkd_megatron.losses.extra.correlation import LogitCosine, LogitPearson, Pearson
+from abkd_megatron.losses.extra.estimators import K1, K2, K3
 from abkd_megatron.losses.extra.preference import Preference
 from abkd_megatron.losses.extra.ranking import Ranking
 from abkd_megatron.losses.extra.sinkhorn import Sinkhorn
@@ -160,6 +161,15 @@ def reference_preference(student: Tensor, teacher: Tensor, beta: float = 0.1) ->
     return -torch.log(torch.sigmoid(beta * (of_q - of_p))).squeeze(-1)
 
 
+def reference_estimate(student: Tensor, teacher: Tensor, drawn: Tensor, name: str) -> Tensor:
+    """Compute k1, k2 or k3 of reverse KL at the tokens that the student drew; Schulman, 2020."""
+    log_p, log_q = (
+        logits.log_softmax(dim=-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1) for logits in (teacher, student)
+    )
+    ratio = (log_p - log_q).masked_fill(log_p.isneginf() & log_q.isneginf(), 0.0)
+    return {"k1": -ratio, "k2": ratio**2 / 2, "k3": ratio.exp() - 1 - ratio}[name]
+
+
 def reference_logit_loss(
     loss: LogitLoss,
     student_logits: Tensor,
@@ -167,6 +177,7 @@ def reference_logit_loss(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     counted: Tensor | None = None,
+    drawn: Tensor | None = None,
 ) -> Tensor:
     """Compute `loss` by its reference implementation; 0 for tokens that are not counted.
 
@@ -193,6 +204,9 @@ def reference_logit_loss(
         result = reference_sinkhorn(student, teacher, loss.group, loss.epsilon, loss.iterations, counted)
     elif isinstance(loss, Preference):
         result = reference_preference(student, teacher, loss.beta)
+    elif isinstance(loss, K1 | K2 | K3):
+        assert drawn is not None
+        result = reference_estimate(student, teacher, drawn, loss.name)
     else:
         raise ConfigError(
             "expected a loss with a reference (one of abkd_megatron.losses), got "
