@@ -21,11 +21,13 @@ HARD = ["naïve 漢字 😀😀 kanji\n\n\ttabs  and   spaces ", "x", "012345678
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenBytes]:
     folder = tmp_path_factory.mktemp("aligned")
-    texts = [part for document in DOCUMENTS for part in document.split("\n## ")] + HARD
+    texts = [part for document in DOCUMENTS for part in document.split("\n\n")] + HARD
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     found = {}
     for size in (400, 900):
-        config = DataConfig(source=[str(folder / "text.jsonl")], dir=str(folder / str(size)), vocab_size=size)
+        source, target = str(folder / "text.jsonl"), str(folder / str(size))
+        # So many documents that no split is without one.
+        config = DataConfig(source=[source], dir=target, vocab_size=size, held_out=0.4)
         model = prepare(config, log=lambda _: None).tokenizer_model
         found[str(size)] = TokenBytes(_megatron_tokenizer(model), "student")
     found["prefix"] = TokenBytes(_with_dummy_prefix(folder, texts, "identity"), "teacher")
