@@ -24,8 +24,8 @@ PROG = "abkd-megatron"
 _DESCRIPTION = "Knowledge distillation inside Megatron-Core's training loop."
 _SETTINGS = """\
 Settings after CONFIG override the file: section.key=value, with the value in YAML. Sections are device, megatron (any
-Megatron argument, without its dashes), teacher, distillation, data, cache, generate, compare. `abkd-megatron JOB
---help` lists inputs, outputs, exit codes and examples."""
+Megatron argument, without its dashes), teacher, teachers (a list, as one value), distillation, data, validation, cache,
+generate, compare. `abkd-megatron JOB --help` lists inputs, outputs, exit codes and examples."""
 _CODES = "0; 2 and one message on stderr for a job that cannot run, before the first step"
 _CODES_OF_TRAINING = f"{_CODES}, on every rank; 1 and a message below the traceback for an error after that"
 

@@ -131,7 +131,7 @@ MUTATIONS = [
     ),
     Mutation(
         "teacher's queue reversed",
-        "student/attach.py",
+        "student/teacher_passes.py",
         "self._waiting.popleft()",
         "self._waiting.pop()",
         matrix("VPP"),

@@ -28,6 +28,7 @@ def cross_tokenizer_problems(config: "Config", job: str) -> Iterator[tuple[str, 
     if job == "distill" and kd.cache is None and "tokenizer-model" not in given:
         yield _KEY, "expected teacher.tokenizer-model as well, the teacher's tokenizer, got none; set it"
     found = {
+        "teachers": (bool(config.teachers), "their tokens are the student's"),
         "distillation.cache": (kd.cache is not None, "a cache has records of the student's tokens"),
         "distillation.on_policy": (kd.on_policy is not None, "own text is not aligned"),
         "teacher.weights: int8": (

@@ -11,7 +11,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from abkd_megatron.config.schema import DEVICES, PLAIN, SECTIONS, TEACHER_KEYS, Config, Scalar, Value
+from abkd_megatron.config.schema import DEVICES, PLAIN, SECTIONS, TEACHER_KEYS, TOP_KEYS, Config, Scalar, Value
+from abkd_megatron.config.teachers import ENTRY_KEYS, SourceTeacher
 from abkd_megatron.config.values import Given, MegatronOptions, Options, field_value, option_value, wrong
 from abkd_megatron.config.yaml import LineMapping, flow, load_yaml
 from abkd_megatron.errors import ConfigError, brief, check_name, shown
@@ -41,7 +42,7 @@ def _read_file(path: Path) -> list[Given]:
     for section, value in top.items():
         origin = f"{path.name}:{top.lines[section]}"
         check_name(section, SECTIONS, origin, "section")
-        if section == "device":
+        if section in TOP_KEYS:
             given.append(Given(section, "", value, origin))
         elif isinstance(value, LineMapping):
             given += [Given.spelled(section, key, of, f"{path.name}:{value.lines[key]}") for key, of in value.items()]
@@ -53,7 +54,7 @@ def _read_file(path: Path) -> list[Given]:
 def _read_override(text: str) -> Given:
     name, equals, value = text.partition("=")
     section, dot, key = name.strip().partition(".")
-    if not equals or (bool(dot and key) == (section == "device")) or not name.isprintable():
+    if not equals or (bool(dot and key) == (section in TOP_KEYS)) or not name.isprintable():
         raise ConfigError(
             f"command line: expected section.key=value or device=NAME, got {shown(text)}; for example "
             "megatron.num-layers=4"
@@ -90,7 +91,7 @@ def load_config(
     from_command_line = [_read_override(text) for text in overrides]
     config = Config()
     names = [f"{section}.{key}" for section, items in _sections(config).items() for key in items]
-    config.origins |= dict.fromkeys(("device", *names), "default")
+    config.origins |= dict.fromkeys((*TOP_KEYS, *names), "default")
     for item in (*from_file, *from_command_line):
         if item.section == "device":
             check_name(item.value, DEVICES, item.origin, "device")
@@ -118,6 +119,8 @@ def load_config(
                 check_name(name, types, item.origin, f"key of {item.section}")
                 setattr(target, name, field_value(item, types[name]))
                 config.origins[item.name] = item.origin
+            elif item.section == "teachers":
+                config.teachers, config.origins["teachers"] = _teachers(item, options), item.origin
             elif item.section != "device":
                 _set_option(config, item, options, twins)
     config.expand_preset()
@@ -138,6 +141,35 @@ def _set_option(config: Config, item: Given, options: MegatronOptions, twins: di
         del arguments[key], config.origins[f"{item.section}.{key}"]
     arguments[item.key] = option_value(item, action)
     config.origins[item.name] = item.origin
+
+
+def _teachers(item: Given, options: MegatronOptions) -> list[SourceTeacher]:
+    """Convert the list `teachers`."""
+    entries = item.value if isinstance(item.value, list) else [item.value] if item.value is not None else []
+    found = []
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, LineMapping):
+            raise wrong(item, "a list of {sources: [...], load: ..., Megatron arguments}", entry)
+        file = item.origin.rpartition(":")[0]
+        values: dict[str, Any] = {}
+        megatron: dict[str, Value] = {}
+        spelled: dict[str, Given] = {}
+        for key, value in entry.items():
+            of = Given("teachers", f"{number}.{key}", value, f"{file}:{entry.lines[key]}" if file else item.origin)
+            if key == "sources":
+                texts = field_value(of, list[str])
+                values[key] = tuple(int(text) if text.isdecimal() else text for text in texts)
+            elif key in ENTRY_KEYS:
+                name = key.replace("-", "_")
+                values[name] = field_value(of, get_type_hints(SourceTeacher, localns={"Value": Value})[name])
+            else:
+                _, action = options.find(key, of.origin)
+                twin = spelled.setdefault(action.dest, of)
+                if twin is not of:
+                    raise ConfigError(f"{of.origin}: {of.name} and {twin.name} are one Megatron argument; remove one")
+                megatron[key] = option_value(of, action)
+        found.append(SourceTeacher(**values, megatron=megatron))
+    return found
 
 
 def _sections(config: Config) -> dict[str, dict[str, Any]]:
@@ -248,6 +280,8 @@ def render(config: Config, shown: Sequence[str] = SECTIONS, origins: bool = True
         if not config.is_given(name):  # a given parameter without effect is kept, so that `check` rejects it
             del sections["distillation"][name]
     rows = [(f"device: {flow(config.device)}", config.origins.get("device", ""))]
+    if "teachers" in shown:
+        rows.append((f"teachers: {flow(config.teachers)}", config.origins.get("teachers", "")))
     for section, items in ((name, items) for name, items in sections.items() if name in shown):
         rows.append((f"{section}:" if items else f"{section}: {{}}", ""))
         for key, value in items.items():

@@ -10,6 +10,7 @@ from abkd_megatron.config.compare import CompareConfig, compare_problems
 from abkd_megatron.config.cross_tokenizer import cross_tokenizer_problems
 from abkd_megatron.config.presets import DEFAULT, PRESETS, preset_values
 from abkd_megatron.config.rollouts import GenerateConfig, OnPolicy, rollout_problems
+from abkd_megatron.config.teachers import TEACHER_WEIGHTS, SourceTeacher, teachers_problems
 from abkd_megatron.config.validation import ValidationConfig, validation_problems
 from abkd_megatron.errors import ConfigError, brief, check_name
 from abkd_megatron.kernels import CHOICES
@@ -30,10 +31,14 @@ Number = float | Schedule
 DEVICES = ("cuda", "cpu")
 # Keys of `teacher` that are not Megatron arguments.
 TEACHER_KEYS = ("load", "ckpt-step", "declared", "expected-loss", "weights")
-TEACHER_WEIGHTS = ("device", "int8", "host")
 PREFLIGHT = ("teacher_checksums", "teacher_weights", "memory", "gradient", "batch", "teacher_loss", "teacher_rounding")
 ON_CHANGE = ("refuse", "warn")
-SECTIONS = ("device", "megatron", "teacher", "distillation", "data", "validation", "cache", "generate", "compare")
+# Keys at the top, without keys of their own.
+TOP_KEYS = ("device", "teachers")
+SECTIONS = (
+    *("device", "megatron", "teacher", "teachers", "distillation"),
+    *("data", "validation", "cache", "generate", "compare"),
+)
 LEAST_VOCAB_SIZE = 300
 
 # Limit of a message about losses, which may quote custom names.
@@ -260,6 +265,8 @@ class Config:
     """Megatron arguments, keyed by option name without leading dashes."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The ``teacher`` section."""
+    teachers: list[SourceTeacher] = field(default_factory=list)
+    """Teachers of some datasets of a blend; `teacher` is the teacher of the others."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     """The ``distillation`` section."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -332,6 +339,7 @@ class Config:
         if job == "rouge" and not self.megatron.get("load"):
             yield ConfigError("megatron.load: expected the student's checkpoint, got none; set megatron.load")
         rules_of_parts = (
+            teachers_problems,
             validation_problems,
             compare_problems,
             rollout_problems,
@@ -381,6 +389,20 @@ class Config:
             if self.is_given(name):
                 expected = f"expected no value with {'distillation.losses' if kd.losses else other}"
                 yield self._error(f"distillation.{name}", f"{expected}, got {getattr(kd, name)}")
+
+    def with_teacher(self, of: SourceTeacher) -> "Config":
+        """Return the configuration with one of `teachers` as its only teacher.
+
+        Weights and Megatron arguments that are not given are those of the section `teacher`.
+        """
+        teacher = TeacherConfig(
+            load=of.load,
+            ckpt_step=of.ckpt_step,
+            declared=of.declared,
+            weights=of.weights or self.teacher.weights,
+            megatron={**self.teacher.megatron, **of.megatron},
+        )
+        return replace(self, teacher=teacher, teachers=[])
 
     def _origin(self, key: str) -> str:
         return self.origins.get(key, "default")

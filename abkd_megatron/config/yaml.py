@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from abkd_megatron.config.rollouts import OnPolicy
+from abkd_megatron.config.teachers import SourceTeacher
 from abkd_megatron.errors import ConfigError, brief, shown
 from abkd_megatron.losses.chunks import ChunkLikelihood
 from abkd_megatron.losses.hidden import HiddenLoss
@@ -111,6 +112,7 @@ _Dumper.add_representer(LineMapping, yaml.SafeDumper.represent_dict)
 _Dumper.add_representer(Schedule, lambda dumper, it: dumper.represent_dict(it.described()))
 _Dumper.add_representer(HiddenLoss, lambda dumper, it: dumper.represent_dict(vars(it)))
 _Dumper.add_representer(SourceWeights, lambda dumper, it: dumper.represent_dict(it.described()))
+_Dumper.add_representer(SourceTeacher, lambda dumper, it: dumper.represent_dict(it.described()))
 _Dumper.add_representer(SequenceMix, lambda dumper, it: dumper.represent_dict(vars(it)))
 _Dumper.add_representer(ChunkLikelihood, lambda dumper, it: dumper.represent_dict(vars(it)))
 _Dumper.add_representer(OnPolicy, lambda dumper, it: dumper.represent_dict(it.described()))

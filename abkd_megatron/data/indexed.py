@@ -60,38 +60,55 @@ def with_positions(sources: Sequence[SourceWeights], args: Namespace) -> tuple[S
         args: Megatron's validated arguments.
 
     Raises:
+        ConfigError, DataError: as `positions_of`.
+    """
+    positions = positions_of([of.name for of in sources], args, "distillation.sources")
+    found = [replace(of, source=position, path=None) for of, position in zip(sources, positions, strict=True)]
+    reject_duplicate_sources(found)
+    return tuple(found)
+
+
+def positions_of(names: Sequence[int | str], args: Namespace, key: str) -> list[int]:
+    """Return the positions of datasets in the blend of training.
+
+    Args:
+        names: their positions or path prefixes.
+        args: Megatron's validated arguments.
+        key: the setting that names them, for messages.
+
+    Raises:
         DataError: a file with a list of datasets cannot be read or is invalid.
         ConfigError: there is no blend for training, or it does not have a dataset; it has a path twice; or the blend of
             another split has another dataset at the position of a path.
     """
-    if not sources:
-        return ()
+    if not names:
+        return []
+    what = key.rpartition(".")[-1]
     blend, *splits = _blends(args) or [None]
     lists = [one[0] for one in ([blend] if blend is not None else splits) if one is not None]
     of_training = blend if blend is not None else splits[0] if splits else None
     count = len(of_training[0]) if of_training is not None else 0
     if count < 2:
         raise ConfigError(
-            f"sources: expected a blend of several datasets for training, got {count}; give megatron.data-path (or "
-            "train-data-path) with weights and prefixes in place of data.dir, or remove distillation.sources"
+            f"{what}: expected a blend of several datasets for training, got {count}; give megatron.data-path (or "
+            f"train-data-path) with weights and prefixes in place of data.dir, or remove {key}"
         )
-    for of in sources:
-        if of.source is not None and of.source >= count:
+    for name in names:
+        if isinstance(name, int) and name >= count:
             raise ConfigError(
-                f"sources: expected a source from 0 to {count - 1}, a position in the list of the {count} datasets, "
-                f"got {of.source}; correct it"
+                f"{what}: expected a source from 0 to {count - 1}, a position in the list of the {count} datasets, "
+                f"got {name}; correct it"
             )
-    found = [of if of.path is None else replace(of, source=_position(of.path, lists), path=None) for of in sources]
-    reject_duplicate_sources(found)
-    return tuple(found)
+    return [name if isinstance(name, int) else _position(name, lists, what) for name in names]
 
 
-def _position(path: str, lists: Sequence[Sequence[str]]) -> int:
+def _position(path: str, lists: Sequence[Sequence[str]], what: str) -> int:
     """Return the position of a path prefix in the list of training; in other blends it must be the same.
 
     Args:
         path: absolute or relative to the working directory, as the prefixes of the lists.
         lists: prefixes of each split's datasets, those of training first.
+        what: the setting, for messages.
 
     Raises:
         ConfigError: see `with_positions`.
@@ -99,18 +116,17 @@ def _position(path: str, lists: Sequence[Sequence[str]]) -> int:
     wanted, (of_training, *others) = _absolute(path), [[_absolute(prefix) for prefix in one] for one in lists]
     places = [place for place, prefix in enumerate(of_training) if prefix == wanted]
     if not places:
-        check_name(path, lists[0], "sources", "path of a dataset")
+        check_name(path, lists[0], what, "path of a dataset")
     if len(places) != 1:
         raise ConfigError(
-            f"sources: expected {path} once in the list of the datasets, got it at {places}; give their positions with "
-            "`source`"
+            f"{what}: expected {path} once in the list of the datasets, got it at {places}; give their positions"
         )
     (place,) = places
     for other in others:
         there = [at for at, prefix in enumerate(other) if prefix == wanted]
         if len(other) > 1 and there != [place] and (there or place < len(other)):
             raise ConfigError(
-                f"sources: expected {path} at position {place} of every split's list, as in that of training, got "
+                f"{what}: expected {path} at position {place} of every split's list, as in that of training, got "
                 f"{there or other[place]} in another; list the datasets in one order"
             )
     return place

@@ -2,13 +2,15 @@
 
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model, unwrap_model
 from megatron.training import get_args, get_tokenizer, print_rank_0
 
@@ -31,8 +33,9 @@ from abkd_megatron.student.attach import Attachment, attach
 from abkd_megatron.student.projectors import add_projectors
 from abkd_megatron.student.report import LossChecks
 from abkd_megatron.student.step import DistilledStep
-from abkd_megatron.teacher.args import open_teacher, teacher_arguments
-from abkd_megatron.teacher.build import build_teacher
+from abkd_megatron.teacher.args import OtherTeacher, open_teacher, other_teachers, teacher_arguments
+from abkd_megatron.teacher.build import Teacher, build_teacher
+from abkd_megatron.teacher.teachers import Teachers
 from abkd_megatron.teacher.weights import DEVICE
 
 logger = logging.getLogger(__name__)
@@ -79,6 +82,7 @@ def add_teacher(
         )
         check_layers_here(teacher_config, "teacher")
         checkpoint = open_teacher(config, megatron)
+        others = [other.opened(megatron, args, host) for other in other_teachers(config, args)]
         setup = Setup(
             config=config,
             job="distill",
@@ -86,6 +90,7 @@ def add_teacher(
             vocab_size=vocab_size,
             teacher=teacher_args,
             checkpoint=checkpoint,
+            others=others,
             objective=objective,
             execution=execution,
         )
@@ -119,28 +124,22 @@ def add_teacher(
         losses = [str(term) for term in (objective.divergence, *(loss for _, loss in objective.logit_losses)) if term]
         print_rank_0(f"distilling with {', '.join(losses)} from the teacher in {checkpoint.directory}")
         print_rank_0(f"teacher's checkpoint: {findings["teacher's checkpoint"].text}")
+        if others:
+            print_rank_0(findings["teachers by source"].text)
         for name, schedule in scheduled.schedules.items():
             print_rank_0(f"scheduled {name}: {schedule}")
         record = early or from_rank_0(recorded)
         setattr(args, run_record.RECORD, record)
         pg_collection = get_attr_wrapped_model(student[0], "pg_collection")
-        # Megatron leaves a model on the device where it was initialized.
-        teacher_config.transformer.use_cpu_initialization = next(student[0].parameters()).device.type == "cpu"
-        if teacher_args.verify_integrity:
-            checkpoint.verify()
-        check_files(checkpoint, config.distillation.skip_preflight)
-        tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
-        teacher = build_teacher(
-            teacher_config,
-            checkpoint,
-            pg_collection,
-            sequence_parallel=args.sequence_parallel,
-            timeout=timeout,
-            vocab_size=teacher_args.vocab_size if own_tokens else None,
+        default = OtherTeacher(
+            name="teacher", sources=(), config=config, args=teacher_args, model=teacher_config, checkpoint=checkpoint
         )
+        built = _build_teachers([default, *others], record, student, pg_collection, args.sequence_parallel, timeout)
+        tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
+        teachers = Teachers(built[0], tuple(zip((other.sources for other in others), built[1:], strict=True)))
         step.attachment = attach(
             student,
-            teacher,
+            teachers,
             scheduled,
             vocab_size=vocab_size,
             pg_collection=pg_collection,
@@ -163,17 +162,59 @@ def add_teacher(
             skip=config.distillation.skip_preflight,
             expected_loss=config.teacher.expected_loss,
         )
-        if config.teacher.weights != DEVICE:
-            measured = {"vocab_size": vocab_size, "pg_collection": pg_collection}
-            skip = PREFLIGHT if args.skip_train else config.distillation.skip_preflight
-            how = config.teacher.weights
-            print_rank_0(str(store_and_measure(student, step.attachment, how, **measured, skip=skip)))
+        skip = PREFLIGHT if args.skip_train else config.distillation.skip_preflight
+        how = {id(teacher): of.config.teacher.weights for of, teacher in zip([default, *others], built, strict=True)}
+        for number, teacher in enumerate(teachers.distinct):
+            if (weights := how[id(teacher)]) != DEVICE:
+                measured = {"vocab_size": vocab_size, "pg_collection": pg_collection, "skip": skip}
+                print_rank_0(str(store_and_measure(student, step.attachment, weights, **measured, number=number)))
         return student
 
     if objective.hidden_losses:
         model_config.pre_wrap_hooks.append(with_projectors)
     model_config.post_wrap_hooks.append(attach_teacher)
     return step
+
+
+def _build_teachers(
+    given: Sequence[OtherTeacher],
+    record: Mapping[str, Any],
+    student: Sequence[torch.nn.Module],
+    pg_collection: ProcessGroupCollection,
+    sequence_parallel: bool,
+    timeout: timedelta,
+) -> list[Teacher]:
+    """Check the files of teachers, the default first, and build them; equal ones once.
+
+    Collectives: those of `check_files` and `build_teacher`, for each teacher that differs from those before.
+    """
+    built: list[Teacher] = []
+    identities = [record["teacher"]["sha256"]]
+    identities += [record["teachers"][str(of.sources[0])]["sha256"] for of in given[1:]]
+    kinds = [(identity, of.args, of.config.teacher.weights) for identity, of in zip(identities, given, strict=True)]
+    for number, of in enumerate(given):
+        assert of.args is not None and of.model is not None and of.checkpoint is not None
+        if (first := kinds.index(kinds[number])) < number:
+            print_rank_0(f"{of.name}: the same as the {given[first].name}, held once")
+            built.append(built[first])
+            continue
+        # Megatron leaves a model on the device where it was initialized.
+        of.model.transformer.use_cpu_initialization = next(student[0].parameters()).device.type == "cpu"
+        with of.named() if number else nullcontext():
+            if of.args.verify_integrity:
+                of.checkpoint.verify()
+            check_files(of.checkpoint, of.config.distillation.skip_preflight)
+            built.append(
+                build_teacher(
+                    of.model,
+                    of.checkpoint,
+                    pg_collection,
+                    sequence_parallel=sequence_parallel,
+                    timeout=timeout,
+                    vocab_size=of.args.vocab_size if of.config.distillation.cross_tokenizer is not None else None,
+                )
+            )
+    return built
 
 
 def objective_of_job(config: Config, args: Namespace) -> ScheduledObjective:

@@ -35,6 +35,10 @@ from abkd_megatron.losses.sources import UNKNOWN
 logger = logging.getLogger(__name__)
 
 
+# The datasets of a micro-batch's sequences on the host, where it has read them for all ranks that share them.
+SOURCES_ON_HOST = "dataset_id on the host"
+
+
 class Packing(Enum):
     """What is packed into the rows of packed data."""
 
@@ -98,8 +102,9 @@ def get_batch(
     With `tokens_on_last` the last stage also gets the input tokens, as with multi-token prediction. With `mask_here`
     this stage gets the whole batch. Validation may use another micro-batch size. `counted` gets the loss mask on the
     rank that reads it. With `with_sources` there is a `dataset_id`, [b] int64: the position of each sequence's dataset
-    in a blend, or `UNKNOWN`. With `with_sets` there is a `SET`, [b] int64, see `HeldOut`. With `record_bytes` there are
-    `RECORDS`, [b, s, record_bytes] uint8. With `aligned_length` there is `ALIGNED`, [b, aligned_length] int64.
+    in a blend, or `UNKNOWN`; on one tensor-parallel rank also `SOURCES_ON_HOST`, a list of them. With `with_sets` there
+    is a `SET`, [b] int64, see `HeldOut`. With `record_bytes` there are `RECORDS`, [b, s, record_bytes] uint8. With
+    `aligned_length` there is `ALIGNED`, [b, aligned_length] int64.
 
     Collectives: Megatron's broadcasts over the tensor-parallel group, and one more each of [b] with `with_sources` and
     with `with_sets`, of the records and of the aligned text. Megatron reads the lengths of packed sequences on the
@@ -111,7 +116,8 @@ def get_batch(
     predicts_ahead = mtp_on_this_rank(None, args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage)
     is_whole = is_first_or_last_pipeline_stage(vp_stage) or predicts_ahead or mask_here
     if not is_whole and not packed:
-        return {**batch, "packed_seq_params": None, "dataset_id": None, SET: None, RECORDS: None, ALIGNED: None}
+        absent = dict.fromkeys(("packed_seq_params", "dataset_id", SOURCES_ON_HOST, SET, RECORDS, ALIGNED))
+        return {**batch, **absent}
     size = args.micro_batch_size if training else args.eval_micro_batch_size
     sources = sets = records = aligned = None
     if mpu.get_tensor_model_parallel_rank() == 0:
@@ -143,6 +149,9 @@ def get_batch(
     batch[RECORDS] = on_tp_ranks(records, shape, torch.uint8) if record_bytes is not None else None
     batch[ALIGNED] = None
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    batch[SOURCES_ON_HOST] = None
+    if with_sources and sources is not None and mpu.get_tensor_model_parallel_world_size() == 1:
+        batch[SOURCES_ON_HOST] = sources.tolist()
     batch["dataset_id"] = on_tp_ranks(sources, (size,), torch.int64) if with_sources else None
     batch[SET] = on_tp_ranks(sets, (size,), torch.int64) if with_sets else None
     if aligned_length is not None:

@@ -46,7 +46,13 @@ from abkd_megatron.errors import ConfigError, from_rank_0, on_every_rank
 from abkd_megatron.hosts.add_cache import add_cache, with_records
 from abkd_megatron.hosts.add_teacher import add_teacher
 from abkd_megatron.hosts.align import with_aligned_text
-from abkd_megatron.hosts.batches import CountedTokens, Packing, get_batch, train_valid_test_datasets_provider
+from abkd_megatron.hosts.batches import (
+    SOURCES_ON_HOST,
+    CountedTokens,
+    Packing,
+    get_batch,
+    train_valid_test_datasets_provider,
+)
 from abkd_megatron.hosts.evaluation import BestCheckpoint, evaluate_first
 from abkd_megatron.hosts.held_out import SET, HeldOut, check_rows, number_of_rows
 from abkd_megatron.preflight.rules import EVENT_FILES, FOLDER_CHECKS, STUDENT_CHECKS, Setup, run_checks
@@ -94,7 +100,12 @@ def _run(config: Config, job: str, held: ExitStack) -> None:
         if args.rank == 0:  # reads for all
             run_checks(STUDENT_CHECKS, Setup(config=config, job=job, student=args, vocab_size=args.vocab_size))
     if (writer := get_tensorboard_writer()) is not None:  # on the last rank
-        shown = ["megatron", *(("teacher", "distillation") if job == "distill" else ()), "data", "validation"]
+        shown = [
+            "megatron",
+            *(("teacher", "teachers", "distillation") if job == "distill" else ()),
+            "data",
+            "validation",
+        ]
         # Indented, which TensorBoard's Markdown takes for code.
         writer.add_text(CONFIG_TEXT, indent(render(config, shown), " " * 4))
     if args.save and args.exit_signal_handler:
@@ -257,7 +268,7 @@ class _ForwardStep:
                 training=model.training,
                 # What counts in own text is on the device, and is known.
                 counted=self.counted if is_last and not self._is_own_text else None,
-                with_sources=is_last and attachment is not None and bool(attachment.objective.sources),
+                with_sources=is_last and attachment is not None and attachment.needs_sources,
                 with_sets=is_last and bool(self.sets) and not model.training,
                 record_bytes=cache.layout.bytes_per_token + 1 if cache is not None and is_last else None,
                 aligned_length=3 * aligner.length + 2 * seq_length if aligner is not None else None,
@@ -266,6 +277,8 @@ class _ForwardStep:
         sets = ValidationSets(self.sets, batch[SET]) if batch[SET] is not None else None
         if attachment is not None:
             attachment.sources, attachment.validation_sets = batch["dataset_id"], sets
+            if attachment.passes is not None:
+                attachment.passes.sources_on_host = batch[SOURCES_ON_HOST]
             if cache is not None and is_last:
                 cache.packed = batch[RECORDS]
             if batch[ALIGNED] is not None:

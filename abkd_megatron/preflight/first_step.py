@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,17 +45,17 @@ class Observed:
 
     student: Sequence[Digest | None]
     """Per rank, of the student's tokens; None beyond the first pipeline stage."""
-    teacher: Sequence[Digest | None] | None
-    """The same of the teacher, whose first stage may be on other ranks; None for a cache."""
-    teacher_loss: float | None
-    """The teacher's cross entropy in nats per token; None if no token counts."""
+    teachers: Sequence[Sequence[Digest | None]]
+    """The same of each teacher, whose first stage may be on other ranks; none for a cache."""
+    teacher_losses: Mapping[str, float | None]
+    """By name of the teacher, its cross entropy in nats per token; None if no token of its sources counts."""
     kd_loss: float | None
     """`kd loss` per token; None if no token counts."""
     vocab_size: int
     """Number of tokens that both models know."""
     kd_weight: float
     expected_loss: float | None
-    """The expected `teacher_loss`; None if it is not known."""
+    """The expected loss of the only teacher; None if it is not known."""
 
 
 def when_gradients_are_done(config: TransformerConfig, conclude: Callable[[], None]) -> None:
@@ -85,6 +85,21 @@ def digest(tokens: Tensor) -> Tensor:
     mixed = (flat + 1) * 0x2545F4914F6CDD1D + place * 0x1B873593CC9E2D51
     mixed = (mixed ^ (mixed >> 29)) * 0x3C79AC492BA7B653
     return (mixed ^ (mixed >> 32)).sum()
+
+
+def sums_by_teacher(losses: Tensor, counted: Tensor, numbers: Tensor, num_teachers: int) -> Tensor:
+    """Return (sum of losses, number of tokens) of each teacher's sequences, [K, 2] fp64. Does not synchronize.
+
+    Args:
+        losses: [b, s].
+        counted: [b, s], 1 where a token counts, else 0.
+        numbers: [b] int64, the teacher of each sequence.
+        num_teachers: K.
+    """
+    of_tokens = torch.where(counted == 0, 0.0, counted.double() * losses)
+    of_rows = torch.stack([of_tokens.sum(dim=1), counted.double().sum(dim=1)], dim=1)
+    its_rows = numbers == torch.arange(num_teachers, device=numbers.device).unsqueeze(-1)
+    return torch.where(its_rows.unsqueeze(-1), of_rows, 0.0).sum(dim=1)
 
 
 def check_batch(student: Sequence[Digest | None], teacher: Sequence[Digest | None] | None) -> None:
@@ -118,18 +133,19 @@ def check_batch(student: Sequence[Digest | None], teacher: Sequence[Digest | Non
         )
 
 
-def check_teacher_loss(loss: float, vocab_size: int) -> None:
+def check_teacher_loss(loss: float, vocab_size: int, who: str = "the teacher") -> None:
     """Reject a teacher that is worse than a uniform guess, and warn of a teacher that is not better.
 
     Args:
         loss: its cross entropy on the first step's tokens, in nats per token.
         vocab_size: number of tokens that it knows.
+        who: its name in messages.
 
     Raises:
         ConfigError: the loss is more than `BEYOND` above ln `vocab_size`.
     """
     guessing = math.log(vocab_size)
-    summary = f"the teacher's cross entropy on the first step is {loss:.3f} nats, guessing costs ln {vocab_size}"
+    summary = f"{who}'s cross entropy on the first step is {loss:.3f} nats, guessing costs ln {vocab_size}"
     if not loss <= guessing + BEYOND:
         raise ConfigError(
             f"expected a teacher that knows the text's tokens, got one that does not: {summary} = {guessing:.3f}; give "

@@ -11,11 +11,11 @@ from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
 from abkd_megatron.errors import on_every_rank
-from abkd_megatron.preflight.first_step import Observed, digest, when_gradients_are_done
+from abkd_megatron.preflight.first_step import Observed, digest, sums_by_teacher, when_gradients_are_done
 from abkd_megatron.preflight.models import Models
 from abkd_megatron.preflight.rules import CHECKSUMS, FIRST_STEP_CHECKS, MODEL_CHECKS, run_checks
 from abkd_megatron.student.attach import Attachment
-from abkd_megatron.teacher.build import Teacher
+from abkd_megatron.student.report import SELECTED
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.model import Model
 
@@ -70,7 +70,7 @@ def check_models(
     Collectives: one all_gather_object per check, and those of the loss on a few tokens with an all-gather of their
     logits.
     """
-    if not isinstance(attachment.teacher, Teacher):
+    if attachment.teachers is None:
         skip = {*skip, "teacher_weights"}
     shared = min(attachment.objective.shared_vocab or vocab_size, vocab_size)
     models = Models(student, attachment, shared, pg_collection.tp, tokens)
@@ -95,16 +95,18 @@ class FirstStep:
     """
 
     def __init__(self, models: Models, skip: Collection[str] = (), expected_loss: float | None = None) -> None:
-        teacher = models.attachment.teacher
+        self._attachment = models.attachment
         self._objective = models.attachment.objective
         self._config = get_model_config(models.student[0])
         self._groups = {"student": models.tp_group}
         self._models: dict[str, Model] = {"student": unwrap_model(models.student[0])}
-        if isinstance(teacher, Teacher):
-            self._groups["teacher"], self._models["teacher"] = teacher.pg_collection.tp, teacher.model
-        own_vocabulary = teacher.vocab_size if isinstance(teacher, Teacher) else None
+        teachers = models.attachment.teachers
+        self._teachers = teachers.names if teachers is not None else []
+        for name, teacher in zip(self._teachers, teachers.distinct if teachers is not None else (), strict=True):
+            self._groups[name], self._models[name] = teacher.pg_collection.tp, teacher.model
+        own_vocabulary = teachers.default.vocab_size if teachers is not None else None
         self._vocab_size = own_vocabulary or models.vocab_size
-        # With its own tokens it is not given the student's.
+        # With its own tokens a teacher is not given the student's.
         self._compares_tokens = own_vocabulary is None
         self._skip = skip
         self._expected_loss = expected_loss
@@ -112,6 +114,7 @@ class FirstStep:
         self._hooks: list[Any] = []
         self._digests: dict[str, Tensor] = {}
         self._losses: Tensor | None = None
+        self._losses_of_teachers: Tensor | None = None
 
     def begin(self, is_first: bool = True) -> None:
         """Start to observe, at the first micro-batch of the first training step. Later calls do nothing.
@@ -136,6 +139,19 @@ class FirstStep:
         if self._watching:
             losses = torch.stack([logged[name].detach().double() for name in ("teacher lm loss", "kd loss")])
             self._losses = losses + (self._losses if self._losses is not None else 0.0)
+            if len(self._teachers) > 1:
+                losses = self._teacher_losses()
+                before = self._losses_of_teachers
+                self._losses_of_teachers = losses + (before if before is not None else 0.0)
+
+    def _teacher_losses(self) -> Tensor:
+        """Return each teacher's cross entropy on the last micro-batch, see `sums_by_teacher`."""
+        report, mask = self._attachment.report, self._attachment.loss_mask
+        assert report is not None and mask is not None and self._attachment.passes is not None
+        numbers, tokens = self._attachment.passes.numbers, self._objective.tokens
+        counted = mask.double() * (report[SELECTED] if tokens is not None and tokens.by_position else 1.0)
+        assert numbers is not None
+        return sums_by_teacher(report["teacher lm loss"], counted, numbers, len(self._teachers))
 
     def _note_tokens(self, who: str) -> Callable[..., None]:
         signature = inspect.signature(self._models[who].forward)
@@ -163,19 +179,25 @@ class FirstStep:
         }
         # (sum over tokens, number of tokens) of the two losses.
         losses = self._losses.tolist() if self._losses is not None else [(0.0, 0.0), (0.0, 0.0)]
+        of_teachers = [(0.0, 0.0)] * len(self._teachers)
+        if self._losses_of_teachers is not None:
+            of_teachers = self._losses_of_teachers.tolist()
         ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, (digests, losses))
-        totals = torch.tensor([losses for _, losses in ranks], dtype=torch.float64, device="cpu").sum(dim=0).tolist()
+        dist.all_gather_object(ranks, (digests, [*losses, *of_teachers]))
+        gathered = torch.tensor([losses for _, losses in ranks], dtype=torch.float64, device="cpu")
+        totals, of_teachers = gathered[:, :2].sum(dim=0).tolist(), gathered[:, 2:].sum(dim=0).tolist()
         # `masked_loss` replaces a number of 0 by a tiny one.
         teacher_loss, kd_loss = (total / number if number >= 1 else None for total, number in totals)
+        teacher_losses = {"the teacher": teacher_loss}
         if self._objective.mix is not None:  # of sequences that are no text
-            teacher_loss = None
+            teacher_losses = {}
+        elif len(self._teachers) > 1:
+            of_each = zip(self._teachers, of_teachers, strict=True)
+            teacher_losses = {name: total / number if number >= 1 else None for name, (total, number) in of_each}
         observed = Observed(
             student=[digests.get("student") for digests, _ in ranks],
-            teacher=[digests.get("teacher") for digests, _ in ranks]
-            if "teacher" in self._models and self._compares_tokens
-            else None,
-            teacher_loss=teacher_loss,
+            teachers=[[digests.get(name) for digests, _ in ranks] for name in self._teachers if self._compares_tokens],
+            teacher_losses=teacher_losses,
             kd_loss=kd_loss,
             vocab_size=self._vocab_size,
             kd_weight=self._objective.kd_weight,

@@ -49,17 +49,21 @@ class Models:
 
 
 def check_weights(models: Models) -> None:
-    """Reject a teacher with weights that are NaN, infinite or all zero.
+    """Reject teachers with weights that are NaN, infinite or all zero.
 
     Raises:
         CheckpointError: with the first such tensor.
     """
-    assert isinstance(models.attachment.teacher, Teacher)
-    size = models.attachment.teacher.vocab_size or models.vocab_size
-    if wrong := wrong_weights(models.attachment.teacher, size, models.tp_group):
+    assert models.attachment.teachers is not None
+    for name, teacher in zip(models.attachment.teachers.names, models.attachment.teachers.distinct, strict=True):
+        _check_weights(name, teacher, models)
+
+
+def _check_weights(name: str, teacher: Teacher, models: Models) -> None:
+    if wrong := wrong_weights(teacher, teacher.vocab_size or models.vocab_size, models.tp_group):
         more = f", and {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
         raise CheckpointError(
-            f"expected trained weights of the teacher, got {wrong[0]} on rank {dist.get_rank()}{more}; give "
+            f"expected trained weights of {name}, got {wrong[0]} on rank {dist.get_rank()}{more}; give "
             "teacher.load a checkpoint that was converted or saved whole"
         )
 
@@ -120,6 +124,8 @@ def bytes_of_logits(last: Model, attachment: Attachment, tokens: int) -> int:
     # A teacher with another tokenizer has its logits before the student's, and another number of them.
     compared = tokens // every if objective.cross_tokenizer is None else 0
     rows = (1 if attachment.execution.gradient_in_place else 2) * tokens + compared
+    if attachment.teachers is not None and len(attachment.teachers.distinct) > 1:
+        rows += tokens // every
     if plan.chunk_tokens is not None:
         rows = 2 * min(plan.chunk_tokens, tokens)
     size: int = rows * last.output_layer.output_size_per_partition * weight.element_size()

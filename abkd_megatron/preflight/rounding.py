@@ -18,7 +18,6 @@ from abkd_megatron.preflight.first_step import Rounding, when_gradients_are_done
 from abkd_megatron.preflight.rules import ROUNDING, run_checks
 from abkd_megatron.student.attach import Attachment
 from abkd_megatron.student.head import batch_first
-from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.weights import INT8, Stored, store_weights
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation
 
@@ -34,6 +33,7 @@ def store_and_measure(
     vocab_size: int,
     pg_collection: ProcessGroupCollection,
     skip: Collection[str] = (),
+    number: int = 0,
 ) -> Stored:
     """Store the weights of the teacher's layers in another way, and have the first step measure what ``int8`` changes.
 
@@ -46,17 +46,19 @@ def store_and_measure(
         vocab_size: true size of the student's vocabulary, in tokens.
         pg_collection: the student's process groups; `tp` and `pp` are used.
         skip: may contain ``teacher_rounding``.
+        number: of the teacher, its position in `Teachers.distinct`.
     """
-    assert isinstance(attachment.teacher, Teacher)
+    assert attachment.teachers is not None
     config = get_model_config(student[0])
     measured = how == INT8 and ROUNDING.name not in skip
     if measured and config.variable_seq_lengths and pg_collection.pp.size() > 1:
         print_rank_0("WARNING: the error of teacher.weights int8 is not measured with variable_seq_lengths over stages")
         measured = False
-    stored = store_weights(attachment.teacher, how, keep_plain=measured)
+    stored = store_weights(attachment.teachers.distinct[number], how, keep_plain=measured)
     if measured:
         shared = min(attachment.objective.shared_vocab or vocab_size, vocab_size)
-        attachment.observers.append(RoundingError(student, attachment, stored, shared, pg_collection.tp))
+        # What begins first ends last: `FirstStep` must not see the teacher's further passes.
+        attachment.observers.insert(0, RoundingError(student, attachment, stored, shared, pg_collection.tp, number))
     return stored
 
 
@@ -72,6 +74,7 @@ class RoundingError:
         stored: with the plain weights; without them on a stage that has no layers.
         vocab_size: number of tokens that both models know.
         tp_group: the student's.
+        number: of the teacher, its position in `Teachers.distinct`.
 
     Attributes:
         found: what was measured; None before, and where no token counts.
@@ -84,7 +87,11 @@ class RoundingError:
         stored: Stored,
         vocab_size: int,
         tp_group: dist.ProcessGroup,
+        number: int = 0,
     ) -> None:
+        assert attachment.teachers is not None
+        self._number, self._teacher = number, attachment.teachers.distinct[number]
+        self._name = f"{attachment.teachers.names[number]}, weights int8" if number else "teacher.weights int8"
         self._config, self._first = get_model_config(student[0]), unwrap_model(student[0])
         self.found: Rounding | None = None
         self._attachment, self._stored = attachment, stored
@@ -124,9 +131,9 @@ class RoundingError:
         Collectives: those of two passes of the teacher and of `vocab_parallel_distillation`; one all_gather_object.
         """
         self._hook.remove()
-        rounded = self._attachment.run_teacher_again(self._batch)
+        rounded = self._attachment.run_teacher_again(self._batch, self._number)
         with self._stored.rounded.plain() if self._stored.rounded is not None else nullcontext():
-            plain = self._attachment.run_teacher_again(self._batch)
+            plain = self._attachment.run_teacher_again(self._batch, self._number)
         self._end()
         sums = [0.0, 0.0, 0.0]
         if rounded is not None and plain is not None:
@@ -137,15 +144,15 @@ class RoundingError:
         if tokens:
             # Every tensor-parallel rank has the same tokens.
             self.found = Rounding(kl / tokens, agreed / tokens, round(tokens / self._tp_group.size()))
-            print_rank_0(f"teacher.weights int8: {self.found}")
+            print_rank_0(f"{self._name}: {self.found}")
             run_checks([ROUNDING], self.found)
 
     @torch.no_grad()
     def _compare(self, rounded: Tensor, plain: Tensor) -> Tensor:
         """Return [3] fp64: sums over counted tokens of KL(plain || rounded) and of agreement, and their number."""
-        teacher, plan = self._attachment.teacher, self._attachment.plan
-        assert isinstance(teacher, Teacher) and plan is not None
-        layers = [teacher.output_layer(it) for it in (rounded, plain)]
+        plan = self._attachment.plan
+        assert plan is not None
+        layers = [self._teacher.output_layer(it) for it in (rounded, plain)]
         hidden = [batch_first(it.whole_hidden_states(self._tp_group)).flatten(0, 1).split(_CHUNK) for it in layers]
         weight, scale = layers[0].weight, layers[0].scale()
         shard = VocabShard.megatron(weight.shape[0], self._tp_group, self._vocab_size)

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,14 +21,20 @@ from abkd_megatron.config.schema import PREFLIGHT, Config
 from abkd_megatron.config.stages import layers_of_stages
 from abkd_megatron.data.conversations import check_conversations
 from abkd_megatron.data.indexed import check_datasets, prefixes_of, with_positions
-from abkd_megatron.errors import AbkdError
+from abkd_megatron.errors import AbkdError, ConfigError
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.preflight import first_step, models, run_record, student_checkpoint
 from abkd_megatron.preflight.first_step import Observed, Rounding
 from abkd_megatron.student.hidden import Layers, check_layers
 from abkd_megatron.student.plan import check_fused, obstacles_of, try_kernel
-from abkd_megatron.student.supported import check_cacheable, check_mixed_batches, check_shared_vocab, check_tokens
-from abkd_megatron.teacher.args import check_teacher
+from abkd_megatron.student.supported import (
+    check_cacheable,
+    check_mixed_batches,
+    check_several_teachers,
+    check_shared_vocab,
+    check_tokens,
+)
+from abkd_megatron.teacher.args import OtherTeacher, check_teacher
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.checksums import check_contents
 from abkd_megatron.teacher.compatibility import tokenizer_identity
@@ -88,6 +94,8 @@ class Setup:
     teacher: Namespace | None = None
     """Megatron's arguments of the teacher, validated."""
     checkpoint: TeacherCheckpoint | None = None
+    others: Sequence[OtherTeacher] = ()
+    """Teachers of some data sources."""
     cache: Identity | None = None
     """Of the cache that is used in place of a teacher."""
     objective: Objective | None = None
@@ -204,6 +212,25 @@ def _teacher_checkpoint(setup: Setup) -> Finding | None:
     return Finding(f"{checkpoint.directory}: complete, and of the configured model; compared with {compared}")
 
 
+def _other_teachers(setup: Setup) -> Finding | None:
+    """Check each teacher of some data sources like the default one, and that they go together."""
+    found, verdict = [], Verdict.OK
+    for other in setup.others:
+        of_one = replace(setup, config=other.config, teacher=other.args, checkpoint=other.checkpoint, others=())
+        with other.named():
+            dtypes = {str(args.params_dtype) for args in (setup.teacher, other.args) if args is not None}
+            if len(dtypes) > 1:
+                raise ConfigError(
+                    f"expected one dtype of all teachers, got {' and '.join(sorted(dtypes))}: their logits are in one "
+                    "tensor; give it the same bf16 or fp16"
+                )
+            findings = [finding for check in (_teacher_checkpoint, _teacher_tokenizer) if (finding := check(of_one))]
+        if any(finding.verdict is Verdict.ABSENT for finding in findings):
+            verdict = Verdict.ABSENT
+        found.append(f"{other.name}: {'; '.join(finding.text for finding in findings) or 'no checkpoint here'}")
+    return Finding("; ".join(found), verdict) if found else None
+
+
 def _cache(setup: Setup) -> Finding | None:
     """Compare a cache with the job that reads it."""
     cache, args, config = setup.cache, setup.student, setup.config
@@ -242,6 +269,7 @@ def _loss(setup: Setup) -> Finding | None:
         return None
     with_positions(objective.sources, student)
     check_mixed_batches(objective, student)
+    check_several_teachers(objective, 1 + len(setup.others))
     if setup.vocab_size is not None:
         check_shared_vocab(objective, setup.vocab_size, student.context_parallel_size)
         check_tokens(objective, setup.vocab_size)
@@ -306,7 +334,10 @@ def _resume(setup: Setup) -> Finding | None:
     source = setup.cache or checkpoint
     if source is None or setup.student is None:
         return None
-    setup.record = run_record.record(setup.config, source)
+    others = [(of.sources, of.checkpoint) for of in setup.others if of.checkpoint is not None]
+    if len(others) < len(setup.others):  # a dry run without the checkpoints
+        return None
+    setup.record = run_record.record(setup.config, source, others)
     changed = run_record.check_resumed(setup.student, setup.record, setup.config.distillation.on_change)
     return Finding(changed, Verdict.WARNING) if changed is not None else None
 
@@ -316,17 +347,22 @@ def _teacher_checksums(checkpoint: TeacherCheckpoint) -> None:
 
 
 def _batch(observed: Observed) -> None:
-    first_step.check_batch(observed.student, observed.teacher)
+    for teacher in observed.teachers or (None,):
+        first_step.check_batch(observed.student, teacher)
 
 
 def _teacher_loss(observed: Observed) -> None:
-    if observed.teacher_loss is not None:
-        first_step.check_teacher_loss(observed.teacher_loss, observed.vocab_size)
+    for name, loss in observed.teacher_losses.items():
+        if loss is not None:
+            first_step.check_teacher_loss(loss, observed.vocab_size, name)
+        elif len(observed.teacher_losses) > 1:
+            print_rank_0(f"{name} has no token in the first step, so its loss there is not checked")
 
 
 def _expected_loss(observed: Observed) -> None:
-    if observed.teacher_loss is not None and observed.expected_loss is not None:
-        first_step.check_expected_loss(observed.teacher_loss, observed.expected_loss)
+    loss = observed.teacher_losses.get("the teacher")
+    if loss is not None and observed.expected_loss is not None:
+        first_step.check_expected_loss(loss, observed.expected_loss)
 
 
 def _fp32_range(observed: Observed) -> None:
@@ -354,6 +390,7 @@ STUDENT_CHECKS: tuple[Check[Setup], ...] = (
 TEACHER_CHECKS: tuple[Check[Setup], ...] = (
     Check("teacher's checkpoint", Phase.FILES, _teacher_checkpoint),
     Check("teacher's tokenizer", Phase.FILES, _teacher_tokenizer),
+    Check("teachers by source", Phase.FILES, _other_teachers),
     Check("teacher's cache", Phase.FILES, _cache),
     Check("loss", Phase.CONFIG, _loss),
     Check("own text", Phase.CONFIG, _on_policy),

@@ -4,7 +4,7 @@ The record is an attribute of Megatron's arguments, which Megatron saves with th
 """
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,24 @@ _NOT_OF_LOSS = (
 )
 
 
-def record(config: Config, teacher: TeacherCheckpoint | Identity) -> dict[str, Any]:
+def record(
+    config: Config,
+    teacher: TeacherCheckpoint | Identity,
+    others: Sequence[tuple[Sequence[int], TeacherCheckpoint]] = (),
+) -> dict[str, Any]:
     """Return what defines the loss: {"distillation": {key: YAML on one line}, "teacher": `TeacherCheckpoint.identity`}.
+
+    With `others`, pairs of sources and their teacher, also {"teachers": {source: identity}}.
 
     A custom loss is recorded by its dotted path; its source is not recorded. A cache is recorded by its teacher, and by
     the number and precision of its log-probabilities.
     """
     settings = _settings(config)
     if isinstance(teacher, TeacherCheckpoint):
-        return {"distillation": settings, "teacher": teacher.identity()}
+        found = {"distillation": settings, "teacher": teacher.identity()}
+        if others:
+            found["teachers"] = {str(at): other.identity() for sources, other in others for at in sources}
+        return found
     of_teacher = {"path": teacher.teacher_path, "iteration": teacher.teacher_iteration, "sha256": teacher.teacher}
     form = f"top {teacher.top_k}" + (f" and {teacher.draws} draws" if teacher.draws else "")
     settings |= {"cache": f"{form}, {teacher.precision}", "on_miss": config.distillation.on_miss}
@@ -166,6 +175,13 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     there, here = before["teacher"], now["teacher"]
     if there["sha256"] != here["sha256"]:  # the path does not matter
         changes.append(f"teacher: {_shown(there)} in the checkpoint, {_shown(here)} in this run")
+    of_sources = [of.get("teachers", {}) for of in (before, now)]
+    for source in sorted({source for of in of_sources for source in of}, key=int):
+        at_source, here_at = (of.get(source, default) for of, default in zip(of_sources, (there, here), strict=True))
+        if at_source["sha256"] != here_at["sha256"]:
+            changes.append(
+                f"teacher of source {source}: {_shown(at_source)} in the checkpoint, {_shown(here_at)} in this run"
+            )
     return changes
 
 

@@ -1,7 +1,6 @@
 """Attachment of a teacher to a student: a hook before the student's forward, and a head in place of its loss."""
 
 import inspect
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -32,6 +31,7 @@ from abkd_megatron.student.supported import (
     check_own_vocabulary,
     check_positions,
     check_predictions_ahead,
+    check_several_teachers,
     check_shared_vocab,
     check_sources_given,
     check_student,
@@ -41,18 +41,18 @@ from abkd_megatron.student.supported import (
     log_restrictions,
     warn_of_mtp_losses,
 )
-from abkd_megatron.student.timer import PassTimer
+from abkd_megatron.student.teacher_passes import TeacherPasses
 from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.model import Model, process_output
-from abkd_megatron.teacher.output_layer import OutputLayer
-from abkd_megatron.teacher.runner import TeacherRunner
+from abkd_megatron.teacher.output_layer import OutputLayer, TeacherOutput
+from abkd_megatron.teacher.teachers import Teachers
 from abkd_megatron.vocab_parallel import VocabShard
 from abkd_megatron.vocab_parallel.execution import Execution
 
 
 def attach(
     student: torch.nn.Module | Sequence[torch.nn.Module],
-    teacher: Teacher | CachedTeacher,
+    teacher: Teacher | Teachers | CachedTeacher,
     objective: Objective | ScheduledObjective,
     *,
     vocab_size: int,
@@ -69,7 +69,7 @@ def attach(
 
     Args:
         student: this rank's model as Megatron built it: one chunk, or the list of its virtual pipeline stages.
-        teacher: this rank's share, as `build_teacher` returns it; or a cache.
+        teacher: this rank's share, as `build_teacher` returns it; several of them by data source; or a cache.
         objective: what is trained. A scheduled one needs `Attachment.on_step` before every step.
         vocab_size: the student's vocabulary size without padding. Padded columns are excluded from the loss.
         pg_collection: the student's process groups. `tp` is used; `cp` for tokens selected by position; `pp` for
@@ -87,8 +87,8 @@ def attach(
     Raises:
         ConfigError: on every rank, for a student that already has a teacher, an unsupported feature, vocabularies
             padded differently, gathered logits (``parallel_output=False``), a `shared_vocab` that is not supported
-            here, or hidden losses without their layers or projectors. At the first micro-batch, for a stage with a
-            hidden loss and no loss mask.
+            here, hidden losses without their layers or projectors, or what does not go with several teachers. At the
+            first micro-batch, for a stage with a hidden loss and no loss mask.
         HostError: a student that is neither a GPTModel nor a HybridModel of megatron-core >= 0.19.
 
     Collectives: three all_gather_object (five with hidden losses), and those that create the groups for messages. Per
@@ -97,23 +97,26 @@ def attach(
     """
     scheduled = objective if isinstance(objective, ScheduledObjective) else ScheduledObjective(objective, {})
     objective = scheduled.objective
+    teachers = Teachers(teacher) if isinstance(teacher, Teacher) else teacher
     # Some errors occur only on the last pipeline stage; the other ranks must not go on to create groups.
     with on_every_rank():
         check_shared_vocab(objective, vocab_size, pg_collection.cp.size())
         check_tokens(objective, vocab_size)
-        check_own_vocabulary(objective, teacher)
-        if isinstance(teacher, CachedTeacher):
-            check_cacheable(scheduled, teacher.layout.draws)
+        check_own_vocabulary(objective, teachers)
+        if isinstance(teachers, CachedTeacher):
+            check_cacheable(scheduled, teachers.layout.draws)
+        else:
+            check_several_teachers(objective, len(teachers.distinct))
         execution = (execution or Execution()).resolve(scheduled)
-        chunks = _checked_student(student, teacher)
+        chunks = _checked_student(student, teachers)
         check_predictions_ahead(objective, chunks[0].config)
         check_positions(objective)
     stages = {}
     if objective.hidden_losses:
-        assert isinstance(teacher, Teacher)
-        stages = layers_of_stages(chunks, teacher, pg_collection)
+        assert isinstance(teachers, Teachers)
+        stages = layers_of_stages(chunks, teachers.default, pg_collection)
         with on_every_rank():
-            check_pairs(chunks, teacher, objective.hidden_losses, stages)
+            check_pairs(chunks, teachers.default, objective.hidden_losses, stages)
     warn_of_mtp_losses(chunks[0].config, getattr(pg_collection, "dp_cp", None))
     log_restrictions(objective, vocab_size)
     proposed = None
@@ -123,16 +126,16 @@ def attach(
             if last.share_embeddings_and_output_weights:
                 weight = last.shared_embedding_or_output_weight()
             shard = VocabShard.megatron(weight.shape[0], pg_collection.tp, vocab_size)
-            layers = last.output_layer, teacher.head if isinstance(teacher, Teacher) else None
-            proposed = propose_plan(*layers, weight, objective, execution, shard, tokens=tokens)
+            heads = [of.head for of in teachers.distinct] if isinstance(teachers, Teachers) else []
+            proposed = propose_plan(last.output_layer, heads, weight, objective, execution, shard, tokens=tokens)
     return Attachment(
-        *(chunks, teacher, scheduled, execution, vocab_size, pg_collection, timeout, stages, seed),
+        *(chunks, teachers, scheduled, execution, vocab_size, pg_collection, timeout, stages, seed),
         plan=agree(proposed),
     )
 
 
 def _checked_student(
-    student: torch.nn.Module | Sequence[torch.nn.Module], teacher: Teacher | CachedTeacher
+    student: torch.nn.Module | Sequence[torch.nn.Module], teachers: Teachers | CachedTeacher
 ) -> list[Model]:
     chunks = list(student) if isinstance(student, Sequence) else [student]
     check_wrappers(chunks)
@@ -145,7 +148,8 @@ def _checked_student(
             )
         if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in model._forward_pre_hooks.values()):
             raise ConfigError("this student has a teacher attached already; call `detach()` on that attachment first")
-    check_student(chunks, teacher if isinstance(teacher, Teacher) else None)
+    for teacher in teachers.distinct if isinstance(teachers, Teachers) else (None,):
+        check_student(chunks, teacher)
     return chunks
 
 
@@ -153,7 +157,9 @@ class Attachment:
     """A teacher attached to a student.
 
     Attributes:
-        teacher: the frozen teacher's share of this rank, or a cache.
+        teacher: the frozen teacher's share of this rank, or a cache; of several teachers the default.
+        teachers: all of them; None with a cache.
+        passes: of the teachers; None with a cache.
         plan: how the loss is computed, the same on every rank of the job.
         objective: what the student is trained on, in the current step.
         execution: how the loss is computed.
@@ -164,20 +170,17 @@ class Attachment:
         needs_input_ids: whether the last pipeline stage needs the input ids.
         report: per-token numbers [b, s] of the last micro-batch, by logged name; only on the last pipeline stage.
         loss_mask: [b, s] of the last micro-batch, on the last pipeline stage; None if the model got none.
-        sources: [b] int64, dataset of each sequence of the next micro-batch, on the last pipeline stage. Set it before
-            the model runs if the objective has weights by source; the model's forward takes it.
+        sources: [b] int64, dataset of each sequence of the next micro-batch, on the last stage. If `needs_sources`, set
+            it before the model runs, which takes it.
         validation_sets: of the rows of the last micro-batch, for its report; None for none.
         text: of the next micro-batch, in the tokens of a teacher with another tokenizer. Set it before the model runs.
         lm_weights, kd_weights: [b, s] of the next micro-batch, by which its tokens' terms are multiplied; taken alike.
-        max_queued_microbatches: peak number of micro-batches whose teacher hidden states waited for the student here.
-            1 without virtual pipeline stages; else Megatron's microbatch_group_size_per_vp_stage.
-        max_queued_bytes: peak of their bytes; a micro-batch is s * b * H / (TP if sequence parallel) numbers.
     """
 
     def __init__(
         self,
         chunks: Sequence[Model],
-        teacher: Teacher | CachedTeacher,
+        teachers: Teachers | CachedTeacher,
         objective: ScheduledObjective,
         execution: Execution,
         vocab_size: int,
@@ -187,7 +190,8 @@ class Attachment:
         seed: int,
         plan: Plan | None,
     ) -> None:
-        self.teacher = teacher
+        self.teacher: Teacher | CachedTeacher = teachers.default if isinstance(teachers, Teachers) else teachers
+        self.teachers = teachers if isinstance(teachers, Teachers) else None
         self.plan = plan
         self.objective = self._of_data = objective.objective
         self.execution = execution
@@ -204,17 +208,12 @@ class Attachment:
         self.text: AlignedText | None = None
         self.lm_weights: torch.Tensor | None = None
         self.kd_weights: torch.Tensor | None = None
-        self.max_queued_microbatches = self.max_queued_bytes = 0
         self._tensors: dict[str, torch.Tensor] = {}
         self._sums: Sums = {}
         self._vocab_size = vocab_size
         self._tp_group = pg_collection.tp
         self._cp_group: dist.ProcessGroup | None = getattr(pg_collection, "cp", None)
-        self._waiting: deque[torch.Tensor] = deque()
-        self._runner = TeacherRunner(chunks, teacher, timeout) if isinstance(teacher, Teacher) else None
-        # Only where the loss is reported.
-        device = next(chunks[-1].parameters()).device
-        self._timer = PassTimer(device) if chunks[-1].post_process and self._runner is not None else None
+        self.passes = TeacherPasses(chunks, teachers, timeout) if isinstance(teachers, Teachers) else None
         self._is_single_stage = chunks[0].pre_process and chunks[0].post_process
         self._signature = inspect.signature(chunks[0].forward)
         # The first chunk sees its micro-batches in order, and so does the last one; other chunks may run in between.
@@ -223,8 +222,8 @@ class Attachment:
             self._hooks += process_output(chunks[-1], self._head_context, self._head)
         self._mixing = None
         if self.objective.mix is not None:
-            assert isinstance(teacher, Teacher)
-            self._mixing = Mixing(chunks[0], teacher.layout, self.objective.mix, seed)
+            assert isinstance(teachers, Teachers)
+            self._mixing = Mixing(chunks[0], teachers.default.layout, self.objective.mix, seed)
             self._hooks += self._mixing.hooks
         self._ahead = None
         if self.objective.mtp_weight and chunks[-1].post_process:
@@ -232,9 +231,9 @@ class Attachment:
             self._hooks.append(self._ahead.hook)
         self._hidden = None
         if losses := self.objective.hidden_losses:
-            assert isinstance(teacher, Teacher)
+            assert isinstance(teachers, Teachers)
             self._hidden = HiddenLosses(
-                chunks, teacher, losses, stages, pg_collection.tp, self._logits_are_wanted, timeout
+                chunks, teachers.default, losses, stages, pg_collection.tp, self._logits_are_wanted, timeout
             )
 
     def on_step(self, progress: Progress, *, training: bool = True, own_lm_weight: float | None = None) -> None:
@@ -254,11 +253,13 @@ class Attachment:
                 observer.begin(is_first=progress.iteration == progress.samples == 0)
         is_new = progress != self.progress and (training or self.progress is None)
         if is_new:
-            for of in (self._runner, self._hidden):
+            for of in (self.passes, self._hidden):
                 if of is not None:
                     of.drain()
             if self._mixing is not None:
                 self._mixing.begin(progress.iteration)
+            if self.passes is not None:
+                self.passes.num_steps += training
             self.progress = progress
             self._of_data = self._scheduled_objective.at(progress)
             self.scheduled = self._scheduled_objective.values(progress)
@@ -276,11 +277,11 @@ class Attachment:
         finally:
             self._is_paused = False
 
-    def run_teacher_again(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
-        """Return the teacher's hidden states of the last micro-batch, which had these arguments here; see `again`."""
-        assert self._runner is not None
+    def run_teacher_again(self, batch: Mapping[str, Any], number: int = 0) -> torch.Tensor | None:
+        """Return a teacher's hidden states of the last micro-batch, which had these arguments here; see `again`."""
+        assert self.passes is not None
         with torch.no_grad(), self._hidden.untouched() if self._hidden is not None else nullcontext():
-            return self._runner.again(batch)
+            return self.passes.again(batch, number)
 
     def detach(self) -> None:
         """Detach the teacher, with projectors, and restore the student. Idempotent.
@@ -291,9 +292,8 @@ class Attachment:
             hook.remove()
         if self._hidden is not None:
             self._hidden.remove()
-        if self._runner is not None:
-            self._runner.close()
-        self._waiting.clear()
+        if self.passes is not None:
+            self.passes.close()
 
     def loss_func(
         self, loss_mask: torch.Tensor, output_tensor: torch.Tensor, checks: LossChecks | None = None
@@ -314,7 +314,7 @@ class Attachment:
             self._sums,
             self.hidden or {},
             self.scheduled,
-            self._pop_teacher_seconds,
+            self.passes.pop_seconds if self.passes is not None else lambda: None,
             self._pop_tensors(),
         )
         loss, num_tokens, logged = masked_loss(loss_mask, output_tensor, report, checks, self.validation_sets)
@@ -330,18 +330,25 @@ class Attachment:
         tensors, self._tensors = self._tensors, {}
         return tensors
 
-    def _pop_teacher_seconds(self) -> tuple[float, float] | None:
-        """Return (seconds, passes) of the teacher in training on this rank since the last call; see `PassTimer.take`.
+    @property
+    def needs_sources(self) -> bool:
+        """Whether the last pipeline stage needs `sources`: for weights by source, or for several teachers."""
+        return bool(self.objective.sources) or (self.teachers is not None and len(self.teachers.distinct) > 1)
 
-        A pass is this rank's part of the teacher's forward for one micro-batch, and its waiting for the teacher's
-        messages. The teacher's output layer is part of the loss. None in validation, and on all stages but the last.
-        """
-        return self._timer.take() if self._timer and torch.is_grad_enabled() else None
+    @property
+    def max_queued_microbatches(self) -> int:
+        """Peak of micro-batches whose teacher hidden states waited here: 1, or a group of virtual pipeline stages."""
+        return self.passes.max_queued_microbatches if self.passes is not None else 0
+
+    @property
+    def max_queued_bytes(self) -> int:
+        """Peak of their bytes; of a teacher s * b * H / (TP if sequence parallel) numbers per micro-batch."""
+        return self.passes.max_queued_bytes if self.passes is not None else 0
 
     @property
     def num_in_flight(self) -> int:
         """Number of the teacher's messages that this rank has started and that are not known to have arrived."""
-        return sum(of.num_in_flight for of in (self._runner, self._hidden) if of is not None)
+        return sum(of.num_in_flight for of in (self.passes, self._hidden) if of is not None)
 
     @property
     def hidden(self) -> dict[str, tuple[float, torch.Tensor]] | None:
@@ -367,26 +374,19 @@ class Attachment:
             raise ConfigError(
                 "schedules and mixed sequences need the training progress: call attachment.on_step() before each step"
             )
-        if self._runner is None:
-            return
-        batch = teacher_batch(self.objective, self.text, batch)
-        measured = self._timer.measure() if self._timer and torch.is_grad_enabled() else nullcontext()
-        with measured, torch.no_grad():
-            draw = self._mixing.next(batch) if self._mixing is not None else None
-            hidden_states = self._runner.run(batch, draw)
-        if hidden_states is not None:
-            self._waiting.append(hidden_states)
-            self.max_queued_microbatches = max(self.max_queued_microbatches, len(self._waiting))
-            self.max_queued_bytes = max(self.max_queued_bytes, sum(hidden.nbytes for hidden in self._waiting))
+        if self.passes is not None:
+            batch = teacher_batch(self.objective, self.text, batch)
+            self.passes.run(batch, self._mixing.next(batch) if self._mixing is not None else None)
 
-    def _head_context(self, args: tuple, kwargs: dict[str, Any]) -> OutputLayer | CachedBatch | ChunkedBatch | None:
+    def _head_context(self, args: tuple, kwargs: dict[str, Any]) -> TeacherOutput | CachedBatch | ChunkedBatch | None:
         """Return the teacher's side of the next micro-batch's loss; None where the model was called for logits."""
         if self._logits_are_wanted(self._signature.bind_partial(*args, **kwargs).arguments):
             return None
         if isinstance(self.teacher, CachedTeacher):
             return self.teacher.take()
+        assert self.passes is not None
         text, self.text = self.text, None
-        return side_of(self.teacher, self._waiting.popleft(), text, self._tp_group)
+        return side_of(self.passes.take(self.sources), text, self._tp_group, self.teacher.vocab_size)
 
     def _logits_are_wanted(self, batch: dict[str, Any]) -> bool:
         """Return whether the model was called for logits: a single pipeline stage without labels, or `paused`."""
@@ -401,7 +401,7 @@ class Attachment:
         labels: torch.Tensor,
         loss_mask: torch.Tensor | None,
         input_ids: torch.Tensor | None,
-        context: OutputLayer | CachedBatch | ChunkedBatch,
+        context: TeacherOutput | CachedBatch | ChunkedBatch,
         compute_language_model_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         scale_logits: Callable[[torch.Tensor], torch.Tensor],
         packed_seq_params: PackedSeqParams | None = None,
@@ -411,7 +411,7 @@ class Attachment:
         self.loss_mask = loss_mask
         self._tensors = {"student hidden states": hidden_states.detach()}
         if not isinstance(context, CachedBatch):
-            self._tensors["teacher hidden states"] = context.hidden_states
+            self._tensors |= context.named_hidden_states("teacher")
         student = OutputLayer(hidden_states, output_layer, output_weight, scale_logits)
         sources, self.sources = self.sources, None
         own_weights = [it.transpose(0, 1) if it is not None else None for it in (self.kd_weights, self.lm_weights)]

@@ -18,8 +18,7 @@ from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.chunks import CUT_OFF, ChunkLosses, chunk_losses
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.student.head import Loss, sum_of, weights_of_terms
-from abkd_megatron.teacher.build import Teacher
-from abkd_megatron.teacher.output_layer import OutputLayer
+from abkd_megatron.teacher.output_layer import OutputLayer, TeacherOutput
 from abkd_megatron.vocab_parallel import DistillationTerms, VocabShard, vocab_parallel_distillation
 from abkd_megatron.vocab_parallel.head_gradients import weighted
 from abkd_megatron.vocab_parallel.logits import STUDENT_ONLY
@@ -36,10 +35,9 @@ class ChunkedBatch(NamedTuple):
     shard: VocabShard
     """Of the teacher's vocabulary."""
 
-    @property
-    def hidden_states(self) -> Tensor:
-        """The teacher's last ones, of its own tokens."""
-        return self.teacher.hidden_states
+    def named_hidden_states(self, who: str) -> dict[str, Tensor]:
+        """Return the teacher's hidden states, of its own tokens, by a name that starts with `who`."""
+        return self.teacher.named_hidden_states(who)
 
 
 def teacher_batch(objective: Objective, text: AlignedText | None, batch: dict[str, Any]) -> dict[str, Any]:
@@ -65,20 +63,20 @@ def teacher_batch(objective: Objective, text: AlignedText | None, batch: dict[st
 
 
 def side_of(
-    teacher: Teacher, hidden_states: Tensor, text: AlignedText | None, tp_group: dist.ProcessGroup
-) -> OutputLayer | ChunkedBatch:
+    output: TeacherOutput, text: AlignedText | None, tp_group: dist.ProcessGroup, vocab_size: int | None
+) -> TeacherOutput | ChunkedBatch:
     """Return the teacher's side of a micro-batch.
 
     Args:
-        teacher: this rank's share.
-        hidden_states: its last ones.
+        output: of the teacher.
         text: in its own tokens; None if these are the student's.
         tp_group: of its output layer.
+        vocab_size: of its own tokens.
     """
-    layer = teacher.output_layer(hidden_states)
     if text is None:
-        return layer
-    return ChunkedBatch(layer, text, VocabShard.megatron(layer.weight.shape[0], tp_group, teacher.vocab_size))
+        return output
+    assert isinstance(output, OutputLayer)  # of one teacher
+    return ChunkedBatch(output, text, VocabShard.megatron(output.weight.shape[0], tp_group, vocab_size))
 
 
 def compute_chunked_loss(

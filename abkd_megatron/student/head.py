@@ -18,7 +18,7 @@ from abkd_megatron.losses.objective import Objective
 from abkd_megatron.losses.selection import TokenSelection, positions_here
 from abkd_megatron.student.plan import run_pre_forward_hooks
 from abkd_megatron.student.report import SELECTED
-from abkd_megatron.teacher.output_layer import OutputLayer
+from abkd_megatron.teacher.output_layer import OutputLayer, TeacherOutput
 from abkd_megatron.vocab_parallel import (
     DistillationTerms,
     VocabShard,
@@ -27,7 +27,7 @@ from abkd_megatron.vocab_parallel import (
     vocab_parallel_logit_loss,
 )
 from abkd_megatron.vocab_parallel.diagnostics import diagnose
-from abkd_megatron.vocab_parallel.head_gradients import weighted
+from abkd_megatron.vocab_parallel.head_gradients import sum_of_logits, weighted
 from abkd_megatron.vocab_parallel.transfer import to_device
 
 
@@ -57,7 +57,7 @@ class Loss(NamedTuple):
 
 def compute_loss(
     student: OutputLayer,
-    teacher: OutputLayer,
+    teacher: TeacherOutput,
     objective: Objective,
     labels: Tensor,
     loss_mask: Tensor | None,
@@ -123,17 +123,18 @@ def compute_loss(
     diagnosing = diagnostics and not torch.is_grad_enabled()
     if chunk_tokens is not None and not diagnosing:
         run_pre_forward_hooks(student.layer)
-        teacher_hidden = teacher.whole_hidden_states(tp_group)
+        operands = teacher.operands(tp_group)
         of_divergence, ranked = kd_weight * objective.distillation_scale, None
         if tokens is not None and tokens.by_rank:
-            entropy = _teacher_entropy(teacher, teacher_hidden, labels, shard, chunk_tokens)
+            entropy = _teacher_entropy(operands, labels, shard, chunk_tokens)
             ranked = tokens.ranked(entropy, counted, cp_group)
             of_divergence = ranked.double() * of_divergence
+        (teacher_hidden, teacher_weight, teacher_scale), *more = operands
         total, terms = vocab_parallel_distillation_head(
             student.whole_hidden_states(tp_group),
             student.weight,
             teacher_hidden,
-            teacher.weight,
+            teacher_weight,
             objective.effective_divergence,
             labels,
             shard,
@@ -142,7 +143,8 @@ def compute_loss(
             temperature=objective.temperature,
             token_weights=loss_mask,
             student_scale=student.scale(),
-            teacher_scale=teacher.scale(),
+            teacher_scale=teacher_scale,
+            more_teachers=more,
             chunk_tokens=chunk_tokens,
             into_main_grad=bool(getattr(student.layer, "gradient_accumulation_fusion", False)),
             selected=selected,
@@ -294,13 +296,12 @@ def _trained(tokens: TokenSelection | None, terms: DistillationTerms, by_positio
 
 
 def _teacher_entropy(
-    teacher: OutputLayer, hidden_states: Tensor, labels: Tensor, shard: VocabShard, chunk_tokens: int
+    operands: Sequence[tuple[Tensor, Tensor, float]], labels: Tensor, shard: VocabShard, chunk_tokens: int
 ) -> Tensor:
     """Return the teacher's entropy per token, [s, b] in nats, from a further pass of its output layer over all chunks.
 
     Args:
-        teacher: its output layer.
-        hidden_states: [s, b, H], whole.
+        operands: hidden states [s, b, H], weight and scale of each teacher.
         labels: [s, b].
         shard: of the vocabulary.
         chunk_tokens: tokens per chunk.
@@ -308,11 +309,13 @@ def _teacher_entropy(
     Collectives: per chunk, that of `vocab_parallel_distillation`.
     """
     found = []
+    hidden_states, weights, scales = zip(*operands, strict=True)
     with torch.no_grad():
-        chunks = (it.flatten(0, 1).split(chunk_tokens) for it in (hidden_states.detach(), labels.unsqueeze(-1)))
-        for hidden, of in zip(*chunks, strict=True):
-            logits = (hidden @ teacher.weight.t()).mul_(teacher.scale())
-            terms = vocab_parallel_distillation(logits, logits, AlphaBeta(1.0, 0.0), of.squeeze(-1), shard)
+        for first in range(0, labels.numel(), chunk_tokens):
+            chunk = slice(first, first + chunk_tokens)
+            logits = sum_of_logits([hidden.flatten(0, 1)[chunk] for hidden in hidden_states], weights, scales)
+            of = labels.flatten()[chunk]
+            terms = vocab_parallel_distillation(logits, logits, AlphaBeta(1.0, 0.0), of, shard)
             found.append(terms.metrics["teacher entropy"])
     return torch.cat(found).view(labels.shape)
 

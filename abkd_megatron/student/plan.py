@@ -48,7 +48,7 @@ class Plan:
 
 def propose_plan(
     student: torch.nn.Module,
-    teacher: torch.nn.Module | None,
+    teachers: Sequence[torch.nn.Module],
     weight: Tensor,
     objective: Objective,
     execution: Execution,
@@ -62,7 +62,7 @@ def propose_plan(
 
     Args:
         student: the student's output layer.
-        teacher: the teacher's output layer; None for a cache.
+        teachers: output layer of each teacher; none for a cache.
         weight: [V/TP, h], the weight of the student's output layer.
         objective: what is trained.
         execution: the requested head, kernel and chunk size.
@@ -74,19 +74,19 @@ def propose_plan(
         ConfigError: ``head: fused`` is not possible, or the kernel is not available.
     """
     reasons = ["as chosen"] if execution.head == "materialized" else []
-    reasons += obstacles(student, teacher, objective, shard.size)
+    reasons += obstacles(student, teachers, objective, shard.size)
     check_fused(execution, reasons)
     with kernels.using(execution.kernel) as choice:
         name = try_kernel(objective, weight)
-    of_token = bytes_per_token(weight, shard) // (1 if teacher is not None else 2)
+    of_token = bytes_per_token(weight, shard) // (1 if teachers else 2)
     chunk_tokens = execution.chunk_tokens or automatic_chunk_tokens(weight.device, of_token)
-    whole = f"{weight.shape[0]} logits of {'both models' if teacher is not None else 'the student'}"
+    whole = f"{weight.shape[0]} logits of {'both models' if teachers else 'the student'}"
     if tokens is not None:
         # Approximate: in a packed row it depends on the lengths, and the head must not change with those.
         every = objective.tokens.n if objective.tokens is not None and objective.tokens.n is not None else 1
-        compared = tokens // every if teacher is not None else 0
+        compared = tokens // every if teachers else 0
         both = "both models" if every == 1 else f"the student and about {compared} of the teacher"
-        both = both if teacher is not None else "the student"
+        both = both if teachers else "the student"
         size = _mib((tokens + compared) * weight.shape[0] * weight.dtype.itemsize)
         whole = f"{tokens} x {weight.shape[0]} logits of {both}, {size}"
         if execution.head == "auto" and not reasons:
@@ -199,11 +199,11 @@ def run_pre_forward_hooks(layer: torch.nn.Module) -> None:
 
 
 def obstacles(
-    student: torch.nn.Module, teacher: torch.nn.Module | None, objective: Objective, vocab_size: int
+    student: torch.nn.Module, teachers: Sequence[torch.nn.Module], objective: Objective, vocab_size: int
 ) -> list[str]:
     """Return why these output layers cannot be fused with this loss; empty if they can. No teacher: a cache."""
-    layers = (("student", student), ("teacher", teacher))
-    found = [f"{name}: {why}" for name, layer in layers if layer is not None and (why := obstacle(layer))]
+    layers = (("student", student), *(("teacher", teacher) for teacher in teachers))
+    found = [f"{name}: {why}" for name, layer in layers if (why := obstacle(layer))]
     return found + obstacles_of(objective, vocab_size)
 
 

@@ -22,6 +22,7 @@ from abkd_megatron.student.added import check_scaling
 from abkd_megatron.student.cached import CachedTeacher
 from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.model import Model, pattern_of_model, takes_output_processor
+from abkd_megatron.teacher.teachers import Teachers
 from abkd_megatron.vocab_parallel.teacher_records import check_recorded
 
 logger = logging.getLogger(__name__)
@@ -139,20 +140,23 @@ def check_mixed_batches(objective: Objective, args: Namespace) -> None:
             )
 
 
-def check_own_vocabulary(objective: Objective, teacher: Teacher | CachedTeacher) -> None:
+def check_own_vocabulary(objective: Objective, teachers: Teachers | CachedTeacher) -> None:
     """Reject a teacher with its own vocabulary without a loss of chunks, and such a loss without one, or in a layout.
 
     Raises:
         ConfigError: naming the setting.
     """
-    size = teacher.vocab_size if isinstance(teacher, Teacher) else None
+    teacher = teachers.default if isinstance(teachers, Teachers) else None
+    size = teacher.vocab_size if teacher is not None else None
     if (objective.cross_tokenizer is None) != (size is None):
         raise ConfigError(
             f"expected Objective(cross_tokenizer=...) and a Teacher with its own vocab_size, or neither, got "
             f"{objective.cross_tokenizer} and {size}; give both, or remove one"
         )
     if size is not None:
-        assert isinstance(teacher, Teacher)
+        assert isinstance(teachers, Teachers) and teacher is not None
+        if len(teachers.distinct) > 1:
+            raise ConfigError("cross_tokenizer: expected one teacher, got several; remove the section `teachers`")
         if teacher.layout.student_stages > 1 or not teacher.layout.matches_student:
             raise ConfigError(
                 "cross_tokenizer is not supported over pipeline stages or with independent teacher parallelism: its "
@@ -189,6 +193,29 @@ def check_positions(objective: Objective) -> None:
             raise ConfigError(
                 f"expected sources with positions, got {of.path}; give SourceWeights(source=...), or take those of "
                 "`abkd_megatron.data.indexed.with_positions`"
+            )
+
+
+def check_several_teachers(objective: Objective, number: int) -> None:
+    """Reject an objective that does not go with several teachers.
+
+    Args:
+        objective: of the job.
+        number: of teachers.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    found = {
+        "hidden_losses": bool(objective.hidden_losses),
+        "mix": objective.mix is not None,
+        "mtp_weight": objective.mtp_weight > 0,
+    }
+    for name, is_on in found.items():
+        if is_on and number > 1:
+            raise ConfigError(
+                f"expected no distillation.{name} with several teachers, which is of one teacher's layers or of mixed "
+                "sequences; remove it, or the section `teachers`"
             )
 
 

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
@@ -21,7 +22,8 @@ from abkd_megatron.config.pattern import PATTERN_OPTIONS
 from abkd_megatron.config.schema import Config
 from abkd_megatron.config.unsupported import check_effect
 from abkd_megatron.config.values import MegatronOptions
-from abkd_megatron.errors import ConfigError, DataError
+from abkd_megatron.data.indexed import positions_of
+from abkd_megatron.errors import AbkdError, ConfigError, DataError
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.inherited import declared_vocabulary, inherited_architecture, of_checkpoint, teacher_settings
 from abkd_megatron.teacher.layout import sharing_group_shape
@@ -140,6 +142,72 @@ def _inheritance_named(inherited: Mapping[str, str]) -> Iterator[None]:
             f"{error}; this is about the teacher, which inherits from the student unless set under `teacher:`: "
             + ", ".join(sorted(inherited.values()))
         ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherTeacher:
+    """A teacher of some data sources. None for what is not known or not on this machine."""
+
+    name: str
+    """In messages."""
+    sources: tuple[int, ...]
+    """Positions of its datasets."""
+    config: Config
+    """The job's, with this teacher as the only one."""
+    args: Namespace | None = None
+    """Megatron's arguments, validated."""
+    model: ModelConfig | None = None
+    checkpoint: TeacherCheckpoint | None = None
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Name the teacher in errors of the block."""
+        try:
+            yield
+        except AbkdError as error:
+            raise type(error)(f"{self.name}: {error}") from error
+
+    def opened(self, megatron: Mapping[str, Any], student: Namespace, host: str) -> "OtherTeacher":
+        """Return it with arguments, model and checkpoint; see `teacher_arguments` and `open_teacher`.
+
+        Raises:
+            AbkdError: naming the teacher.
+        """
+        args, model = self.arguments(megatron, student, host)
+        return replace(self, args=args, model=model, checkpoint=self.checkpoint_here(megatron))
+
+    def arguments(self, megatron: Mapping[str, Any], student: Namespace, host: str) -> tuple[Namespace, ModelConfig]:
+        """Return its arguments and model, see `teacher_arguments`."""
+        with self.named():
+            return teacher_arguments(megatron, self.config.teacher.megatron, student, host)
+
+    def checkpoint_here(self, megatron: Mapping[str, Any]) -> TeacherCheckpoint:
+        """Open its checkpoint, see `open_teacher`."""
+        with self.named():
+            return open_teacher(self.config, megatron)
+
+
+def other_teachers(config: Config, student: Namespace) -> list[OtherTeacher]:
+    """Return the job's `teachers`, not yet opened.
+
+    Args:
+        config: of the job.
+        student: Megatron's validated arguments of the student.
+
+    Raises:
+        ConfigError: a dataset is not in the blend for training, or has two teachers; see `positions_of`.
+    """
+    found: list[OtherTeacher] = []
+    for entry in config.teachers:
+        sources = tuple(positions_of(entry.sources, student, "teachers"))
+        taken = {source: of.name for of in found for source in of.sources}
+        if twice := [source for source in sources if source in taken]:
+            raise ConfigError(
+                f"teachers: expected one teacher per source, got {taken[twice[0]]} and {entry.name} for the dataset at "
+                f"position {twice[0]}; remove one of them"
+            )
+        found.append(OtherTeacher(name=entry.name, sources=sources, config=config.with_teacher(entry)))
+    return found
 
 
 def open_teacher(config: Config, megatron: Mapping[str, Any]) -> TeacherCheckpoint:

@@ -177,7 +177,7 @@ class Outbox:
     `watch` replaces ``config.timers`` by an object with the same interface.
 
     If Megatron synchronizes between its receive and the forward step that uses it, the receiver must also post within
-    Megatron's receive. `on_receive` is called there, before Megatron's operations; see `TeacherRunner._post_ahead`.
+    Megatron's receive. `on_receive` is called there, before Megatron's operations; see `TeacherRunner.post_ahead`.
 
     Args:
         config: the student's, which has Megatron's timers.

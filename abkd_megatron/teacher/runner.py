@@ -50,13 +50,14 @@ class TeacherRunner:
     Args:
         chunks: the student's model chunks on this rank.
         teacher: this rank's share of the teacher.
+        outbox: for messages to later stages, see `TeacherRunners`.
         timeout: for messages.
 
     Collectives: the constructor creates a group per kind of message and pipeline or sharing group, and connects all
     pairs of ranks that will exchange messages.
     """
 
-    def __init__(self, chunks: Sequence[Model], teacher: Teacher, timeout: timedelta) -> None:
+    def __init__(self, chunks: Sequence[Model], teacher: Teacher, outbox: Outbox, timeout: timedelta) -> None:
         student = chunks[0]
         self._student, self._teacher, self._layout = student, teacher, teacher.layout
         layout, config = self._layout, student.config
@@ -86,12 +87,11 @@ class TeacherRunner:
             dist.barrier(
                 group=self._first_stage
             )  # NCCL needs all ranks in a group's first call; exchanges involve only some
-        self._outbox = Outbox(config, self._post_ahead)
+        self._outbox = outbox
         self._posted: dict[tuple[Channel, int], deque[tuple[dist.Work, torch.Tensor]]] = defaultdict(deque)
         self._passes = self._posted_for = 0
         self._counters = []
         if layout.student_stages > 1:
-            self._outbox.watch()
             if config.variable_seq_lengths:
                 # NCCL needs all ranks in the first call of Megatron's group, but a stage waits for a header before it.
                 dist.barrier(group=teacher.pg_collection.pp)
@@ -112,9 +112,6 @@ class TeacherRunner:
             [s/TP, b, H] if the student is sequence parallel. None on other stages.
         """
         layout = self._layout
-        self._outbox.release()  # needed by schedules without Megatron's P2PCommunicator
-        if layout.student_stages > 1:
-            self._outbox.watch()
         number, self._micro_batch = self._micro_batch, self._micro_batch + 1
         length, size = self._extent_of(batch)
         if self._student.training:  # validation may use other sizes
@@ -160,9 +157,11 @@ class TeacherRunner:
 
         Collectives: those of a pass of the teacher, and its messages, which have left when this returns.
         """
+        self._outbox.release()
         self.drain()
         self._micro_batch -= 1
         hidden_states = self.run(batch)
+        self._outbox.release()
         self.drain()
         return hidden_states
 
@@ -212,7 +211,7 @@ class TeacherRunner:
             )
         return received
 
-    def _post_ahead(self, name: str) -> None:
+    def post_ahead(self, name: str) -> None:
         """Post the receives of the next micro-batch within Megatron's receive of its activation, where required.
 
         This is required if Megatron synchronizes after a stage's send and before the next stage's forward step: with
@@ -372,17 +371,15 @@ class TeacherRunner:
         return [channel for channel in (self._stages, self._tokens, self._results) if channel is not None]
 
     def drain(self) -> None:
-        """Wait for all sends. Call it only between steps, or in the first forward pass of one."""
-        self._outbox.release()
+        """Wait for all sends, which have left the outbox."""
         # Reset here, because the step after validation does not start our timers: evaluate() has replaced them.
         self._passes = self._posted_for = 0
         for channel in self._channels():
             channel.drain()
 
     def close(self) -> None:
-        """Drain, and restore Megatron's timers."""
+        """Drain, and remove all hooks."""
         self.drain()
-        self._outbox.unwatch()
         for counter in self._counters:
             counter.remove()
 

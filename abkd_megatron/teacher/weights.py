@@ -13,7 +13,7 @@ import torch
 from megatron.core.transformer.moe.router import Router
 from torch import Tensor
 
-from abkd_megatron.config.schema import TEACHER_WEIGHTS
+from abkd_megatron.config.teachers import TEACHER_WEIGHTS
 from abkd_megatron.teacher.build import Teacher
 
 DEVICE, INT8, HOST = TEACHER_WEIGHTS

@@ -10,7 +10,7 @@ import os
 from argparse import Action, Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from abkd_megatron.config.unsupported import JOB
 from abkd_megatron.data.prepare import PreparedData
 from abkd_megatron.errors import AbkdError, ConfigError, DataError, HostError
 from abkd_megatron.preflight.rules import EARLY_CHECKS, Setup, Verdict
-from abkd_megatron.teacher.args import open_teacher, teacher_arguments
+from abkd_megatron.teacher.args import open_teacher, other_teachers, teacher_arguments
 from abkd_megatron.teacher.inherited import teacher_settings
 from abkd_megatron.teacher.layout import RankCoords, TeacherLayout
 from abkd_megatron.tools import dry_run
@@ -183,6 +183,7 @@ class _Report:
                 else:
                     with self.at("teacher's checkpoint"):
                         setup.checkpoint = open_teacher(config, megatron)
+            self._open_others(megatron)
             reader = None
             if config.distillation.cache is not None:
                 reader = self._cache(Path(config.distillation.cache).expanduser())
@@ -194,6 +195,23 @@ class _Report:
             if reader is not None and len(self._rejected) == rejected:
                 with self.at("samples in the cache"):
                     self._hits(reader)
+
+    def _open_others(self, megatron: Mapping[str, Any]) -> None:
+        """Add the job's `teachers`, whose checkpoints may not be here."""
+        student = self._setup.student
+        if not self._settings_are_good or student is None:
+            return
+        found = []
+        with self.at("teachers"):
+            for other in other_teachers(self.config, student):
+                path = other.config.teacher.load or ""
+                if not Path(path).exists():
+                    self.add("teachers", f"{other.name}: {path}", Verdict.ABSENT)
+                args, _ = other.arguments(megatron, student, JOB)
+                self.add("teachers", f"{other.name}: {_model(args)}, layout: {_teachers_layout(student, args)}")
+                checkpoint = other.checkpoint_here(megatron) if Path(path).exists() else None
+                found.append(replace(other, args=args, checkpoint=checkpoint))
+        self._setup.others = found
 
     @property
     def _rejected(self) -> list[Row]:

@@ -20,6 +20,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest import mock
 
 from abkd_megatron.config.pattern import layers_and_pipes, model_name
@@ -73,7 +74,7 @@ class Estimate:
     student: str
     """Class and layer pattern."""
     teacher: str | None
-    """None for a cache."""
+    """Of all teachers; None for a cache."""
     parameters: int
     teacher_parameters: int
     gpu_memory: float
@@ -82,7 +83,7 @@ class Estimate:
     flops: Flops
     alternatives: tuple[Alternative, ...] = ()
     cache: CacheEstimate | None = None
-    """Of the job's samples; None with a `shared_vocab`, for which there is no cache."""
+    """Of the job's samples; None with a `shared_vocab` or several teachers, for which there is no cache."""
     sampling: int | None = None
     """Bytes of keys and values per rank while a step's own text is sampled; None without `on_policy`."""
     decode: int | None = None
@@ -121,7 +122,9 @@ def estimate(
         raise ConfigError(
             "expected a teacher, got none; set teacher.load and the `teacher:` arguments, or distillation.cache"
         )
-    _check(config, student, teacher)
+    teachers = [teacher, *_others(config, teacher, world_size)] if teacher is not None else []
+    for who, args in (("student", student), *(("teacher", args) for args in teachers)):
+        _check(config, who, args)
     with _Pool() as pool:
         measured = _Measured.of(pool, config, student, teacher, gpu_memory)
         kinds = kinds_of_ranks(student, teacher)
@@ -132,9 +135,9 @@ def estimate(
             ranks.append(RankEstimate(name, rank, _result(futures[name])))
         others = _alternatives(pool, config, student, gpu_memory, progress) if alternatives else ()
     tokens = config.distillation.tokens
-    counted = flops(student, teacher, (tokens.n or 1) if tokens is not None else 1)
+    counted = flops(student, *teachers, every=(tokens.n or 1) if tokens is not None else 1)
     cache = None
-    if config.distillation.shared_vocab is None:
+    if config.distillation.shared_vocab is None and len(teachers) < 2:
         layout = layout_read(config, student.vocab_size) if reads else record_layout(config, student.vocab_size)
         cache = CacheEstimate.of(student, layout, counted)
     on_policy = config.distillation.on_policy
@@ -143,9 +146,9 @@ def estimate(
         world_size=student.world_size,
         layout=_layout(student) + (f"; teacher {_layout(teacher)}" if teacher is not None else ""),
         student=model_name(student.hybrid_layer_pattern),
-        teacher=model_name(teacher.hybrid_layer_pattern) if teacher is not None else None,
+        teacher=" and ".join(model_name(args.hybrid_layer_pattern) for args in teachers) or None,
         parameters=parameters(student, student.padded_vocab_size),
-        teacher_parameters=parameters(teacher, student.padded_vocab_size) if teacher is not None else 0,
+        teacher_parameters=sum(parameters(args, student.padded_vocab_size) for args in teachers),
         gpu_memory=gpu_memory,
         ranks=tuple(ranks),
         flops=counted,
@@ -196,7 +199,22 @@ def _layout(args: Namespace) -> str:
     )
 
 
-def _check(config: Config, student: Namespace, teacher: Namespace | None) -> None:
+def _others(config: Config, teacher: Namespace, world_size: int | None) -> list[Namespace]:
+    """Return Megatron's arguments of the job's `teachers`, without those that share a model with another one."""
+    kinds: list[tuple[Any, ...]] = [_kind(config, teacher)]
+    for entry in config.teachers:
+        of_one = config.with_teacher(entry)
+        _, args = megatron_arguments(of_one, world_size)
+        if args is not None and (kind := _kind(of_one, args)) not in kinds:
+            kinds.append(kind)
+    return [args for *_, args in kinds[1:]]
+
+
+def _kind(config: Config, args: Namespace) -> tuple[Any, ...]:
+    return config.teacher.load, config.teacher.ckpt_step, config.teacher.weights, args
+
+
+def _check(config: Config, who: str, args: Namespace) -> None:
     if config.distillation.hidden_losses:
         raise ConfigError("hidden losses cannot be estimated: their ranks communicate; leave them out here")
     if config.distillation.cross_tokenizer is not None:
@@ -204,15 +222,12 @@ def _check(config: Config, student: Namespace, teacher: Namespace | None) -> Non
             "distillation.cross_tokenizer cannot be estimated: it needs text; leave it and the teacher's tokenizer out "
             "here, and head=materialized gives both models' logits at once, of which it holds one model's at a time"
         )
-    for who, args in (("student", student), ("teacher", teacher)):
-        if args is None:
-            continue
-        check_features(args, who, ESTIMATE)
-        if latent := sorted(set(args.hybrid_layer_pattern or "") & set("+D")):
-            raise ConfigError(
-                f"{who}: the layers {', '.join(latent)} (latent attention) of hybrid-layer-pattern "
-                f"{args.hybrid_layer_pattern} cannot be estimated; leave them out here"
-            )
+    check_features(args, who, ESTIMATE)
+    if latent := sorted(set(args.hybrid_layer_pattern or "") & set("+D")):
+        raise ConfigError(
+            f"{who}: the layers {', '.join(latent)} (latent attention) of hybrid-layer-pattern "
+            f"{args.hybrid_layer_pattern} cannot be estimated; leave them out here"
+        )
 
 
 # ---- memory
@@ -399,7 +414,11 @@ def _with_layout(config: Config, tensor: int, stages: int, micro_batch_size: int
     }
     if config.megatron.get("sequence-parallel") and tensor > 1:
         megatron["sequence-parallel"] = True
-    return replace(config, megatron=megatron, teacher=replace(config.teacher, megatron=teacher))
+    others = [
+        replace(entry, megatron={key: _without_pipes(key, value) for key, value in entry.megatron.items()})
+        for entry in config.teachers
+    ]
+    return replace(config, megatron=megatron, teacher=replace(config.teacher, megatron=teacher), teachers=others)
 
 
 def _without_pipes(key: str, value: Value) -> Value:

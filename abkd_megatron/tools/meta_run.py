@@ -45,8 +45,8 @@ from abkd_megatron.hosts import add_teacher, megatron_lm
 from abkd_megatron.losses import AlphaBeta, Divergence, ToDi
 from abkd_megatron.student import cached, head, plan, step
 from abkd_megatron.student.attach import Attachment
+from abkd_megatron.teacher import args as teacher_args
 from abkd_megatron.teacher import runner
-from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.layout import RankCoords
 from abkd_megatron.tools import meta_cache, meta_layers
@@ -178,8 +178,8 @@ class _Watch:
         ledger, attachment = self._ledger, forward_step.attachment
         student = [parameter for chunk in model for parameter in chunk.parameters()]
         teacher: list[Tensor] = []
-        if isinstance(attachment.teacher, Teacher):
-            teacher = [*attachment.teacher.parameters(), *attachment.teacher.stored]
+        if attachment.teachers is not None:
+            teacher = [it for of in attachment.teachers.distinct for it in (*of.parameters(), *of.stored)]
         ledger.assign_rest(OPTIMIZER, kept=())
         ledger.assign((it.main_grad for it in student if hasattr(it, "main_grad")), GRADIENTS)
         ledger.assign((it.grad for it in student if it.grad is not None), GRADIENTS)
@@ -224,7 +224,8 @@ def _replacements(
     yield step.DistilledStep, "__call__", within(ACTIVATIONS, step.DistilledStep.__call__)
     yield dist, "all_gather_object", _all_gather_object
     yield add_teacher, "from_rank_0", lambda function: function()
-    yield TeacherCheckpoint, "open", classmethod(lambda cls, *_: _NoCheckpoint(Path(), {}, Metadata({})))
+    yield TeacherCheckpoint, "open", classmethod(_no_checkpoint)
+    yield teacher_args, "positions_of", lambda names, *_: list(names)
     yield kernels, "_automatic", lambda divergence, *_: _automatic_kernel(config, divergence)
     yield kernels, "get", lambda name: _sized_kernel(name) or get_kernel(name)
     yield kernels, "chunk_elements", lambda _: elements(device)
@@ -290,6 +291,10 @@ def places_of(args: Any) -> list[RankCoords]:
     return places
 
 
+def _no_checkpoint(cls: type, path: str, step: int | None, *_: Any) -> "_NoCheckpoint":
+    return _NoCheckpoint(Path(path, str(step)), {}, Metadata({}))
+
+
 class _NoCheckpoint(TeacherCheckpoint):
     """Checkpoint that has every tensor and matches every configuration."""
 
@@ -301,7 +306,7 @@ class _NoCheckpoint(TeacherCheckpoint):
     def verify(self) -> None: ...
 
     def identity(self) -> dict[str, Any]:
-        return {"path": "", "iteration": None, "sha256": ""}
+        return {"path": "", "iteration": None, "sha256": str(self.directory)}
 
     def has(self, key: str) -> bool:
         return True
@@ -366,7 +371,10 @@ def _without_files(config: Config, vocab_size: int, global_batch_size: int) -> C
     left_out = (*_LEFT_OUT, *(("spec", *_ON_GPU) if config.device == "cuda" else ()))
     kept = {key: value for key, value in config.megatron.items() if not key.removeprefix("no-").startswith(left_out)}
     layers = "transformer-impl", *(("spec",) if config.device == "cuda" else ())
-    teacher = {key: value for key, value in config.teacher.megatron.items() if key not in layers}
+    teacher, *others = [
+        _layers({key: value for key, value in of.teacher.megatron.items() if key not in layers}, config.device)
+        for of in (config, *map(config.with_teacher, config.teachers))
+    ]
     megatron: dict[str, Value] = {
         **_layers(kept, config.device),
         **(_ON_GPU if config.device == "cuda" else {}),
@@ -386,9 +394,13 @@ def _without_files(config: Config, vocab_size: int, global_batch_size: int) -> C
         megatron=megatron,
         teacher=replace(
             config.teacher,
-            load="none" if config.distillation.cache is None else None,
-            megatron=_layers(teacher, config.device) if config.distillation.cache is None else {},
+            load=(config.teacher.load or "none") if config.distillation.cache is None else None,
+            megatron=teacher if config.distillation.cache is None else {},
         ),
+        teachers=[
+            replace(entry, sources=(number,), megatron=of_one)
+            for number, (entry, of_one) in enumerate(zip(config.teachers, others, strict=True))
+        ],
         distillation=replace(config.distillation, skip_preflight=list(PREFLIGHT), sources=[], mix=None),
         data=replace(config.data, dir=None),
     )

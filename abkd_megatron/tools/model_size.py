@@ -70,12 +70,12 @@ def parameters(args: Namespace, vocab_size: int) -> int:
     return _sum(args, layers).parameters + depths * (2 * h * h + 3 * norm) + norm + embeddings
 
 
-def flops(student: Namespace, teacher: Namespace | None, every: int = 1) -> Flops:
+def flops(student: Namespace, *teachers: Namespace, every: int = 1) -> Flops:
     """Return the floating-point operations per token.
 
     Args:
         student: Megatron's validated arguments, with the `padded_vocab_size`.
-        teacher: Megatron's validated arguments; None for a cache.
+        teachers: Megatron's validated arguments of each, all of which run on every token; none for a cache.
         every: one in `every` tokens is distilled; the teacher's head skips the others.
     """
     linear, attention = _forward(student)
@@ -94,8 +94,8 @@ def flops(student: Namespace, teacher: Namespace | None, every: int = 1) -> Flop
         student_backward=2 * (linear + attention),
         recomputed=repeated,
         student_head=3 * head,
-        teacher_forward=sum(_forward(teacher)) if teacher is not None else 0.0,
-        teacher_head=2.0 * teacher.hidden_size * student.padded_vocab_size / every if teacher is not None else 0.0,
+        teacher_forward=sum(sum(_forward(teacher)) for teacher in teachers),
+        teacher_head=sum(2.0 * teacher.hidden_size * student.padded_vocab_size / every for teacher in teachers),
     )
 
 

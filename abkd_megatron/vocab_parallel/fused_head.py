@@ -12,7 +12,7 @@ without which small gradients underflow, is known only in backward.
 Legend: N tokens, h and H hidden size of student and teacher, W width of a rank's logits.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +51,7 @@ def vocab_parallel_distillation_head(
     token_weights: Tensor | None = None,
     student_scale: float = 1.0,
     teacher_scale: float = 1.0,
+    more_teachers: Sequence[tuple[Tensor, Tensor, float]] = (),
     chunk_tokens: int | None = None,
     into_main_grad: bool = False,
     selected: Tensor | None = None,
@@ -74,6 +75,9 @@ def vocab_parallel_distillation_head(
             any weights.
         student_scale: multiplies the student's logits.
         teacher_scale: multiplies the teacher's logits.
+        more_teachers: hidden states [..., H], weight [W, H] and scale of further teachers, whose logits are added to
+            the teacher's. H may differ. For tokens that have different teachers, pass hidden states that are 0 at the
+            tokens of the others.
         chunk_tokens: tokens per chunk, identical on all ranks. None for `automatic_chunk_tokens`, which requires GPUs
             of one type.
         into_main_grad: add the weight's gradient to its `main_grad`, if it has one, in that dtype, like Megatron's
@@ -110,27 +114,29 @@ def vocab_parallel_distillation_head(
     check_divergence(divergence)
     temperature = positive_number(owner, "temperature", temperature, "1.0 leaves the logits as they are")
     student, parameter = checked_student(owner, student_hidden, student_weight, labels, shard, into_main_grad)
-    teacher = checked_pair("teacher", teacher_hidden, teacher_weight, labels, student[1])
+    given = ((teacher_hidden, teacher_weight, teacher_scale), *more_teachers)
+    teachers = [checked_pair("teacher", hidden, weight, labels, student[1]) for hidden, weight, _ in given]
     options = checked_options(owner, labels, kd_weight, lm_weight, student_scale, token_weights, select)
-    teacher_scale = finite_number(owner, "teacher_scale", teacher_scale)
+    scales = tuple(finite_number(owner, "teacher_scale", scale) for *_, scale in given)
     if chunk_tokens is None:
         chunk_tokens = automatic_chunk_tokens(student_weight.device, bytes_per_token(student_weight, shard))
     head = Head(
         **options,
-        passes=Passes.of(student[1], teacher[1], divergence, shard, temperature, has_labels=True),
-        teacher_scale=teacher_scale,
+        passes=Passes.of(student[1], teachers[0][1], divergence, shard, temperature, has_labels=True),
+        teacher_scales=scales,
         chunk_tokens=whole_number(owner, "chunk_tokens", chunk_tokens, least=1),
         num_compared=labels.numel(),
         parameter=parameter,
     )
-    of_teacher = constant(teacher[0]).reshape(labels.numel(), teacher[0].shape[-1])
+    of_tokens = [constant(hidden).reshape(labels.numel(), hidden.shape[-1]) for hidden, _ in teachers]
     order = None
     if selected is not None:
         chosen, others = rows_of(selected, labels)
-        order, of_teacher = torch.cat([chosen, others]), of_teacher[chosen]
+        order, of_tokens = torch.cat([chosen, others]), [hidden[chosen] for hidden in of_tokens]
         student_only = Passes.of(student[1], student[1], STUDENT_ONLY, shard, 1.0, has_labels=True)
         head = replace(head, student_only=student_only, num_compared=len(chosen))
-    return apply_head(head, student, (of_teacher, constant(teacher[1])), labels, token_weights, order)
+    constants = [(hidden, constant(weight)) for hidden, (_, weight) in zip(of_tokens, teachers, strict=True)]
+    return apply_head(head, student, constants, labels, token_weights, order)
 
 
 def checked_student(

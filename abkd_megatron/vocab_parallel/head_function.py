@@ -4,15 +4,16 @@ Legend: N tokens, h and H hidden size of student and teacher, W width of a rank'
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from abkd_megatron.tensors import Function, constant
-from abkd_megatron.vocab_parallel.head_gradients import Gradients, Operands, factor_of, weighted
+from abkd_megatron.vocab_parallel.head_gradients import Gradients, Operands, factor_of, sum_of_logits, weighted
 from abkd_megatron.vocab_parallel.logits import DistillationTerms
 from abkd_megatron.vocab_parallel.shard import VocabShard
 from abkd_megatron.vocab_parallel.teacher_records import TeacherRecords
@@ -55,7 +56,7 @@ class ChunkPasses(Protocol):
 def apply_head(
     head: "Head",
     student: tuple[Tensor, Tensor],
-    teacher: tuple[Tensor, Tensor] | None,
+    teachers: Sequence[tuple[Tensor, Tensor]],
     labels: Tensor,
     token_weights: Tensor | None,
     order: Tensor | None = None,
@@ -65,7 +66,8 @@ def apply_head(
     Args:
         head: its weights are numbers, or [N].
         student: hidden states [..., h] and weight [W, h].
-        teacher: hidden states [n, H] of the first n tokens, in order, and weight [W, H], constant; None with records.
+        teachers: hidden states [n, H] of the first n tokens, in order, and weight [W, H] of each, constant; none with
+            records.
         labels: [...].
         token_weights: [...], or None.
         order: [N], tokens in the order of the chunks; None for 0 .. N - 1.
@@ -88,9 +90,8 @@ def apply_head(
         weights = weights[order] if weights is not None else None
         kd_weight, lm_weight = (it[order] if isinstance(it, Tensor) else it for it in (head.kd_weight, head.lm_weight))
         head = replace(head, kd_weight=kd_weight, lm_weight=lm_weight)
-    teacher_hidden, teacher_weight = teacher if teacher is not None else (None, None)
     loss, value, cross_entropy, metrics = _DistillationHead.apply(
-        flat, weight, teacher_hidden, teacher_weight, of_labels, weights, head, needs_gradient, anchor
+        flat, weight, of_labels, weights, head, needs_gradient, anchor, *chain.from_iterable(teachers)
     )
     if order is not None:
         back = torch.empty_like(order)
@@ -109,7 +110,8 @@ class Head:
     kd_weight: float | Tensor
     lm_weight: float | Tensor
     student_scale: float
-    teacher_scale: float = 1.0
+    teacher_scales: tuple[float, ...] = ()
+    """Of each teacher's logits."""
     chunk_tokens: int
     num_compared: int
     """Number of leading tokens, for which there are teacher hidden states."""
@@ -146,10 +148,8 @@ class Head:
         if self.records is not None:
             teacher = self.records[chunk]
         elif chunk.start < self.num_compared:
-            assert operands.teacher_hidden is not None and operands.teacher_weight is not None
-            teacher = operands.teacher_hidden[chunk] @ operands.teacher_weight.t()
-            if self.teacher_scale != 1.0:
-                teacher.mul_(self.teacher_scale)
+            hidden, weights = operands.teachers[::2], operands.teachers[1::2]
+            teacher = sum_of_logits([of_tokens[chunk] for of_tokens in hidden], weights, self.teacher_scales)
         return self.passes_of(chunk).batch(student, teacher, operands.labels[chunk])
 
     def conclude(self, chunk: slice, batch: Any, pending_record: Any, needs_gradient: bool, result: Tensor) -> Any:
@@ -217,15 +217,14 @@ class _DistillationHead(Function):
         ctx: Any,
         student_hidden: Tensor,
         student_weight: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_weight: Tensor | None,
         labels: Tensor,
         token_weights: Tensor | None,
         head: Head,
         needs_gradient: bool,
         anchor: Tensor | None,
+        *teachers: Tensor,
     ) -> tuple[Tensor, ...]:
-        operands = Operands(student_hidden, student_weight, teacher_hidden, teacher_weight, labels)
+        operands = Operands(student_hidden, student_weight, labels, teachers)
         in_forward = needs_gradient and token_weights is not None
         gradients = Gradients(operands, *ctx.needs_input_grad[:2]) if in_forward else None
         of_terms = head.of_terms(token_weights) if in_forward and token_weights is not None else None
@@ -259,7 +258,7 @@ class _DistillationHead(Function):
             gradients.operands = None  # type: ignore[assignment]  # frees memory; only the results are needed
             ctx.save_for_backward(student_weight, token_weights, anchor)
         elif needs_gradient:
-            ctx.save_for_backward(*vars(operands).values())
+            ctx.save_for_backward(student_hidden, student_weight, labels, *teachers)
         loss, value, cross_entropy, metrics = result[0], result[1], result[2], result[3:]
         ctx.mark_non_differentiable(value, cross_entropy, metrics)
         return loss, value, cross_entropy, metrics
@@ -267,10 +266,11 @@ class _DistillationHead(Function):
     @staticmethod
     @_without_autocast
     def backward(ctx: Any, of_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 7
+        nothing = (None,) * (len(ctx.needs_input_grad) - 2)
         head: Head = ctx.head
         if ctx.gradients is None:
-            operands = Operands(*ctx.saved_tensors)
+            student_hidden, student_weight, labels, *teachers = ctx.saved_tensors
+            operands = Operands(student_hidden, student_weight, labels, tuple(teachers))
             gradients = Gradients(operands, *ctx.needs_input_grad[:2])
             of_terms = head.of_terms(of_loss)
             for chunk, token_stats in zip(head.chunks(of_loss.numel()), ctx.stats_of_chunks, strict=True):

@@ -2,6 +2,7 @@
 
 import functools
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Operands:
-    """Hidden states and LM head weights of both models, and labels, for all tokens; no teacher's with records."""
+    """Hidden states and LM head weights of all models, and labels, for all tokens; no teacher's with records."""
 
     student_hidden: Tensor
     student_weight: Tensor
-    teacher_hidden: Tensor | None
-    teacher_weight: Tensor | None
     labels: Tensor
+    teachers: tuple[Tensor, ...] = ()
+    """Hidden states and weight of each teacher, one after another."""
 
 
 class Gradients:
@@ -36,6 +37,16 @@ class Gradients:
             torch.mm(of_logits, self.operands.student_weight, out=self.of_hidden[chunk])
         if self.of_weight is not None:
             add_product(self.of_weight, of_logits.t(), self.operands.student_hidden[chunk])
+
+
+def sum_of_logits(hidden_states: Sequence[Tensor], weights: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    """Compute the sum of scale * hidden @ weight^T, [n, W], over teachers."""
+    logits = hidden_states[0] @ weights[0].t()
+    if scales[0] != 1.0:
+        logits.mul_(scales[0])
+    for hidden, weight, scale in zip(hidden_states[1:], weights[1:], scales[1:], strict=True):
+        logits.addmm_(hidden, weight.t(), alpha=scale)
+    return logits
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -184,7 +184,7 @@ def vocab_parallel_record_distillation_head(
         num_compared=labels.numel(),
         parameter=parameter,
     )
-    loss, terms = apply_head(head, student, None, labels, token_weights)
+    loss, terms = apply_head(head, student, (), labels, token_weights)
     return loss, terms if selected is None else _only(selected, terms)
 
 

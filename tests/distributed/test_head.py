@@ -31,11 +31,14 @@ class Case:
     chunk_tokens: int = 4
     temperature: float = 1.0
     scales: tuple[float, float] = (1.0, 1.0)
+    others: bool = False
+    """Every second token of a sequence has another teacher, wider and of another scale."""
 
     def __str__(self) -> str:
         how = "in forward" if self.in_forward else "in backward"
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.divergence}-{dtype}-{how}-{self.chunk_tokens}-T{self.temperature}-{self.scales}"
+        others = "-others" * self.others
+        return f"{self.divergence}-{dtype}-{how}-{self.chunk_tokens}-T{self.temperature}-{self.scales}{others}"
 
 
 CASES = [
@@ -53,6 +56,10 @@ CASES += [
         (7, 2.0, (0.5, 0.25)),
         (100, 1.0, (0.5, 1.0)),
     ]
+]
+CASES += [
+    Case(AlphaBeta(0.2, 0.7), dtype, in_forward, 7, 2.0, (0.5, 0.25), others=True)
+    for dtype, in_forward in ((torch.float64, True), (torch.float64, False), (torch.bfloat16, True))
 ]
 
 
@@ -80,6 +87,15 @@ def run_case(case: Case, rank: int, world_size: int, group: dist.ProcessGroup | 
 
     student = (hidden @ weight.t()) * case.scales[0]
     teacher = (teacher_hidden @ teacher_weight.t()) * case.scales[1]
+    more = []
+    if case.others:
+        is_other = (torch.arange(TOKENS[0]) % 2 == 1)[:, None, None]
+        other, other_weight = random(*TOKENS, 20).to(case.dtype), random(PADDED, 20)[mine].to(case.dtype)
+        teacher = torch.where(is_other, (other @ other_weight.t()) * 0.7, teacher)
+        teacher_hidden, other = (
+            torch.where(here, of, 0.0) for here, of in ((~is_other, teacher_hidden), (is_other, other))
+        )
+        more = [(other, other_weight, 0.7)]
     wanted = vocab_parallel_distillation(student, teacher, case.divergence, labels, shard, case.temperature)
     wanted_loss = 0.8 * wanted.divergence + 0.3 * wanted.cross_entropy
     wanted_gradients = torch.autograd.grad((factor * mask * wanted_loss).sum(), (hidden, weight))
@@ -98,6 +114,7 @@ def run_case(case: Case, rank: int, world_size: int, group: dist.ProcessGroup | 
         token_weights=mask if case.in_forward else None,
         student_scale=case.scales[0],
         teacher_scale=case.scales[1],
+        more_teachers=more,
         chunk_tokens=case.chunk_tokens,
     )
     gradients = torch.autograd.grad((factor * mask * loss).sum(), (hidden, weight))

@@ -68,6 +68,9 @@ class Case:
     """The teacher has its own tokens of a text, and the loss is of chunks."""
     heads: int = 0
     """Of the student's multi-token prediction, which learn from the teacher."""
+    sequence_parallel: bool = False
+    virtual: int | None = None
+    """Virtual pipeline stages per rank of the student."""
 
     @property
     def reference(self) -> tuple[str, bool, bool, int | None, bool, str, int, bool]:
@@ -579,6 +582,7 @@ def build(
     groups: Any,
     own_attention: bool,
     vocab_size: int = PADDED,
+    vp_stage: int | None = None,
 ) -> torch.nn.Module:
     """This rank's part of a model whose weights depend on its name alone."""
     from megatron.core.distributed import finalize_model_grads
@@ -596,6 +600,11 @@ def build(
         tensor_model_parallel_size=case.tp,
         pipeline_model_parallel_size=case.pp,
         context_parallel_size=case.cp,
+        sequence_parallel=case.sequence_parallel,
+        virtual_pipeline_model_parallel_size=case.virtual,
+        # As Megatron's arguments ask for it: on two stages a batch of messages would mix activations and gradients.
+        overlap_p2p_comm=case.virtual is not None,
+        batch_p2p_comm=case.virtual is None,
         pipeline_dtype=torch.float32,
         variable_seq_lengths=case.data == "variable",
         moe_token_dispatcher_type="alltoall",  # Megatron asks for it beside variable lengths, without any experts
@@ -624,8 +633,9 @@ def build(
         spec,
         vocab_size=vocab_size,
         max_sequence_length=LONGEST,
-        pre_process=groups.pp.rank() == 0,
-        post_process=groups.pp.rank() == case.pp - 1,
+        pre_process=groups.pp.rank() == 0 and not vp_stage,
+        post_process=groups.pp.rank() == case.pp - 1 and vp_stage in (None, (case.virtual or 1) - 1),
+        **({"vp_stage": vp_stage} if vp_stage is not None else {}),
         position_embedding_type=positions,
         pg_collection=groups,
     )

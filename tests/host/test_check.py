@@ -107,6 +107,25 @@ OF_TINY: dict[str, tuple[list[str], list[str]]] = {
         [STAGES, "teacher.pipeline-model-parallel-size=1"],
         [r"ok +teacher's layout: TP 1 x PP 1: 2 per 1 DP replicas"],
     ),
+    "teachers by source": (
+        [
+            *("data.dir=null", "megatron.tokenizer-type=NullTokenizer", "megatron.vocab-size=400"),
+            *("megatron.data-path=[1, a, 1, b, 1, c]", "distillation.skip_preflight=[batch]"),
+            "teachers=[{sources: [c], load: /nowhere, num-layers: 3}, {sources: [1], load: /nowhere, num-layers: 6}]",
+        ],
+        [
+            r"not here +teachers: teacher of source c: /nowhere",
+            r"ok +teachers: teacher of source c: GPTModel, 3 layers, hidden size 48",
+            r"ok +teachers: teacher of source 1: GPTModel, 6 layers, hidden size 48",
+        ],
+    ),
+    "one source of two teachers": (
+        [
+            *("data.dir=null", "megatron.tokenizer-type=NullTokenizer", "megatron.vocab-size=400"),
+            *("megatron.data-path=[1, a, 1, b]", "teachers=[{sources: [b], load: x}, {sources: [1], load: y}]"),
+        ],
+        [r"rejected +teachers: teachers: expected one teacher per source, got teacher of source b and teacher of "],
+    ),
     "several values and a layout": (
         ["distillation.temperature=0", "distillation.lm_weight=-1", STAGES, "megatron.num-layers=3"],
         [r"rejected +settings: .*temperature", r"rejected +settings: .*lm_weight", r"rejected +student: .*3 layers"],

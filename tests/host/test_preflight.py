@@ -19,9 +19,26 @@ from abkd_megatron.config.schema import PREFLIGHT, Config, DistillationConfig
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses import AlphaBeta
 from abkd_megatron.losses.objective import Objective
-from abkd_megatron.preflight.first_step import LARGEST, check_batch, check_fp32_range, check_teacher_loss, digest
+from abkd_megatron.preflight.first_step import (
+    LARGEST,
+    Observed,
+    check_batch,
+    check_fp32_range,
+    check_teacher_loss,
+    digest,
+    sums_by_teacher,
+)
 from abkd_megatron.preflight.models import wrong_losses
-from abkd_megatron.preflight.rules import CHECKS, EARLY_CHECKS, Check, Finding, Phase, Verdict, run_checks
+from abkd_megatron.preflight.rules import (
+    CHECKS,
+    EARLY_CHECKS,
+    FIRST_STEP_CHECKS,
+    Check,
+    Finding,
+    Phase,
+    Verdict,
+    run_checks,
+)
 from abkd_megatron.vocab_parallel import VocabShard
 
 TEMPERATURE = 0.08  # at which Neyman's chi-square of these models is beyond fp32's digits, and not infinite
@@ -226,6 +243,18 @@ def test_a_teacher_is_refused_above_guessing_and_warned_of_near_it(caplog: pytes
         assert not caplog.records
         check_teacher_loss(math.log(400) + 0.4, 400)
     assert "it has learned next to nothing" in caplog.text
+
+
+def test_a_bad_teacher_of_one_source_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """A mean over all teachers' tokens would hide it."""
+    losses, counted = torch.tensor([[1.0, 2.0], [9.0, math.nan], [7.0, 8.0]]), torch.tensor([[1, 1], [1, 0], [1, 1]])
+    sums = sums_by_teacher(losses, counted, torch.tensor([0, 2, 0]), 3)
+    assert sums.tolist() == [[18.0, 4.0], [0.0, 0.0], [9.0, 1.0]]
+    given = {"student": [], "teachers": [], "kd_loss": None, "vocab_size": 400, "kd_weight": 1.0, "expected_loss": None}
+    of_teachers = {"the teacher": 4.5, "the teacher of source 1": None, "the teacher of source 2": 9.0}
+    with pytest.raises(ConfigError, match=r"the teacher of source 2's cross entropy on the first step is 9\.000"):
+        run_checks(FIRST_STEP_CHECKS, Observed(**given, teacher_losses=of_teachers))
+    assert "the teacher of source 1 has no token in the first step" in capsys.readouterr().out
 
 
 def test_check_runs_the_early_phases() -> None:

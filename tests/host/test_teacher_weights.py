@@ -28,10 +28,17 @@ def test_estimate_counts_what_is_on_the_device() -> None:
 
 def test_a_job_trains_with_a_rounded_teacher(workspace: Path, config: Path, teacher: Path, student: Path) -> None:
     losses, found = {}, {}
-    tensor = {"megatron.tensor-model-parallel-size": 2, "megatron.sequence-parallel": True}
+    tensor = {
+        "megatron.tensor-model-parallel-size": 2,
+        "megatron.sequence-parallel": True,
+        "distillation.hidden_losses": "[{student_layer: 1, teacher_layer: 2, loss: cosine}]",
+    }
+    other = {"megatron.pipeline-model-parallel-size": 2, "teacher.tensor-model-parallel-size": 2}
+    other |= {"teacher.pipeline-model-parallel-size": 1}
     for name, weights, layout in (
         *((weights, weights, {}) for weights in ("device", "host", "int8")),
         ("tensor", "int8", tensor),
+        ("other layout", "int8", other),
     ):
         settings = {"teacher.load": teacher, "megatron.load": student, "teacher.weights": weights, **layout}
         settings |= {"megatron.train-iters": 2, "megatron.finetune": True}
@@ -40,14 +47,17 @@ def test_a_job_trains_with_a_rounded_teacher(workspace: Path, config: Path, teac
         assert ("teacher's layers" in first.output) == (weights != "device")
         found[name] = re.findall(MEASURED, first.output)
     assert losses["host"] == losses["device"] != losses["int8"]
-    for name in ("int8", "tensor"):
-        for mine, theirs in zip(losses[name], losses["device"], strict=True):
+    for name, steps in (
+        ("int8", 2),
+        ("tensor", 1),
+        ("other layout", 2),
+    ):  # losses between layers change the second step
+        for mine, theirs in zip(losses[name][:steps], losses["device"][:steps], strict=True):
             assert float(mine) == pytest.approx(float(theirs), rel=2e-2)
     assert found["device"] == found["host"] == []
-    # Rows of shards are rounded differently.
-    ((kl, agreement, tokens),), ((of_tensor, _, _),) = found["int8"], found["tensor"]
-    assert 0 < float(kl) < LARGEST_ROUNDING and float(agreement) > 90 and tokens == "64"
-    assert float(of_tensor) == pytest.approx(float(kl), rel=0.5)
+    for name in ("int8", "tensor", "other layout"):
+        ((kl, agreement, tokens),) = found[name]
+        assert 0 < float(kl) < 1e-4 and float(agreement) > 90 and tokens == "64"
 
 
 def test_a_teacher_that_rounding_changes_is_rejected() -> None:

@@ -610,6 +610,67 @@ def test_weights_by_source(load):
         load(text, "distillation.preset=none", late).check("pretrain")
 
 
+TEACHERS = (
+    "teacher:\n  load: runs/base\n  num-layers: 4\n  weights: host\n"
+    "teachers:\n  - {sources: [1, data/code], load: runs/code, ckpt_step: 8, num_layers: 6}\n"
+    "  - sources: 2\n    load: runs/math\n    weights: int8\n"
+)
+
+
+def test_teachers_by_source(load):
+    config = load(TEACHERS)
+    config.check("distill")
+    code, math = config.teachers
+    assert (code.sources, code.load, code.ckpt_step, code.weights) == ((1, "data/code"), "runs/code", 8, None)
+    assert math.sources == (2,) and config.origins["teachers"] == "run.yaml:5"
+    assert load(render(config)).teachers == config.teachers
+    of_code, of_math = (config.with_teacher(of).teacher for of in config.teachers)
+    assert (of_code.megatron, of_code.weights) == ({"num-layers": 6}, "host")
+    assert (of_math.megatron, of_math.weights, of_math.load) == ({"num-layers": 4}, "int8", "runs/math")
+    assert load(TEACHERS, "teachers=[{sources: [0], load: runs/x}]").teachers[0].load == "runs/x"
+    assert load(TEACHERS, "teachers=null").teachers == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("teachers=[runs/x]", r"teachers: expected a list of \{sources"),
+        ("teachers=[{sources: [0], lod: runs/x}]", "unknown Megatron argument 'lod'; did you mean 'load'"),
+        ("teachers=[{sources: [0], load: runs/x, num-layers: a}]", r"teachers\.0\.num-layers: expected a whole number"),
+        ("teachers=[{load: runs/x}]", "teachers: expected sources of each teacher, got none of runs/x"),
+        ("teachers=[{sources: [3]}]", "teacher of source 3: expected load"),
+        (
+            "teachers=[{sources: [3], load: x}, {sources: [3, 4], load: y}]",
+            "one teacher per source, got 2 entries for 3",
+        ),
+        ("teachers=[{sources: [3], load: x, weights: disk}]", "expected weights device, int8, host, got 'disk'"),
+        ("teachers.load=x", r"expected section\.key=value"),
+        ("distillation.cache=runs/cache", r"distillation\.cache: expected none with the list `teachers`"),
+        ("distillation.mtp_weight=1", r"distillation\.mtp_weight: expected none with the list"),
+        (
+            "distillation.on_policy={share: 0.5, prompt_tokens: 8, new_tokens: 4}",
+            r"on_policy: expected none with the list `teachers`",
+        ),
+        ("teacher.expected-loss=2", r"teacher\.expected-loss: expected none with the list"),
+        (
+            "distillation.hidden_losses=[{student_layer: 1, teacher_layer: 1, loss: mse}]",
+            r"distillation\.hidden_losses: expected none with the list",
+        ),
+    ],
+)
+def test_wrong_teachers_by_source(load, setting, message):
+    with pytest.raises(ConfigError, match=message):
+        for problem in load(TEACHERS, setting).problems("distill"):
+            if "teachers" in str(problem):
+                raise problem
+
+
+@pytest.mark.parametrize("job", ["cache", "compare"])
+def test_jobs_of_one_teacher(load, job):
+    with pytest.raises(ConfigError, match=f"teachers: expected none in the job `{job}`, which is of one teacher"):
+        load(TEACHERS, "cache.dir=runs/cache", "teacher.weights=host").check(job)
+
+
 def test_presets_in_python():
     """As with Megatron Bridge, whose containers hold these objects."""
     default = DistillationConfig().make_objective()

@@ -287,6 +287,9 @@ def test_flops_of_recomputation_and_of_spared_heads() -> None:
     every = flops(llama("8B"), llama("70B"), every=4)
     assert every.teacher_head == plain.teacher_head / 4
     assert every.teacher_forward == plain.teacher_forward
+    both = flops(llama("8B"), llama("70B"), llama("8B"))
+    assert both.teacher_forward == plain.teacher_forward + plain.student_forward
+    assert both.teacher_head == plain.teacher_head + plain.student_head / 3
 
 
 def test_a_rank_of_each_kind() -> None:
@@ -338,7 +341,7 @@ def test_layers_of_a_pattern_are_divided_over_the_stages_of_another_layout() -> 
 )
 def test_what_cannot_be_counted_is_named(student: dict[str, object], named: str) -> None:
     with pytest.raises(ConfigError, match=rf"student.*{named}"):
-        _check(load_config(None, [], megatron_options()), llama("8B", **student), llama("70B"))
+        _check(load_config(None, [], megatron_options()), "student", llama("8B", **student))
 
 
 def test_a_ledger_follows_storages_by_part() -> None:

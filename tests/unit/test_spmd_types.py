@@ -484,7 +484,7 @@ def test_hidden_gradient_is_partial(group, dtype):
             return spmd.assert_type(tensor, {group: kind})
 
         hidden, weight, labels = sharded(R, 6, HIDDEN), sharded(S(0), WIDTH, HIDDEN), typed(group, I, 6, labels=True)
-        operands = head_gradients.Operands(hidden, weight, hidden, weight, labels)
+        operands = head_gradients.Operands(hidden, weight, labels, (hidden, weight))
         gradients = head_gradients.Gradients(operands, True, True)
         gradients.add(slice(0, 6), sharded(S(1), 6, WIDTH))  # one chunk: to the checker no slice of a P is a P
         assert bodies.type_of(gradients.of_hidden) is P

@@ -1,0 +1,81 @@
+"""Keys of the list `teachers`: teachers of some data sources. Does not import megatron."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from abkd_megatron.config.schema import Config, Value
+
+TEACHER_WEIGHTS = ("device", "int8", "host")
+# Keys of an entry that are not Megatron arguments.
+ENTRY_KEYS = ("sources", "load", "ckpt-step", "declared", "weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceTeacher:
+    """The teacher of some datasets of a blend."""
+
+    sources: tuple[int | str, ...] = ()
+    """Positions of the datasets in the list of their split, from 0, or their path prefixes."""
+    load: str | None = None
+    """Path of its Megatron checkpoint."""
+    ckpt_step: int | None = None
+    """Iteration to load; None for the latest."""
+    declared: bool = False
+    """See `TeacherConfig`."""
+    weights: str | None = None
+    """See `TeacherConfig`; None as in the section `teacher`."""
+    megatron: "dict[str, Value]" = field(default_factory=dict)
+    """Megatron arguments in which it differs from the section `teacher`."""
+
+    @property
+    def name(self) -> str:
+        """Its sources, for messages."""
+        return f"teacher of {'source' if len(self.sources) == 1 else 'sources'} {', '.join(map(str, self.sources))}"
+
+    def described(self) -> dict[str, Any]:
+        """Return the keys that were given, with their values."""
+        plain = SourceTeacher()
+        names = {key: key.replace("-", "_") for key in ENTRY_KEYS}
+        given = {key: getattr(self, name) for key, name in names.items() if getattr(self, name) != getattr(plain, name)}
+        return {**given, "sources": list(self.sources), **self.megatron}
+
+
+def teachers_problems(config: "Config", job: str) -> Iterator[tuple[str, str]]:
+    """Yield (key, what was expected and found) of each setting of several teachers that is invalid.
+
+    Args:
+        config: of the job.
+        job: see `Config.check`.
+    """
+    if not config.teachers:
+        return
+    for entry in config.teachers:
+        if not entry.sources:
+            yield (
+                "teachers",
+                f"expected sources of each teacher, got none of {entry.load}; give their positions or paths",
+            )
+        if not entry.load:
+            yield "teachers", f"{entry.name}: expected load, the path of its Megatron checkpoint, got none; give it"
+        if entry.weights not in (None, *TEACHER_WEIGHTS):
+            yield "teachers", f"{entry.name}: expected weights {', '.join(TEACHER_WEIGHTS)}, got {entry.weights!r}"
+    for source, count in Counter(source for entry in config.teachers for source in entry.sources).items():
+        if count > 1:
+            yield "teachers", f"expected one teacher per source, got {count} entries for {source}; remove all but one"
+    if job in ("cache", "compare"):
+        yield "teachers", f"expected none in the job `{job}`, which is of one teacher; remove the list"
+    kd = config.distillation
+    found = {
+        "distillation.cache": (kd.cache is not None, "a cache is of one teacher"),
+        "distillation.hidden_losses": (bool(kd.hidden_losses), "their layers are of one teacher"),
+        "distillation.mix": (kd.mix is not None, "a mixed sequence is of no dataset"),
+        "distillation.mtp_weight": (bool(kd.mtp_weight), "multi-token prediction follows one teacher"),
+        "distillation.on_policy": (kd.on_policy is not None, "the student's own text is of no dataset"),
+        "teacher.expected-loss": (config.teacher.expected_loss is not None, "a batch is of several teachers"),
+    }
+    for key, (is_given, why) in found.items():
+        if is_given:
+            yield key, f"expected none with the list `teachers`, since {why}; remove one of them"
