@@ -56,15 +56,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             return args[0]
         if func is torch.Tensor.pin_memory:
             return args[0]
-        if func is torch.Tensor.record_stream:
-            return None
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(args[0]).replace("torch.", "torch.cuda.", 1)
-        if func is torch.distributed.all_to_all_single:
-            # Megatron converts split sizes to lists only if they are on a GPU.
-            for name in ("output_split_sizes", "input_split_sizes"):
-                if isinstance(kwargs.get(name), torch.Tensor):
-                    kwargs[name] = kwargs[name].tolist()
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = torch.device("cpu")
         if kwargs.get("pin_memory"):
@@ -208,6 +201,8 @@ def install() -> None:
         own = _copy_of(answer)
         setattr(torch.cuda, name, own)
         setattr(torch.cuda.random, name, own)
+    # Its arguments are parsed before a mode is asked, and a stream here is none of torch's.
+    torch.Tensor.record_stream = _copy_of(nothing)  # type: ignore[method-assign]
     _CudaMeansCpu().__enter__()
     # Megatron decorated its small fusions with torch.compile, which cannot trace through this mode.
     torch.compiler.set_stance("force_eager")
@@ -216,9 +211,36 @@ def install() -> None:
     # This module imported the names from torch.cuda before they were patched.
     megatron_random._lazy_call = torch.cuda._lazy_call
     megatron_random._lazy_init = torch.cuda._lazy_init
+    _let_meshes_be_of_cpus()
+    _let_split_sizes_be_tensors()
     _fix_resumed_adam()
     _let_torch_norms_be_sequence_parallel()
     _keep_data_loaders_from_the_generator()
+
+
+def _let_meshes_be_of_cpus() -> None:
+    """Make meshes of CPUs where Megatron FSDP asks for GPUs, since a mesh takes its device from its type by name."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    make = DeviceMesh.__init__
+
+    def make_of_cpus(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        make(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+    DeviceMesh.__init__ = make_of_cpus  # type: ignore[method-assign]
+
+
+def _let_split_sizes_be_tensors() -> None:
+    """Convert split sizes of an all-to-all to lists, which Megatron does only if they are on a GPU."""
+    exchange = torch.distributed.all_to_all_single
+
+    def exchange_by_lists(*args: Any, **kwargs: Any) -> Any:
+        for name in ("output_split_sizes", "input_split_sizes"):
+            if isinstance(kwargs.get(name), torch.Tensor):
+                kwargs[name] = kwargs[name].tolist()
+        return exchange(*args, **kwargs)
+
+    torch.distributed.all_to_all_single = exchange_by_lists
 
 
 def use_compiled_helpers() -> None:

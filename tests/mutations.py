@@ -76,8 +76,8 @@ MUTATIONS = [
     Mutation(
         "kd_weight ignored with logits",
         "student/head.py",
-        "addends = zip(term_weights, (",
-        "addends = zip((1.0, term_weights[1]), (",
+        "total = sum_of(term_weights, (distillation, terms.cross_entropy))",
+        "total = sum_of((1.0, term_weights[1]), (distillation, terms.cross_entropy))",
         "tests/host/test_schedules.py",
     ),
     Mutation(
@@ -180,7 +180,7 @@ MUTATIONS = [
     ),
     Mutation(
         "hidden loss not divided by the micro-batches",
-        "student/hidden.py",
+        "student/added.py",
         "loss = loss / count.clamp(min=1) / get_num_microbatches()",
         "loss = loss / count.clamp(min=1)",
         "tests/host/test_hidden_losses.py",
@@ -195,8 +195,8 @@ MUTATIONS = [
     Mutation(
         "means over selected tokens divided by all tokens",
         "student/report.py",
-        "counts = dict.fromkeys(report.selected_only, selected.sum().clamp_min(NOTHING))",
-        "counts = dict.fromkeys(report.selected_only, counted)",
+        "counts = dict.fromkeys(selected_only, selected.sum().clamp_min(NOTHING))",
+        "counts = dict.fromkeys(selected_only, counted)",
         "tests/host/test_step.py",
     ),
     Mutation(

@@ -57,11 +57,19 @@ def compare_problems(config: "Config", job: str) -> Iterator[tuple[str, str]]:
     of, length = config.compare, config.megatron.get("seq-length")
     tokens, batches = of.prompt_tokens + of.new_tokens, of.gradient_batches
     is_long = bool(of.rouge_prompts) and isinstance(length, int) and tokens > length
+    # Megatron reads conversations in the order of their file.
+    same_runs = job == "compare" and bool(config.megatron.get("sft") and config.megatron.get("load"))
     packs_documents = bool(config.megatron.get("dataloader-inter-document-masking"))
     rules = (
         ("seeds", bool(of.seeds), "at least one", "none"),
         ("losses", bool(of.losses), "at least one", "none"),
         ("seeds", len(set(of.seeds)) == len(of.seeds), "each seed once", of.seeds),
+        (
+            "seeds",
+            not (same_runs and len(set(of.seeds)) > 1),
+            "one, because conversations have one order and all runs start from megatron.load",
+            of.seeds,
+        ),
         ("at_once", of.at_once >= 1, "1 or more", of.at_once),
         ("gradient_batches", batches >= 0 and batches != 1, "0, or 2 or more", batches),
         ("rouge_prompts", of.rouge_prompts >= (job == "rouge"), "a number of prompts", of.rouge_prompts),

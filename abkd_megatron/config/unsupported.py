@@ -57,7 +57,7 @@ class Feature:
 
 
 _GET_MODEL = "Megatron reads it in get_model() only, which is not used with a model config: it would be ignored"
-_SCHEDULE_PLAN = "it runs a schedule plan instead of the model's forward and bypasses the teacher"
+_SCHEDULE_PLAN = "it runs a schedule plan instead of the model's forward, and the checks of a job hook the forward"
 _SHARDED = "it shards the student's weights over data-parallel ranks; the loss needs the complete output layer"
 _KEEPS_NONE = "a teacher keeps no activations for a backward pass"
 _NO_VIRTUAL = (
@@ -102,7 +102,16 @@ UNSUPPORTED = (
         "overlap_moe_expert_parallel_comm",
         "combined 1F1B, which overlaps expert communication,",
         _SCHEDULE_PLAN,
+        remedy="give such a student to attach() in a training loop of your own, or remove "
+        "overlap-moe-expert-parallel-comm",
+        models=("student",),
+    ),
+    Feature(
+        "overlap_moe_expert_parallel_comm",
+        "combined 1F1B, which overlaps expert communication,",
+        "it runs a schedule plan of forward and backward passes, and a teacher has no backward pass",
         _ANYWHERE,
+        ("teacher",),
     ),
     Feature("delay_wgrad_compute", "delaying weight gradients, a part of combined 1F1B,", _SCHEDULE_PLAN, _ANYWHERE),
     Feature(
@@ -117,7 +126,16 @@ UNSUPPORTED = (
         "stages then exchange shapes first, which synchronizes the device while the teacher's messages are in flight",
         _ANYWHERE,
     ),
-    Feature("use_megatron_fsdp", "Megatron FSDP", _SHARDED, (*_ANYWHERE, BRIDGE), setting="dist.use_megatron_fsdp"),
+    Feature(
+        "use_megatron_fsdp",
+        "Megatron FSDP",
+        "jobs read and write checkpoints of the format torch_dist, and it needs fsdp_dtensor",
+        (*_ARGUMENTS, BRIDGE),
+        ("student",),
+        setting="dist.use_megatron_fsdp",
+        remedy="give such a student to attach() in a training loop of your own, or remove use-megatron-fsdp",
+    ),
+    Feature("use_megatron_fsdp", "Megatron FSDP", "a frozen teacher has no gradients to shard", models=("teacher",)),
     Feature("use_torch_fsdp2", "torch FSDP2", _SHARDED, (*_ANYWHERE, BRIDGE), setting="dist.use_torch_fsdp2"),
     # Exists once per process, for the student's sizes or backward pass.
     Feature(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_model_config, unwrap_model
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from abkd_megatron.errors import on_every_rank
@@ -16,6 +16,7 @@ from abkd_megatron.preflight.models import Models
 from abkd_megatron.preflight.rules import CHECKSUMS, FIRST_STEP_CHECKS, MODEL_CHECKS, run_checks
 from abkd_megatron.student.attach import Attachment
 from abkd_megatron.student.report import SELECTED
+from abkd_megatron.student.wrappers import unwrapped
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.model import Model
 
@@ -99,7 +100,7 @@ class FirstStep:
         self._objective = models.attachment.objective
         self._config = get_model_config(models.student[0])
         self._groups = {"student": models.tp_group}
-        self._models: dict[str, Model] = {"student": unwrap_model(models.student[0])}
+        self._models: dict[str, Model] = {"student": unwrapped(models.student)[0]}
         teachers = models.attachment.teachers
         self._teachers = teachers.names if teachers is not None else []
         for name, teacher in zip(self._teachers, teachers.distinct if teachers is not None else (), strict=True):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import psutil
 import torch
 import torch.distributed as dist
-from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from abkd_megatron import kernels
@@ -15,6 +14,7 @@ from abkd_megatron.errors import CheckpointError, ConfigError
 from abkd_megatron.losses import Divergence
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.student.attach import Attachment
+from abkd_megatron.student.wrappers import unwrapped
 from abkd_megatron.teacher.build import Teacher, random_states_kept
 from abkd_megatron.teacher.model import Model
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation, vocab_parallel_logit_loss
@@ -45,7 +45,7 @@ class Models:
     @property
     def last(self) -> Model:
         """This rank's last model chunk."""
-        return unwrap_model(self.student[-1])
+        return unwrapped(self.student)[-1]
 
 
 def check_weights(models: Models) -> None:

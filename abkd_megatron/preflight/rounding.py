@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_model_config, unwrap_model
+from megatron.core.utils import get_model_config
 from megatron.training import print_rank_0
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from abkd_megatron.preflight.first_step import Rounding, when_gradients_are_done
 from abkd_megatron.preflight.rules import ROUNDING, run_checks
 from abkd_megatron.student.attach import Attachment
 from abkd_megatron.student.head import batch_first
+from abkd_megatron.student.wrappers import unwrapped
 from abkd_megatron.teacher.weights import INT8, Stored, store_weights
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_distillation
 
@@ -92,7 +93,7 @@ class RoundingError:
         assert attachment.teachers is not None
         self._number, self._teacher = number, attachment.teachers.distinct[number]
         self._name = f"{attachment.teachers.names[number]}, weights int8" if number else "teacher.weights int8"
-        self._config, self._first = get_model_config(student[0]), unwrap_model(student[0])
+        self._config, self._first = get_model_config(student[0]), unwrapped(student)[0]
         self.found: Rounding | None = None
         self._attachment, self._stored = attachment, stored
         self._vocab_size, self._tp_group = vocab_size, tp_group

@@ -11,11 +11,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import unwrap_model
 
 from abkd_megatron import kernels
 from abkd_megatron.data.aligned_text import AlignedText
-from abkd_megatron.errors import ConfigError, HostError, on_every_rank
+from abkd_megatron.errors import ConfigError, on_every_rank
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.student.ahead import AheadLosses
@@ -25,6 +24,7 @@ from abkd_megatron.student.head import batch_first, compute_loss, positions_of
 from abkd_megatron.student.hidden import HiddenLosses, Layers, check_pairs, layers_of_stages
 from abkd_megatron.student.mixing import Mixing
 from abkd_megatron.student.plan import Plan, agree, propose_plan
+from abkd_megatron.student.planned import PlannedForward, is_planned
 from abkd_megatron.student.report import CACHED, LossChecks, Report, StepObserver, ValidationSets, masked_loss
 from abkd_megatron.student.supported import (
     check_cacheable,
@@ -37,11 +37,11 @@ from abkd_megatron.student.supported import (
     check_student,
     check_text,
     check_tokens,
-    check_wrappers,
     log_restrictions,
     warn_of_mtp_losses,
 )
 from abkd_megatron.student.teacher_passes import TeacherPasses
+from abkd_megatron.student.wrappers import check_wrappers, unwrapped
 from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.model import Model, process_output
 from abkd_megatron.teacher.output_layer import OutputLayer, TeacherOutput
@@ -108,7 +108,7 @@ def attach(
         else:
             check_several_teachers(objective, len(teachers.distinct))
         execution = (execution or Execution()).resolve(scheduled)
-        chunks = _checked_student(student, teachers)
+        chunks = _checked_student(student, teachers, objective, pg_collection)
         check_predictions_ahead(objective, chunks[0].config)
         check_positions(objective)
     stages = {}
@@ -135,17 +135,15 @@ def attach(
 
 
 def _checked_student(
-    student: torch.nn.Module | Sequence[torch.nn.Module], teachers: Teachers | CachedTeacher
+    student: torch.nn.Module | Sequence[torch.nn.Module],
+    teachers: Teachers | CachedTeacher,
+    objective: Objective,
+    pg_collection: ProcessGroupCollection,
 ) -> list[Model]:
-    chunks = list(student) if isinstance(student, Sequence) else [student]
-    check_wrappers(chunks)
-    chunks = unwrap_model(chunks)
+    wrapped = list(student) if isinstance(student, Sequence) else [student]
+    check_wrappers(wrapped, objective, pg_collection)
+    chunks = unwrapped(wrapped)
     for model in chunks:
-        if not isinstance(model, Model):
-            raise HostError(
-                f"expected a GPTModel or a HybridModel of megatron-core >= 0.19, got {type(model).__name__}; build the "
-                "student with a GPTModelConfig or a HybridModelConfig"
-            )
         if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in model._forward_pre_hooks.values()):
             raise ConfigError("this student has a teacher attached already; call `detach()` on that attachment first")
     for teacher in teachers.distinct if isinstance(teachers, Teachers) else (None,):
@@ -220,6 +218,8 @@ class Attachment:
         self._hooks = [chunks[0].register_forward_pre_hook(self._run_teacher, with_kwargs=True)]
         if chunks[-1].post_process:
             self._hooks += process_output(chunks[-1], self._head_context, self._head)
+        if is_planned(chunks[0]):
+            self._hooks.append(PlannedForward(chunks[0], self._run_teacher, self._head_context, self._head))
         self._mixing = None
         if self.objective.mix is not None:
             assert isinstance(teachers, Teachers)

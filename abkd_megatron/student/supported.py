@@ -1,18 +1,13 @@
 """Properties of a student and a teacher that attachment depends on."""
 
-import itertools
 import logging
 from argparse import Namespace
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import TorchFullyShardedDataParallel
-from megatron.core.distributed.fsdp import mcore_fsdp_adapter
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import log_single_rank
-from torch.distributed.fsdp import FSDPModule
 
 from abkd_megatron.config.stages import check_stages
 from abkd_megatron.config.unsupported import MODEL, check_features
@@ -297,38 +292,6 @@ def check_student(chunks: Sequence[Model], teacher: Teacher | None) -> None:
                 f"student and teacher must pad the vocabulary alike: {ours} columns per rank against {theirs}; "
                 "give both configs the same vocab_size, or make_vocab_size_divisible_by"
             )
-
-
-# Megatron FSDP is a class; from megatron-core 0.20 on it is a function that returns one of two.
-_MEGATRON_FSDP = [
-    kind
-    for name, kind in vars(mcore_fsdp_adapter).items()
-    if name.startswith("FullyShardedDataParallel") and isinstance(kind, type)
-]
-# Wrapper classes by the option that creates them.
-_WRAPPERS = {
-    **dict.fromkeys(_MEGATRON_FSDP, "use_megatron_fsdp"),
-    TorchFullyShardedDataParallel: "use_torch_fsdp2",
-    FSDPModule: "use_torch_fsdp2",
-}
-
-
-def check_wrappers(student: Sequence[torch.nn.Module]) -> None:
-    """Reject a model whose weights are sharded over data-parallel ranks, or that is compiled as a whole.
-
-    Raises:
-        ConfigError: naming the feature, the reason and what to change.
-    """
-    for module in itertools.chain.from_iterable(chunk.modules() for chunk in student):
-        compiled = isinstance(module, Model) and module._compiled_call_impl is not None
-        if compiled or isinstance(module, torch._dynamo.OptimizedModule):
-            raise ConfigError(
-                "student: torch.compile of the whole model is not supported: hooks on its forward run the teacher and "
-                "send its messages; compile its layers"
-            )
-        for wrapper, name in _WRAPPERS.items():
-            if isinstance(module, wrapper):
-                check_features(SimpleNamespace(**{name: True}), "student", MODEL)
 
 
 def log_restrictions(objective: Objective, vocab_size: int) -> None:

@@ -466,7 +466,7 @@ ROWS = [
         {"hybrid-context-parallel": "true"},
         refused="hybrid context parallelism is not supported",
     ),
-    Row("Megatron FSDP", 2, {"use-megatron-fsdp": "true"}, refused="Megatron FSDP.*shards"),
+    Row("Megatron FSDP", 2, {"use-megatron-fsdp": "true"}, refused="Megatron FSDP.*fsdp_dtensor"),
     Row("torch FSDP2", 2, {"use-torch-fsdp2": "true"}, refused="torch FSDP2.*shards"),
     # The last one, since it is found when Megatron has built the models.
     Row(

@@ -26,6 +26,7 @@ def main() -> None:
     from abkd_megatron.errors import ConfigError
     from abkd_megatron.losses.objective import Objective
     from abkd_megatron.student.attach import attach
+    from abkd_megatron.teacher.build import Teacher
 
     parallel_state.initialize_model_parallel()
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -55,11 +56,16 @@ def main() -> None:
         "compiled in place": compiled_in_place,
     }
     found = {}
-    for name, wrapper in wrappers.items():
+
+    def built():
         config = model_config()
         (model,) = config.get_builder_cls()(config).build_distributed_models(groups, wrap_with_ddp=False)
+        return model.module
+
+    teacher, objective = Teacher.of(built(), groups), Objective(AlphaBeta(0.2, 0.7))
+    for name, wrapper in wrappers.items():
         try:
-            attach(wrapper(model.module), None, Objective(AlphaBeta(0.2, 0.7)), vocab_size=VOCAB, pg_collection=groups)
+            attach(wrapper(built()), teacher, objective, vocab_size=VOCAB, pg_collection=groups)
         except ConfigError as error:
             found[name] = str(error)
     print("FOUND " + json.dumps(found), flush=True)

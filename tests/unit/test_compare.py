@@ -284,6 +284,19 @@ def test_what_no_comparison_has_written_is_not_written_over(tmp_path, content):
     compare.check_out(tmp_path)
 
 
+def test_seeds_that_would_be_the_same_run(load):
+    for seeds, more, problems in (
+        ([1, 2], {"sft": True}, []),
+        ([1], {"sft": True, "load": "student"}, []),
+        ([1, 2], {"load": "student"}, []),
+        ([1, 2], {"sft": True, "load": "student"}, ["compare.seeds"]),
+    ):
+        config = load([f"compare.seeds={seeds}"])
+        chats = replace(config, megatron={**config.megatron, **more})
+        assert [key for key, _ in compare_problems(chats, "compare")] == problems
+        assert not [*compare_problems(chats, "distill")]
+
+
 def test_no_continuations_of_packed_documents(load):
     for prompts, problems in ((0, []), (8, ["compare.rouge_prompts"])):
         config = load([f"compare.rouge_prompts={prompts}"])

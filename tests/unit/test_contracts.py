@@ -39,6 +39,7 @@ class Call:
 
 
 PREFLIGHT, RULES = "preflight/live.py", "preflight/rules.py"
+WRAPPERS, PLANNED = "student/wrappers.py", "student/planned.py"
 FAULTS, ATTACH, HEAD = "student/loss_guard.py", "student/attach.py", "student/head.py"
 SAFE_LOAD, COMPATIBILITY = "teacher/safe_load.py", "teacher/compatibility.py"
 CHECKPOINT, TEACHER, RUNNER = "teacher/checkpoint.py", "teacher/build.py", "teacher/runner.py"
@@ -106,6 +107,12 @@ CALLS = [
         ("output_processor", "output_processor_context"),
     ),
     Call(
+        f"{GPT}.build_schedule_plan",
+        PLANNED,
+        ("self", "input_ids", "position_ids", "attention_mask"),
+        ("labels", "loss_mask", "packed_seq_params", "output_processor", "output_processor_context"),
+    ),
+    Call(
         "megatron.core.transformer.multi_token_prediction:process_mtp_loss",
         MODEL,
         (),
@@ -131,7 +138,7 @@ CALLS = [
         ("use_te", "num_experts", "moe_grouped_gemm"),
     ),
     Call("megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__", LOCAL_SPEC, ("cls", "config", "hidden_size")),
-    Call("megatron.core.utils:unwrap_model", ATTACH, ("model",)),
+    Call("megatron.core.utils:unwrap_model", WRAPPERS, ("model",)),
     Call("megatron.core.utils:get_model_config", BRIDGE, ("model",)),
     # The output layer.
     Call(
@@ -502,8 +509,9 @@ ATTRIBUTES: list[tuple[str, str, tuple[str, ...]]] = [
         }.items()
     ),
     (f"{CHECKPOINTS}.core:CheckpointingException", CHECKPOINT, ()),
-    ("megatron.core.distributed:TorchFullyShardedDataParallel", ATTACH, ()),
-    ("megatron.core.distributed.fsdp:mcore_fsdp_adapter", ATTACH, ("FullyShardedDataParallel",)),
+    ("megatron.core.distributed:TorchFullyShardedDataParallel", WRAPPERS, ()),
+    ("megatron.core.distributed.fsdp:mcore_fsdp_adapter", WRAPPERS, ("FullyShardedDataParallel",)),
+    ("megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp:MegatronFSDP", WRAPPERS, ()),
     ("megatron.core.transformer.moe.router:Router", "teacher/weights.py", ()),
     (
         "megatron.core.transformer.moe.router:TopKRouter",
@@ -629,7 +637,7 @@ def test_it_can_be_called_as_we_do(call: Call) -> None:
 
 
 def test_the_wrappers_are_classes() -> None:
-    from abkd_megatron.student.supported import _MEGATRON_FSDP, _WRAPPERS
+    from abkd_megatron.student.wrappers import _MEGATRON_FSDP, _WRAPPERS
 
     assert _MEGATRON_FSDP and all(isinstance(wrapper, type) for wrapper in _WRAPPERS)
 
