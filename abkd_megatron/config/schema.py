@@ -7,6 +7,7 @@ from typing import Any
 
 from abkd_megatron.config.cache import CacheConfig, cache_problems
 from abkd_megatron.config.compare import CompareConfig, compare_problems
+from abkd_megatron.config.cross_tokenizer import cross_tokenizer_problems
 from abkd_megatron.config.presets import DEFAULT, PRESETS, preset_values
 from abkd_megatron.config.rollouts import GenerateConfig, OnPolicy, rollout_problems
 from abkd_megatron.config.teachers import TEACHER_WEIGHTS, SourceTeacher, teachers_problems
@@ -14,6 +15,7 @@ from abkd_megatron.config.validation import ValidationConfig, validation_problem
 from abkd_megatron.errors import ConfigError, brief, check_name
 from abkd_megatron.kernels import CHOICES
 from abkd_megatron.losses import Divergence, LogitLoss, LossTerm, WeightedSum, registry
+from abkd_megatron.losses.chunks import ChunkLikelihood
 from abkd_megatron.losses.hidden import HiddenLoss
 from abkd_megatron.losses.mixed_sequences import SequenceMix
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
@@ -120,6 +122,9 @@ class DistillationConfig:
     list of datasets, from 0) or `path` (its prefix), `kd_weight` and `lm_weight`."""
     mix: SequenceMix | None = None
     """Mix the embeddings of the sequences of a micro-batch, in both models (MixKD): `alpha` of Beta(alpha, alpha)."""
+    cross_tokenizer: ChunkLikelihood | None = None
+    """The teacher has another tokenizer, `teacher.tokenizer-model`: the divergence is of the likelihoods of the chunks
+    of text that both cut alike, at a `temperature` (default 100). None: they have one tokenizer."""
     skip_preflight: list[str] = field(default_factory=list)
     """Checks to skip before the first step: ``teacher_checksums``, ``teacher_weights``, ``memory``, ``gradient``,
     ``batch``, ``teacher_loss``, ``teacher_rounding``."""
@@ -163,6 +168,7 @@ class DistillationConfig:
         given: dict[str, Any] = {name: _first(getattr(whole, name)) for name in _OF_OBJECTIVE}
         given |= {"logit_losses": whole.make_logit_losses(), "hidden_losses": tuple(whole.hidden_losses)}
         given |= {"sources": tuple(whole.sources), "mix": whole.mix}
+        given["cross_tokenizer"] = whole.cross_tokenizer
         schedules = {name: it for name in SCHEDULED if isinstance(it := getattr(whole, name), Schedule)}
         return ScheduledObjective(Objective(whole.make_divergence(), **given), schedules)
 
@@ -332,7 +338,15 @@ class Config:
             )
         if job == "rouge" and not self.megatron.get("load"):
             yield ConfigError("megatron.load: expected the student's checkpoint, got none; set megatron.load")
-        for of_section in (teachers_problems, validation_problems, compare_problems, rollout_problems, cache_problems):
+        rules_of_parts = (
+            teachers_problems,
+            validation_problems,
+            compare_problems,
+            rollout_problems,
+            cache_problems,
+            cross_tokenizer_problems,
+        )
+        for of_section in rules_of_parts:
             for key, text in of_section(self, job):
                 yield self._error(key, text)
         if job == "prepare" and not data.dir:
@@ -355,7 +369,7 @@ class Config:
         kd, good = self.distillation.expanded(), PLAIN
         chosen, losses = ("losses", kd.losses) if kd.losses else ("divergence", [{"name": kd.divergence}])
         taken = () if kd.losses else registry.parameters(str(kd.divergence))
-        keys = [chosen, *taken, *_OF_OBJECTIVE, "hidden_losses", "sources", "mix", *_OF_EXECUTION]
+        keys = [chosen, *taken, *_OF_OBJECTIVE, "hidden_losses", "sources", "mix", "cross_tokenizer", *_OF_EXECUTION]
         keys = [key for key in keys if key == chosen or getattr(kd, key) != getattr(good, key)]
         if job != "distill" and any("." in str(term.get("name")) for term in losses):
             keys.remove(chosen)  # other jobs do not import custom losses

@@ -74,6 +74,8 @@ def validation_problems(config: "Config", job: str) -> Iterator[tuple[str, str]]
 def _numbers(config: "Config", job: str) -> tuple[str, ...]:
     if job == "pretrain":
         return (_LM,)
+    if config.distillation.cross_tokenizer is not None:
+        return (_LM,)
     if config.distillation.cache is None:
         return (_LM, _KL)
     return (_LM, *_OF_CACHE) if config.distillation.expanded().temperature == 1.0 else (_LM,)

@@ -15,6 +15,7 @@ import yaml
 from abkd_megatron.config.rollouts import OnPolicy
 from abkd_megatron.config.teachers import SourceTeacher
 from abkd_megatron.errors import ConfigError, brief, shown
+from abkd_megatron.losses.chunks import ChunkLikelihood
 from abkd_megatron.losses.hidden import HiddenLoss
 from abkd_megatron.losses.mixed_sequences import SequenceMix
 from abkd_megatron.losses.schedule import Schedule
@@ -113,6 +114,7 @@ _Dumper.add_representer(HiddenLoss, lambda dumper, it: dumper.represent_dict(var
 _Dumper.add_representer(SourceWeights, lambda dumper, it: dumper.represent_dict(it.described()))
 _Dumper.add_representer(SourceTeacher, lambda dumper, it: dumper.represent_dict(it.described()))
 _Dumper.add_representer(SequenceMix, lambda dumper, it: dumper.represent_dict(vars(it)))
+_Dumper.add_representer(ChunkLikelihood, lambda dumper, it: dumper.represent_dict(vars(it)))
 _Dumper.add_representer(OnPolicy, lambda dumper, it: dumper.represent_dict(it.described()))
 _Dumper.add_representer(TokenSelection, lambda dumper, it: dumper.represent_dict(it.described()))
 _Dumper.add_representer(  # on one line

@@ -20,6 +20,7 @@ from abkd_megatron.config.schema import PREFLIGHT, Config
 from abkd_megatron.config.unsupported import SCRIPT
 from abkd_megatron.data.indexed import with_positions
 from abkd_megatron.errors import from_rank_0, on_every_rank
+from abkd_megatron.hosts.align import aligner_of
 from abkd_megatron.losses.objective import ScheduledObjective
 from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.preflight import run_record
@@ -75,7 +76,10 @@ def add_teacher(
     with on_every_rank():
         scheduled = objective_of_job(config, args)
         objective = scheduled.objective
-        teacher_args, teacher_config = teacher_arguments(megatron, config.teacher.megatron, args, host)
+        own_tokens = objective.cross_tokenizer is not None
+        teacher_args, teacher_config = teacher_arguments(
+            megatron, config.teacher.megatron, args, host, cross_tokenizer=own_tokens
+        )
         check_layers_here(teacher_config, "teacher")
         checkpoint = open_teacher(config, megatron)
         others = [other.opened(megatron, args, host) for other in other_teachers(config, args)]
@@ -91,7 +95,9 @@ def add_teacher(
             execution=execution,
         )
         findings = run_checks(TEACHER_CHECKS, setup)
+        aligner = aligner_of(get_tokenizer(), teacher_args) if own_tokens else None
     step = DistilledStep(forward_step, MegatronHost(), needs_input_ids=objective.shares_part_of(vocab_size))
+    step.aligner = aligner
 
     def recorded() -> dict[str, Any]:
         run_checks([RESUME], setup)
@@ -201,7 +207,12 @@ def _build_teachers(
             check_files(of.checkpoint, of.config.distillation.skip_preflight)
             built.append(
                 build_teacher(
-                    of.model, of.checkpoint, pg_collection, sequence_parallel=sequence_parallel, timeout=timeout
+                    of.model,
+                    of.checkpoint,
+                    pg_collection,
+                    sequence_parallel=sequence_parallel,
+                    timeout=timeout,
+                    vocab_size=of.args.vocab_size if of.config.distillation.cross_tokenizer is not None else None,
                 )
             )
     return built

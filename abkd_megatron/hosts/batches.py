@@ -28,6 +28,7 @@ from torch.utils.data import Dataset, Subset
 
 from abkd_megatron.cache.dataset import RECORDS
 from abkd_megatron.config.validation import ValidationConfig
+from abkd_megatron.data.aligned_text import ALIGNED
 from abkd_megatron.hosts.held_out import SET
 from abkd_megatron.losses.sources import UNKNOWN
 
@@ -90,6 +91,7 @@ def get_batch(
     with_sources: bool = False,
     with_sets: bool = False,
     record_bytes: int | None = None,
+    aligned_length: int | None = None,
     packed: bool = False,
 ) -> dict[str, Any]:
     """Return this rank's part of the next micro-batch; None values on pipeline stages that need no batch.
@@ -101,11 +103,12 @@ def get_batch(
     this stage gets the whole batch. Validation may use another micro-batch size. `counted` gets the loss mask on the
     rank that reads it. With `with_sources` there is a `dataset_id`, [b] int64: the position of each sequence's dataset
     in a blend, or `UNKNOWN`; on one tensor-parallel rank also `SOURCES_ON_HOST`, a list of them. With `with_sets` there
-    is a `SET`, [b] int64, see `HeldOut`. With `record_bytes` there are `RECORDS`, [b, s, record_bytes] uint8.
+    is a `SET`, [b] int64, see `HeldOut`. With `record_bytes` there are `RECORDS`, [b, s, record_bytes] uint8. With
+    `aligned_length` there is `ALIGNED`, [b, aligned_length] int64.
 
     Collectives: Megatron's broadcasts over the tensor-parallel group, and one more each of [b] with `with_sources` and
-    with `with_sets`, and of the records. Megatron reads the lengths of packed sequences on the host, which waits for
-    the device.
+    with `with_sets`, of the records and of the aligned text. Megatron reads the lengths of packed sequences on the
+    host, which waits for the device.
     """
     args = get_args()
     keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens", "max_seqlen")
@@ -113,13 +116,15 @@ def get_batch(
     predicts_ahead = mtp_on_this_rank(None, args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage)
     is_whole = is_first_or_last_pipeline_stage(vp_stage) or predicts_ahead or mask_here
     if not is_whole and not packed:
-        return {**batch, "packed_seq_params": None, "dataset_id": None, SOURCES_ON_HOST: None, SET: None, RECORDS: None}
+        absent = dict.fromkeys(("packed_seq_params", "dataset_id", SOURCES_ON_HOST, SET, RECORDS, ALIGNED))
+        return {**batch, **absent}
     size = args.micro_batch_size if training else args.eval_micro_batch_size
-    sources = sets = records = None
+    sources = sets = records = aligned = None
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None
         data = next(data_iterator)
         sources, sets, records = data.get("dataset_id"), data.get(SET), data.get(RECORDS)
+        aligned = data.get(ALIGNED)
         if counted is not None:
             counted.add(data["loss_mask"], training)
         batch.update({key: data[key].cuda(non_blocking=True) for key in keys if data.get(key) is not None})
@@ -142,12 +147,15 @@ def get_batch(
     packed_seq_params = _packed_seq_params(batch) if packed else None
     shape = (size, args.seq_length, record_bytes or 0)
     batch[RECORDS] = on_tp_ranks(records, shape, torch.uint8) if record_bytes is not None else None
+    batch[ALIGNED] = None
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
     batch[SOURCES_ON_HOST] = None
     if with_sources and sources is not None and mpu.get_tensor_model_parallel_world_size() == 1:
         batch[SOURCES_ON_HOST] = sources.tolist()
     batch["dataset_id"] = on_tp_ranks(sources, (size,), torch.int64) if with_sources else None
     batch[SET] = on_tp_ranks(sets, (size,), torch.int64) if with_sets else None
+    if aligned_length is not None:
+        batch[ALIGNED] = on_tp_ranks(aligned, (size, aligned_length), torch.int64)
     return {**batch, "packed_seq_params": packed_seq_params}
 
 

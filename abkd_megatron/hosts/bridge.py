@@ -135,6 +135,11 @@ def add_teacher(
     Raises:
         ConfigError: an unsupported setting. The hook raises more errors, after Bridge has built the student.
     """
+    if config.distillation.cross_tokenizer is not None:
+        raise ConfigError(
+            "distillation.cross_tokenizer has been run in this package's own job only; use `abkd-megatron distill`, or "
+            "remove it"
+        )
     device = "cpu" if cpu_backend.is_installed() else "cuda"
     settings = [
         f"distillation.{item.name}={flow(value)}"

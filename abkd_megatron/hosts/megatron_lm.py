@@ -40,10 +40,12 @@ from abkd_megatron.config.megatron_args import (
 from abkd_megatron.config.model_config import check_layers_here
 from abkd_megatron.config.schema import Config
 from abkd_megatron.config.unsupported import JOB
+from abkd_megatron.data.aligned_text import ALIGNED, AlignedText
 from abkd_megatron.data.prepare import data_arguments
 from abkd_megatron.errors import ConfigError, from_rank_0, on_every_rank
 from abkd_megatron.hosts.add_cache import add_cache, with_records
 from abkd_megatron.hosts.add_teacher import add_teacher
+from abkd_megatron.hosts.align import with_aligned_text
 from abkd_megatron.hosts.batches import (
     SOURCES_ON_HOST,
     CountedTokens,
@@ -254,6 +256,8 @@ class _ForwardStep:
         tokens_on_last = self.distilled is not None and self.distilled.needs_input_ids
         teacher = attachment.teacher if attachment is not None else None
         cache = teacher if isinstance(teacher, CachedTeacher) else None
+        aligner = self.distilled.aligner if self.distilled is not None else None
+        seq_length = get_args().seq_length
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         with _stimer(bdata=True):
             batch = get_batch(
@@ -267,6 +271,7 @@ class _ForwardStep:
                 with_sources=is_last and attachment is not None and attachment.needs_sources,
                 with_sets=is_last and bool(self.sets) and not model.training,
                 record_bytes=cache.layout.bytes_per_token + 1 if cache is not None and is_last else None,
+                aligned_length=3 * aligner.length + 2 * seq_length if aligner is not None else None,
                 packed=self.packing is not None,
             )
         sets = ValidationSets(self.sets, batch[SET]) if batch[SET] is not None else None
@@ -276,6 +281,8 @@ class _ForwardStep:
                 attachment.passes.sources_on_host = batch[SOURCES_ON_HOST]
             if cache is not None and is_last:
                 cache.packed = batch[RECORDS]
+            if batch[ALIGNED] is not None:
+                attachment.text = AlignedText.unpack(batch[ALIGNED], seq_length)
         timers("batch-generator").stop()
         with _stimer:
             output = model(
@@ -343,6 +350,9 @@ class _DatasetsProvider:
                 if mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage):
                     directory, on_miss = Path(config.distillation.cache).expanduser(), config.distillation.on_miss
                     train, valid, test = with_records((train, valid, test), numbers, directory, on_miss)
+        if step.distilled is not None and step.distilled.aligner is not None:
+            with on_every_rank():
+                train, valid, test = with_aligned_text((train, valid, test), step.distilled.aligner)
         if validation.sets:
             batch, args.consumed_valid_samples = args.eval_global_batch_size, 0
             is_here = valid[0] is not None

@@ -166,6 +166,11 @@ def distill[Step: Callable[..., Any]](args: Namespace, model_cfg: Any, forward_s
                     "sources need the dataset of each sequence, and a forward step of Megatron's kind does not pass "
                     "`dataset_id` on; use `abkd-megatron distill`, or remove --kd-sources"
                 )
+            if config.distillation.cross_tokenizer is not None:
+                raise ConfigError(
+                    "cross_tokenizer needs the text of each sample in the teacher's tokens, and a forward step of "
+                    "Megatron's kind does not pass it on; use `abkd-megatron distill`, or remove --kd-cross-tokenizer"
+                )
             packed = args.sft or args.dataloader_inter_document_masking
             if config.distillation.on_policy is not None and packed:
                 raise ConfigError(

@@ -10,6 +10,7 @@ from torch import Tensor
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.alpha_beta import AlphaBeta
 from abkd_megatron.losses.base import Divergence, LogitLoss
+from abkd_megatron.losses.chunks import ChunkLikelihood
 from abkd_megatron.losses.combination import WeightedSum
 from abkd_megatron.losses.hidden import HiddenLoss, reject_duplicate_pairs
 from abkd_megatron.losses.mixed_sequences import SequenceMix
@@ -67,6 +68,10 @@ class Objective:
     mix: SequenceMix | None = None
     """Both models see mixed sequences in training, and the loss is the divergence alone. None: the sequences."""
 
+    cross_tokenizer: ChunkLikelihood | None = None
+    """The teacher has another tokenizer: the divergence is of the likelihoods of the chunks of text that both cut
+    alike, at the last token of each. None: the tokenizers are the same, and it is of the next token."""
+
     def __post_init__(self) -> None:
         if self.divergence is None and not self.logit_losses:
             raise ConfigError("expected a divergence or logit_losses, got neither: give at least one")
@@ -102,6 +107,8 @@ class Objective:
             self._check_mix()
         if self.mtp_weight:
             self._check_ahead()
+        if self.cross_tokenizer is not None:
+            self._check_cross_tokenizer()
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -131,6 +138,25 @@ class Objective:
         for name, is_on in found.items():
             if is_on:
                 raise ConfigError(f"mtp_weight: expected a divergence of all tokens, got {name}; remove one of them")
+
+    def _check_cross_tokenizer(self) -> None:
+        """Reject what compares the models token by token."""
+        found = {
+            f"the losses {', '.join(self.names_of_logit_losses)}": bool(self.logit_losses),
+            f"temperature {self.temperature:g}": self.temperature != 1,
+            "temperature_squared": self.temperature_squared,
+            "shared_vocab": self.shared_vocab is not None,
+            "tokens": self.tokens is not None,
+            "hidden_losses": bool(self.hidden_losses),
+            "mtp_weight": self.mtp_weight > 0,
+            "mix": self.mix is not None,
+        }
+        for name, is_on in found.items():
+            if is_on:
+                raise ConfigError(
+                    f"cross_tokenizer: expected only a divergence, of the likelihoods of chunks, got {name}, which is "
+                    "of tokens that both models have; remove it (the temperature is that of cross_tokenizer)"
+                )
 
     def _checked_losses(self) -> tuple[tuple[float, LogitLoss], ...]:
         checked = []
@@ -240,6 +266,8 @@ class ScheduledObjective:
         )
         if self.objective.mix is not None and any(value for _, value in lm_weight.points):
             raise ConfigError(f"mix: expected lm_weight 0 at every step, got {lm_weight}; set it to 0, or remove mix")
+        if self.objective.cross_tokenizer is not None and "temperature" in self.schedules:
+            raise ConfigError("cross_tokenizer: expected no schedule of the temperature, got one; remove it")
         if nothing := both_zero(kd_weight, lm_weight):
             raise ConfigError(f"kd_weight and lm_weight must not both be 0, but are {nothing}; raise one of them")
         for of in self.objective.sources:

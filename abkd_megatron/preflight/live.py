@@ -105,7 +105,10 @@ class FirstStep:
         self._teachers = teachers.names if teachers is not None else []
         for name, teacher in zip(self._teachers, teachers.distinct if teachers is not None else (), strict=True):
             self._groups[name], self._models[name] = teacher.pg_collection.tp, teacher.model
-        self._vocab_size = models.vocab_size
+        own_vocabulary = teachers.default.vocab_size if teachers is not None else None
+        self._vocab_size = own_vocabulary or models.vocab_size
+        # With its own tokens a teacher is not given the student's.
+        self._compares_tokens = own_vocabulary is None
         self._skip = skip
         self._expected_loss = expected_loss
         self._watching = self._is_over = False
@@ -194,7 +197,7 @@ class FirstStep:
             teacher_losses = {name: total / number if number >= 1 else None for name, (total, number) in of_each}
         observed = Observed(
             student=[digests.get("student") for digests, _ in ranks],
-            teachers=[[digests.get(name) for digests, _ in ranks] for name in self._teachers],
+            teachers=[[digests.get(name) for digests, _ in ranks] for name in self._teachers if self._compares_tokens],
             teacher_losses=teacher_losses,
             kd_loss=kd_loss,
             vocab_size=self._vocab_size,

@@ -60,7 +60,7 @@ def check_weights(models: Models) -> None:
 
 
 def _check_weights(name: str, teacher: Teacher, models: Models) -> None:
-    if wrong := wrong_weights(teacher, models.vocab_size, models.tp_group):
+    if wrong := wrong_weights(teacher, teacher.vocab_size or models.vocab_size, models.tp_group):
         more = f", and {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
         raise CheckpointError(
             f"expected trained weights of {name}, got {wrong[0]} on rank {dist.get_rank()}{more}; give "
@@ -121,7 +121,9 @@ def bytes_of_logits(last: Model, attachment: Attachment, tokens: int) -> int:
     objective, plan, weight = attachment.objective, attachment.plan, next(last.parameters())
     assert plan is not None
     every = objective.tokens.n if objective.tokens is not None and objective.tokens.n is not None else 1
-    rows = (1 if attachment.execution.gradient_in_place else 2) * tokens + tokens // every
+    # A teacher with another tokenizer has its logits before the student's, and another number of them.
+    compared = tokens // every if objective.cross_tokenizer is None else 0
+    rows = (1 if attachment.execution.gradient_in_place else 2) * tokens + compared
     if attachment.teachers is not None and len(attachment.teachers.distinct) > 1:
         rows += tokens // every
     if plan.chunk_tokens is not None:

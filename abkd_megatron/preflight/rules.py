@@ -14,6 +14,7 @@ from megatron.training.checkpointing import checkpoint_exists
 
 from abkd_megatron import kernels
 from abkd_megatron.cache.manifest import Identity
+from abkd_megatron.config.cross_tokenizer import check_cross_tokenizer
 from abkd_megatron.config.model_config import model_config
 from abkd_megatron.config.rollouts import check_can_sample, check_sizes
 from abkd_megatron.config.schema import PREFLIGHT, Config
@@ -251,13 +252,14 @@ def _teacher_tokenizer(setup: Setup) -> Finding | None:
     """Compare the tokenizers, since two vocabularies may have the same size."""
     if setup.checkpoint is None or setup.student is None or setup.config.distillation.shared_vocab is not None:
         return None
-    theirs, ours = setup.checkpoint.tokenizer, setup.student.tokenizer_model
+    owner = setup.student if setup.config.distillation.cross_tokenizer is None else setup.teacher
+    theirs, ours = setup.checkpoint.tokenizer, owner.tokenizer_model if owner is not None else None
     if theirs is None or ours is None:
         return None
     if not setup.checkpoint.check_tokenizer(ours):
         missing = ", ".join(path for path in (theirs, ours) if not Path(path).exists())
-        return Finding(f"{missing or theirs}: not compared with the student's", Verdict.ABSENT)
-    return Finding("the student's")
+        return Finding(f"{missing or theirs}: not compared with {ours}", Verdict.ABSENT)
+    return Finding("the student's" if owner is setup.student else ours)
 
 
 def _loss(setup: Setup) -> Finding | None:
@@ -271,6 +273,8 @@ def _loss(setup: Setup) -> Finding | None:
     if setup.vocab_size is not None:
         check_shared_vocab(objective, setup.vocab_size, student.context_parallel_size)
         check_tokens(objective, setup.vocab_size)
+        if objective.cross_tokenizer is not None and setup.teacher is not None:
+            check_cross_tokenizer(student, setup.teacher)
         if setup.cache is not None:
             check_cacheable(setup.config.distillation.make_objective(), setup.cache.draws)
         if setup.execution is not None:

@@ -13,11 +13,13 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from abkd_megatron import kernels
+from abkd_megatron.data.aligned_text import AlignedText
 from abkd_megatron.errors import ConfigError, on_every_rank
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.student.ahead import AheadLosses
-from abkd_megatron.student.cached import CachedBatch, CachedTeacher, compute_cached_loss
+from abkd_megatron.student.cached import CachedBatch, CachedTeacher, compute_cached_loss, selected_only
+from abkd_megatron.student.chunked import ChunkedBatch, Sums, compute_chunked_loss, side_of, teacher_batch
 from abkd_megatron.student.head import batch_first, compute_loss, positions_of
 from abkd_megatron.student.hidden import HiddenLosses, Layers, check_pairs, layers_of_stages
 from abkd_megatron.student.mixing import Mixing
@@ -26,6 +28,7 @@ from abkd_megatron.student.planned import PlannedForward, is_planned
 from abkd_megatron.student.report import CACHED, LossChecks, Report, StepObserver, ValidationSets, masked_loss
 from abkd_megatron.student.supported import (
     check_cacheable,
+    check_own_vocabulary,
     check_positions,
     check_predictions_ahead,
     check_several_teachers,
@@ -45,8 +48,6 @@ from abkd_megatron.teacher.output_layer import OutputLayer, TeacherOutput
 from abkd_megatron.teacher.teachers import Teachers
 from abkd_megatron.vocab_parallel import VocabShard
 from abkd_megatron.vocab_parallel.execution import Execution
-from abkd_megatron.vocab_parallel.teacher_records import BUCKETED_KL, SAMPLED_KL
-from abkd_megatron.vocab_parallel.terms import METRICS
 
 
 def attach(
@@ -101,6 +102,7 @@ def attach(
     with on_every_rank():
         check_shared_vocab(objective, vocab_size, pg_collection.cp.size())
         check_tokens(objective, vocab_size)
+        check_own_vocabulary(objective, teachers)
         if isinstance(teachers, CachedTeacher):
             check_cacheable(scheduled, teachers.layout.draws)
         else:
@@ -169,6 +171,7 @@ class Attachment:
         sources: [b] int64, dataset of each sequence of the next micro-batch, on the last stage. If `needs_sources`, set
             it before the model runs, which takes it.
         validation_sets: of the rows of the last micro-batch, for its report; None for none.
+        text: of the next micro-batch, in the tokens of a teacher with another tokenizer. Set it before the model runs.
         lm_weights, kd_weights: [b, s] of the next micro-batch, by which its tokens' terms are multiplied; taken alike.
     """
 
@@ -200,9 +203,11 @@ class Attachment:
         self.loss_mask: torch.Tensor | None = None
         self.sources: torch.Tensor | None = None
         self.validation_sets: ValidationSets | None = None
+        self.text: AlignedText | None = None
         self.lm_weights: torch.Tensor | None = None
         self.kd_weights: torch.Tensor | None = None
         self._tensors: dict[str, torch.Tensor] = {}
+        self._sums: Sums = {}
         self._vocab_size = vocab_size
         self._tp_group = pg_collection.tp
         self._cp_group: dist.ProcessGroup | None = getattr(pg_collection, "cp", None)
@@ -305,7 +310,8 @@ class Attachment:
         assert self.report is not None
         report = Report(
             self.report,
-            self._selected_only,
+            selected_only(self.teacher, self.objective, self.execution.diagnostics and not torch.is_grad_enabled()),
+            self._sums,
             self.hidden or {},
             self.scheduled,
             self.passes.pop_seconds if self.passes is not None else lambda: None,
@@ -315,16 +321,6 @@ class Attachment:
         for observer in self.observers if not self.is_own_text else ():
             observer.note_losses(logged)
         return loss, num_tokens, logged
-
-    @property
-    def _selected_only(self) -> tuple[str, ...]:
-        """The names in `report` that are means over the selected tokens."""
-        tokens = self.objective.tokens
-        if isinstance(self.teacher, CachedTeacher):
-            some = self.teacher.on_miss == "lm" or (tokens is not None and tokens.by_position)
-            return (*METRICS, BUCKETED_KL, SAMPLED_KL) if some else ()
-        of_all = self.execution.diagnostics and not torch.is_grad_enabled()  # a diagnosis is of all tokens
-        return METRICS if tokens is not None and tokens.by_position and not of_all else ()
 
     def _pop_tensors(self) -> dict[str, torch.Tensor]:
         """Return both models' last hidden states of the last micro-batch, and forget them.
@@ -379,16 +375,18 @@ class Attachment:
                 "schedules and mixed sequences need the training progress: call attachment.on_step() before each step"
             )
         if self.passes is not None:
+            batch = teacher_batch(self.objective, self.text, batch)
             self.passes.run(batch, self._mixing.next(batch) if self._mixing is not None else None)
 
-    def _head_context(self, args: tuple, kwargs: dict[str, Any]) -> TeacherOutput | CachedBatch | None:
+    def _head_context(self, args: tuple, kwargs: dict[str, Any]) -> TeacherOutput | CachedBatch | ChunkedBatch | None:
         """Return the teacher's side of the next micro-batch's loss; None where the model was called for logits."""
         if self._logits_are_wanted(self._signature.bind_partial(*args, **kwargs).arguments):
             return None
         if isinstance(self.teacher, CachedTeacher):
             return self.teacher.take()
         assert self.passes is not None
-        return self.passes.take(self.sources)
+        text, self.text = self.text, None
+        return side_of(self.passes.take(self.sources), text, self._tp_group, self.teacher.vocab_size)
 
     def _logits_are_wanted(self, batch: dict[str, Any]) -> bool:
         """Return whether the model was called for logits: a single pipeline stage without labels, or `paused`."""
@@ -403,7 +401,7 @@ class Attachment:
         labels: torch.Tensor,
         loss_mask: torch.Tensor | None,
         input_ids: torch.Tensor | None,
-        context: TeacherOutput | CachedBatch,
+        context: TeacherOutput | CachedBatch | ChunkedBatch,
         compute_language_model_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         scale_logits: Callable[[torch.Tensor], torch.Tensor],
         packed_seq_params: PackedSeqParams | None = None,
@@ -438,7 +436,9 @@ class Attachment:
             if self._ahead is not None:
                 assert isinstance(context, OutputLayer)
                 student = self._ahead.add(student, context, self.objective, packed_seq_params, of_tokens)
-            if isinstance(context, CachedBatch):
+            if isinstance(context, ChunkedBatch):
+                loss, self._sums = compute_chunked_loss(student, context, self.objective, of_tokens)
+            elif isinstance(context, CachedBatch):
                 loss = compute_cached_loss(student, context, self.objective, **of_tokens)
             else:
                 read = input_ids.transpose(0, 1) if input_ids is not None else None

@@ -23,6 +23,8 @@ from abkd_megatron.vocab_parallel import (
     vocab_parallel_record_distillation,
     vocab_parallel_record_distillation_head,
 )
+from abkd_megatron.vocab_parallel.teacher_records import BUCKETED_KL, SAMPLED_KL
+from abkd_megatron.vocab_parallel.terms import METRICS
 from abkd_megatron.vocab_parallel.transfer import to_device
 
 
@@ -169,3 +171,17 @@ def compute_cached_loss(
 
 
 _ENTROPY = "teacher entropy"
+
+
+def selected_only(teacher: object, objective: Objective, of_all: bool) -> tuple[str, ...]:
+    """Return the names of the metrics that are means over the selected tokens.
+
+    Args:
+        teacher: a `CachedTeacher` or another one.
+        objective: of the step.
+        of_all: whether metrics of a live teacher are of all tokens, as a diagnosis is.
+    """
+    by_position = objective.tokens is not None and objective.tokens.by_position
+    if isinstance(teacher, CachedTeacher):
+        return (*METRICS, BUCKETED_KL, SAMPLED_KL) if teacher.on_miss == "lm" or by_position else ()
+    return METRICS if by_position and not of_all else ()

@@ -216,6 +216,8 @@ def obstacles_of(objective: Objective, vocab_size: int) -> list[str]:
         found.append(
             f"{', '.join(objective.names_of_logit_losses)}: not a sum over the vocabulary, so logits are needed"
         )
+    if objective.cross_tokenizer is not None:
+        found.append("cross_tokenizer: the weight of a token's gradient is known only after all tokens of its chunk")
     if objective.shares_part_of(vocab_size):
         found.append(
             f"shared_vocab {objective.shared_vocab} of the student's {vocab_size} tokens: divergence and cross entropy "

@@ -75,6 +75,7 @@ def check_planned(chunks: Sequence[Model], objective: Objective, pg_collection: 
         "multi-token prediction": bool(model.config.mtp_num_layers),
         "hidden_losses": bool(objective.hidden_losses),
         "mix": objective.mix is not None,
+        "cross_tokenizer": objective.cross_tokenizer is not None,
     }
     for name, is_on in found.items():
         if is_on:

@@ -59,6 +59,8 @@ class Report:
     """[b, s] each, by the name they are logged under."""
     selected_only: Collection[str] = ()
     """Names in `per_token` that are means over the selected tokens."""
+    sums: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """{name: (sum, number that it is divided by)} of what is not per token of the student."""
     hidden: Mapping[str, tuple[float, torch.Tensor]] = field(default_factory=dict)
     """{name: (weight, sum over counted tokens)} of losses between layers. They are only logged here: their gradients
     are added elsewhere."""
@@ -130,6 +132,8 @@ def masked_loss(
         }
         sums["total loss"] = loss
         counts = dict.fromkeys(selected_only, selected.sum().clamp_min(NOTHING))
+        for name, (total, of) in report.sums.items():
+            sums[name], counts[name] = total.float(), of.float().clamp_min(NOTHING)
         for name, (weight, of_layers) in hidden.items():
             sums[name] = of_layers
             sums["total loss"] = sums["total loss"].detach() + weight * of_layers

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from megatron.core.utils import get_attr_wrapped_model
 
+from abkd_megatron.data.aligned_text import Aligner
 from abkd_megatron.errors import ConfigError, HostError
 from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.rollouts.own_text import OwnText
@@ -40,12 +41,14 @@ class DistilledStep:
 
     Attributes:
         attachment: the teacher's, once the model is built.
+        aligner: cuts text for a teacher with another tokenizer; None: it has the student's.
         own_text: makes some steps train on the student's own text; None: none does.
         needs_input_ids: whether the step has to give the model its input ids on the last pipeline stage, too.
     """
 
     def __init__(self, forward_step: Callable[..., tuple[Any, Any]], host: Host, needs_input_ids: bool = False) -> None:
         self.attachment: Attachment | None = None
+        self.aligner: Aligner | None = None
         self.own_text: OwnText | None = None
         self.needs_input_ids = needs_input_ids
         self._forward_step = forward_step

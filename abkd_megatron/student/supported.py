@@ -14,8 +14,10 @@ from abkd_megatron.config.unsupported import MODEL, check_features
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.student.added import check_scaling
+from abkd_megatron.student.cached import CachedTeacher
 from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.model import Model, pattern_of_model, takes_output_processor
+from abkd_megatron.teacher.teachers import Teachers
 from abkd_megatron.vocab_parallel.teacher_records import check_recorded
 
 logger = logging.getLogger(__name__)
@@ -130,6 +132,30 @@ def check_mixed_batches(objective: Objective, args: Namespace) -> None:
             raise ConfigError(
                 f"distillation.mix is not supported with megatron.{name.replace('_', '-')}: the documents of two "
                 "sequences end at different tokens; turn it off, or remove mix"
+            )
+
+
+def check_own_vocabulary(objective: Objective, teachers: Teachers | CachedTeacher) -> None:
+    """Reject a teacher with its own vocabulary without a loss of chunks, and such a loss without one, or in a layout.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    teacher = teachers.default if isinstance(teachers, Teachers) else None
+    size = teacher.vocab_size if teacher is not None else None
+    if (objective.cross_tokenizer is None) != (size is None):
+        raise ConfigError(
+            f"expected Objective(cross_tokenizer=...) and a Teacher with its own vocab_size, or neither, got "
+            f"{objective.cross_tokenizer} and {size}; give both, or remove one"
+        )
+    if size is not None:
+        assert isinstance(teachers, Teachers) and teacher is not None
+        if len(teachers.distinct) > 1:
+            raise ConfigError("cross_tokenizer: expected one teacher, got several; remove the section `teachers`")
+        if teacher.layout.student_stages > 1 or not teacher.layout.matches_student:
+            raise ConfigError(
+                "cross_tokenizer is not supported over pipeline stages or with independent teacher parallelism: its "
+                "messages have the student's length; use one stage, and the student's tensor parallelism"
             )
 
 
@@ -261,7 +287,7 @@ def check_student(chunks: Sequence[Model], teacher: Teacher | None) -> None:
         assert teacher.head is not None
         check_sharded_output(teacher.head, "teacher")
         ours, theirs = last.output_layer.output_size_per_partition, teacher.head.output_size_per_partition
-        if ours != theirs:
+        if ours != theirs and teacher.vocab_size is None:
             raise ConfigError(
                 f"student and teacher must pad the vocabulary alike: {ours} columns per rank against {theirs}; "
                 "give both configs the same vocab_size, or make_vocab_size_divisible_by"
@@ -272,6 +298,11 @@ def log_restrictions(objective: Objective, vocab_size: int) -> None:
     """Log on which tokens, and on what sequences, the divergence is trained, unless on the text as it is."""
     if objective.tokens is not None:
         logger.info("the divergence is trained on some tokens: %s", objective.tokens)
+    if objective.cross_tokenizer is not None:
+        logger.info(
+            "the teacher has its own tokenizer: the divergence is of the likelihoods of chunks, at temperature %g",
+            objective.cross_tokenizer.temperature,
+        )
     if objective.mix is not None:
         logger.info("both models see mixed sequences, with shares of Beta(%g, %g)", *[objective.mix.alpha] * 2)
     if objective.shares_part_of(vocab_size):

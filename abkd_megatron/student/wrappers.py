@@ -95,6 +95,7 @@ def _check_megatron_fsdp(wrapper: torch.nn.Module, objective: Objective, pg_coll
         "hidden_losses": bool(objective.hidden_losses),
         "mtp_weight": objective.mtp_weight > 0,
         "mix": objective.mix is not None,
+        "cross_tokenizer": objective.cross_tokenizer is not None,
     }
     for name, is_on in found.items():
         if is_on:

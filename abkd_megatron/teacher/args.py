@@ -6,8 +6,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.arguments import validate_args
+from megatron.training.vocab_utils import calculate_padded_vocab_size
 
+from abkd_megatron.config.cross_tokenizer import check_cross_tokenizer
 from abkd_megatron.config.megatron_args import (
     checked_model_config,
     megatron_errors_as_config_error,
@@ -20,17 +23,23 @@ from abkd_megatron.config.schema import Config
 from abkd_megatron.config.unsupported import check_effect
 from abkd_megatron.config.values import MegatronOptions
 from abkd_megatron.data.indexed import positions_of
-from abkd_megatron.errors import AbkdError, ConfigError
+from abkd_megatron.errors import AbkdError, ConfigError, DataError
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.inherited import declared_vocabulary, inherited_architecture, of_checkpoint, teacher_settings
 from abkd_megatron.teacher.layout import sharing_group_shape
 
-# Must be equal for teacher and student: a rank passes the same tokens to both.
-_SHARED = ("context_parallel_size", "seq_length", "micro_batch_size", "tokenizer_type", "tokenizer_model")
+# Must be equal for teacher and student: a rank passes the same tokens to both, or another tokenizer's of the same text.
+_SHARED = ("context_parallel_size", "micro_batch_size")
+_OF_TOKENS = ("seq_length", "tokenizer_type", "tokenizer_model")
 
 
 def teacher_arguments(
-    megatron: Mapping[str, Any], own: Mapping[str, Any], student: Namespace, host: str
+    megatron: Mapping[str, Any],
+    own: Mapping[str, Any],
+    student: Namespace,
+    host: str,
+    *,
+    cross_tokenizer: bool = False,
 ) -> tuple[Namespace, ModelConfig]:
     """Return Megatron's validated arguments of the teacher and its model configuration.
 
@@ -39,9 +48,12 @@ def teacher_arguments(
         own: arguments of the `teacher:` section.
         student: Megatron's validated arguments of the student, with the `padded_vocab_size`.
         host: see `check_layout`.
+        cross_tokenizer: whether the teacher has its own tokenizer, and its own `seq_length`. Its arguments then have
+            its true `vocab_size`.
 
     Raises:
         ConfigError: Megatron rejects the arguments, or the teacher does not fit this student.
+        DataError: its own tokenizer cannot be loaded on this machine.
     """
     options = megatron_options()
     if student.use_checkpoint_args:
@@ -53,12 +65,12 @@ def teacher_arguments(
         args = parse_model(teacher_settings(megatron, own, options), "teacher", host)
         check_effect(args, "teacher", options, map(MegatronOptions(options).dest, own))
         validate_args(args)
-    for name in _SHARED:
+    for name in _SHARED if cross_tokenizer else (*_SHARED, *_OF_TOKENS):
         theirs, ours = getattr(args, name), getattr(student, name)
         if theirs != ours:
             raise ConfigError(
                 f"teacher.{name.replace('_', '-')} is {theirs}, the student's is {ours}; they must be the same: "
-                "remove it from `teacher:`"
+                "remove it from `teacher:`" + ", or set distillation.cross_tokenizer" * name.startswith("tokenizer")
             )
     students, teachers = ((of.tensor_model_parallel_size, of.pipeline_model_parallel_size) for of in (student, args))
     sharing_group_shape(students, student.data_parallel_size, teachers, has_experts=args.num_experts is not None)
@@ -69,10 +81,17 @@ def teacher_arguments(
         )
     # A rank has the same ids of both models. Loading drops the teacher's other padding or fills with zeros.
     args.padded_vocab_size = student.padded_vocab_size
-    tensor = args.tensor_model_parallel_size
+    if cross_tokenizer:
+        check_cross_tokenizer(student, args)
+        args.vocab_size = build_tokenizer_of(args).vocab_size
+        args.padded_vocab_size = calculate_padded_vocab_size(
+            *(args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size),
+            logging_enabled=False,
+        )
+    tensor, whose = args.tensor_model_parallel_size, "teacher" if cross_tokenizer else "student"
     if args.padded_vocab_size % tensor:
         raise ConfigError(
-            f"the student's vocabulary is padded to {args.padded_vocab_size} columns, which {tensor} tensor-parallel "
+            f"the {whose}'s vocabulary is padded to {args.padded_vocab_size} columns, which {tensor} tensor-parallel "
             f"ranks of the teacher do not divide; set megatron.make-vocab-size-divisible-by to a multiple of {tensor}"
         )
     if args.sequence_parallel and args.seq_length // args.context_parallel_size % tensor:
@@ -82,6 +101,22 @@ def teacher_arguments(
         )
     with _inheritance_named(inherited):
         return args, checked_model_config(args, "teacher", host)
+
+
+def build_tokenizer_of(args: Namespace) -> Any:
+    """Return the tokenizer that Megatron builds from a teacher's arguments.
+
+    Raises:
+        DataError: it cannot be loaded on this machine.
+    """
+    try:
+        return build_tokenizer(args)
+    except Exception as error:  # tokenizer libraries raise anything
+        raise DataError(
+            f"expected the teacher's tokenizer {args.tokenizer_type} {args.tokenizer_model or ''} on this machine, got "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}; set teacher.tokenizer-model to its path "
+            "(and teacher.tokenizer-type)"
+        ) from error
 
 
 def _check_layers_given(own: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -193,8 +228,10 @@ def check_teacher(config: Config, checkpoint: TeacherCheckpoint, args: Namespace
         config: `teacher` and `distillation` are used.
         checkpoint: of the teacher.
         args: Megatron's arguments of the configured teacher.
-        vocab_size: true size of the student's vocabulary.
+        vocab_size: true size of the student's vocabulary; with another tokenizer, that of `args` counts.
     """
+    if config.distillation.cross_tokenizer is not None:
+        vocab_size = args.vocab_size
     return checkpoint.check_arguments(
         args,
         vocab_size,

@@ -38,6 +38,8 @@ class Teacher:
     """Output layer, sharded like the student's: a module on the student's last stage, elsewhere None."""
     stored: list[torch.Tensor] = field(default_factory=list)
     """On this device in place of its layers' weights, see `store_weights`."""
+    vocab_size: int | None = None
+    """True size of its own vocabulary; None if it is the student's."""
 
     @classmethod
     def of(cls, model: Model, pg_collection: ProcessGroupCollection) -> "Teacher":
@@ -82,6 +84,7 @@ def build_teacher(
     *,
     sequence_parallel: bool | None = None,
     timeout: timedelta = timedelta(minutes=10),
+    vocab_size: int | None = None,
 ) -> Teacher:
     """Build this rank's share of the teacher, load it and freeze it.
 
@@ -100,6 +103,7 @@ def build_teacher(
             `ep`.
         sequence_parallel: whether the student is sequence parallel; None if as the teacher.
         timeout: of groups created here.
+        vocab_size: see `Teacher`.
 
     Raises:
         CheckpointError: on every rank, if the checkpoint does not match on any.
@@ -136,7 +140,7 @@ def build_teacher(
     for module in (model, head):
         if module is not None:
             _freeze(to_params_dtype(module, transformer.params_dtype))
-    return Teacher(model, layout, groups, head)
+    return Teacher(model, layout, groups, head, vocab_size=vocab_size)
 
 
 def share_frozen_weights(teacher: torch.nn.Module, student: Sequence[torch.nn.Module]) -> tuple[int, int]:

@@ -189,8 +189,8 @@ class TeacherCheckpoint:
         if same is False:
             raise CheckpointError(
                 f"expected the tokenizer that the teacher was trained with, {self.tokenizer}, got another one, "
-                f"{tokenizer_model}; train on data of the teacher's tokenizer, or give distillation.shared_vocab=N if "
-                "the first N tokens are the same"
+                f"{tokenizer_model}; give distillation.cross_tokenizer and teacher.tokenizer-model, train on data of "
+                "the teacher's tokenizer, or give distillation.shared_vocab=N if the first N tokens are the same"
             )
         return same is not None
 

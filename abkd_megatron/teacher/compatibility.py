@@ -209,7 +209,8 @@ def check_vocabulary(
     """
     remedy = (
         "teacher and student must share one tokenizer: train the student with the teacher's; if only the first N "
-        "tokens are the same in both, give distillation.shared_vocab=N"
+        "tokens are the same in both, give distillation.shared_vocab=N; if it has another tokenizer, give "
+        "distillation.cross_tokenizer and teacher.tokenizer-model"
     )
     teacher, student = f"the teacher in {directory}", "the student"
     saved = described.args if described is not None else Namespace()

@@ -251,8 +251,11 @@ class _Report:
             return
         setup.vocab_size = self._vocabulary(student)
         if dry_run.describes_teacher(config):
+            own_tokens = config.distillation.cross_tokenizer is not None
             with self.at("teacher"):
-                teacher, _ = teacher_arguments(megatron, config.teacher.megatron, student, JOB)
+                teacher, _ = teacher_arguments(
+                    megatron, config.teacher.megatron, student, JOB, cross_tokenizer=own_tokens
+                )
                 setup.teacher = teacher
                 self.add("teacher", _model(teacher))
                 self.add("teacher's layout", _teachers_layout(student, teacher))

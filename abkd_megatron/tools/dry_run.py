@@ -84,7 +84,8 @@ def megatron_arguments(config: Config, world_size: int | None = None) -> tuple[N
         set_vocabulary(student)
         teacher = None
         if describes_teacher(config):
-            teacher, _ = teacher_arguments(megatron, config.teacher.megatron, student, JOB)
+            own_tokens = config.distillation.cross_tokenizer is not None
+            teacher, _ = teacher_arguments(megatron, config.teacher.megatron, student, JOB, cross_tokenizer=own_tokens)
         check_models(student, teacher)
     return student, teacher
 

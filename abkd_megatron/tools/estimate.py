@@ -217,6 +217,11 @@ def _kind(config: Config, args: Namespace) -> tuple[Any, ...]:
 def _check(config: Config, who: str, args: Namespace) -> None:
     if config.distillation.hidden_losses:
         raise ConfigError("hidden losses cannot be estimated: their ranks communicate; leave them out here")
+    if config.distillation.cross_tokenizer is not None:
+        raise ConfigError(
+            "distillation.cross_tokenizer cannot be estimated: it needs text; leave it and the teacher's tokenizer out "
+            "here, and head=materialized gives both models' logits at once, of which it holds one model's at a time"
+        )
     check_features(args, who, ESTIMATE)
     if latent := sorted(set(args.hybrid_layer_pattern or "") & set("+D")):
         raise ConfigError(

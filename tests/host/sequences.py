@@ -25,9 +25,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from abkd_megatron.cache.record import RecordLayout
+from abkd_megatron.data.aligned_text import AlignedText
+from abkd_megatron.losses.chunks import ChunkLikelihood
 from abkd_megatron.student.cached import CachedTeacher
 
 VOCAB, PADDED, LONGEST = 250, 256, 24
+VOCAB_CHUNKS, PADDED_CHUNKS = 300, 320
 SPLIT = 2  # context-parallel ranks of the cases that average over micro-batches
 LAYERS, HIDDEN, TEACHER_LAYERS, TEACHER_HIDDEN = 4, 16, 8, 24
 MTP_WEIGHT = 0.6
@@ -61,6 +64,8 @@ class Case:
 
     weights: str = "device"
     """Of the teacher's layers."""
+    chunks: bool = False
+    """The teacher has its own tokens of a text, and the loss is of chunks."""
     heads: int = 0
     """Of the student's multi-token prediction, which learn from the teacher."""
     sequence_parallel: bool = False
@@ -68,9 +73,9 @@ class Case:
     """Virtual pipeline stages per rank of the student."""
 
     @property
-    def reference(self) -> tuple[str, bool, bool, int | None, bool, str, int]:
+    def reference(self) -> tuple[str, bool, bool, int | None, bool, str, int, bool]:
         weights = "int8" if self.weights == "int8" else "device"
-        return self.data, self.todi, self.per_token, self.every, self.factors, weights, self.heads
+        return self.data, self.todi, self.per_token, self.every, self.factors, weights, self.heads, self.chunks
 
 
 CASES: dict[int, dict[str, Case]] = {
@@ -97,6 +102,7 @@ CASES: dict[int, dict[str, Case]] = {
         "packed, hybrid, host": Case("packed", hybrid=True, weights="host"),
         "packed, 2 heads": Case("packed", heads=2),
         "masked, 2 heads, fused": Case("masked", heads=2, head="fused"),
+        "masked, chunks": Case("masked", chunks=True),
     },
     2: {
         "packed, TP 2": Case("packed", tp=2),
@@ -131,6 +137,8 @@ CASES: dict[int, dict[str, Case]] = {
         "packed, TP 2, 2 heads": Case("packed", tp=2, heads=2),
         "packed, PP 2, 2 heads, fused": Case("packed", pp=2, heads=2, head="fused"),
         "masked, DP 2, 2 heads": Case("masked", heads=2),
+        "masked, TP 2, chunks": Case("masked", tp=2, chunks=True),
+        "masked, DP 2, chunks": Case("masked", chunks=True),
         "context, CP 2, 2 heads": Case("context", cp=2, heads=2),
         "packed context, CP 2, 2 heads, fused": Case("packed context", cp=2, heads=2, head="fused"),
         "packed, PP 2, int8": Case("packed", pp=2, weights="int8"),
@@ -182,6 +190,23 @@ class MicroBatch:
         mask = (torch.rand(rows, length, generator=generator) < 0.7).float()
         mask[:, 0] = 1.0
         return cls(tokens, labels, mask, torch.arange(length).repeat(rows, 1))
+
+    def text(self) -> AlignedText:
+        """Some text in other tokens, [b, s + 3], which depends on the student's tokens alone."""
+        rows = []
+        for tokens in self.tokens:
+            generator = torch.Generator().manual_seed(zlib.crc32(tokens.numpy().tobytes()))
+            length = len(tokens)
+            ours, theirs = (
+                (torch.rand(of, generator=generator) < 0.6).cumsum(0) - 1 for of in (length - 1, length + 2)
+            )
+            most = torch.minimum(ours.max(), theirs.max())
+            ours, theirs = (torch.where(of > most, -1, of) for of in (ours, theirs))
+            other = torch.randint(VOCAB_CHUNKS, (2, length + 3), generator=generator)
+            left_out = torch.full((1,), -1)
+            num_bytes = torch.randint(5, (length,), generator=generator)
+            rows.append(torch.cat([*other, left_out, theirs, left_out, ours, num_bytes]))
+        return AlignedText.unpack(torch.stack(rows), length)
 
     def masked(self, mask: Tensor) -> "MicroBatch":
         return replace(self, loss_mask=self.loss_mask * mask)
@@ -318,8 +343,11 @@ def main() -> None:
     dist.barrier()
 
 
-def case_of(data: str, todi: bool, per_token: bool, every: int | None, factors: bool, weights: str, heads: int) -> Case:
-    return Case(data, todi=todi, per_token=per_token, every=every, factors=factors, weights=weights, heads=heads)
+def case_of(
+    data: str, todi: bool, per_token: bool, every: int | None, factors: bool, weights: str, heads: int, chunks: bool
+) -> Case:
+    names = {"weights": weights, "heads": heads, "chunks": chunks}
+    return Case(data, todi=todi, per_token=per_token, every=every, factors=factors, **names)
 
 
 def compare(case: Case, got: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
@@ -389,7 +417,8 @@ def train(
     own_attention = not plain and ("packed" in case.data or case.cp > 1)
     student = build(case, "student", LAYERS, HIDDEN, kinds[0], groups, own_attention)
     alone = replace(case, heads=0)
-    teacher = build(alone, "teacher", TEACHER_LAYERS, TEACHER_HIDDEN, kinds[1], groups, own_attention)
+    size = PADDED_CHUNKS if case.chunks else PADDED
+    teacher = build(alone, "teacher", TEACHER_LAYERS, TEACHER_HIDDEN, kinds[1], groups, own_attention, size)
     rounding = []
     if plain and case.weights == "int8":
         given = micro_batches(case.data, case.per_token)[1][-1]
@@ -402,10 +431,15 @@ def train(
     model = DistributedDataParallel(student.config, DistributedDataParallelConfig(), student)
     divergence = ToDi() if case.todi else AlphaBeta(0.2, 0.7)
     tokens = TokenSelection("every", n=case.every) if case.every else None
-    objective = Objective(divergence, tokens=tokens, mtp_weight=MTP_WEIGHT if case.heads else 0.0)
+    objective = Objective(
+        divergence,
+        tokens=tokens,
+        mtp_weight=MTP_WEIGHT if case.heads else 0.0,
+        cross_tokenizer=ChunkLikelihood(20.0) if case.chunks else None,
+    )
     execution = Execution(head=case.head, chunk_tokens=7 if case.head == "fused" else None)
     before = attributes(student)
-    frozen = Teacher.of(teacher, groups)
+    frozen = replace(Teacher.of(teacher, groups), vocab_size=VOCAB_CHUNKS if case.chunks else None)
     if not plain and case.weights != "device":
         stored = store_weights(frozen, case.weights, keep_plain=case.weights == "int8")
         assert all(it.dim() == 1 for it in teacher.decoder.layers.parameters()), "no matrix is left"
@@ -452,7 +486,8 @@ def train(
         losses["lm loss"][0] = sum(cross_entropy(student, batch) for batch in batches)
         if case.every:
             batches = [batch.masked(batch.position_ids % case.every == case.every - 1) for batch in batches]
-        losses["teacher lm loss"][0] = sum(cross_entropy(teacher, batch) for batch in batches)
+        if not case.chunks:
+            losses["teacher lm loss"][0] = sum(cross_entropy(teacher, batch) for batch in batches)
         for name, loss in check_heads(student, teacher, batches).items() if case.heads and case.per_token else ():
             torch.testing.assert_close(losses[name][0].double(), loss.double(), rtol=1e-5, atol=1e-6)
     found = {"losses": losses, "gradients": {name: weight.main_grad.clone() for name, weight in named(student)}}
@@ -546,6 +581,7 @@ def build(
     positions: str,
     groups: Any,
     own_attention: bool,
+    vocab_size: int = PADDED,
     vp_stage: int | None = None,
 ) -> torch.nn.Module:
     """This rank's part of a model whose weights depend on its name alone."""
@@ -595,7 +631,7 @@ def build(
     model = make(
         config,
         spec,
-        vocab_size=PADDED,
+        vocab_size=vocab_size,
         max_sequence_length=LONGEST,
         pre_process=groups.pp.rank() == 0 and not vp_stage,
         post_process=groups.pp.rank() == case.pp - 1 and vp_stage in (None, (case.virtual or 1) - 1),
@@ -660,6 +696,8 @@ def forward_step(
         attachment.kd_weights, attachment.lm_weights = here["of divergence"], here["of cross entropy"]
     if case.cached:
         attachment.teacher.packed = here["records"]
+    if case.chunks:
+        attachment.text = batch.text()
     output = model(
         here["tokens"],
         here["position_ids"],

@@ -61,6 +61,7 @@ def test_what_is_recorded(begun: Path, teacher: Path) -> None:
             "hidden_losses": "[]",
             "sources": "[]",
             "mix": "null",
+            "cross_tokenizer": "null",
             "mtp_weight": "0.0",
             "on_policy": "null",
         },

@@ -342,6 +342,10 @@ CASES: dict[str, tuple[list[str], str]] = {
         [*GOOD, "--kd-sources", "[{{source: 0, kd_weight: 0.5}}]"],
         r"sources need the dataset of each sequence.*remove --kd-sources",
     ),
+    "a teacher of another tokenizer": (
+        [*GOOD, "tokenizer-model=other.model", "--kd-cross-tokenizer", "{{temperature: 100}}"],
+        r"cross_tokenizer needs the text of each sample.*remove --kd-cross-tokenizer",
+    ),
 }
 
 

@@ -15,6 +15,7 @@ from abkd_megatron.config.load import load_config, render, to_argv
 from abkd_megatron.config.schema import Config, DataConfig, DistillationConfig, TeacherConfig
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.alpha_beta import AlphaBeta
+from abkd_megatron.losses.chunks import ChunkLikelihood
 from abkd_megatron.losses.hidden import HiddenLoss
 from abkd_megatron.losses.mixed_sequences import SequenceMix
 from abkd_megatron.losses.objective import Objective
@@ -540,6 +541,29 @@ def test_presets(load, text, overrides, preset, wanted):
     again = load(shown)
     assert again.distillation == kd and f"preset: {preset} " in shown
     again.check("pretrain")
+
+
+def test_cross_tokenizer(load):
+    text = "teacher:\n  load: t\n  tokenizer-model: m\ndistillation:\n  cross_tokenizer: {temperature: 40}\n"
+    config = load(text)
+    config.check("distill")
+    assert config.distillation.make_objective().objective.cross_tokenizer == ChunkLikelihood(40.0)
+    assert load(render(config, origins=False)).distillation.cross_tokenizer == ChunkLikelihood(40.0)
+    assert load(text, "distillation.cross_tokenizer={}").distillation.cross_tokenizer == ChunkLikelihood(100.0)
+    for override, message in {
+        "distillation.cross_tokenizer={temperature: 0}": "temperature.* above 0, got 0",
+        "distillation.cross_tokenizer=40": "mapping of temperature",
+        "distillation.temperature=2": "cross_tokenizer.*temperature 2",
+        "teacher.tokenizer-model=null": "expected teacher.tokenizer-model as well",
+        "distillation.gradient_in_place=true": "gradient_in_place",
+        "distillation.divergence=akl": "losses akl",
+        "distillation.on_policy={share: 0.5, prompt_tokens: 8, new_tokens: 8}": "on_policy.* own text is not aligned",
+    }.items():
+        with pytest.raises(ConfigError, match=f"distillation.cross_tokenizer.*{message}"):
+            load(text, override).check("distill")
+    for job in ("cache", "compare"):
+        with pytest.raises(ConfigError, match=f"cross_tokenizer.*job `{job}`"):
+            load(text, "cache.dir=c").check(job)
 
 
 def test_mixed_sequences(load):

@@ -12,6 +12,7 @@ from torch.testing._internal.distributed import fake_pg
 
 from abkd_megatron import AlphaBeta, ToDi, vocab_parallel_divergence
 from abkd_megatron.cache.record import RecordLayout
+from abkd_megatron.data.aligned_text import AlignedText
 from abkd_megatron.losses import (
     K3,
     AdaptiveKL,
@@ -25,7 +26,10 @@ from abkd_megatron.losses import (
     Ranking,
     Sinkhorn,
 )
+from abkd_megatron.losses.chunks import ChunkLikelihood, chunk_losses
+from abkd_megatron.losses.objective import Objective
 from abkd_megatron.losses.selection import TokenSelection, positions_here
+from abkd_megatron.student.chunked import teacher_batch
 from abkd_megatron.vocab_parallel import (
     TeacherRecords,
     VocabShard,
@@ -134,6 +138,20 @@ def test_divergence(shard, divergence, temperature):
             vocab_size=None if shard.group is None else VOCAB,
             temperature=temperature,
         ).sum().backward()
+
+    assert_none(run)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_chunks(divergence):
+    def run():
+        student = torch.empty(2, 24, device=GPU, requires_grad=True)
+        row = ints(2, 3 * 30 + 2 * 24)
+        text = AlignedText.unpack(row, 24)
+        mask = torch.empty(2, 24, device=GPU)
+        found = chunk_losses(student, torch.empty(2, 30, device=GPU), text.chunks, mask, divergence, ChunkLikelihood())
+        (found.per_token.sum() + found.log_ratio.sum()).backward()
+        teacher_batch(Objective(divergence, cross_tokenizer=ChunkLikelihood()), text, {})
 
     assert_none(run)
 
