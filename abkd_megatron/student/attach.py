@@ -141,7 +141,7 @@ def _checked_student(
     pg_collection: ProcessGroupCollection,
 ) -> list[Model]:
     wrapped = list(student) if isinstance(student, Sequence) else [student]
-    check_wrappers(wrapped, objective, pg_collection)
+    check_wrappers(wrapped, objective, pg_collection, len(teachers.distinct) if isinstance(teachers, Teachers) else 1)
     chunks = unwrapped(wrapped)
     for model in chunks:
         if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in model._forward_pre_hooks.values()):

@@ -53,13 +53,16 @@ def is_planned(model: Model) -> bool:
     return bool(model.config.overlap_moe_expert_parallel_comm)
 
 
-def check_planned(chunks: Sequence[Model], objective: Objective, pg_collection: ProcessGroupCollection) -> None:
+def check_planned(
+    chunks: Sequence[Model], objective: Objective, pg_collection: ProcessGroupCollection, num_teachers: int
+) -> None:
     """Reject combined 1F1B with what was not run with it.
 
     Args:
         chunks: this rank's chunks of the student.
         objective: of the job.
         pg_collection: the student's process groups; `tp`, `pp` and `cp` are used.
+        num_teachers: different ones.
 
     Raises:
         ConfigError: naming what it does not go with.
@@ -76,6 +79,7 @@ def check_planned(chunks: Sequence[Model], objective: Objective, pg_collection: 
         "hidden_losses": bool(objective.hidden_losses),
         "mix": objective.mix is not None,
         "cross_tokenizer": objective.cross_tokenizer is not None,
+        "several teachers": num_teachers > 1,
     }
     for name, is_on in found.items():
         if is_on:

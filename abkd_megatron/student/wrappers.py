@@ -49,7 +49,10 @@ def unwrapped(chunks: Sequence[torch.nn.Module]) -> list[Model]:
 
 
 def check_wrappers(
-    student: Sequence[torch.nn.Module], objective: Objective, pg_collection: ProcessGroupCollection
+    student: Sequence[torch.nn.Module],
+    objective: Objective,
+    pg_collection: ProcessGroupCollection,
+    num_teachers: int,
 ) -> None:
     """Reject a model that is compiled as a whole, or sharded over data-parallel ranks in a way that is not supported.
 
@@ -60,6 +63,7 @@ def check_wrappers(
         student: this rank's chunks, wrapped.
         objective: of the job.
         pg_collection: the student's process groups; `tp`, `pp`, `cp` and `ep` are used.
+        num_teachers: different ones.
 
     Raises:
         ConfigError: naming the feature, the reason and what to change.
@@ -75,11 +79,13 @@ def check_wrappers(
             if isinstance(module, wrapper):
                 check_features(SimpleNamespace(**{name: True}), "student", MODEL)
         if isinstance(module, tuple(_MEGATRON_FSDP)):
-            _check_megatron_fsdp(module, objective, pg_collection)
-    check_planned(unwrapped(student), objective, pg_collection)
+            _check_megatron_fsdp(module, objective, pg_collection, num_teachers)
+    check_planned(unwrapped(student), objective, pg_collection, num_teachers)
 
 
-def _check_megatron_fsdp(wrapper: torch.nn.Module, objective: Objective, pg_collection: ProcessGroupCollection) -> None:
+def _check_megatron_fsdp(
+    wrapper: torch.nn.Module, objective: Objective, pg_collection: ProcessGroupCollection, num_teachers: int
+) -> None:
     if not isinstance(getattr(wrapper, "module", None), MegatronFSDP):
         raise ConfigError(
             f"student: expected Megatron FSDP of megatron-core 0.19, got {type(wrapper).__name__} of another release; "
@@ -96,6 +102,7 @@ def _check_megatron_fsdp(wrapper: torch.nn.Module, objective: Objective, pg_coll
         "mtp_weight": objective.mtp_weight > 0,
         "mix": objective.mix is not None,
         "cross_tokenizer": objective.cross_tokenizer is not None,
+        "several teachers": num_teachers > 1,
     }
     for name, is_on in found.items():
         if is_on:
