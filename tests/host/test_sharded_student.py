@@ -64,4 +64,13 @@ def test_megatron_fsdp_with_model_parallelism_is_refused(name: str) -> None:
     groups = {it: SimpleNamespace(size=lambda it=it: 1 + (it == name)) for it in ("tp", "pp", "cp", "ep")}
     wrapper = SimpleNamespace(module=MegatronFSDP.__new__(MegatronFSDP))
     with pytest.raises(ConfigError, match=f"got {name.upper()} 2; remove it, or use-megatron-fsdp"):
-        _check_megatron_fsdp(wrapper, Objective(AlphaBeta(1, 0)), SimpleNamespace(**groups))
+        _check_megatron_fsdp(wrapper, Objective(AlphaBeta(1, 0)), SimpleNamespace(**groups), 1)
+
+
+def test_megatron_fsdp_with_several_teachers_is_refused() -> None:
+    from abkd_megatron.student.wrappers import MegatronFSDP, _check_megatron_fsdp
+
+    groups = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1))
+    wrapper = SimpleNamespace(module=MegatronFSDP.__new__(MegatronFSDP))
+    with pytest.raises(ConfigError, match="got several teachers; remove it, or use-megatron-fsdp"):
+        _check_megatron_fsdp(wrapper, Objective(AlphaBeta(1, 0)), groups, 2)
