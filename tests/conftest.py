@@ -38,9 +38,11 @@ SLOW = {
     r"host/test_teachers_by_source\.py::test_layouts_equal_one_rank\[PP": "another layout",
     r"host/test_gradient_variance\.py::test_in_every_layout\[[PD]P": "another layout",
     r"host/test_packed_data\.py::test_a_cache.*\[documents": "the other packed data",
+    r"host/test_sequences\.py::.*\[4-packed": "another layout",
+    r"host/test_cached_students\.py::test_estimate": "estimate, again",
     r"host/test_table_in_docs\.py": "needs every row",
     r"host/test_sharded_student\.py::test_(megatron_fsdp_trains|combined)": "of training loops other than ours",
-    r"host/test_cluster_configs_train\.py::.*(64xH100|qwen25|in_bf16)": "another configuration",
+    r"host/test_cluster_configs_train\.py::.*(64xH100|qwen25|llama32|in_bf16)": "another configuration",
     r"unit/test_docs_examples\.py::test_the_walk": "a walk-through of half a minute",
     r"unit/test_benchmark_head\.py::test_the_command_line": "a benchmark",
 }
