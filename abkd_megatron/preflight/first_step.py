@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 # hidden size 4096, but almost nothing in a tiny model, so a teacher that has hardly been trained only gets a warning.
 NEAR, BEYOND = 0.1, 0.5
 
-# KL(plain teacher || teacher with rounded layers) in nats per token. Losses of students that are told apart in a
-# comparison differ by about as much.
+# KL(plain teacher || teacher with rounded layers) in nats per token. Losses of students that a comparison can
+# distinguish differ by about as much.
 LARGEST_ROUNDING = 0.01
 
 # Relative tolerance of the teacher's expected loss. Rounding in bf16 moves the mean over a batch by less than 0.001; a

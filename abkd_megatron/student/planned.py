@@ -15,7 +15,7 @@ from abkd_megatron.teacher.model import Model, takes_output_processor
 class PlannedForward:
     """Runs the teacher where a plan of a micro-batch is built, and its head in the plan's last node.
 
-    A forward of the model, as in validation, is left alone.
+    A forward of the model, as in validation, is not changed.
 
     Args:
         model: a GPTModel of one pipeline stage, whose `build_schedule_plan` is replaced on the instance.

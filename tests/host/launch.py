@@ -1,5 +1,6 @@
 """Running Python programs on several CPU ranks, as torchrun would, with every rank's output and exit code kept."""
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -7,11 +8,12 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
+from typing import Any
 
 import forked
 import strict
@@ -137,3 +139,25 @@ def scalars(tensorboard_dir: Path) -> dict[str, list[float]]:
     events = EventAccumulator(str(tensorboard_dir), size_guidance={"scalars": 0})
     events.Reload()
     return {name: [event.value for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def found_per_ranks(program: Path, references: Path) -> Callable[[int], dict[str, Any]]:
+    """Return a function of a number of ranks that returns what `program` has printed after ``FOUND ``, run once.
+
+    The program gets `references`, which its run on one rank writes and others read.
+    """
+    jobs: dict[int, dict[str, Any]] = {}
+
+    def found(num_ranks: int) -> dict[str, Any]:
+        if num_ranks not in jobs:
+            if num_ranks > 1:
+                found(1)  # which leaves the references
+            jobs[num_ranks] = {}  # a job that fails is not run again for each of its cases
+            ranks = launch([program, references], num_ranks)
+            for number, rank in enumerate(ranks):
+                assert rank.code == 0, f"rank {number} of {num_ranks}:\n{rank.output[-6000:]}"
+            (line,) = [line for line in ranks[0].output.splitlines() if line.startswith("FOUND ")]
+            jobs[num_ranks] = json.loads(line.removeprefix("FOUND "))
+        return jobs[num_ranks]
+
+    return found

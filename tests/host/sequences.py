@@ -192,7 +192,7 @@ class MicroBatch:
         return cls(tokens, labels, mask, torch.arange(length).repeat(rows, 1))
 
     def text(self) -> AlignedText:
-        """Some text in other tokens, [b, s + 3], which depends on the student's tokens alone."""
+        """Some text in other tokens, [b, s + 3], which depends only on the student's tokens."""
         rows = []
         for tokens in self.tokens:
             generator = torch.Generator().manual_seed(zlib.crc32(tokens.numpy().tobytes()))

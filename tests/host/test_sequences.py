@@ -3,12 +3,11 @@
 Through Megatron's models, schedules and gradient reduction: see sequences.py.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch import launch
+from launch import found_per_ranks
 from matrix import recorded
 from sequences import CASES
 
@@ -45,21 +44,7 @@ PLACES = [place(num_ranks, case) for num_ranks, cases in CASES.items() for case 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Found]:
     references = tmp_path_factory.mktemp("sequences") / "references.pt"
-    jobs: dict[int, Found] = {}
-
-    def found(num_ranks: int) -> Found:
-        if num_ranks not in jobs:
-            if num_ranks > 1:
-                found(1)  # which leaves the references
-            jobs[num_ranks] = {}  # a job that fails is not run again for each of its cases
-            ranks = launch([Path(__file__).with_name("sequences.py"), references], num_ranks)
-            for number, rank in enumerate(ranks):
-                assert rank.code == 0, f"rank {number} of {num_ranks}:\n{rank.output[-6000:]}"
-            (line,) = [line for line in ranks[0].output.splitlines() if line.startswith("FOUND ")]
-            jobs[num_ranks] = json.loads(line.removeprefix("FOUND "))
-        return jobs[num_ranks]
-
-    return found
+    return found_per_ranks(Path(__file__).with_name("sequences.py"), references)
 
 
 @pytest.mark.parametrize(("num_ranks", "case"), [(ranks, case) for ranks, cases in CASES.items() for case in cases])
