@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
 from abkd_megatron.cache.key import sample_key
 from abkd_megatron.cache.store import CacheReader
+from abkd_megatron.data.wrapped import WrappedDataset
 from abkd_megatron.errors import DataError
 
 RECORDS = "teacher_records"
@@ -44,7 +44,7 @@ def packed_records(reader: CacheReader, sample: Mapping[str, torch.Tensor], on_m
     return packed
 
 
-class WithRecords(Dataset):
+class WithRecords(WrappedDataset):
     """A data set of Megatron's whose samples also have their records.
 
     Args:
@@ -54,15 +54,8 @@ class WithRecords(Dataset):
     """
 
     def __init__(self, dataset: Any, reader: CacheReader, on_miss: str) -> None:
-        self._dataset, self._reader, self._on_miss = dataset, reader, on_miss
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._dataset, name)  # such as the split, by which Megatron chooses a sampler
+        super().__init__(dataset)
+        self._reader, self._on_miss = reader, on_miss
 
     def __getitem__(self, index: int | None) -> dict[str, torch.Tensor]:
         """Return a sample.

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from abkd_megatron.data.wrapped import WrappedDataset
 from abkd_megatron.errors import ConfigError, DataError
 from abkd_megatron.losses.chunks import CUT_OFF, NO_CHUNK, Chunks
 
@@ -259,7 +259,7 @@ class Aligner:
         return chunk + max(number, 0), is_whole and bool(common.size and common[-1] == our_ends[-1])
 
 
-class WithAlignedText(Dataset):
+class WithAlignedText(WrappedDataset):
     """A data set of Megatron's whose samples also have their text in the teacher's tokens.
 
     Args:
@@ -268,15 +268,8 @@ class WithAlignedText(Dataset):
     """
 
     def __init__(self, dataset: Any, aligner: Aligner) -> None:
-        self._dataset, self._aligner = dataset, aligner
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._dataset, name)  # such as the split, by which Megatron chooses a sampler
+        super().__init__(dataset)
+        self._aligner = aligner
 
     def __getitem__(self, index: int | None) -> dict[str, Tensor]:
         """Return a sample, with `ALIGNED`."""
