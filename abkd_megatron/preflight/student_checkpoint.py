@@ -21,7 +21,7 @@ from abkd_megatron.errors import CheckpointError, ConfigError
 from abkd_megatron.losses.hidden import HiddenLoss
 from abkd_megatron.preflight.run_record import checkpoint_to_load
 from abkd_megatron.student.projectors import PROJECTORS
-from abkd_megatron.teacher.checkpoint import check_whole, tensor_shapes
+from abkd_megatron.teacher.checkpoint import check_unquantized, check_whole, tensor_shapes
 from abkd_megatron.teacher.compatibility import differences
 from abkd_megatron.teacher.description import describe
 from abkd_megatron.teacher.model import check_gpt_source
@@ -216,6 +216,7 @@ def check_student(args: Namespace) -> str | None:
         saved = read_common(directory, index).get("args")
     except CheckpointError as error:
         raise CheckpointError(f"{error}; or give megatron.ckpt-step of an earlier iteration") from error
+    check_unquantized(directory, index, "student")
     try:
         described = describe(directory, saved)
     except CheckpointError as error:

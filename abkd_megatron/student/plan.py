@@ -13,6 +13,7 @@ from torch import Tensor
 from abkd_megatron import kernels
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.objective import Objective
+from abkd_megatron.student.quantizers import active_quantizers, unquantized_class
 from abkd_megatron.vocab_parallel import VocabShard, vocab_parallel_divergence
 from abkd_megatron.vocab_parallel.execution import Execution
 from abkd_megatron.vocab_parallel.fused_head import automatic_chunk_tokens, bytes_per_token
@@ -159,7 +160,9 @@ def try_kernel(objective: Objective, like: Tensor) -> str:
 
 def obstacle(layer: torch.nn.Module) -> str | None:
     """Return why the fused head cannot replace this output layer, or None."""
-    if type(layer) is not ColumnParallelLinear:
+    if named := active_quantizers(layer):
+        return f"the output layer is quantized by ModelOpt ({', '.join(named)})"
+    if unquantized_class(layer) is not ColumnParallelLinear:
         return f"the output layer is a {type(layer).__name__}, not Megatron's ColumnParallelLinear"
     config: Any = layer.config
     found = {
@@ -187,8 +190,14 @@ def run_pre_forward_hooks(layer: torch.nn.Module) -> None:
     """Run the hooks of Megatron's DDP before a weight is used without its module's forward.
 
     Raises:
-        RuntimeError: other hooks were registered since the plan was made.
+        RuntimeError: other hooks were registered since the plan was made, or quantizers were turned on.
     """
+    if named := active_quantizers(layer):
+        raise RuntimeError(
+            f"expected an output layer without quantizers, as when the teacher was attached, got {', '.join(named)} of "
+            "ModelOpt: the fused head does not call the layer; quantize the student before `attach`, or leave out "
+            "*output_layer*"
+        )
     if has_other_hooks(layer):
         raise RuntimeError(
             "expected no new hooks on the output layer after the teacher was attached: the fused head does not call "

@@ -69,7 +69,8 @@ class TeacherCheckpoint:
             inherited: see the field.
 
         Raises:
-            CheckpointError: no checkpoint, not in torch_dist format, or a file is missing or shorter than recorded.
+            CheckpointError: no checkpoint, not in torch_dist format, a file is missing or shorter than recorded, or the
+                model was quantized.
         """
         directory = _iteration_directory(Path(load), ckpt_step)
         if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
@@ -80,6 +81,7 @@ class TeacherCheckpoint:
         CachedMetadataFileSystemReader.clear_metadata_cache()  # it may hold an earlier checkpoint of this folder
         index = read_index(directory)
         check_whole(directory, index, "teacher")
+        check_unquantized(directory, index, "teacher")
         return cls(directory, read_common(directory, index), index, inherited or {})
 
     @functools.cached_property
@@ -352,6 +354,29 @@ def check_whole(directory: Path, index: Metadata, whose: str) -> None:
                 f"the {whose}'s checkpoint is damaged: {file} should hold {size} bytes and "
                 f"{'is missing' if found is None else f'holds {found}'}; copy or save it again"
             )
+
+
+def check_unquantized(directory: Path, index: Metadata, whose: str) -> None:
+    """Reject the checkpoint of a model that ModelOpt has quantized: our models would read it without its quantizers.
+
+    Args:
+        directory: of the iteration.
+        index: of this checkpoint.
+        whose: "teacher" or "student".
+
+    Raises:
+        CheckpointError: the checkpoint has quantizers.
+    """
+    found = [name for name in index.state_dict_metadata if "_quantizer." in name]
+    state = directory / "modelopt_state"
+    if not found and state.is_dir():  # scales that are computed anew in every pass are not in the checkpoint
+        modes = read_common(state, read_index(state)).get("modelopt_state_dict", ())
+        found = [f"mode {mode}" for mode, _ in modes if "quantize" in mode]
+    if found:
+        raise CheckpointError(
+            f"expected a {whose} without quantizers of ModelOpt in {directory}, got {found[0]}; give the checkpoint of "
+            "the model before it was quantized, or train a quantized student in a loop of your own (docs/training.md)"
+        )
 
 
 def _tensors_in(wanted: Mapping[str, Any]) -> Iterator[ShardedTensor]:

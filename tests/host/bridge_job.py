@@ -313,7 +313,7 @@ def hf(folder: Path, overrides: list[str]) -> dict[str, Any]:
     if torch.distributed.get_world_size() > 1:
         config.checkpoint.save = None
         return train(config, step)
-    facts = train(config, step, lambda student: keep(folder, student[0], step.training[0]["tokens"]))
+    facts = train(config, step, lambda student: keep(folder, student[0], step.training[:2]))
     facts["twin"] = dense_twin(folder, step.training[:2], 2.0)
     write_cache(folder, [*step.training, *step.validation])
     return facts
@@ -420,22 +420,43 @@ def adapter(folder: Path, overrides: list[str]) -> dict[str, Any]:
     return facts
 
 
-def keep(folder: Path, student: Any, tokens: Any) -> None:
-    """The student's logits, to compare with, and the teacher in a checkpoint of Bridge's."""
+def keep(folder: Path, student: Any, batches: list[dict[str, Any]]) -> None:
+    """The student's logits, to compare with; the teacher and a quantized student in checkpoints of Bridge's."""
     import torch
-    from megatron.bridge import AutoBridge
-    from megatron.bridge.models.gpt_provider import local_layer_spec
+    from bridge_quantized import save_quantized
     from megatron.bridge.training.model_load_save import save_megatron_model
 
+    tokens = batches[0]["tokens"]
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.no_grad():
         torch.save((tokens, student.eval()(tokens, positions, None)), folder / "logits.pt")
     student.train()
-    teacher = AutoBridge.from_hf_pretrained(str(folder / "teacher")).to_megatron_provider()
+    save_megatron_model(model_of(folder / "teacher"), folder / "teacher-of-bridge")
+    save_quantized(model_of(folder / "student"), batches, folder)
+
+
+def model_of(path: Path) -> Any:
+    """A model of Hugging Face as Bridge builds it, within the groups of a job."""
+    import torch
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.models.gpt_provider import local_layer_spec
+
+    provider = AutoBridge.from_hf_pretrained(str(path)).to_megatron_provider()
     given = {**OF_PROVIDER, "transformer_layer_spec": local_layer_spec}
-    teacher.apply_overrides_and_finalize(dtype=torch.float32, overrides=given)
-    model = teacher.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
-    save_megatron_model(model, folder / "teacher-of-bridge")
+    provider.apply_overrides_and_finalize(dtype=torch.float32, overrides=given)
+    return provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
+
+
+def quantized(folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """The student that ModelOpt has quantized, and the model before that for its teacher."""
+    from bridge_quantized import num_quantizers
+
+    config = recipe(folder, overrides, ("student", "student"))
+    config.model.restore_modelopt_state = True
+    config.checkpoint.pretrained_checkpoint, config.checkpoint.save = str(folder / "quantized"), None
+    facts: dict[str, Any] = {}
+    facts |= train(config, Recording(), lambda student: facts.update(quantizers=num_quantizers(student[0])))
+    return {**facts, "kl": json.loads((folder / "quantized.json").read_text())}
 
 
 def builder(folder: Path, overrides: list[str]) -> dict[str, Any]:

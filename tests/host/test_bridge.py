@@ -7,6 +7,7 @@ not be installed.
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,16 @@ def test_two_ranks_are_as_one(folder: Path, distilled: dict[str, Any], setting: 
     assert found["validation"] == pytest.approx(distilled["validation"], rel=1e-4)
 
 
+def test_a_teacher_in_8_bits_is_measured_in_the_first_step(folder: Path, distilled: dict[str, Any]) -> None:
+    (rank,) = launch([JOB, "watched", folder, "teacher.weights=int8"], 1)
+    assert rank.code == 0, rank.output[-6000:]
+    measured = re.search(r"teacher\.weights int8: KL (\S+) nats per token .* in \S+% of 42 tokens", rank.output)
+    assert measured is not None and 0 < float(measured[1]) < 0.01, rank.output[-3000:]
+    (first, *_), (plain, *_) = facts_in(rank.output)["steps"], distilled["steps"]
+    assert first["lm loss"] == plain["lm loss"]
+    assert 0 < abs(first["teacher lm loss"] / plain["teacher lm loss"] - 1) < 0.01
+
+
 @pytest.mark.parametrize("setting", [None, "tensor_model_parallel_size", "pipeline_model_parallel_size"])
 def test_a_cache_of_all_columns_is_the_live_teacher(
     folder: Path, distilled: dict[str, Any], setting: str | None
@@ -169,6 +180,13 @@ def test_the_base_of_adapters_teaches_without_a_second_copy(folder: Path) -> Non
         assert of_two["steps"][0]["kl to teacher"] == pytest.approx(0, abs=1e-9)
         assert of_two["steps"][0]["lm loss"] == pytest.approx(whole["steps"][0]["lm loss"], rel=1e-5)
         assert of_two["steps"][3]["kl to teacher"] > 0
+
+
+def test_a_quantized_student_learns_from_the_model_before(folder: Path, distilled: dict[str, Any]) -> None:
+    found = run("quantized", folder)
+    assert found["quantizers"] == 2 * 4 * 2, "weights and inputs of four matrices per layer"
+    assert found["steps"][0]["kl to teacher"] == pytest.approx(found["kl"], rel=1e-4)
+    assert found["kl"] > 1e-6 and len(found["steps"]) == 3
 
 
 def test_settings_travel_through_bridges_own_yaml(folder: Path) -> None:

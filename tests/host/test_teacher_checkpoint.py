@@ -1,6 +1,7 @@
 """What a teacher's saved arguments must agree in, where no shape would tell."""
 
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from abkd_megatron.errors import CheckpointError
-from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
+from abkd_megatron.teacher.checkpoint import TeacherCheckpoint, check_unquantized
 
 SAVED = {
     "num_layers": 4,
@@ -119,6 +120,15 @@ def test_weights_beside_the_layers_without_a_place_are_refused() -> None:
         checkpoint.check_arguments(Namespace(), 500, declared=True)
         with pytest.raises(CheckpointError, match=r"teacher\.(untie|position)-embedding"):
             checkpoint.check_arguments(Namespace(**configured), 500, declared=True)
+
+
+def test_a_quantized_models_checkpoint_is_refused(tmp_path: Path) -> None:
+    of_layer = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size((4,)), [])
+    for name, is_quantized in (("weight", False), ("weight_quantizer._amax", True)):
+        index = Metadata({f"decoder.layers.0.mlp.linear_fc1.{name}": of_layer})
+        expected = pytest.raises(CheckpointError, match=r"without quantizers.*weight_quantizer\._amax; give")
+        with expected if is_quantized else nullcontext():
+            check_unquantized(tmp_path, index, "student")
 
 
 def test_weights_without_a_place_in_the_configured_model_are_refused() -> None:
