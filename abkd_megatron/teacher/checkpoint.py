@@ -375,7 +375,7 @@ def check_unquantized(directory: Path, index: Metadata, whose: str) -> None:
     if found:
         raise CheckpointError(
             f"expected a {whose} without quantizers of ModelOpt in {directory}, got {found[0]}; give the checkpoint of "
-            "the model before it was quantized, or train a quantized student in a loop of your own (docs/training.md)"
+            "the model before it was quantized, or train a quantized student in a custom loop (docs/training.md)"
         )
 
 

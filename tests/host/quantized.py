@@ -2,7 +2,8 @@
 
     python quantized.py FOLDER
 
-Prints one line of JSON on rank 0: the worst errors of all ranks, and what was refused.
+One rank leaves a step in FOLDER, with which two pipeline stages compare theirs. Prints one line of JSON on rank 0: the
+worst errors of all ranks, and what was refused.
 """
 
 import copy
@@ -16,7 +17,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sequences import HIDDEN, LAYERS, VOCAB, Case, MicroBatch, build, error, named, process_groups
+from sequences import (
+    HIDDEN,
+    LAYERS,
+    VOCAB,
+    Case,
+    MicroBatch,
+    build,
+    error,
+    forward_step,
+    micro_batches,
+    named,
+    process_groups,
+)
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -50,6 +63,7 @@ def main() -> None:
     found["refused"] = refused(Case("masked", tp=tp), batch, groups)
     found["shared"] = shared(Case("masked", tp=tp), batch, groups)
     found["kl"] = trained(Case("masked", tp=tp), batch, groups, Path(sys.argv[1]) / str(tp))
+    found["errors"] |= scheduled(Path(sys.argv[1]) / "step.pt")
     every: list[Any] = [None] * tp
     dist.all_gather_object(every, found["errors"])
     found["errors"] = {name: max(of[name] for of in every) for name in found["errors"]}
@@ -64,12 +78,15 @@ def pair(case: Case, groups: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
     return student, teacher.requires_grad_(False)
 
 
-def quantize(model: torch.nn.Module, name: str, batch: MicroBatch, more: Sequence[dict[str, Any]] = ()) -> None:
+def quantize(
+    model: torch.nn.Module, name: str, batch: MicroBatch | None = None, more: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Quantize in one of ModelOpt's configurations, calibrated on a batch if inputs are quantized."""
     import modelopt.torch.quantization as mtq
 
     config = copy.deepcopy(getattr(mtq, name))
     config["quant_cfg"] += copy.deepcopy(list(more))
-    mtq.quantize(model, config, partial(logits_of, batch=batch))
+    mtq.quantize(model, config, partial(logits_of, batch=batch) if batch is not None else None)
 
 
 def logits_of(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
@@ -218,6 +235,38 @@ def trained(case: Case, batch: MicroBatch, groups: Any, folder: Path) -> dict[st
         except AbkdError as why:
             found[name] = str(why)
     return found
+
+
+def scheduled(path: Path) -> dict[str, float]:
+    """A step of Megatron's schedule, on as many pipeline stages as there are ranks; errors beside one rank's."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    case = Case("masked", pp=dist.get_world_size())
+    groups = process_groups(1, case.pp, 1)
+    student, teacher = pair(case, groups)
+    batches, _, _ = micro_batches(case.data, case.per_token)
+    quantize(student, "INT8_WEIGHT_ONLY_CFG")
+    model = DistributedDataParallel(student.config, DistributedDataParallelConfig(), student)
+    attachment = attached(model, teacher, groups)
+    model.zero_grad_buffer()
+    reports = get_forward_backward_func()(
+        forward_step_func=partial(forward_step, case, attachment),
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens.shape[1],
+        micro_batch_size=batches[0].tokens.shape[0],
+    )
+    attachment.detach()
+    got = {name: weight.main_grad.clone() for name, weight in named(student)}
+    if parallel_state.is_pipeline_last_stage():
+        got |= {name: sum(of[name] for of in reports) for name in ("kd loss", "lm loss", "kl to teacher")}
+    if case.pp == 1:
+        torch.save(got, path)
+    wanted = torch.load(path)
+    return {f"{case.pp} stages": max(error(value, wanted[name]) for name, value in got.items())}
 
 
 def steps(student: torch.nn.Module, attachment: Any, batch: MicroBatch, number: int) -> list[float]:
