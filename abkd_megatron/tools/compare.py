@@ -167,7 +167,8 @@ def plan(config: Config, load: Callable[[Sequence[str]], Config]) -> list[Run]:
                 own.append(f"data.seed={DATA_SEED}")
             try:
                 of_run = load([*settings, *own])
-                if of_run.distillation.cache is None:  # a cache has no logits to diagnose
+                # Diagnostics read the teacher's logits of the student's tokens.
+                if of_run.distillation.cache is None and of_run.distillation.cross_tokenizer is None:
                     of_run = load([*settings, *own, "distillation.diagnostics=true"])
                 of_run.check("distill")
                 gradient_variance.check(of_run)
