@@ -12,12 +12,13 @@ _MODELOPT = "modelopt.torch.quantization.nn"
 def active_quantizers(layer: torch.nn.Module) -> list[str]:
     """Return the names of the layer's quantizers that change numbers, such as ``weight_quantizer``.
 
-    A quantizer that is disabled still changes them if it scales or rotates.
+    A quantizer that is disabled still changes them if it scales or rotates. Releases that do not tell whether it
+    rotates, such as 0.40, count as if it did.
     """
     return [
         name
         for name, it in _quantizers(layer).items()
-        if it.is_enabled or it.pre_quant_scale is not None or it.rotate_is_enabled
+        if it.is_enabled or it.pre_quant_scale is not None or getattr(it, "rotate_is_enabled", True)
     ]
 
 
