@@ -1,4 +1,4 @@
-"""Students that ModelOpt has quantized, on this rank of a tensor-parallel group, beside the dense loss.
+"""Students that ModelOpt has quantized, on this rank of a tensor-parallel group, against the dense loss.
 
     python quantized.py FOLDER
 
@@ -129,7 +129,7 @@ def loss_of(student: torch.nn.Module, batch: MicroBatch) -> Tensor:
 def compare(
     case: Case, name: str, more: Sequence[dict[str, Any]], head: str, batch: MicroBatch, groups: Any
 ) -> tuple[float, float]:
-    """The worst relative error of the loss and of the gradients beside the dense ones, and the sum of the loss."""
+    """The worst relative error of the loss and of the gradients against the dense ones, and the sum of the loss."""
     student, teacher = pair(case, groups)
     plain = logits_of(teacher, batch)
     quantize(student, name, batch, more)
@@ -238,7 +238,7 @@ def trained(case: Case, batch: MicroBatch, groups: Any, folder: Path) -> dict[st
 
 
 def scheduled(path: Path) -> dict[str, float]:
-    """A step of Megatron's schedule, on as many pipeline stages as there are ranks; errors beside one rank's."""
+    """A step of Megatron's schedule, on as many pipeline stages as there are ranks; errors against one rank's."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.pipeline_parallel import get_forward_backward_func
