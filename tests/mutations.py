@@ -209,8 +209,8 @@ MUTATIONS = [
     Mutation(
         "means over selected tokens divided by all tokens",
         "student/report.py",
-        "counts = dict.fromkeys(selected_only, selected.sum().clamp_min(NOTHING))",
-        "counts = dict.fromkeys(selected_only, counted)",
+        "counts = {name: counted_here.sum().clamp_min(NOTHING) for name, counted_here in of_some.items()}",
+        "counts = dict.fromkeys(of_some, counted)",
         "tests/host/test_step.py",
     ),
     Mutation(

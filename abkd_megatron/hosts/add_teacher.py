@@ -24,19 +24,20 @@ from abkd_megatron.hosts.align import aligner_of
 from abkd_megatron.losses.objective import ScheduledObjective
 from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.preflight import run_record
-from abkd_megatron.preflight.live import check_files, check_models
-from abkd_megatron.preflight.rounding import store_and_measure
+from abkd_megatron.preflight.live import check_files, check_loaded, check_models
+from abkd_megatron.preflight.rounding import is_measured, measure
 from abkd_megatron.preflight.rules import RESUME, TEACHER_CHECKS, Setup, run_checks
 from abkd_megatron.rollouts.own_text import OwnText, Sizes, load_function
 from abkd_megatron.rollouts.sampler import Sampler
 from abkd_megatron.student.attach import Attachment, attach
+from abkd_megatron.student.cached import CachedTeacher
 from abkd_megatron.student.projectors import add_projectors
 from abkd_megatron.student.report import LossChecks
 from abkd_megatron.student.step import DistilledStep
 from abkd_megatron.teacher.args import OtherTeacher, open_teacher, other_teachers, teacher_arguments
 from abkd_megatron.teacher.build import Teacher, build_teacher
 from abkd_megatron.teacher.teachers import Teachers
-from abkd_megatron.teacher.weights import DEVICE
+from abkd_megatron.teacher.weights import DEVICE, Stored, store_weights
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +135,29 @@ def add_teacher(
         default = OtherTeacher(
             name="teacher", sources=(), config=config, args=teacher_args, model=teacher_config, checkpoint=checkpoint
         )
-        built = _build_teachers([default, *others], record, student, pg_collection, args.sequence_parallel, timeout)
+        live = [default, *(other for other in others if other.cache is None)]
+        shared = min(objective.shared_vocab or vocab_size, vocab_size)
+        skip = PREFLIGHT if args.skip_train else config.distillation.skip_preflight
+
+        def store(of: OtherTeacher, teacher: Teacher) -> Stored:
+            how, tp_group = of.config.teacher.weights, pg_collection.tp
+            name = f"the {of.name}"
+            check_loaded(
+                teacher, name=name, vocab_size=shared, tp_group=tp_group, skip=config.distillation.skip_preflight
+            )
+            stored = store_weights(teacher, how, keep_plain=is_measured(student, how, pg_collection, skip))
+            print_rank_0(f"{name}: {stored}" if others else str(stored))
+            return stored
+
+        built, stored = _build_teachers(live, record, student, pg_collection, args.sequence_parallel, timeout, store)
         tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
-        teachers = Teachers(built[0], tuple(zip((other.sources for other in others), built[1:], strict=True)))
+        cached = [other for other in others if other.identity is not None]
+        cache = None
+        if cached:
+            assert cached[0].identity is not None
+            cache = CachedTeacher(cached[0].identity.layout, config.distillation.on_miss)
+        of_sources = tuple(zip((of.sources for of in live[1:]), built[1:], strict=True))
+        teachers = Teachers(built[0], of_sources, tuple(source for of in cached for source in of.sources))
         step.attachment = attach(
             student,
             teachers,
@@ -147,6 +168,7 @@ def add_teacher(
             execution=execution,
             tokens=tokens,
             seed=args.seed,
+            cache=cache,
         )
         if config.distillation.on_policy is not None:
             chats = bool(megatron.get("sft"))
@@ -162,13 +184,11 @@ def add_teacher(
             skip=config.distillation.skip_preflight,
             expected_loss=config.teacher.expected_loss,
         )
-        skip = PREFLIGHT if args.skip_train else config.distillation.skip_preflight
-        how = {id(teacher): of.config.teacher.weights for of, teacher in zip([default, *others], built, strict=True)}
+        how = {id(teacher): of.config.teacher.weights for of, teacher in zip(live, built, strict=True)}
         for number, teacher in enumerate(teachers.distinct):
-            if (weights := how[id(teacher)]) != DEVICE:
-                measured = {"vocab_size": vocab_size, "pg_collection": pg_collection, "skip": skip}
-                stored = store_and_measure(student, step.attachment, weights, **measured, number=number)
-                print_rank_0(f"{teachers.names[number]}: {stored}" if number else str(stored))
+            if is_measured(student, how[id(teacher)], pg_collection, skip):
+                of_one = {"vocab_size": vocab_size, "tp_group": pg_collection.tp, "number": number}
+                measure(student, step.attachment, stored[id(teacher)], **of_one)
         return student
 
     if objective.hidden_losses:
@@ -184,12 +204,18 @@ def _build_teachers(
     pg_collection: ProcessGroupCollection,
     sequence_parallel: bool,
     timeout: timedelta,
-) -> list[Teacher]:
+    store: Callable[[OtherTeacher, Teacher], Stored],
+) -> tuple[list[Teacher], dict[int, Stored]]:
     """Check the files of teachers, the default first, and build them; equal ones once.
 
-    Collectives: those of `check_files` and `build_teacher`, for each teacher that differs from those before.
+    Returns:
+        Each one's share of this rank; and of what `store` has done with the weights that are not to stay as they were
+        loaded, before the next teacher is loaded, by the id of the teacher.
+
+    Collectives: those of `check_files`, `build_teacher` and `store`, for each teacher that differs from those before.
     """
     built: list[Teacher] = []
+    stored: dict[int, Stored] = {}
     identities = [record["teacher"]["sha256"]]
     identities += [record["teachers"][str(of.sources[0])]["sha256"] for of in given[1:]]
     kinds = [(identity, of.args, of.config.teacher.weights) for identity, of in zip(identities, given, strict=True)]
@@ -215,7 +241,9 @@ def _build_teachers(
                     vocab_size=of.args.vocab_size if of.config.distillation.cross_tokenizer is not None else None,
                 )
             )
-    return built
+            if of.config.teacher.weights != DEVICE:
+                stored[id(built[-1])] = store(of, built[-1])
+    return built, stored
 
 
 def objective_of_job(config: Config, args: Namespace) -> ScheduledObjective:

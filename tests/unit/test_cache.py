@@ -391,7 +391,7 @@ def test_records_that_are_not_of_the_data(tmp_path: Path, changed: dict[str, flo
 
 def test_missing_records_are_uniform(tmp_path: Path) -> None:
     samples = fill(tmp_path, range(1))
-    lenient = WithRecords(samples._dataset, samples._reader, "lm")
+    lenient = WithRecords(samples._dataset, samples._readers, "lm")
     teacher = CachedTeacher(IDENTITY.layout, "lm", torch.stack([lenient[0][RECORDS], lenient[1][RECORDS]]))
     records, cached = teacher.take()
     assert cached is not None and cached.tolist() == [[True, False]] * 4
