@@ -144,6 +144,20 @@ MUTATIONS = [
         "tests/host/test_several_teachers.py -k rank",
     ),
     Mutation(
+        "the gradient from records at the tokens of live teachers",
+        "vocab_parallel/mixed_passes.py",
+        "own = torch.where(batch.recorded, here, 0.0)",
+        "own = here",
+        "tests/host/test_several_teachers.py -k rank",
+    ),
+    Mutation(
+        "KL divergences of live and cached teachers are means over all tokens",
+        "student/cached.py",
+        "if is_part else {})",
+        "if False else {})",
+        "tests/host/test_several_teachers.py -k rank",
+    ),
+    Mutation(
         "other teachers' hidden states in a sequence's logits",
         "teacher/output_layer.py",
         "own = torch.where((self.numbers == number).unsqueeze(-1), hidden, 0.0)",

@@ -56,10 +56,13 @@ def check_loaded(
 
     Collectives: one all_gather_object.
     """
-    name_of_check = MODEL_CHECKS[0].name
-    if name_of_check not in skip:
+
+    def run(of: Teacher) -> None:
+        check_weights_of(name, of, vocab_size, tp_group)
+
+    check: Check[Teacher] = Check("teacher_weights", Phase.MODELS, run)
+    if check.name not in skip:
         with on_every_rank():
-            check = Check(name_of_check, Phase.MODELS, lambda it: check_weights_of(name, it, vocab_size, tp_group))
             run_checks([check], teacher)
 
 
