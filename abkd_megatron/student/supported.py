@@ -83,7 +83,7 @@ def check_cacheable(objective: ScheduledObjective, num_draws: int) -> None:
         if is_on:
             raise ConfigError(
                 f"expected a loss that a teacher cache has records for, got {name}, which needs a live teacher; remove "
-                "it, or give teacher.load in place of distillation.cache"
+                "it, or give a live teacher (load) in place of the cache"
             )
     for divergence in objective.divergences() if num_draws else ():
         check_recorded(divergence, num_draws)

@@ -305,7 +305,7 @@ def train(case: Case, records: list[Tensor]) -> dict[str, Any]:
     attachment.detach()
     assert [sequences.attributes(chunk) for chunk in student] == before, "detached, the student is what it was"
     losses = {}
-    for name in reports[0].keys() - {"teacher seconds"} if reports else ():
+    for name in sorted(reports[0].keys() - {"teacher seconds"}) if reports else ():
         losses[name] = torch.stack([report[name] for report in reports]).double().sum(0)
         dist.all_reduce(losses[name], group=groups.dp_cp)
     gradients = {name: weight.main_grad.clone() for chunk in student for name, weight in named(chunk)}
