@@ -34,7 +34,7 @@ SLOW = {
     r"|SIGTERM to)": "the same fault at another place",
     r"host/test_own_text\.py::test_(sampling_itself.*\[(tensor|data)|every_layout.*\[(pipe|data))": "another layout",
     r"host/test_mixed_sequences\.py::test_layouts_equal_one_rank\[(PP|DP 2, teacher PP)": "another layout",
-    r"host/test_cross_tokenizer\.py::test_(layouts.*\[DP|a_watched)": "in sequences.py and test_neutrality.py, too",
+    r"host/test_cross_tokenizer\.py::test_(layouts.*\[DP|a_watched|losses_are)": "in other files, too",
     r"host/test_teachers_by_source\.py::test_(layouts_equal_one_rank\[PP|a_cached.*\[[PD]P)": "another layout",
     r"host/test_teachers_by_source\.py::test_(losses_are|estimate)": "estimate and compare, again",
     r"host/test_gradient_variance\.py::test_in_every_layout\[[PD]P": "another layout",

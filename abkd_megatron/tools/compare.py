@@ -168,7 +168,8 @@ def plan(config: Config, load: Callable[[Sequence[str]], Config]) -> list[Run]:
                 own.append(f"data.seed={DATA_SEED}")
             try:
                 of_run = load([*settings, *own])
-                if not reads_cache(of_run):  # a cache has no logits to diagnose
+                # Diagnostics read the logits of all teachers, of the student's tokens.
+                if not reads_cache(of_run) and of_run.distillation.cross_tokenizer is None:
                     of_run = load([*settings, *own, "distillation.diagnostics=true"])
                 of_run.check("distill")
                 gradient_variance.check(of_run)

@@ -12,7 +12,7 @@ from abkd_megatron.vocab_parallel.diagnostics import calibration_error
 from abkd_megatron.vocab_parallel.teacher_records import BUCKETED_KL, SAMPLED_KL
 
 # Columns of the table: (title, name in the report, format). Those that a run has no number of are left out, as with a
-# teacher cache.
+# teacher cache or a teacher with another tokenizer.
 _COLUMNS = (
     ("cross entropy", "lm loss", "{:.3f}"),
     ("KL(teacher, student)", "kl to teacher", "{:.3f}"),
@@ -22,6 +22,7 @@ _COLUMNS = (
     ("top-1 agreement", "top-1 agreement", "{:.3f}"),
     ("calibration error", "calibration error", "{:.4f}"),
     ("entropy", "student entropy", "{:.3f}"),
+    ("chunk log-ratio", "chunk log-ratio", "{:.3f}"),
 )
 
 _CURVES = (
@@ -31,6 +32,7 @@ _CURVES = (
     (SAMPLED_KL, "Sampled KL(teacher, student), nats per token"),
     ("hardness concentration", "Hardness concentration"),
     ("confidence concentration", "Confidence concentration"),
+    ("chunk log-ratio", "Log-ratio of a chunk's likelihoods, nats"),
     ("todi weight", "ToDi weight, mean over the vocabulary"),
     ("todi weight of teacher", "ToDi weight, mean over the teacher"),
 )
@@ -166,7 +168,8 @@ def summarize(results: Sequence[Mapping[str, Any]], losses: Sequence[str]) -> di
       are at least two losses and two seeds, and every loss has every seed.
 
     ``above the best`` is the `difference` to the loss of the lowest mean cross entropy, absent for it. ``seconds per
-    step`` is the mean over the seeds, absent if it was not measured.
+    step`` is the mean over the seeds, absent if it was not measured. The teacher is absent where all runs have one with
+    another tokenizer, whose numbers are of other tokens.
     """
     by_loss: dict[str, dict[int, Mapping[str, float]]] = {loss: {} for loss in losses}
     for result in results:
@@ -195,8 +198,12 @@ def summarize(results: Sequence[Mapping[str, Any]], losses: Sequence[str]) -> di
         if None not in paces:
             summary[loss]["seconds per step"] = statistics.fmean(paces)
     names = {"cross entropy": "teacher lm loss", "entropy": "teacher entropy"}
-    first = next(iter(by_loss.values())).values()
-    summary["teacher"] = {title: {"mean": statistics.fmean(it[name] for it in first)} for title, name in names.items()}
+    of_its_tokens = [of for of in by_loss.values() if all(names["entropy"] in test for test in of.values())]
+    if of_its_tokens:
+        tests = of_its_tokens[0]
+        summary["teacher"] = {
+            title: {"mean": statistics.fmean(test[name] for test in tests.values())} for title, name in names.items()
+        }
     return summary
 
 

@@ -1,12 +1,13 @@
 """A teacher with another tokenizer: the dense form's loss and gradients, in every layout; and what is noticed."""
 
 import json
+import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 from gradients import whole
-from launch import run_job, scalars
+from launch import launch, run_job, scalars
 from matrix import check_refused, run_refused
 
 LOGGED = ("lm loss", "kd loss", "total loss", "teacher lm loss", "chunk log-ratio", "aligned bytes", "grad-norm")
@@ -82,6 +83,33 @@ def test_a_watched_teacher_changes_no_bit(train, workspace: Path, config: Path, 
     run_job("pretrain", config, {**settings, "megatron.eod-mask-loss": "true", "megatron.tensorboard-dir": alone})
     logged, _ = train("watched", **{"distillation.kd_weight": 0})
     assert logged["lm loss"] == scalars(alone)["lm loss"] and min(logged["kd loss"]) > 0
+
+
+def test_losses_are_compared_with_it(workspace: Path, config: Path, teacher: Path, other: dict[str, Path]) -> None:
+    out = workspace / "cross-compare"
+    tokenizer = workspace / "data" / "tokenizer.model"
+    same = f"{{cross_tokenizer: null, teacher.tokenizer-model: {tokenizer}, teacher.load: {teacher}}}"
+    given = {
+        **other,
+        **KEYS,
+        "megatron.train-iters": 4,
+        "megatron.save-interval": 4,
+        "megatron.eval-interval": 2,
+        "compare.out": out,
+        "compare.losses": f"{{CE only: {{kd_weight: 0, lm_weight: 1}}, chunks: {{kd_weight: 2}}, same tokens: {same}}}",
+        "compare.seeds": "[1]",
+        "compare.launch": f"{sys.executable} {Path(__file__).with_name('quick.py')}",
+    }
+    words = [f"{key}={value}" for key, value in given.items()]
+    (rank,) = launch(["-m", "abkd_megatron", "compare", "--config", config, *words], 1)
+    assert rank.code == 0, rank.output[-3000:]
+    found = json.loads((out / "results.json").read_text())
+    runs = {run["loss"]: run for run in found["runs"]}
+    watched, chunks, of_same = (runs[name]["test"] for name in ("CE only", "chunks", "same tokens"))
+    assert watched["chunk log-ratio"] > 0 < chunks["chunk log-ratio"] != watched["chunk log-ratio"]
+    assert "kl to teacher" not in chunks and of_same["kl to teacher"] > 0
+    # The row of the teacher is of the student's tokens.
+    assert found["summary"]["teacher"]["cross entropy"]["mean"] == of_same["teacher lm loss"]
 
 
 # Each was supported for no teacher but one of the student's tokens, or is not supported for another one.

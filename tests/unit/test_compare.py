@@ -162,6 +162,18 @@ def test_an_unfinished_comparison_is_told_as_such():
     assert "1 to 2 seeds ± standard deviation over the seeds" in text
 
 
+def test_a_teacher_with_another_tokenizer_has_no_row_of_its_own():
+    chunks = {"loss": "chunks", "seed": 0, "test": {"lm loss": 4.2, "teacher lm loss": 2.0, "chunk log-ratio": 0.7}}
+    same = result("same tokenizer", 0, 4.0)
+    for results, wanted in (([chunks], None), ([chunks, same], 3.0), ([same, chunks], 3.0)):
+        summary = comparison.summarize(results, [of["loss"] for of in results])
+        assert ("teacher" in summary) == (wanted is not None)
+        if wanted is not None:
+            assert summary["teacher"]["cross entropy"]["mean"] == wanted
+        assert ("chunk log-ratio" in summary["chunks"]) == (len(results) == 1), "columns are what all have"
+        assert "| chunks | 4.200 |" in comparison.table(summary)
+
+
 def test_differences_are_paired_by_seed():
     found = {"A": (4.0, 5.0, 6.0), "B": (4.1, 5.3, 6.2), "C": (4.0, 5.1, 6.3)}
     results = [result(loss, seed, ce) for loss, values in found.items() for seed, ce in enumerate(values)]
@@ -218,7 +230,7 @@ def test_the_picture_is_drawn_of_whatever_is_done(tmp_path, monkeypatch):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     figures = []
     monkeypatch.setattr(pyplot, "close", figures.append)
-    names = [name for name, _ in comparison._CURVES if name.split()[0] not in ("bucketed", "sampled")]  # a cache's
+    names = [name for name, _ in comparison._CURVES if name.split()[0] not in ("bucketed", "sampled", "chunk")]
     results = [result("A", 0, 4.0), result("A", 1, 5.0), result("B", 0, 4.5)]
     for one in results:
         one |= {"tokens per step": 64, "seconds per step": 0.5}
