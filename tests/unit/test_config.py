@@ -564,7 +564,7 @@ def test_cross_tokenizer(load):
         with pytest.raises(ConfigError, match=f"distillation.cross_tokenizer.*{message}"):
             load(text, override).check("distill")
     load(text).check("compare")
-    with pytest.raises(ConfigError, match="cross_tokenizer.*job `cache`"):
+    with pytest.raises(ConfigError, match=r"cross_tokenizer.*job `cache`"):
         load(text, "cache.dir=c").check("cache")
 
 
