@@ -220,8 +220,8 @@ REFUSED = {
         r"teacher of source 1: .*temperature: 1.0 in the cache, 2.0 in this job",
     ),
     "a loss on logits with a cache": (
-        {"distillation.divergence": "clipped_kl", "teachers": "[{sources: [1], cache: RECORDS}]"},
-        r"expected a loss that a teacher cache has records for, got the losses clipped_kl",
+        {"distillation.divergence": "akl", "teachers": "[{sources: [1], cache: RECORDS}]"},
+        r"expected a loss that a teacher cache has records for, got the losses akl",
     ),
     "no such cache": (
         {"teachers": "[{sources: [1], cache: DATA/nothing}]"},
