@@ -4,9 +4,8 @@ Legend: s sequence, b micro-batch.
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from abkd_megatron.losses.objective import Objective
@@ -17,7 +16,7 @@ from abkd_megatron.student.partly_cached import PartlyCachedBatch, compute_partl
 from abkd_megatron.student.report import CACHED
 from abkd_megatron.teacher.output_layer import OutputLayer, TeacherOutput
 
-TeacherSide: TypeAlias = TeacherOutput | CachedBatch | PartlyCachedBatch | ChunkedBatch  # noqa: UP040 (for isinstance)
+type TeacherSide = TeacherOutput | CachedBatch | PartlyCachedBatch | ChunkedBatch
 
 
 def compute_loss_of(
@@ -61,7 +60,7 @@ def numbers_of(loss: Loss, side: TeacherSide, objective: Objective, labels: Tens
         labels: [s, b].
     """
     found = {name: batch_first(value) for name, value in loss.numbers(objective).items()}
-    cached: torch.Tensor | None = None
+    cached: Tensor | None = None
     if isinstance(side, CachedBatch):
         cached = side.cached
     elif isinstance(side, PartlyCachedBatch):
