@@ -139,17 +139,18 @@ def add_teacher(
         shared = min(objective.shared_vocab or vocab_size, vocab_size)
         skip = PREFLIGHT if args.skip_train else config.distillation.skip_preflight
 
-        def store(of: OtherTeacher, teacher: Teacher) -> Stored:
-            how, tp_group = of.config.teacher.weights, pg_collection.tp
-            name = f"the {of.name}"
-            check_loaded(
-                teacher, name=name, vocab_size=shared, tp_group=tp_group, skip=config.distillation.skip_preflight
-            )
-            stored = store_weights(teacher, how, keep_plain=is_measured(student, how, pg_collection, skip))
-            print_rank_0(f"{name}: {stored}" if others else str(stored))
-            return stored
+        measured: dict[int, Stored] = {}
 
-        built, stored = _build_teachers(live, record, student, pg_collection, args.sequence_parallel, timeout, store)
+        def store(of: OtherTeacher, teacher: Teacher) -> None:
+            name, how, of_ours = f"the {of.name}", of.config.teacher.weights, config.distillation.skip_preflight
+            check_loaded(teacher, name=name, vocab_size=shared, tp_group=pg_collection.tp, skip=of_ours)
+            is_kept = is_measured(student, how, pg_collection, skip)
+            stored = store_weights(teacher, how, keep_plain=is_kept)
+            print_rank_0(f"{name}: {stored}" if others else str(stored))
+            if is_kept:
+                measured[id(teacher)] = stored
+
+        built = _build_teachers(live, record, student, pg_collection, args.sequence_parallel, timeout, store)
         tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
         cached = [other for other in others if other.identity is not None]
         cache = None
@@ -184,11 +185,10 @@ def add_teacher(
             skip=config.distillation.skip_preflight,
             expected_loss=config.teacher.expected_loss,
         )
-        how = {id(teacher): of.config.teacher.weights for of, teacher in zip(live, built, strict=True)}
         for number, teacher in enumerate(teachers.distinct):
-            if is_measured(student, how[id(teacher)], pg_collection, skip):
+            if (stored := measured.get(id(teacher))) is not None:
                 of_one = {"vocab_size": vocab_size, "tp_group": pg_collection.tp, "number": number}
-                measure(student, step.attachment, stored[id(teacher)], **of_one)
+                measure(student, step.attachment, stored, **of_one)
         return student
 
     if objective.hidden_losses:
@@ -204,18 +204,15 @@ def _build_teachers(
     pg_collection: ProcessGroupCollection,
     sequence_parallel: bool,
     timeout: timedelta,
-    store: Callable[[OtherTeacher, Teacher], Stored],
-) -> tuple[list[Teacher], dict[int, Stored]]:
+    store: Callable[[OtherTeacher, Teacher], None],
+) -> list[Teacher]:
     """Check the files of teachers, the default first, and build them; equal ones once.
 
-    Returns:
-        Each one's share of this rank; and of what `store` has done with the weights that are not to stay as they were
-        loaded, before the next teacher is loaded, by the id of the teacher.
+    `store` is called with each one whose weights are not to stay on the device, before the next one is loaded.
 
     Collectives: those of `check_files`, `build_teacher` and `store`, for each teacher that differs from those before.
     """
     built: list[Teacher] = []
-    stored: dict[int, Stored] = {}
     identities = [record["teacher"]["sha256"]]
     identities += [record["teachers"][str(of.sources[0])]["sha256"] for of in given[1:]]
     kinds = [(identity, of.args, of.config.teacher.weights) for identity, of in zip(identities, given, strict=True)]
@@ -242,8 +239,8 @@ def _build_teachers(
                 )
             )
             if of.config.teacher.weights != DEVICE:
-                stored[id(built[-1])] = store(of, built[-1])
-    return built, stored
+                store(of, built[-1])
+    return built
 
 
 def objective_of_job(config: Config, args: Namespace) -> ScheduledObjective:
