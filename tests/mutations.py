@@ -153,8 +153,8 @@ MUTATIONS = [
     Mutation(
         "KL divergences of live and cached teachers are means over all tokens",
         "student/cached.py",
-        "if is_part else {})",
-        "if False else {})",
+        "if is_part else {}",
+        "if False else {}",
         "tests/host/test_several_teachers.py -k rank",
     ),
     Mutation(
