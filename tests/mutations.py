@@ -144,6 +144,20 @@ MUTATIONS = [
         "tests/host/test_several_teachers.py -k rank",
     ),
     Mutation(
+        "the gradient from records at the tokens of live teachers",
+        "vocab_parallel/mixed_passes.py",
+        "own = torch.where(batch.recorded, here, 0.0)",
+        "own = here",
+        "tests/host/test_several_teachers.py -k rank",
+    ),
+    Mutation(
+        "KL divergences of live and cached teachers are means over all tokens",
+        "student/cached.py",
+        "if is_part else {}",
+        "if False else {}",
+        "tests/host/test_several_teachers.py -k rank",
+    ),
+    Mutation(
         "other teachers' hidden states in a sequence's logits",
         "teacher/output_layer.py",
         "own = torch.where((self.numbers == number).unsqueeze(-1), hidden, 0.0)",
@@ -209,8 +223,8 @@ MUTATIONS = [
     Mutation(
         "means over selected tokens divided by all tokens",
         "student/report.py",
-        "counts = dict.fromkeys(selected_only, selected.sum().clamp_min(NOTHING))",
-        "counts = dict.fromkeys(selected_only, counted)",
+        "counts = {name: counted_here.sum().clamp_min(NOTHING) for name, counted_here in of_some.items()}",
+        "counts = dict.fromkeys(of_some, counted)",
         "tests/host/test_step.py",
     ),
     Mutation(

@@ -1,13 +1,15 @@
 """Samples with their records: what a loader's workers read of a cache."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from abkd_megatron.cache.key import sample_key
+from abkd_megatron.cache.manifest import Identity
 from abkd_megatron.cache.store import CacheReader
-from abkd_megatron.data.wrapped import WrappedDataset
+from abkd_megatron.data.wrapped import WrappedDataset, samples_of
 from abkd_megatron.errors import DataError
 
 RECORDS = "teacher_records"
@@ -44,18 +46,42 @@ def packed_records(reader: CacheReader, sample: Mapping[str, torch.Tensor], on_m
     return packed
 
 
+Readers = CacheReader | Mapping[int, CacheReader]
+"""Of the cache of all samples; or by source, the position of a dataset in its blend, with one layout of records."""
+
+
+def readers_of(directories: Path | Mapping[int, Path]) -> Readers:
+    """Open the cache of all samples, or those of some sources, each once.
+
+    Raises:
+        DataError: see `CacheReader`.
+    """
+    if isinstance(directories, Path):
+        return CacheReader(directories)
+    opened = {directory: CacheReader(directory) for directory in set(directories.values())}
+    return {source: opened[directory] for source, directory in directories.items()}
+
+
+def reader_of(readers: Readers, sample: Mapping[str, Any]) -> CacheReader | None:
+    """Return the reader of a sample's cache; None if its source has none, or is not known."""
+    if isinstance(readers, CacheReader):
+        return readers
+    source = sample.get("dataset_id")
+    return readers.get(int(source)) if source is not None else None
+
+
 class WithRecords(WrappedDataset):
     """A data set of Megatron's whose samples also have their records.
 
     Args:
         dataset: of samples as `sample_key` takes them.
-        reader: of the cache.
+        readers: of the cache, or of the caches by source. Samples of other sources have zeros.
         on_miss: "error" rejects a sample without records, "lm" returns zeros for it.
     """
 
-    def __init__(self, dataset: Any, reader: CacheReader, on_miss: str) -> None:
+    def __init__(self, dataset: Any, readers: Readers, on_miss: str) -> None:
         super().__init__(dataset)
-        self._reader, self._on_miss = reader, on_miss
+        self._readers, self._on_miss = readers, on_miss
 
     def __getitem__(self, index: int | None) -> dict[str, torch.Tensor]:
         """Return a sample.
@@ -64,7 +90,13 @@ class WithRecords(WrappedDataset):
             DataError: it has no records and `on_miss` is "error", or they are damaged.
         """
         sample = self._dataset[index]
-        return {**sample, RECORDS: packed_records(self._reader, sample, self._on_miss, str(index))}
+        reader = reader_of(self._readers, sample)
+        if reader is not None:
+            return {**sample, RECORDS: packed_records(reader, sample, self._on_miss, str(index))}
+        assert not isinstance(self._readers, CacheReader)
+        identity = next(iter(self._readers.values())).identity
+        shape = identity.seq_length, identity.layout.bytes_per_token + 1
+        return {**sample, RECORDS: torch.zeros(shape, dtype=torch.uint8)}
 
     def check(self, number: int | None) -> int:
         """Try a few samples out of those that a job reads, and compare their records with the data.
@@ -79,37 +111,41 @@ class WithRecords(WrappedDataset):
             DataError: see `__getitem__`; or records are not a distribution, or not of the samples' labels.
         """
         number = len(self) if number is None else min(number, len(self))
-        tried = sorted({i * (number - 1) // max(_NUM_TRIED - 1, 1) for i in range(_NUM_TRIED)}) if number else []
+        samples = range(number) if isinstance(self._readers, CacheReader) else samples_of(self, self._readers, number)
+        last = len(samples) - 1
+        tried = sorted({i * last // max(_NUM_TRIED - 1, 1) for i in range(_NUM_TRIED)}) if len(samples) else []
         hits = 0
-        for index in tried:
+        for index in (int(samples[place]) for place in tried):
             sample = self[index]
             packed = sample[RECORDS]
             if packed[0, -1]:
                 hits += 1
-                self._compare(packed[:, :-1], sample["labels"], index)
+                reader = reader_of(self._readers, sample)
+                assert reader is not None
+                _compare(reader.identity, packed[:, :-1], sample["labels"], index)
         return hits
 
-    def _compare(self, packed: torch.Tensor, labels: torch.Tensor, index: int) -> None:
-        identity = self._reader.identity
-        records = identity.layout.unpack(packed)
-        assert records.label_log_prob is not None
-        of_kept = records.log_probs[:, : records.num_kept]
-        total = torch.cat([of_kept, records.log_rest.unsqueeze(-1)], dim=-1).logsumexp(-1)
-        wrong = []
-        least = torch.zeros_like(records.ids[:1])
-        least[:, records.num_kept :] = -1  # draws of one id are merged
-        if not bool(((records.ids >= least) & (records.ids < identity.vocab_size)).all()):
-            wrong.append("ids beyond the vocabulary")
-        if not bool((total.abs() < _NEAR).all()):
-            wrong.append("probabilities that do not add up to 1")
-        kept = records.ids == labels.unsqueeze(-1)
-        if identity.temperature == 1.0:
-            of_label = torch.where(kept, records.log_probs, 0.0).sum(-1)
-            off = (of_label - records.label_log_prob).abs() > 2**-10 * (1 + of_label.abs())
-            if bool((kept.any(-1) & off).any()):
-                wrong.append("another log-probability of the label")
-        if wrong:
-            raise DataError(
-                f"expected records of this data in the cache, got {' and '.join(wrong)} in sample {index}; write the "
-                "cache again"
-            )
+
+def _compare(identity: Identity, packed: torch.Tensor, labels: torch.Tensor, index: int) -> None:
+    records = identity.layout.unpack(packed)
+    assert records.label_log_prob is not None
+    of_kept = records.log_probs[:, : records.num_kept]
+    total = torch.cat([of_kept, records.log_rest.unsqueeze(-1)], dim=-1).logsumexp(-1)
+    wrong = []
+    least = torch.zeros_like(records.ids[:1])
+    least[:, records.num_kept :] = -1  # draws of one id are merged
+    if not bool(((records.ids >= least) & (records.ids < identity.vocab_size)).all()):
+        wrong.append("ids beyond the vocabulary")
+    if not bool((total.abs() < _NEAR).all()):
+        wrong.append("probabilities that do not add up to 1")
+    kept = records.ids == labels.unsqueeze(-1)
+    if identity.temperature == 1.0:
+        of_label = torch.where(kept, records.log_probs, 0.0).sum(-1)
+        off = (of_label - records.label_log_prob).abs() > 2**-10 * (1 + of_label.abs())
+        if bool((kept.any(-1) & off).any()):
+            wrong.append("another log-probability of the label")
+    if wrong:
+        raise DataError(
+            f"expected records of this data in the cache, got {' and '.join(wrong)} in sample {index}; write the "
+            "cache again"
+        )

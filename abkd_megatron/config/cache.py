@@ -1,7 +1,7 @@
 """Keys of the section `cache`, and the rules of a teacher cache. Does not import megatron."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from abkd_megatron.losses.schedule import Schedule
@@ -28,6 +28,8 @@ class CacheConfig:
     """Tokens drawn per token from those that are not kept, by their probability."""
     precision: str = "fp16"
     """Of the log-probabilities: ``fp16`` or ``fp32``."""
+    sources: list[str] = field(default_factory=list)
+    """Positions or path prefixes of the datasets of a blend whose samples are written; none for all samples."""
     shard_mib: int = 256
     """Size of a file in MiB. Every writing rank holds one in memory, and loses it if it is killed."""
 

@@ -393,8 +393,11 @@ class Config:
     def with_teacher(self, of: SourceTeacher) -> "Config":
         """Return the configuration with one of `teachers` as its only teacher.
 
-        Weights and Megatron arguments that are not given are those of the section `teacher`.
+        Weights and Megatron arguments that are not given are those of the section `teacher`. One with a cache has none.
         """
+        if of.cache is not None:
+            kd = replace(self.distillation, cache=of.cache)
+            return replace(self, teacher=TeacherConfig(), teachers=[], distillation=kd)
         teacher = TeacherConfig(
             load=of.load,
             ckpt_step=of.ckpt_step,

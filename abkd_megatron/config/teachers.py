@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 TEACHER_WEIGHTS = ("device", "int8", "host")
 # Keys of an entry that are not Megatron arguments.
-ENTRY_KEYS = ("sources", "load", "ckpt-step", "declared", "weights")
+ENTRY_KEYS = ("sources", "load", "ckpt-step", "declared", "weights", "cache")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,8 @@ class SourceTeacher:
     """See `TeacherConfig`."""
     weights: str | None = None
     """See `TeacherConfig`; None as in the section `teacher`."""
+    cache: str | None = None
+    """Directory of its cache, from which students train in place of `load`: the `cache.dir` of the job `cache`."""
     megatron: "dict[str, Value]" = field(default_factory=dict)
     """Megatron arguments in which it differs from the section `teacher`."""
 
@@ -43,6 +45,11 @@ class SourceTeacher:
         return {**given, "sources": list(self.sources), **self.megatron}
 
 
+def reads_cache(config: "Config") -> bool:
+    """Return whether a student trains from a cache, of all its samples or of some datasets."""
+    return config.distillation.cache is not None or any(entry.cache for entry in config.teachers)
+
+
 def teachers_problems(config: "Config", job: str) -> Iterator[tuple[str, str]]:
     """Yield (key, what was expected and found) of each setting of several teachers that is invalid.
 
@@ -56,26 +63,43 @@ def teachers_problems(config: "Config", job: str) -> Iterator[tuple[str, str]]:
         if not entry.sources:
             yield (
                 "teachers",
-                f"expected sources of each teacher, got none of {entry.load}; give their positions or paths",
+                f"expected sources of each teacher, got none of {entry.load or entry.cache}; give their positions or "
+                "paths",
             )
-        if not entry.load:
-            yield "teachers", f"{entry.name}: expected load, the path of its Megatron checkpoint, got none; give it"
+        if bool(entry.load) == bool(entry.cache):
+            yield (
+                "teachers",
+                f"{entry.name}: expected load, the path of its Megatron checkpoint, or cache, the directory of its "
+                f"records, got {'both' if entry.load else 'neither'}; give one of them",
+            )
+        given = [key for key in entry.described() if key not in ("sources", "load", "cache")]
+        if entry.cache and given:
+            yield (
+                "teachers",
+                f"{entry.name}: expected no more keys than sources and cache, since a cache is no model, got "
+                f"{', '.join(given)}; remove them",
+            )
         if entry.weights not in (None, *TEACHER_WEIGHTS):
             yield "teachers", f"{entry.name}: expected weights {', '.join(TEACHER_WEIGHTS)}, got {entry.weights!r}"
     for source, count in Counter(source for entry in config.teachers for source in entry.sources).items():
         if count > 1:
             yield "teachers", f"expected one teacher per source, got {count} entries for {source}; remove all but one"
-    if job in ("cache", "compare"):
-        yield "teachers", f"expected none in the job `{job}`, which is of one teacher; remove the list"
+    if job == "cache":
+        yield "teachers", "expected none in the job `cache`, which is of one teacher; remove the list"
     kd = config.distillation
     found = {
-        "distillation.cache": (kd.cache is not None, "a cache is of one teacher"),
+        "distillation.cache": (kd.cache is not None, "it is of one teacher; a teacher of the list may have a cache"),
         "distillation.hidden_losses": (bool(kd.hidden_losses), "their layers are of one teacher"),
         "distillation.mix": (kd.mix is not None, "a mixed sequence is of no dataset"),
         "distillation.mtp_weight": (bool(kd.mtp_weight), "multi-token prediction follows one teacher"),
         "distillation.on_policy": (kd.on_policy is not None, "the student's own text is of no dataset"),
         "teacher.expected-loss": (config.teacher.expected_loss is not None, "a batch is of several teachers"),
     }
+    if kd.diagnostics and kd.cache is None and reads_cache(config):
+        yield (
+            "distillation.diagnostics",
+            "expected false with a cache in the list `teachers`: diagnostics need every teacher's logits",
+        )
     for key, (is_given, why) in found.items():
         if is_given:
             yield key, f"expected none with the list `teachers`, since {why}; remove one of them"

@@ -1,7 +1,7 @@
 """A cache in place of the teacher of a run of Megatron-LM's training loop."""
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,10 @@ import torch
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import print_rank_0
 
-from abkd_megatron.cache.dataset import WithRecords
+from abkd_megatron.cache.dataset import WithRecords, readers_of
 from abkd_megatron.cache.manifest import read_manifest
-from abkd_megatron.cache.store import CacheReader
 from abkd_megatron.config.schema import Config
+from abkd_megatron.config.teachers import reads_cache
 from abkd_megatron.errors import from_rank_0, on_every_rank
 from abkd_megatron.hosts.add_teacher import MegatronHost, objective_of_job
 from abkd_megatron.preflight import run_record
@@ -22,6 +22,7 @@ from abkd_megatron.preflight.rules import RESUME, TEACHER_CHECKS, Setup, run_che
 from abkd_megatron.student.attach import attach
 from abkd_megatron.student.cached import CachedTeacher
 from abkd_megatron.student.step import DistilledStep
+from abkd_megatron.teacher.args import other_teachers
 
 
 def add_cache(
@@ -100,13 +101,29 @@ def add_cache(
     return step
 
 
-def with_records(datasets: Sequence[Any], num_samples: Sequence[int | None], directory: Path, on_miss: str) -> tuple:
+def cache_directories(config: Config, args: Namespace) -> Path | dict[int, Path] | None:
+    """Return the directory of a job's cache, those of its teachers by source, or None without any.
+
+    Args:
+        config: checked for "distill".
+        args: Megatron's validated arguments of the student.
+    """
+    if config.distillation.cache is not None:
+        return Path(config.distillation.cache).expanduser()
+    if not reads_cache(config):
+        return None
+    return {at: of.cache for of in other_teachers(config, args) if of.cache is not None for at in of.sources}
+
+
+def with_records(
+    datasets: Sequence[Any], num_samples: Sequence[int | None], directories: Path | Mapping[int, Path], on_miss: str
+) -> tuple:
     """Add the records of a cache to the samples of Megatron's data sets, and compare a few of them with the data.
 
     Args:
         datasets: train, validation and test: each a data set, a list of them, or None.
         num_samples: that the job reads of each; None for all.
-        directory: of the cache.
+        directories: of the cache, or of the caches by source: samples of other sources have no records.
         on_miss: see `WithRecords`.
 
     Raises:
@@ -114,7 +131,7 @@ def with_records(datasets: Sequence[Any], num_samples: Sequence[int | None], dir
     """
     if all(dataset is None for dataset in datasets):  # this rank reads none
         return tuple(datasets)
-    reader = CacheReader(directory)
+    reader = readers_of(directories)
 
     def wrapped(dataset: Any, number: int | None) -> Any:
         if dataset is None:

@@ -24,19 +24,20 @@ from abkd_megatron.hosts.align import aligner_of
 from abkd_megatron.losses.objective import ScheduledObjective
 from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.preflight import run_record
-from abkd_megatron.preflight.live import check_files, check_models
-from abkd_megatron.preflight.rounding import store_and_measure
+from abkd_megatron.preflight.live import check_files, check_loaded, check_models
+from abkd_megatron.preflight.rounding import is_measured, measure
 from abkd_megatron.preflight.rules import RESUME, TEACHER_CHECKS, Setup, run_checks
 from abkd_megatron.rollouts.own_text import OwnText, Sizes, load_function
 from abkd_megatron.rollouts.sampler import Sampler
 from abkd_megatron.student.attach import Attachment, attach
+from abkd_megatron.student.cached import CachedTeacher
 from abkd_megatron.student.projectors import add_projectors
 from abkd_megatron.student.report import LossChecks
 from abkd_megatron.student.step import DistilledStep
 from abkd_megatron.teacher.args import OtherTeacher, open_teacher, other_teachers, teacher_arguments
 from abkd_megatron.teacher.build import Teacher, build_teacher
 from abkd_megatron.teacher.teachers import Teachers
-from abkd_megatron.teacher.weights import DEVICE
+from abkd_megatron.teacher.weights import DEVICE, Stored, store_weights
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +135,30 @@ def add_teacher(
         default = OtherTeacher(
             name="teacher", sources=(), config=config, args=teacher_args, model=teacher_config, checkpoint=checkpoint
         )
-        built = _build_teachers([default, *others], record, student, pg_collection, args.sequence_parallel, timeout)
+        live = [default, *(other for other in others if other.cache is None)]
+        shared = min(objective.shared_vocab or vocab_size, vocab_size)
+        skip = PREFLIGHT if args.skip_train else config.distillation.skip_preflight
+
+        measured: dict[int, Stored] = {}
+
+        def store(of: OtherTeacher, teacher: Teacher) -> None:
+            name, how, of_ours = f"the {of.name}", of.config.teacher.weights, config.distillation.skip_preflight
+            check_loaded(teacher, name=name, vocab_size=shared, tp_group=pg_collection.tp, skip=of_ours)
+            is_kept = is_measured(student, how, pg_collection, skip)
+            stored = store_weights(teacher, how, keep_plain=is_kept)
+            print_rank_0(f"{name}: {stored}" if others else str(stored))
+            if is_kept:
+                measured[id(teacher)] = stored
+
+        built = _build_teachers(live, record, student, pg_collection, args.sequence_parallel, timeout, store)
         tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
-        teachers = Teachers(built[0], tuple(zip((other.sources for other in others), built[1:], strict=True)))
+        cached = [other for other in others if other.identity is not None]
+        cache = None
+        if cached:
+            assert cached[0].identity is not None
+            cache = CachedTeacher(cached[0].identity.layout, config.distillation.on_miss)
+        of_sources = tuple(zip((of.sources for of in live[1:]), built[1:], strict=True))
+        teachers = Teachers(built[0], of_sources, tuple(source for of in cached for source in of.sources))
         step.attachment = attach(
             student,
             teachers,
@@ -147,6 +169,7 @@ def add_teacher(
             execution=execution,
             tokens=tokens,
             seed=args.seed,
+            cache=cache,
         )
         if config.distillation.on_policy is not None:
             chats = bool(megatron.get("sft"))
@@ -162,13 +185,10 @@ def add_teacher(
             skip=config.distillation.skip_preflight,
             expected_loss=config.teacher.expected_loss,
         )
-        skip = PREFLIGHT if args.skip_train else config.distillation.skip_preflight
-        how = {id(teacher): of.config.teacher.weights for of, teacher in zip([default, *others], built, strict=True)}
         for number, teacher in enumerate(teachers.distinct):
-            if (weights := how[id(teacher)]) != DEVICE:
-                measured = {"vocab_size": vocab_size, "pg_collection": pg_collection, "skip": skip}
-                stored = store_and_measure(student, step.attachment, weights, **measured, number=number)
-                print_rank_0(f"{teachers.names[number]}: {stored}" if number else str(stored))
+            if (stored := measured.get(id(teacher))) is not None:
+                of_one = {"vocab_size": vocab_size, "tp_group": pg_collection.tp, "number": number}
+                measure(student, step.attachment, stored, **of_one)
         return student
 
     if objective.hidden_losses:
@@ -184,10 +204,13 @@ def _build_teachers(
     pg_collection: ProcessGroupCollection,
     sequence_parallel: bool,
     timeout: timedelta,
+    store: Callable[[OtherTeacher, Teacher], None],
 ) -> list[Teacher]:
     """Check the files of teachers, the default first, and build them; equal ones once.
 
-    Collectives: those of `check_files` and `build_teacher`, for each teacher that differs from those before.
+    `store` is called with each one whose weights are not to stay on the device, before the next one is loaded.
+
+    Collectives: those of `check_files`, `build_teacher` and `store`, for each teacher that differs from those before.
     """
     built: list[Teacher] = []
     identities = [record["teacher"]["sha256"]]
@@ -215,6 +238,8 @@ def _build_teachers(
                     vocab_size=of.args.vocab_size if of.config.distillation.cross_tokenizer is not None else None,
                 )
             )
+            if of.config.teacher.weights != DEVICE:
+                store(of, built[-1])
     return built
 
 

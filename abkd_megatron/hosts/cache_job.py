@@ -46,8 +46,9 @@ from abkd_megatron.config.schema import Config
 from abkd_megatron.config.unsupported import JOB
 from abkd_megatron.config.values import MegatronOptions
 from abkd_megatron.data.conversations import check_conversations
-from abkd_megatron.data.indexed import check_datasets, prefixes_of
+from abkd_megatron.data.indexed import check_datasets, positions_of, prefixes_of
 from abkd_megatron.data.prepare import data_arguments
+from abkd_megatron.data.wrapped import samples_of
 from abkd_megatron.errors import ConfigError, from_rank_0, on_every_rank
 from abkd_megatron.hosts.batches import Packing, get_batch, train_valid_test_datasets_provider
 from abkd_megatron.preflight.live import check_files
@@ -101,6 +102,8 @@ def run(config: Config) -> None:
         check_layers_here(teacher_config, "teacher")
         checkpoint = open_teacher(config, megatron)
         layout = record_layout(config, args.vocab_size)
+        names = [int(name) if name.isdecimal() else name for name in config.cache.sources]
+        sources = positions_of(names, args, "cache.sources")
     initialize_megatron()
 
     def check_all() -> tuple[str, Identity]:
@@ -128,7 +131,7 @@ def run(config: Config) -> None:
     packing = Packing.of(args)
     if packing is not None:
         args.create_attention_mask_in_dataloader = False  # boundaries stand for it
-    datasets = _datasets(config, packing)
+    datasets = _datasets(config, sources, packing)
     with ExitStack() as held:
         writer = None
         with on_every_rank():
@@ -197,10 +200,10 @@ def _writes_here() -> bool:
     return bool(mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0)
 
 
-def _datasets(config: Config, packing: Packing | None) -> list[Dataset]:
+def _datasets(config: Config, sources: Sequence[int], packing: Packing | None) -> list[Dataset]:
     """Build the train, validation and test sets of this rank; none on ranks that do not read data.
 
-    Megatron's sets may have more samples than a job reads.
+    Megatron's sets may have more samples than a job reads. With `sources` those of other datasets are left out.
     """
 
     def provide(num_samples: Sequence[int], vp_stage: int | None = None) -> tuple:
@@ -215,7 +218,8 @@ def _datasets(config: Config, packing: Packing | None) -> list[Dataset]:
         for dataset in split if isinstance(split, list) else [split]:
             if dataset is not None:
                 most = len(dataset) if number is None else min(number, len(dataset))
-                found.append(Subset(dataset, range(most)))
+                samples: Any = samples_of(dataset, sources, most) if sources else range(most)
+                found.append(Subset(dataset, samples))
     return found
 
 

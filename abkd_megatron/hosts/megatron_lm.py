@@ -8,7 +8,6 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from textwrap import indent
 from types import FunctionType, SimpleNamespace
 from typing import Any
@@ -43,7 +42,7 @@ from abkd_megatron.config.unsupported import JOB
 from abkd_megatron.data.aligned_text import ALIGNED, AlignedText
 from abkd_megatron.data.prepare import data_arguments
 from abkd_megatron.errors import ConfigError, from_rank_0, on_every_rank
-from abkd_megatron.hosts.add_cache import add_cache, with_records
+from abkd_megatron.hosts.add_cache import add_cache, cache_directories, with_records
 from abkd_megatron.hosts.add_teacher import add_teacher
 from abkd_megatron.hosts.align import with_aligned_text
 from abkd_megatron.hosts.batches import (
@@ -57,7 +56,6 @@ from abkd_megatron.hosts.evaluation import BestCheckpoint, evaluate_first
 from abkd_megatron.hosts.held_out import SET, HeldOut, check_rows, number_of_rows
 from abkd_megatron.preflight.rules import EVENT_FILES, FOLDER_CHECKS, STUDENT_CHECKS, Setup, run_checks
 from abkd_megatron.preflight.student_checkpoint import only_writer, other_schedule_named
-from abkd_megatron.student.cached import CachedTeacher
 from abkd_megatron.student.report import LossChecks, ValidationSets, masked_loss
 from abkd_megatron.student.step import DistilledStep
 
@@ -254,8 +252,7 @@ class _ForwardStep:
         attachment = self.distilled.attachment if self.distilled is not None else None
         is_last = get_attr_wrapped_model(model, "post_process")
         tokens_on_last = self.distilled is not None and self.distilled.needs_input_ids
-        teacher = attachment.teacher if attachment is not None else None
-        cache = teacher if isinstance(teacher, CachedTeacher) else None
+        cache = attachment.cache if attachment is not None else None
         aligner = self.distilled.aligner if self.distilled is not None else None
         seq_length = get_args().seq_length
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
@@ -345,11 +342,11 @@ class _DatasetsProvider:
         if validation.sets:
             numbers[1] = None
             self._rows = self._rows or from_rank_0(lambda: self._number_rows(valid))
-        if config.distillation.cache is not None and step.distilled is not None:
+        if step.distilled is not None and (directories := cache_directories(config, args)) is not None:
             with on_every_rank():
                 if mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage):
-                    directory, on_miss = Path(config.distillation.cache).expanduser(), config.distillation.on_miss
-                    train, valid, test = with_records((train, valid, test), numbers, directory, on_miss)
+                    on_miss = config.distillation.on_miss
+                    train, valid, test = with_records((train, valid, test), numbers, directories, on_miss)
         if step.distilled is not None and step.distilled.aligner is not None:
             with on_every_rank():
                 train, valid, test = with_aligned_text((train, valid, test), step.distilled.aligner)

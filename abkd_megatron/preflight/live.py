@@ -12,11 +12,12 @@ from torch import Tensor
 
 from abkd_megatron.errors import on_every_rank
 from abkd_megatron.preflight.first_step import Observed, digest, sums_by_teacher, when_gradients_are_done
-from abkd_megatron.preflight.models import Models
-from abkd_megatron.preflight.rules import CHECKSUMS, FIRST_STEP_CHECKS, MODEL_CHECKS, run_checks
+from abkd_megatron.preflight.models import Models, check_weights_of
+from abkd_megatron.preflight.rules import CHECKSUMS, FIRST_STEP_CHECKS, MODEL_CHECKS, Check, Phase, run_checks
 from abkd_megatron.student.attach import Attachment
 from abkd_megatron.student.report import SELECTED
 from abkd_megatron.student.wrappers import unwrapped
+from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.checkpoint import TeacherCheckpoint
 from abkd_megatron.teacher.model import Model
 
@@ -36,6 +37,33 @@ def check_files(checkpoint: TeacherCheckpoint, skip: Collection[str] = ()) -> No
     if CHECKSUMS.name not in skip:
         with on_every_rank():
             run_checks([CHECKSUMS], checkpoint)
+
+
+def check_loaded(
+    teacher: Teacher, *, name: str, vocab_size: int, tp_group: dist.ProcessGroup, skip: Collection[str] = ()
+) -> None:
+    """Run the check of a teacher's weights, before they are stored in another way, see `store_weights`.
+
+    Args:
+        teacher: as loaded.
+        name: in messages.
+        vocab_size: number of tokens that both models know.
+        tp_group: the student's.
+        skip: may contain ``teacher_weights``.
+
+    Raises:
+        CheckpointError: as `check_models`.
+
+    Collectives: one all_gather_object.
+    """
+
+    def run(of: Teacher) -> None:
+        check_weights_of(name, of, vocab_size, tp_group)
+
+    check: Check[Teacher] = Check("teacher_weights", Phase.MODELS, run)
+    if check.name not in skip:
+        with on_every_rank():
+            run_checks([check], teacher)
 
 
 def check_models(
@@ -105,6 +133,10 @@ class FirstStep:
         self._teachers = teachers.names if teachers is not None else []
         for name, teacher in zip(self._teachers, teachers.distinct if teachers is not None else (), strict=True):
             self._groups[name], self._models[name] = teacher.pg_collection.tp, teacher.model
+        # Of the losses, of which records have one too.
+        self._names = list(self._teachers)
+        if teachers is not None and teachers.cached:
+            self._names.append(teachers.name_of_cached)
         own_vocabulary = teachers.default.vocab_size if teachers is not None else None
         self._vocab_size = own_vocabulary or models.vocab_size
         # With its own tokens a teacher is not given the student's.
@@ -140,7 +172,7 @@ class FirstStep:
         if self._watching:
             losses = torch.stack([logged[name].detach().double() for name in ("teacher lm loss", "kd loss")])
             self._losses = losses + (self._losses if self._losses is not None else 0.0)
-            if len(self._teachers) > 1:
+            if len(self._names) > 1:
                 losses = self._teacher_losses()
                 before = self._losses_of_teachers
                 self._losses_of_teachers = losses + (before if before is not None else 0.0)
@@ -149,10 +181,11 @@ class FirstStep:
         """Return each teacher's cross entropy on the last micro-batch, see `sums_by_teacher`."""
         report, mask = self._attachment.report, self._attachment.loss_mask
         assert report is not None and mask is not None and self._attachment.passes is not None
-        numbers, tokens = self._attachment.passes.numbers, self._objective.tokens
-        counted = mask.double() * (report[SELECTED] if tokens is not None and tokens.by_position else 1.0)
+        numbers, tokens, cache = self._attachment.passes.numbers, self._objective.tokens, self._attachment.cache
+        of_some = (tokens is not None and tokens.by_position) or (cache is not None and cache.on_miss == "lm")
+        counted = mask.double() * (report[SELECTED] if of_some else 1.0)
         assert numbers is not None
-        return sums_by_teacher(report["teacher lm loss"], counted, numbers, len(self._teachers))
+        return sums_by_teacher(report["teacher lm loss"], counted, numbers, len(self._names))
 
     def _note_tokens(self, who: str) -> Callable[..., None]:
         signature = inspect.signature(self._models[who].forward)
@@ -180,7 +213,7 @@ class FirstStep:
         }
         # (sum over tokens, number of tokens) of the two losses.
         losses = self._losses.tolist() if self._losses is not None else [(0.0, 0.0), (0.0, 0.0)]
-        of_teachers = [(0.0, 0.0)] * len(self._teachers)
+        of_teachers = [(0.0, 0.0)] * len(self._names)
         if self._losses_of_teachers is not None:
             of_teachers = self._losses_of_teachers.tolist()
         ranks: list[Any] = [None] * dist.get_world_size()
@@ -192,8 +225,8 @@ class FirstStep:
         teacher_losses = {"the teacher": teacher_loss}
         if self._objective.mix is not None:  # of sequences that are no text
             teacher_losses = {}
-        elif len(self._teachers) > 1:
-            of_each = zip(self._teachers, of_teachers, strict=True)
+        elif len(self._names) > 1:
+            of_each = zip(self._names, of_teachers, strict=True)
             teacher_losses = {name: total / number if number >= 1 else None for name, (total, number) in of_each}
         observed = Observed(
             student=[digests.get("student") for digests, _ in ranks],

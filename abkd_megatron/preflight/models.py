@@ -56,11 +56,12 @@ def check_weights(models: Models) -> None:
     """
     assert models.attachment.teachers is not None
     for name, teacher in zip(models.attachment.teachers.names, models.attachment.teachers.distinct, strict=True):
-        _check_weights(name, teacher, models)
+        check_weights_of(name, teacher, models.vocab_size, models.tp_group)
 
 
-def _check_weights(name: str, teacher: Teacher, models: Models) -> None:
-    if wrong := wrong_weights(teacher, teacher.vocab_size or models.vocab_size, models.tp_group):
+def check_weights_of(name: str, teacher: Teacher, vocab_size: int, tp_group: dist.ProcessGroup) -> None:
+    """Reject one teacher, see `check_weights`; `vocab_size` is of the student."""
+    if wrong := wrong_weights(teacher, teacher.vocab_size or vocab_size, tp_group):
         more = f", and {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
         raise CheckpointError(
             f"expected trained weights of {name}, got {wrong[0]} on rank {dist.get_rank()}{more}; give "
@@ -126,8 +127,11 @@ def bytes_of_logits(last: Model, attachment: Attachment, tokens: int) -> int:
     rows = (1 if attachment.execution.gradient_in_place else 2) * tokens + compared
     if attachment.teachers is not None and len(attachment.teachers.distinct) > 1:
         rows += tokens // every
+    # The gradient from records has its own rows.
+    of_both = attachment.teachers is not None and attachment.cache is not None
+    rows += tokens * of_both
     if plan.chunk_tokens is not None:
-        rows = 2 * min(plan.chunk_tokens, tokens)
+        rows = (2 + of_both) * min(plan.chunk_tokens, tokens)
     size: int = rows * last.output_layer.output_size_per_partition * weight.element_size()
     return size
 

@@ -50,17 +50,37 @@ def store_and_measure(
         number: of the teacher, its position in `Teachers.distinct`.
     """
     assert attachment.teachers is not None
-    config = get_model_config(student[0])
-    measured = how == INT8 and ROUNDING.name not in skip
-    if measured and config.variable_seq_lengths and pg_collection.pp.size() > 1:
-        print_rank_0("WARNING: the error of teacher.weights int8 is not measured with variable_seq_lengths over stages")
-        measured = False
+    measured = is_measured(student, how, pg_collection, skip)
     stored = store_weights(attachment.teachers.distinct[number], how, keep_plain=measured)
     if measured:
-        shared = min(attachment.objective.shared_vocab or vocab_size, vocab_size)
-        # What begins first ends last: `FirstStep` must not see the teacher's further passes.
-        attachment.observers.insert(0, RoundingError(student, attachment, stored, shared, pg_collection.tp, number))
+        measure(student, attachment, stored, vocab_size=vocab_size, tp_group=pg_collection.tp, number=number)
     return stored
+
+
+def is_measured(
+    student: Sequence[torch.nn.Module], how: str, pg_collection: ProcessGroupCollection, skip: Collection[str] = ()
+) -> bool:
+    """Return whether the first step measures what a teacher's stored weights change; see `store_and_measure`."""
+    measured = how == INT8 and ROUNDING.name not in skip
+    if measured and get_model_config(student[0]).variable_seq_lengths and pg_collection.pp.size() > 1:
+        print_rank_0("WARNING: the error of teacher.weights int8 is not measured with variable_seq_lengths over stages")
+        return False
+    return measured
+
+
+def measure(
+    student: Sequence[torch.nn.Module],
+    attachment: Attachment,
+    stored: Stored,
+    *,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup,
+    number: int = 0,
+) -> None:
+    """Have the first step measure a teacher whose weights are `stored` with the plain ones; see `store_and_measure`."""
+    shared = min(attachment.objective.shared_vocab or vocab_size, vocab_size)
+    # What begins first ends last: `FirstStep` must not see the teacher's further passes.
+    attachment.observers.insert(0, RoundingError(student, attachment, stored, shared, tp_group, number))
 
 
 class RoundingError:

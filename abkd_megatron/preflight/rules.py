@@ -14,6 +14,7 @@ from megatron.training.checkpointing import checkpoint_exists
 
 from abkd_megatron import kernels
 from abkd_megatron.cache.manifest import Identity
+from abkd_megatron.cache.record import RecordLayout
 from abkd_megatron.config.cross_tokenizer import check_cross_tokenizer
 from abkd_megatron.config.model_config import model_config
 from abkd_megatron.config.rollouts import check_can_sample, check_sizes
@@ -30,6 +31,7 @@ from abkd_megatron.student.plan import check_fused, obstacles_of, try_kernel
 from abkd_megatron.student.supported import (
     check_cacheable,
     check_mixed_batches,
+    check_mixed_forms,
     check_several_teachers,
     check_shared_vocab,
     check_tokens,
@@ -217,18 +219,31 @@ def _other_teachers(setup: Setup) -> Finding | None:
     found, verdict = [], Verdict.OK
     for other in setup.others:
         of_one = replace(setup, config=other.config, teacher=other.args, checkpoint=other.checkpoint, others=())
+        of_one.cache = other.identity
         with other.named():
+            if other.identity is not None and other.identity.layout != _layout_of_caches(setup):
+                raise ConfigError(
+                    f"expected records of one form in all caches of the list `teachers`, got {other.identity.layout} "
+                    f"and {_layout_of_caches(setup)}; write one of them again with the other's top_k, draws and "
+                    "precision"
+                )
             dtypes = {str(args.params_dtype) for args in (setup.teacher, other.args) if args is not None}
             if len(dtypes) > 1:
                 raise ConfigError(
                     f"expected one dtype of all teachers, got {' and '.join(sorted(dtypes))}: their logits are in one "
                     "tensor; give it the same bf16 or fp16"
                 )
-            findings = [finding for check in (_teacher_checkpoint, _teacher_tokenizer) if (finding := check(of_one))]
-        if any(finding.verdict is Verdict.ABSENT for finding in findings):
+            checks = (_teacher_checkpoint, _teacher_tokenizer, _cache)
+            findings = [finding for check in checks if (finding := check(of_one))]
+        if not findings or any(finding.verdict is Verdict.ABSENT for finding in findings):
             verdict = Verdict.ABSENT
-        found.append(f"{other.name}: {'; '.join(finding.text for finding in findings) or 'no checkpoint here'}")
+        found.append(f"{other.name}: {'; '.join(finding.text for finding in findings) or 'not here'}")
     return Finding("; ".join(found), verdict) if found else None
+
+
+def _layout_of_caches(setup: Setup) -> RecordLayout | None:
+    """Return the layout of the records of the first of `others` that has a cache."""
+    return next((of.identity.layout for of in setup.others if of.identity is not None), None)
 
 
 def _cache(setup: Setup) -> Finding | None:
@@ -270,6 +285,11 @@ def _loss(setup: Setup) -> Finding | None:
     with_positions(objective.sources, student)
     check_mixed_batches(objective, student)
     check_several_teachers(objective, 1 + len(setup.others))
+    if any(of.cache is not None for of in setup.others):
+        layout, execution = _layout_of_caches(setup), setup.execution
+        draws, diagnostics = layout.draws if layout is not None else 0, execution is not None and execution.diagnostics
+        scheduled = setup.config.distillation.make_objective()
+        check_mixed_forms(scheduled, draws, student.context_parallel_size, diagnostics)
     if setup.vocab_size is not None:
         check_shared_vocab(objective, setup.vocab_size, student.context_parallel_size)
         check_tokens(objective, setup.vocab_size)
@@ -334,7 +354,8 @@ def _resume(setup: Setup) -> Finding | None:
     source = setup.cache or checkpoint
     if source is None or setup.student is None:
         return None
-    others = [(of.sources, of.checkpoint) for of in setup.others if of.checkpoint is not None]
+    found = [(of.sources, of.checkpoint or of.identity) for of in setup.others]
+    others = [(sources, other) for sources, other in found if other is not None]
     if len(others) < len(setup.others):  # a dry run without the checkpoints
         return None
     setup.record = run_record.record(setup.config, source, others)

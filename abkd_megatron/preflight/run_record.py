@@ -34,25 +34,39 @@ _NOT_OF_LOSS = (
 def record(
     config: Config,
     teacher: TeacherCheckpoint | Identity,
-    others: Sequence[tuple[Sequence[int], TeacherCheckpoint]] = (),
+    others: Sequence[tuple[Sequence[int], TeacherCheckpoint | Identity]] = (),
 ) -> dict[str, Any]:
     """Return what defines the loss: {"distillation": {key: YAML on one line}, "teacher": `TeacherCheckpoint.identity`}.
 
     With `others`, pairs of sources and their teacher, also {"teachers": {source: identity}}.
 
     A custom loss is recorded by its dotted path; its source is not recorded. A cache is recorded by its teacher, and by
-    the number and precision of its log-probabilities.
+    the number and precision of its log-probabilities, as the key `cache` of its teacher's identity with `others`.
     """
     settings = _settings(config)
     if isinstance(teacher, TeacherCheckpoint):
         found = {"distillation": settings, "teacher": teacher.identity()}
         if others:
-            found["teachers"] = {str(at): other.identity() for sources, other in others for at in sources}
+            found["teachers"] = {str(at): _identity(other) for sources, other in others for at in sources}
+        if any(isinstance(other, Identity) for _, other in others):
+            settings["on_miss"] = config.distillation.on_miss
         return found
-    of_teacher = {"path": teacher.teacher_path, "iteration": teacher.teacher_iteration, "sha256": teacher.teacher}
-    form = f"top {teacher.top_k}" + (f" and {teacher.draws} draws" if teacher.draws else "")
-    settings |= {"cache": f"{form}, {teacher.precision}", "on_miss": config.distillation.on_miss}
+    of_teacher = _identity(teacher)
+    settings |= {"cache": of_teacher.pop("cache"), "on_miss": config.distillation.on_miss}
     return {"distillation": settings, "teacher": of_teacher}
+
+
+def _identity(teacher: TeacherCheckpoint | Identity) -> dict[str, Any]:
+    """Return path, iteration and hash of a teacher, and the form of its records if it is cached."""
+    if isinstance(teacher, TeacherCheckpoint):
+        return teacher.identity()
+    form = f"top {teacher.top_k}" + (f" and {teacher.draws} draws" if teacher.draws else "")
+    return {
+        "path": teacher.teacher_path,
+        "iteration": teacher.teacher_iteration,
+        "sha256": teacher.teacher,
+        "cache": f"{form}, {teacher.precision}",
+    }
 
 
 def note_progress(args: Namespace, progress: Progress, scheduled: Mapping[str, float]) -> None:
@@ -178,7 +192,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     of_sources = [of.get("teachers", {}) for of in (before, now)]
     for source in sorted({source for of in of_sources for source in of}, key=int):
         at_source, here_at = (of.get(source, default) for of, default in zip(of_sources, (there, here), strict=True))
-        if at_source["sha256"] != here_at["sha256"]:
+        if any(at_source.get(key) != here_at.get(key) for key in ("sha256", "cache")):
             changes.append(
                 f"teacher of source {source}: {_shown(at_source)} in the checkpoint, {_shown(here_at)} in this run"
             )
@@ -186,4 +200,5 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(teacher: Mapping[str, Any]) -> str:
-    return f"{teacher['path']} (iteration {teacher['iteration']}, sha256 {teacher['sha256'][:12]})"
+    form = f", from a cache of {teacher['cache']}" if "cache" in teacher else ""
+    return f"{teacher['path']} (iteration {teacher['iteration']}, sha256 {teacher['sha256'][:12]}{form})"

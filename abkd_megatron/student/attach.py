@@ -18,33 +18,35 @@ from abkd_megatron.errors import ConfigError, on_every_rank
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.losses.schedule import Progress
 from abkd_megatron.student.ahead import AheadLosses
-from abkd_megatron.student.cached import CachedBatch, CachedTeacher, compute_cached_loss, selected_only
-from abkd_megatron.student.chunked import ChunkedBatch, Sums, compute_chunked_loss, side_of, teacher_batch
-from abkd_megatron.student.head import batch_first, compute_loss, positions_of
+from abkd_megatron.student.cached import CachedBatch, CachedTeacher, means_over
+from abkd_megatron.student.chunked import Sums, side_of, teacher_batch
+from abkd_megatron.student.head import batch_first, positions_of
 from abkd_megatron.student.hidden import HiddenLosses, Layers, check_pairs, layers_of_stages
 from abkd_megatron.student.mixing import Mixing
+from abkd_megatron.student.partly_cached import PartlyCachedBatch
 from abkd_megatron.student.plan import Plan, agree, propose_plan
 from abkd_megatron.student.planned import PlannedForward, is_planned
-from abkd_megatron.student.report import CACHED, LossChecks, Report, StepObserver, ValidationSets, masked_loss
+from abkd_megatron.student.report import LossChecks, Report, StepObserver, ValidationSets, masked_loss
+from abkd_megatron.student.sides import TeacherSide, compute_loss_of, numbers_of
 from abkd_megatron.student.supported import (
     check_cacheable,
     check_own_vocabulary,
+    check_partly_cached,
     check_positions,
     check_predictions_ahead,
     check_several_teachers,
     check_shared_vocab,
     check_sources_given,
-    check_student,
     check_text,
     check_tokens,
+    checked_student,
     log_restrictions,
     warn_of_mtp_losses,
 )
 from abkd_megatron.student.teacher_passes import TeacherPasses
-from abkd_megatron.student.wrappers import check_wrappers, unwrapped
 from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.model import Model, process_output
-from abkd_megatron.teacher.output_layer import OutputLayer, TeacherOutput
+from abkd_megatron.teacher.output_layer import OutputLayer
 from abkd_megatron.teacher.teachers import Teachers
 from abkd_megatron.vocab_parallel import VocabShard
 from abkd_megatron.vocab_parallel.execution import Execution
@@ -61,6 +63,7 @@ def attach(
     execution: Execution | None = None,
     tokens: int | None = None,
     seed: int = 0,
+    cache: CachedTeacher | None = None,
 ) -> "Attachment":
     """Attach `teacher` to `student`, whose forward then returns the distillation loss.
 
@@ -78,6 +81,7 @@ def attach(
         execution: how the loss is computed; None for `Execution()`.
         tokens: s * b of a micro-batch on this rank, by which ``head: auto`` is decided. None: fused where possible.
         seed: of mixed sequences.
+        cache: of the sequences of `Teachers.cached`.
 
     Returns:
         The handle. Call its `on_step` before each step, return its `loss_func` from the forward step, and give the
@@ -103,12 +107,16 @@ def attach(
         check_shared_vocab(objective, vocab_size, pg_collection.cp.size())
         check_tokens(objective, vocab_size)
         check_own_vocabulary(objective, teachers)
+        execution = (execution or Execution()).resolve(scheduled)
         if isinstance(teachers, CachedTeacher):
             check_cacheable(scheduled, teachers.layout.draws)
         else:
-            check_several_teachers(objective, len(teachers.distinct))
-        execution = (execution or Execution()).resolve(scheduled)
-        chunks = _checked_student(student, teachers, objective, pg_collection)
+            check_several_teachers(objective, teachers.count)
+            check_partly_cached(scheduled, teachers, cache, execution, pg_collection.cp.size())
+        chunks = checked_student(student, teachers, objective, pg_collection)
+        hooks = [hook for model in chunks for hook in model._forward_pre_hooks.values()]
+        if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in hooks):
+            raise ConfigError("this student has a teacher attached already; call `detach()` on that attachment first")
         check_predictions_ahead(objective, chunks[0].config)
         check_positions(objective)
     stages = {}
@@ -129,26 +137,9 @@ def attach(
             heads = [of.head for of in teachers.distinct] if isinstance(teachers, Teachers) else []
             proposed = propose_plan(last.output_layer, heads, weight, objective, execution, shard, tokens=tokens)
     return Attachment(
-        *(chunks, teachers, scheduled, execution, vocab_size, pg_collection, timeout, stages, seed),
+        *(chunks, teachers, scheduled, execution, vocab_size, pg_collection, timeout, stages, seed, cache),
         plan=agree(proposed),
     )
-
-
-def _checked_student(
-    student: torch.nn.Module | Sequence[torch.nn.Module],
-    teachers: Teachers | CachedTeacher,
-    objective: Objective,
-    pg_collection: ProcessGroupCollection,
-) -> list[Model]:
-    wrapped = list(student) if isinstance(student, Sequence) else [student]
-    check_wrappers(wrapped, objective, pg_collection, len(teachers.distinct) if isinstance(teachers, Teachers) else 1)
-    chunks = unwrapped(wrapped)
-    for model in chunks:
-        if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in model._forward_pre_hooks.values()):
-            raise ConfigError("this student has a teacher attached already; call `detach()` on that attachment first")
-    for teacher in teachers.distinct if isinstance(teachers, Teachers) else (None,):
-        check_student(chunks, teacher)
-    return chunks
 
 
 class Attachment:
@@ -156,8 +147,9 @@ class Attachment:
 
     Attributes:
         teacher: the frozen teacher's share of this rank, or a cache; of several teachers the default.
-        teachers: all of them; None with a cache.
-        passes: of the teachers; None with a cache.
+        teachers: all of them; None with a cache only.
+        cache: the cache, of all sequences or of `Teachers.cached`; None without one.
+        passes: of the teachers; None with a cache only.
         plan: how the loss is computed, the same on every rank of the job.
         objective: what the student is trained on, in the current step.
         execution: how the loss is computed.
@@ -186,10 +178,12 @@ class Attachment:
         timeout: timedelta,
         stages: Mapping[int, Layers],
         seed: int,
+        cache: CachedTeacher | None,
         plan: Plan | None,
     ) -> None:
         self.teacher: Teacher | CachedTeacher = teachers.default if isinstance(teachers, Teachers) else teachers
         self.teachers = teachers if isinstance(teachers, Teachers) else None
+        self.cache = teachers if isinstance(teachers, CachedTeacher) else cache
         self.plan = plan
         self.objective = self._of_data = objective.objective
         self.execution = execution
@@ -308,14 +302,15 @@ class Attachment:
             checks: of the losses; None for `LossChecks()`.
         """
         assert self.report is not None
+        of_all = self.execution.diagnostics and not torch.is_grad_enabled()
         report = Report(
             self.report,
-            selected_only(self.teacher, self.objective, self.execution.diagnostics and not torch.is_grad_enabled()),
-            self._sums,
-            self.hidden or {},
-            self.scheduled,
-            self.passes.pop_seconds if self.passes is not None else lambda: None,
-            self._pop_tensors(),
+            sums=self._sums,
+            hidden=self.hidden or {},
+            scheduled=self.scheduled,
+            teacher_seconds=self.passes.pop_seconds if self.passes is not None else lambda: None,
+            tensors=self._pop_tensors(),
+            **means_over(self.cache, self.objective, of_all, self.teachers is not None),
         )
         loss, num_tokens, logged = masked_loss(loss_mask, output_tensor, report, checks, self.validation_sets)
         for observer in self.observers if not self.is_own_text else ():
@@ -333,7 +328,7 @@ class Attachment:
     @property
     def needs_sources(self) -> bool:
         """Whether the last pipeline stage needs `sources`: for weights by source, or for several teachers."""
-        return bool(self.objective.sources) or (self.teachers is not None and len(self.teachers.distinct) > 1)
+        return bool(self.objective.sources) or (self.teachers is not None and self.teachers.count > 1)
 
     @property
     def max_queued_microbatches(self) -> int:
@@ -378,15 +373,21 @@ class Attachment:
             batch = teacher_batch(self.objective, self.text, batch)
             self.passes.run(batch, self._mixing.next(batch) if self._mixing is not None else None)
 
-    def _head_context(self, args: tuple, kwargs: dict[str, Any]) -> TeacherOutput | CachedBatch | ChunkedBatch | None:
+    def _head_context(self, args: tuple, kwargs: dict[str, Any]) -> TeacherSide | None:
         """Return the teacher's side of the next micro-batch's loss; None where the model was called for logits."""
         if self._logits_are_wanted(self._signature.bind_partial(*args, **kwargs).arguments):
             return None
         if isinstance(self.teacher, CachedTeacher):
             return self.teacher.take()
-        assert self.passes is not None
+        assert self.passes is not None and self.teachers is not None
+        output = self.passes.take(self.sources)
+        if self.cache is not None:
+            assert self.passes.numbers is not None
+            is_cached = self.passes.numbers == len(self.teachers.distinct)
+            return PartlyCachedBatch.take(output, self.cache, is_cached, self.passes.any_cached)
         text, self.text = self.text, None
-        return side_of(self.passes.take(self.sources), text, self._tp_group, self.teacher.vocab_size)
+        assert output is not None
+        return side_of(output, text, self._tp_group, self.teacher.vocab_size)
 
     def _logits_are_wanted(self, batch: dict[str, Any]) -> bool:
         """Return whether the model was called for logits: a single pipeline stage without labels, or `paused`."""
@@ -401,7 +402,7 @@ class Attachment:
         labels: torch.Tensor,
         loss_mask: torch.Tensor | None,
         input_ids: torch.Tensor | None,
-        context: TeacherOutput | CachedBatch | ChunkedBatch,
+        context: TeacherSide,
         compute_language_model_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         scale_logits: Callable[[torch.Tensor], torch.Tensor],
         packed_seq_params: PackedSeqParams | None = None,
@@ -436,15 +437,8 @@ class Attachment:
             if self._ahead is not None:
                 assert isinstance(context, OutputLayer)
                 student = self._ahead.add(student, context, self.objective, packed_seq_params, of_tokens)
-            if isinstance(context, ChunkedBatch):
-                loss, self._sums = compute_chunked_loss(student, context, self.objective, of_tokens)
-            elif isinstance(context, CachedBatch):
-                loss = compute_cached_loss(student, context, self.objective, **of_tokens)
-            else:
-                read = input_ids.transpose(0, 1) if input_ids is not None else None
-                of_tokens |= {"diagnostics": self.execution.diagnostics, "is_drawn": self.is_own_text}
-                loss = compute_loss(student, context, self.objective, **of_tokens, input_ids=read)
-        self.report = {name: batch_first(value) for name, value in loss.numbers(self.objective).items()}
-        if isinstance(context, CachedBatch) and context.cached is not None:
-            self.report[CACHED] = batch_first(context.cached).float()
+            of_live = {"diagnostics": self.execution.diagnostics, "is_drawn": self.is_own_text}
+            read = input_ids.transpose(0, 1) if input_ids is not None else None
+            loss, self._sums = compute_loss_of(student, context, self.objective, of_tokens, input_ids=read, **of_live)
+        self.report = numbers_of(loss, context, self.objective, of_tokens["labels"])
         return batch_first(loss.total)

@@ -5,7 +5,7 @@ Legend: s sequence, b micro-batch, N = s * b tokens.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -50,8 +50,11 @@ class CachedTeacher:
     read: Callable[[], Tensor] | None = None
     """Returns `packed`."""
 
-    def take(self) -> CachedBatch:
+    def take(self, of_all: bool = True) -> CachedBatch:
         """Return the records of the next micro-batch.
+
+        Args:
+            of_all: whether all of its sequences have this teacher. The others have no records.
 
         Raises:
             ConfigError: there are none.
@@ -65,9 +68,9 @@ class CachedTeacher:
             )
         by_position = packed.transpose(0, 1)
         records = self.layout.unpack(by_position[..., :-1].flatten(0, 1))
-        return (
-            CachedBatch(records, None) if self.on_miss == "error" else self._filled(records, by_position[..., -1] == 1)
-        )
+        if of_all and self.on_miss == "error":
+            return CachedBatch(records, None)
+        return self._filled(records, by_position[..., -1] == 1)
 
     def _filled(self, records: TeacherRecords, cached: Tensor) -> CachedBatch:
         """Replace missing records by the uniform distribution, since zeros are not one."""
@@ -173,15 +176,20 @@ def compute_cached_loss(
 _ENTROPY = "teacher entropy"
 
 
-def selected_only(teacher: object, objective: Objective, of_all: bool) -> tuple[str, ...]:
-    """Return the names of the metrics that are means over the selected tokens.
+def means_over(cache: CachedTeacher | None, objective: Objective, of_all: bool, is_part: bool) -> dict[str, Any]:
+    """Return the fields of a `Report` with the names of the metrics that are means over some tokens only.
 
     Args:
-        teacher: a `CachedTeacher` or another one.
+        cache: the student's, if it has one.
         objective: of the step.
         of_all: whether metrics of a live teacher are of all tokens, as a diagnosis is.
+        is_part: whether other sequences have a live teacher.
     """
     by_position = objective.tokens is not None and objective.tokens.by_position
-    if isinstance(teacher, CachedTeacher):
-        return (*METRICS, BUCKETED_KL, SAMPLED_KL) if teacher.on_miss == "lm" or by_position else ()
-    return METRICS if by_position and not of_all else ()
+    of_records = (BUCKETED_KL, SAMPLED_KL)
+    if cache is None:
+        return {"selected_only": METRICS if by_position and not of_all else ()}
+    selected = (*METRICS, *of_records) if cache.on_miss == "lm" or by_position else ()
+    return {"selected_only": selected} | (
+        {"cached_only": of_records, "live_only": ("kl to teacher",)} if is_part else {}
+    )

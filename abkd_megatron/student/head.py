@@ -108,7 +108,7 @@ def compute_loss(
     Collectives: those of `vocab_parallel_distillation`, twice if the student has tokens beyond the shared ones, and of
     `vocab_parallel_logit_loss` for each logit loss. With sequence parallelism and a selection by position, the
     teacher's hidden states are gathered once more. A selection by quantile: one all-gather over `cp_group`, and with
-    chunks those of `_teacher_entropy`.
+    chunks those of `teacher_entropy`.
     """
     tokens = objective.tokens
     selected = None
@@ -126,7 +126,7 @@ def compute_loss(
         operands = teacher.operands(tp_group)
         of_divergence, ranked = kd_weight * objective.distillation_scale, None
         if tokens is not None and tokens.by_rank:
-            entropy = _teacher_entropy(operands, labels, shard, chunk_tokens)
+            entropy = teacher_entropy(operands, labels, shard, chunk_tokens)
             ranked = tokens.ranked(entropy, counted, cp_group)
             of_divergence = ranked.double() * of_divergence
         (teacher_hidden, teacher_weight, teacher_scale), *more = operands
@@ -295,7 +295,7 @@ def _trained(tokens: TokenSelection | None, terms: DistillationTerms, by_positio
     return to_device(by_position, terms.divergence.device) if by_position is not None else None
 
 
-def _teacher_entropy(
+def teacher_entropy(
     operands: Sequence[tuple[Tensor, Tensor, float]], labels: Tensor, shard: VocabShard, chunk_tokens: int
 ) -> Tensor:
     """Return the teacher's entropy per token, [s, b] in nats, from a further pass of its output layer over all chunks.

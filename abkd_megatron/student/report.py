@@ -13,7 +13,7 @@ from abkd_megatron.vocab_parallel.teacher_records import BUCKETED_KL, SAMPLED_KL
 # Per token in a report: 1.0 where the divergence is trained, else 0.0; logged as a share.
 SELECTED = "selected tokens"
 
-# Per token in a report: 1.0 where a teacher cache has a record, else 0.0; logged as a share.
+# Per token in a report: 1.0 where it trains from a teacher cache's record, else 0.0; logged as a share.
 CACHED = "cached share"
 
 # Seconds of the teacher's pass on a micro-batch.
@@ -59,6 +59,10 @@ class Report:
     """[b, s] each, by the name they are logged under."""
     selected_only: Collection[str] = ()
     """Names in `per_token` that are means over the selected tokens."""
+    cached_only: Collection[str] = ()
+    """Names in `per_token` that are means over the tokens with a record, see `CACHED`."""
+    live_only: Collection[str] = ()
+    """Names in `per_token` that are means over the tokens without one."""
     sums: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """{name: (sum, number that it is divided by)} of what is not per token of the student."""
     hidden: Mapping[str, tuple[float, torch.Tensor]] = field(default_factory=dict)
@@ -119,19 +123,17 @@ def masked_loss(
     number = mask.sum().detach()
     num_tokens, counted = number.to(torch.int), number.clamp_min(NOTHING)
     counts: dict[str, torch.Tensor] = {}
-    selected_only: Collection[str] = report.selected_only if report is not None else ()
-    selected, per_token = mask, {"lm loss": output_tensor}
+    per_token = {"lm loss": output_tensor}
+    of_some: dict[str, torch.Tensor] = {}
     hidden = report.hidden if report is not None else {}
     if report is None:
         sums = {"lm loss": loss}
     else:
         per_token = dict(report.per_token)
-        selected = mask * per_token[SELECTED].reshape(-1) if SELECTED in per_token else mask
-        sums = {
-            name: _masked_sum(value, selected if name in selected_only else mask) for name, value in per_token.items()
-        }
+        of_some = _counted(report, mask)
+        sums = {name: _masked_sum(value, of_some.get(name, mask)) for name, value in per_token.items()}
         sums["total loss"] = loss
-        counts = dict.fromkeys(selected_only, selected.sum().clamp_min(NOTHING))
+        counts = {name: counted_here.sum().clamp_min(NOTHING) for name, counted_here in of_some.items()}
         for name, (total, of) in report.sums.items():
             sums[name], counts[name] = total.float(), of.float().clamp_min(NOTHING)
         for name, (weight, of_layers) in hidden.items():
@@ -159,7 +161,7 @@ def masked_loss(
         for position, of_set in enumerate(sets.names):
             here = (sets.of_rows == position).unsqueeze(-1).expand_as(loss_mask).reshape(-1)
             for name in (name for name in _OF_SETS if name in per_token):
-                counted_here = torch.where(here, selected if name in selected_only else mask, 0.0)
+                counted_here = torch.where(here, of_some.get(name, mask), 0.0)
                 pair = [_masked_sum(per_token[name].detach(), counted_here), counted_here.sum().clamp_min(NOTHING)]
                 logged[f"{of_set} {name}"] = torch.stack(pair)
     if report is not None:
@@ -168,6 +170,20 @@ def masked_loss(
         if (measured := report.teacher_seconds()) is not None:  # last: where the checks wait for a GPU, it is past this
             logged[TEACHER_SECONDS] = torch.cat([mask.new_full((1,), value) for value in measured])
     return loss, num_tokens, logged
+
+
+def _counted(report: Report, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the mask of the tokens, [b * s], over which a number is a mean, by name; not of those over all."""
+    per_token, found = report.per_token, dict[str, torch.Tensor]()
+    of_groups: list[tuple[Collection[str], torch.Tensor]] = []
+    if SELECTED in per_token:
+        of_groups.append((report.selected_only, per_token[SELECTED]))
+    if CACHED in per_token:
+        of_groups += [(report.cached_only, per_token[CACHED]), (report.live_only, 1.0 - per_token[CACHED])]
+    for names, group in of_groups:
+        for name in names:
+            found[name] = found.get(name, mask) * group.reshape(-1)
+    return found
 
 
 def _masked_sum(per_token: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import log_single_rank
 
@@ -15,9 +16,11 @@ from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.objective import Objective, ScheduledObjective
 from abkd_megatron.student.added import check_scaling
 from abkd_megatron.student.cached import CachedTeacher
+from abkd_megatron.student.wrappers import check_wrappers, unwrapped
 from abkd_megatron.teacher.build import Teacher
 from abkd_megatron.teacher.model import Model, pattern_of_model, takes_output_processor
 from abkd_megatron.teacher.teachers import Teachers
+from abkd_megatron.vocab_parallel.execution import Execution
 from abkd_megatron.vocab_parallel.teacher_records import check_recorded
 
 logger = logging.getLogger(__name__)
@@ -80,7 +83,7 @@ def check_cacheable(objective: ScheduledObjective, num_draws: int) -> None:
         if is_on:
             raise ConfigError(
                 f"expected a loss that a teacher cache has records for, got {name}, which needs a live teacher; remove "
-                "it, or give teacher.load in place of distillation.cache"
+                "it, or give a live teacher (load) in place of the cache"
             )
     for divergence in objective.divergences() if num_draws else ():
         check_recorded(divergence, num_draws)
@@ -214,6 +217,52 @@ def check_several_teachers(objective: Objective, number: int) -> None:
             )
 
 
+def check_partly_cached(
+    objective: ScheduledObjective,
+    teachers: Teachers,
+    cache: CachedTeacher | None,
+    execution: Execution,
+    context_parallel: int,
+) -> None:
+    """Reject a cache of some sequences without them, or them without it, and what does not go with both.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if bool(teachers.cached) != (cache is not None):
+        raise ConfigError(
+            f"expected a cache and the sources of it in Teachers(cached=...), or neither, got {cache} and "
+            f"{teachers.cached}; give both"
+        )
+    if cache is not None:
+        check_mixed_forms(objective, cache.layout.draws, context_parallel, execution.diagnostics)
+
+
+def check_mixed_forms(objective: ScheduledObjective, num_draws: int, context_parallel: int, diagnostics: bool) -> None:
+    """Reject what does not go with live teachers of some sequences and a cache of others.
+
+    Args:
+        objective: of the job.
+        num_draws: of the cache, see `check_cacheable`.
+        context_parallel: size of the group.
+        diagnostics: see `Execution`.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    check_cacheable(objective, num_draws)
+    found = {
+        "context parallelism, with which it was not run": context_parallel > 1,
+        "distillation.diagnostics, which need every teacher's logits": diagnostics,
+    }
+    for name, is_on in found.items():
+        if is_on:
+            raise ConfigError(
+                f"expected live teachers only, or a cache only, got a cache in the list `teachers` with {name}; remove "
+                "one of them"
+            )
+
+
 def check_sources_given(objective: Objective, sources: torch.Tensor | None) -> None:
     """Reject a micro-batch without the datasets of its sequences where weights depend on them.
 
@@ -239,6 +288,25 @@ def check_text(objective: Objective, is_own: bool) -> None:
             f"{', '.join(objective.estimators)}: expected training steps on text that the student drew, got a step on "
             "data; set distillation.on_policy with share 1, or take reverse_kl, which is exact on any text"
         )
+
+
+def checked_student(
+    student: torch.nn.Module | Sequence[torch.nn.Module],
+    teachers: Teachers | CachedTeacher,
+    objective: Objective,
+    pg_collection: ProcessGroupCollection,
+) -> list[Model]:
+    """Return this rank's chunks of a student, unwrapped.
+
+    Raises:
+        ConfigError: see `check_wrappers` and `check_student`.
+    """
+    wrapped = list(student) if isinstance(student, Sequence) else [student]
+    check_wrappers(wrapped, objective, pg_collection, teachers.count if isinstance(teachers, Teachers) else 1)
+    chunks = unwrapped(wrapped)
+    for teacher in teachers.distinct if isinstance(teachers, Teachers) else (None,):
+        check_student(chunks, teacher)
+    return chunks
 
 
 def check_student(chunks: Sequence[Model], teacher: Teacher | None) -> None:

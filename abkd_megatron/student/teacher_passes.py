@@ -32,6 +32,7 @@ class TeacherPasses:
     Attributes:
         numbers: [b], the teachers of the last micro-batch's sequences, see `Teachers.numbers`, on the last pipeline
             stage; None with one teacher.
+        any_cached: whether the last micro-batch may have a sequence of `Teachers.cached`.
         num_steps: training steps begun. In the first one all teachers run, so that it shows the memory of the run and
             its checks see all of them.
         sources_on_host: dataset of each sequence of the next micro-batch, where the host knows it, the same on all
@@ -45,12 +46,13 @@ class TeacherPasses:
 
     def __init__(self, chunks: Sequence[Model], teachers: Teachers, timeout: timedelta) -> None:
         self.numbers: Tensor | None = None
+        self.any_cached = bool(teachers.cached)
         self.num_steps = 0
         self.sources_on_host: Sequence[int] | None = None
         self.max_queued_microbatches = self.max_queued_bytes = 0
         self._teachers = teachers
         self._runners = TeacherRunners(chunks, teachers.distinct, timeout)
-        self._waiting: deque[dict[int, Tensor]] = deque()
+        self._waiting: deque[tuple[dict[int, Tensor], bool]] = deque()
         # Only where the loss is reported.
         self._timer = PassTimer(next(chunks[-1].parameters()).device) if chunks[-1].post_process else None
 
@@ -58,19 +60,20 @@ class TeacherPasses:
         """Run this rank's stage of every teacher on its share of the next micro-batch; see `TeacherRunner.run`."""
         measured = self._timer.measure() if self._timer and torch.is_grad_enabled() else nullcontext()
         sources, self.sources_on_host = self.sources_on_host, None
-        needed = None
+        needed, any_cached = None, bool(self._teachers.cached)
         if sources is not None and self.num_steps > 1 and self._runners.is_local:
             needed = self._teachers.needed(sources)
+            any_cached = any(source in self._teachers.cached for source in sources)
         with measured, torch.no_grad():
             hidden_states = self._runners.run(batch, draw, needed)
-        if hidden_states:
-            self._waiting.append(hidden_states)
+        if hidden_states or needed == []:
+            self._waiting.append((hidden_states, any_cached))
             self.max_queued_microbatches = max(self.max_queued_microbatches, len(self._waiting))
-            size = sum(hidden.nbytes for waiting in self._waiting for hidden in waiting.values())
+            size = sum(hidden.nbytes for waiting, _ in self._waiting for hidden in waiting.values())
             self.max_queued_bytes = max(self.max_queued_bytes, size)
 
-    def take(self, sources: Tensor | None) -> TeacherOutput:
-        """Return the output of the oldest micro-batch that waits.
+    def take(self, sources: Tensor | None) -> TeacherOutput | None:
+        """Return the output of the oldest micro-batch that waits; None if no teacher has run on it.
 
         Args:
             sources: [b] int64, the dataset of each of its sequences; needed with several teachers.
@@ -78,7 +81,7 @@ class TeacherPasses:
         Raises:
             ConfigError: there are several teachers and no sources.
         """
-        several = len(self._teachers.distinct) > 1
+        several = self._teachers.count > 1
         if several and sources is None:
             raise ConfigError(
                 "teachers by source need the dataset of each sequence (`dataset_id` of Megatron's BlendedDataset), and "
@@ -86,7 +89,8 @@ class TeacherPasses:
                 "distill`, or attach one teacher"
             )
         self.numbers = self._teachers.numbers(sources) if several and sources is not None else None
-        return self._teachers.output(self._waiting.popleft(), self.numbers)
+        hidden_states, self.any_cached = self._waiting.popleft()
+        return self._teachers.output(hidden_states, self.numbers)
 
     def again(self, batch: Mapping[str, Any], number: int) -> Tensor | None:
         """Run one teacher's last micro-batch once more; see `TeacherRunner.again`."""

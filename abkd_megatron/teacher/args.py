@@ -4,12 +4,14 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.arguments import validate_args
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
+from abkd_megatron.cache.manifest import Identity, read_manifest
 from abkd_megatron.config.cross_tokenizer import check_cross_tokenizer
 from abkd_megatron.config.megatron_args import (
     checked_model_config,
@@ -158,21 +160,33 @@ class OtherTeacher:
     """Megatron's arguments, validated."""
     model: ModelConfig | None = None
     checkpoint: TeacherCheckpoint | None = None
+    identity: Identity | None = None
+    """Of its cache."""
+
+    @property
+    def cache(self) -> Path | None:
+        """Directory of its cache; None for a live teacher."""
+        directory = self.config.distillation.cache
+        return Path(directory).expanduser() if directory is not None else None
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """Name the teacher in errors of the block."""
+        """Name the teacher in errors of the block, and its entry in the list in place of the section `teacher`."""
         try:
             yield
         except AbkdError as error:
-            raise type(error)(f"{self.name}: {error}") from error
+            text = str(error).replace("under `teacher:`", "in its entry of the list `teachers`")
+            text = text.replace("`teacher:`", "its entry in the list `teachers`")
+            raise type(error)(f"{self.name}: {text}") from error
 
     def opened(self, megatron: Mapping[str, Any], student: Namespace, host: str) -> "OtherTeacher":
-        """Return it with arguments, model and checkpoint; see `teacher_arguments` and `open_teacher`.
+        """Return it with arguments, model and checkpoint, see `teacher_arguments` and `open_teacher`; or its identity.
 
         Raises:
             AbkdError: naming the teacher.
         """
+        if self.cache is not None:
+            return replace(self, identity=self.identity_here())
         args, model = self.arguments(megatron, student, host)
         return replace(self, args=args, model=model, checkpoint=self.checkpoint_here(megatron))
 
@@ -180,6 +194,12 @@ class OtherTeacher:
         """Return its arguments and model, see `teacher_arguments`."""
         with self.named():
             return teacher_arguments(megatron, self.config.teacher.megatron, student, host)
+
+    def identity_here(self) -> Identity:
+        """Read the identity of its cache."""
+        assert self.cache is not None
+        with self.named():
+            return read_manifest(self.cache)
 
     def checkpoint_here(self, megatron: Mapping[str, Any]) -> TeacherCheckpoint:
         """Open its checkpoint, see `open_teacher`."""

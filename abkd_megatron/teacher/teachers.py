@@ -3,7 +3,7 @@
 Legend: s sequence, b micro-batch, H hidden size of a teacher.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,9 +27,11 @@ class Teachers:
     """Of the sequences of all other sources, and of unknown ones."""
     of_sources: tuple[tuple[tuple[int, ...], Teacher], ...] = ()
     """Pairs of sources and their teacher. A source is a dataset's position in its blend, from 0."""
+    cached: tuple[int, ...] = ()
+    """Sources whose teacher is a cache, which is no model here: the records come with each micro-batch."""
 
     def __post_init__(self) -> None:
-        sources = [source for of_one, _ in self.of_sources for source in of_one]
+        sources = [*self.cached, *(source for of_one, _ in self.of_sources for source in of_one)]
         if twice := sorted({source for source in sources if sources.count(source) > 1}):
             raise ConfigError(f"expected one teacher per source, got several of source {twice[0]}; remove all but one")
         dtypes = {teacher.model.config.params_dtype for teacher in self.distinct}
@@ -54,11 +56,21 @@ class Teachers:
         names = ["the teacher"]
         for teacher in self.distinct[1:]:
             sources = sorted(source for of_one, other in self.of_sources if other is teacher for source in of_one)
-            names.append(f"the teacher of {'sources' if len(sources) > 1 else 'source'} {', '.join(map(str, sources))}")
+            names.append(f"the teacher of {_listed(sources)}")
         return names
 
+    @property
+    def name_of_cached(self) -> str:
+        """Name of the `cached` teachers in messages."""
+        return f"the cached teacher of {_listed(sorted(self.cached))}"
+
+    @property
+    def count(self) -> int:
+        """Number of teachers of different sequences; all `cached` ones count as one."""
+        return len(self.distinct) + bool(self.cached)
+
     def numbers(self, sources: Tensor) -> Tensor:
-        """Return the teachers of sequences, [b] int64, as positions in `distinct`.
+        """Return the teachers of sequences, [b] int64, as positions in `distinct`; those of `cached` are after them.
 
         Args:
             sources: [b] int64, the dataset of each sequence.
@@ -69,28 +81,33 @@ class Teachers:
         return numbers
 
     def needed(self, sources: Iterable[int]) -> list[int]:
-        """Return the positions in `distinct` of the teachers of some sequences, without duplicates.
+        """Return the positions in `distinct` of the teachers of some sequences, without duplicates and `cached` ones.
 
         Args:
             sources: the dataset of each sequence, on the host.
         """
-        return sorted({self._number_of.get(source, 0) for source in sources})
+        return sorted({self._number_of.get(source, 0) for source in sources if source not in self.cached})
 
     @cached_property
     def _number_of(self) -> dict[int, int]:
         """Positions in `distinct` by source."""
         places = {id(teacher): number for number, teacher in enumerate(self.distinct)}
-        return {source: places[id(teacher)] for of_one, teacher in self.of_sources for source in of_one}
+        found = {source: places[id(teacher)] for of_one, teacher in self.of_sources for source in of_one}
+        return found | dict.fromkeys(self.cached, len(self.distinct))
 
-    def output(self, hidden_states: Mapping[int, Tensor], numbers: Tensor | None) -> TeacherOutput:
-        """Return the output layers applied to the last hidden states of a micro-batch.
+    def output(self, hidden_states: Mapping[int, Tensor], numbers: Tensor | None) -> TeacherOutput | None:
+        """Return the output layers applied to the last hidden states of a micro-batch; None if no teacher has run.
 
         Args:
             hidden_states: [s, b, H] or this rank's part, of the teachers that have run, by position in `distinct`.
             numbers: [b], see `numbers`; None with one teacher.
         """
         parts = tuple(self.distinct[number].output_layer(hidden) for number, hidden in hidden_states.items())
-        if len(parts) == 1:
-            return parts[0]
+        if len(parts) < 2:
+            return parts[0] if parts else None
         assert numbers is not None
         return OutputLayers(parts, tuple(hidden_states), numbers)
+
+
+def _listed(sources: Sequence[int]) -> str:
+    return f"{'sources' if len(sources) > 1 else 'source'} {', '.join(map(str, sources))}"

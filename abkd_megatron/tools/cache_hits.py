@@ -3,17 +3,20 @@
 import copy
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.training import get_train_valid_test_num_samples
 
+from abkd_megatron.cache.dataset import Readers, reader_of
 from abkd_megatron.cache.key import sample_key
 from abkd_megatron.cache.store import CacheReader
 from abkd_megatron.config.validation import ValidationConfig
+from abkd_megatron.data.wrapped import samples_of
 from abkd_megatron.hosts.batches import Packing, build_datasets
 
 TRIED = 1024
@@ -42,7 +45,7 @@ class Hits:
 
 
 def count_hits(
-    args: Namespace, reader: CacheReader, held_out_seed: int | None, validation: ValidationConfig
+    args: Namespace, readers: Readers, held_out_seed: int | None, validation: ValidationConfig
 ) -> Iterator[Hits]:
     """Yield the hits of train, validation and test.
 
@@ -50,7 +53,7 @@ def count_hits(
 
     Args:
         args: Megatron's validated arguments.
-        reader: of the cache.
+        readers: of the cache; or by source, whose samples only are counted.
         held_out_seed: see `build_datasets`.
         validation: see `build_datasets`.
     """
@@ -67,15 +70,23 @@ def count_hits(
         for name, of_split, number in zip(("train", "validation", "test"), splits, numbers, strict=True):
             for dataset in of_split if isinstance(of_split, list) else [of_split]:
                 if dataset is not None and (number is None or number > 0):
-                    yield _hits(name, dataset, number, reader)
+                    hits = _hits(name, dataset, number, readers)
+                    if hits.number or isinstance(readers, CacheReader):
+                        yield hits
 
 
-def _hits(name: str, dataset: Any, number: int | None, reader: CacheReader) -> Hits:
+def _hits(name: str, dataset: Any, number: int | None, readers: Readers) -> Hits:
     number = len(dataset) if number is None else min(number, len(dataset))
-    tried = sorted({i * number // TRIED for i in range(TRIED)}) if number > TRIED else range(number)
-    missing = [index for index in tried if _is_missing(dataset[index], reader)]
+    samples: Sequence[int] | np.ndarray = range(number)
+    if not isinstance(readers, CacheReader):
+        samples = samples_of(dataset, readers, number)
+    number = len(samples)
+    places = sorted({i * number // TRIED for i in range(TRIED)}) if number > TRIED else range(number)
+    tried = [int(samples[place]) for place in places]
+    missing = [index for index in tried if _is_missing(dataset[index], readers)]
     return Hits(name, number, len(tried), len(tried) - len(missing), missing[0] if missing else None)
 
 
-def _is_missing(sample: dict[str, Any], reader: CacheReader) -> bool:
-    return not reader.has(sample_key(sample)) and bool(sample["loss_mask"].any())
+def _is_missing(sample: dict[str, Any], readers: Readers) -> bool:
+    reader = reader_of(readers, sample)
+    return reader is not None and not reader.has(sample_key(sample)) and bool(sample["loss_mask"].any())

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from abkd_megatron import cpu_backend
+from abkd_megatron.cache.dataset import Readers
 from abkd_megatron.cache.store import CacheReader
 from abkd_megatron.config.megatron_args import megatron_options, parse_model
 from abkd_megatron.config.model_config import check_layers_here, model_config
@@ -97,6 +98,7 @@ class _Report:
         self._distills = bool(config.teacher.load or config.distillation.cache)
         self._setup = Setup(config=config, job="distill" if self._distills else "pretrain", dry_run=True)
         self._settings_are_good = True
+        self._readers: dict[int, CacheReader] = {}
         self._data_is_here = True
         self._connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
 
@@ -184,17 +186,18 @@ class _Report:
                     with self.at("teacher's checkpoint"):
                         setup.checkpoint = open_teacher(config, megatron)
             self._open_others(megatron)
-            reader = None
+            readers: Readers | None = self._readers or None
             if config.distillation.cache is not None:
-                reader = self._cache(Path(config.distillation.cache).expanduser())
+                readers = self._cache(Path(config.distillation.cache).expanduser())
+                setup.cache = readers.identity if readers is not None else None
             rejected = len(self._rejected)
             for rule in EARLY_CHECKS:
                 with self.at(rule.name):
                     if (finding := rule.run(setup)) is not None:
                         self.add(rule.name, finding.text, finding.verdict)
-            if reader is not None and len(self._rejected) == rejected:
+            if readers is not None and len(self._rejected) == rejected:
                 with self.at("samples in the cache"):
-                    self._hits(reader)
+                    self._hits(readers)
 
     def _open_others(self, megatron: Mapping[str, Any]) -> None:
         """Add the job's `teachers`, whose checkpoints may not be here."""
@@ -204,6 +207,11 @@ class _Report:
         found = []
         with self.at("teachers"):
             for other in other_teachers(self.config, student):
+                if other.cache is not None:
+                    reader = self._cache(other.cache, other.name)
+                    self._readers |= dict.fromkeys(other.sources, reader) if reader is not None else {}
+                    found.append(replace(other, identity=reader.identity if reader is not None else None))
+                    continue
                 path = other.config.teacher.load or ""
                 if not Path(path).exists():
                     self.add("teachers", f"{other.name}: {path}", Verdict.ABSENT)
@@ -212,29 +220,31 @@ class _Report:
                 checkpoint = other.checkpoint_here(megatron) if Path(path).exists() else None
                 found.append(replace(other, args=args, checkpoint=checkpoint))
         self._setup.others = found
+        if any(of.cache is not None and of.identity is None for of in found):
+            self._readers = {}
 
     @property
     def _rejected(self) -> list[Row]:
         return [row for row in self.rows if row.verdict is Verdict.REJECTED]
 
-    def _cache(self, directory: Path) -> CacheReader | None:
+    def _cache(self, directory: Path, whose: str = "") -> CacheReader | None:
+        named = f"{whose}: " if whose else ""
         if not directory.exists():
-            self.add("records", f"{directory}: run `cache`", Verdict.ABSENT)
+            self.add("records", f"{named}{directory}: run `cache`", Verdict.ABSENT)
             return None
         reader = None
         with self.at("records"):
             reader = CacheReader(directory)
-            self._setup.cache = reader.identity
-            self.add("records", f"of {len(reader)} samples in {directory}")
+            self.add("records", f"{named}of {len(reader)} samples in {directory}")
         return reader
 
-    def _hits(self, reader: CacheReader) -> None:
+    def _hits(self, readers: Readers) -> None:
         """Count the samples of the job that have records, if its data is on this machine."""
         student, config = self._setup.student, self.config
         if student is None or self._setup.vocab_size is None or not self._data_is_here:
             return
         missing = Verdict.REJECTED if config.distillation.on_miss == "error" else Verdict.WARNING
-        for hits in count_hits(student, reader, config.data.seed, config.validation):
+        for hits in count_hits(student, readers, config.data.seed, config.validation):
             self.add("samples in the cache", hits.text, Verdict.OK if hits.found == hits.tried else missing)
 
     def _models(self, megatron: Mapping[str, Any], options: Mapping[str, Action]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from abkd_megatron.config.load import render
 from abkd_megatron.config.schema import SECTIONS, Config
+from abkd_megatron.config.teachers import reads_cache
 from abkd_megatron.errors import ConfigError, HostError
 from abkd_megatron.tools import comparison, gradient_variance, runs
 from abkd_megatron.tools.compare_jobs import Job, run_all
@@ -167,8 +168,8 @@ def plan(config: Config, load: Callable[[Sequence[str]], Config]) -> list[Run]:
                 own.append(f"data.seed={DATA_SEED}")
             try:
                 of_run = load([*settings, *own])
-                # Diagnostics read the teacher's logits of the student's tokens.
-                if of_run.distillation.cache is None and of_run.distillation.cross_tokenizer is None:
+                # Diagnostics read the logits of all teachers, of the student's tokens.
+                if not reads_cache(of_run) and of_run.distillation.cross_tokenizer is None:
                     of_run = load([*settings, *own, "distillation.diagnostics=true"])
                 of_run.check("distill")
                 gradient_variance.check(of_run)

@@ -137,7 +137,7 @@ def estimate(
     tokens = config.distillation.tokens
     counted = flops(student, *teachers, every=(tokens.n or 1) if tokens is not None else 1)
     cache = None
-    if config.distillation.shared_vocab is None and len(teachers) < 2:
+    if config.distillation.shared_vocab is None and not config.teachers:
         layout = layout_read(config, student.vocab_size) if reads else record_layout(config, student.vocab_size)
         cache = CacheEstimate.of(student, layout, counted)
     on_policy = config.distillation.on_policy
@@ -203,6 +203,8 @@ def _others(config: Config, teacher: Namespace, world_size: int | None) -> list[
     """Return Megatron's arguments of the job's `teachers`, without those that share a model with another one."""
     kinds: list[tuple[Any, ...]] = [_kind(config, teacher)]
     for entry in config.teachers:
+        if entry.cache is not None:
+            continue
         of_one = config.with_teacher(entry)
         _, args = megatron_arguments(of_one, world_size)
         if args is not None and (kind := _kind(of_one, args)) not in kinds:

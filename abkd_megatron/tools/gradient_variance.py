@@ -20,6 +20,7 @@ from typing import Any
 
 from abkd_megatron.config.load import render
 from abkd_megatron.config.schema import SCHEDULED, SECTIONS, Config
+from abkd_megatron.config.teachers import reads_cache
 from abkd_megatron.errors import ConfigError, HostError
 from abkd_megatron.losses.schedule import Progress, Schedule
 from abkd_megatron.tools.compare_jobs import Job, check_checkpoint
@@ -82,10 +83,10 @@ def check(config: Config) -> None:
     """
     if not config.compare.gradient_batches:
         return
-    if config.distillation.cache is not None:
+    if reads_cache(config):
         raise ConfigError(
-            "compare.gradient_batches: expected a live teacher, got distillation.cache, which has the samples of its "
-            "own run only; set gradient_batches to 0, or give teacher.load in place of the cache"
+            "compare.gradient_batches: expected live teachers, got a cache, which has the samples of its own run only; "
+            "set gradient_batches to 0, or give load in place of the cache"
         )
     if not isinstance(config.megatron.get("global-batch-size"), int):
         raise ConfigError(

@@ -16,17 +16,24 @@ from abkd_megatron.cache.record import RecordLayout
 from abkd_megatron.config.schema import Config
 from abkd_megatron.hosts import add_cache, megatron_lm
 from abkd_megatron.hosts.cache_job import record_layout
+from abkd_megatron.teacher import args as teacher_args
 
 
 def layout_read(config: Config, vocab_size: int) -> RecordLayout:
-    """Return the layout of the records of `distillation.cache`: its own, or that of `config.cache` if it is absent."""
-    directory = Path(str(config.distillation.cache)).expanduser()
+    """Return the layout of the records of the job's first cache: its own, or that of `config.cache` if it is absent."""
+    directory = Path(_caches(config)[0]).expanduser()
     return read_manifest(directory).layout if directory.exists() else record_layout(config, vocab_size)
+
+
+def _caches(config: Config) -> list[str]:
+    """Return the directories of the caches that a job reads."""
+    given = [config.distillation.cache, *(entry.cache for entry in config.teachers)]
+    return [directory for directory in given if directory is not None]
 
 
 def replacements(config: Config) -> Iterator[tuple[Any, str, Any]]:
     """Yield the patches of a job that reads a cache, which need not exist."""
-    if config.distillation.cache is None:
+    if not _caches(config):
         return
 
     def identity(_: Path) -> "_AnyCache":
@@ -42,6 +49,7 @@ def replacements(config: Config) -> Iterator[tuple[Any, str, Any]]:
         return [None if it is None else _Records(it, layout) for it in datasets]
 
     yield add_cache, "read_manifest", identity
+    yield teacher_args, "read_manifest", identity
     yield add_cache, "from_rank_0", lambda function: function()
     yield megatron_lm, "with_records", with_zeros
 

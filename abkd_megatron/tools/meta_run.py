@@ -43,7 +43,7 @@ from abkd_megatron.config.pattern import PATTERN_OPTIONS
 from abkd_megatron.config.schema import PREFLIGHT, Config, Value
 from abkd_megatron.hosts import add_teacher, megatron_lm
 from abkd_megatron.losses import AlphaBeta, Divergence, ToDi
-from abkd_megatron.student import cached, head, plan, step
+from abkd_megatron.student import plan, sides, step
 from abkd_megatron.student.attach import Attachment
 from abkd_megatron.teacher import args as teacher_args
 from abkd_megatron.teacher import runner
@@ -218,8 +218,7 @@ def _replacements(
     yield training, "train_step", watch.step
     yield runner.TeacherRunner, "run", teacher_pass
     attaching = sys.modules[Attachment.__module__]  # a function hides the module's name
-    yield attaching, "compute_loss", within(HEADS, head.compute_loss)
-    yield attaching, "compute_cached_loss", within(HEADS, cached.compute_cached_loss)
+    yield attaching, "compute_loss_of", within(HEADS, sides.compute_loss_of)
     yield from meta_cache.replacements(config)
     yield step.DistilledStep, "__call__", within(ACTIVATIONS, step.DistilledStep.__call__)
     yield dist, "all_gather_object", _all_gather_object
@@ -398,7 +397,7 @@ def _without_files(config: Config, vocab_size: int, global_batch_size: int) -> C
             megatron=teacher if config.distillation.cache is None else {},
         ),
         teachers=[
-            replace(entry, sources=(number,), megatron=of_one)
+            replace(entry, sources=(number,), megatron=of_one if entry.cache is None else {})
             for number, (entry, of_one) in enumerate(zip(config.teachers, others, strict=True))
         ],
         distillation=replace(config.distillation, skip_preflight=list(PREFLIGHT), sources=[], mix=None),

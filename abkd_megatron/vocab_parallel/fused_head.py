@@ -29,11 +29,15 @@ from abkd_megatron.vocab_parallel.logits import (
     STUDENT_ONLY,
     DistillationTerms,
     check_divergence,
+    check_selection,
     check_shard,
     rows_of,
 )
+from abkd_megatron.vocab_parallel.mixed_passes import MixedPasses
 from abkd_megatron.vocab_parallel.passes import Passes
+from abkd_megatron.vocab_parallel.record_passes import RecordPasses
 from abkd_megatron.vocab_parallel.shard import VocabShard
+from abkd_megatron.vocab_parallel.teacher_records import TeacherRecords, check_recorded
 
 
 def vocab_parallel_distillation_head(
@@ -52,6 +56,7 @@ def vocab_parallel_distillation_head(
     student_scale: float = 1.0,
     teacher_scale: float = 1.0,
     more_teachers: Sequence[tuple[Tensor, Tensor, float]] = (),
+    records: tuple[TeacherRecords, Tensor] | None = None,
     chunk_tokens: int | None = None,
     into_main_grad: bool = False,
     selected: Tensor | None = None,
@@ -78,6 +83,10 @@ def vocab_parallel_distillation_head(
         more_teachers: hidden states [..., H], weight [W, H] and scale of further teachers, whose logits are added to
             the teacher's. H may differ. For tokens that have different teachers, pass hidden states that are 0 at the
             tokens of the others.
+        records: of all N tokens, made at `temperature`, with entropies and the labels' log-probabilities, and [...]
+            bool, identical on every rank: the tokens that they are used for in place of logits, see
+            `vocab_parallel_record_distillation`. At those, hidden states have to be finite, and at the others the
+            records a distribution. Not with `selected`.
         chunk_tokens: tokens per chunk, identical on all ranks. None for `automatic_chunk_tokens`, which requires GPUs
             of one type.
         into_main_grad: add the weight's gradient to its `main_grad`, if it has one, in that dtype, like Megatron's
@@ -91,7 +100,7 @@ def vocab_parallel_distillation_head(
     Returns:
         The loss, [...] fp32 (fp64 if the logits are), identical on every rank, once differentiable in `student_hidden`
         and `student_weight`. The gradient of the hidden states is this rank's part: sum it over `shard.group`. And the
-        DistillationTerms of vocab_parallel_distillation, detached.
+        DistillationTerms of vocab_parallel_distillation, detached; with `records` see `merged_terms`.
 
     Raises:
         ConfigError: for shapes that do not match or chunk_tokens < 1, and as vocab_parallel_distillation.
@@ -99,7 +108,7 @@ def vocab_parallel_distillation_head(
             gradients computed in forward. On a GPU only the first call checks the weights in backward. Later, wrong
             weights make all gradients NaN, and a later call of this function raises.
 
-    Collectives: per chunk, as vocab_parallel_distillation.
+    Collectives: per chunk, as vocab_parallel_distillation, and with `records` as vocab_parallel_record_distillation.
 
     With `selected`, chunks of the selected tokens come first, then chunks of the others. Under torch.autocast products
     are in the hidden states' dtype; if the weight has another, both are cast to autocast's.
@@ -107,7 +116,7 @@ def vocab_parallel_distillation_head(
     Memory: two [chunk_tokens, W] of logits, four in a group of several ranks; the gradients of hidden states and
     weight, from forward on with token_weights, else from backward on, the weight's in at least fp32 (on CPU, a bf16
     weight also needs a chunk's logits and hidden states in fp32); 10 fp64 numbers per token. With `selected`, a
-    reordered copy of the hidden states.
+    reordered copy of the hidden states. With `records`, one more [chunk_tokens, W], and what they take.
     """
     owner = "vocab_parallel_distillation_head"
     check_context(owner)
@@ -120,9 +129,17 @@ def vocab_parallel_distillation_head(
     scales = tuple(finite_number(owner, "teacher_scale", scale) for *_, scale in given)
     if chunk_tokens is None:
         chunk_tokens = automatic_chunk_tokens(student_weight.device, bytes_per_token(student_weight, shard))
+    of_logits = Passes.of(student[1], teachers[0][1], divergence, shard, temperature, has_labels=True)
+    passes: Passes | MixedPasses = of_logits
+    of_records: dict[str, Any] = {}
+    if records is not None:
+        of_records = _checked_records(records, labels, divergence, selected)
+        recorded = RecordPasses.of(student[1], of_records["records"], divergence, shard, temperature, disposable=False)
+        passes = MixedPasses(of_logits, recorded)
     head = Head(
         **options,
-        passes=Passes.of(student[1], teachers[0][1], divergence, shard, temperature, has_labels=True),
+        **of_records,
+        passes=passes,
         teacher_scales=scales,
         chunk_tokens=whole_number(owner, "chunk_tokens", chunk_tokens, least=1),
         num_compared=labels.numel(),
@@ -137,6 +154,21 @@ def vocab_parallel_distillation_head(
         head = replace(head, student_only=student_only, num_compared=len(chosen))
     constants = [(hidden, constant(weight)) for hidden, (_, weight) in zip(of_tokens, teachers, strict=True)]
     return apply_head(head, student, constants, labels, token_weights, order)
+
+
+def _checked_records(
+    given: tuple[TeacherRecords, Tensor], labels: Tensor, divergence: Divergence, selected: Tensor | None
+) -> dict[str, Any]:
+    """Return the fields of a Head that has teacher's logits and records."""
+    records, recorded = given
+    check_selection(recorded, labels)
+    if selected is not None or records.entropy is None or records.label_log_prob is None:
+        raise ConfigError(
+            "expected records of a teacher's entropy and the labels' log-probabilities, and no `selected`, got others; "
+            "give kd_weight 0 to tokens that are not selected"
+        )
+    check_recorded(divergence, records.num_draws)
+    return {"records": records.check(labels), "recorded": constant(recorded).reshape(-1)}
 
 
 def checked_student(

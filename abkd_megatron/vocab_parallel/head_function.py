@@ -15,6 +15,7 @@ from torch import Tensor
 from abkd_megatron.tensors import Function, constant
 from abkd_megatron.vocab_parallel.head_gradients import Gradients, Operands, factor_of, sum_of_logits, weighted
 from abkd_megatron.vocab_parallel.logits import DistillationTerms
+from abkd_megatron.vocab_parallel.mixed_passes import MixedTeacher
 from abkd_megatron.vocab_parallel.shard import VocabShard
 from abkd_megatron.vocab_parallel.teacher_records import TeacherRecords
 from abkd_megatron.vocab_parallel.terms import Terms
@@ -123,6 +124,8 @@ class Head:
 
     records: TeacherRecords | None = None
     """Of all tokens, in place of the teacher's hidden states and weight."""
+    recorded: Tensor | None = None
+    """[N] bool, the tokens that `records` are used for, next to the teacher's hidden states of the others."""
 
     def chunks(self, num_tokens: int) -> list[slice]:
         """Return the chunks; none mixes compared tokens and others."""
@@ -144,12 +147,14 @@ class Head:
         student = operands.student_hidden[chunk] @ operands.student_weight.t()
         if self.student_scale != 1.0:
             student.mul_(self.student_scale)
-        teacher: Tensor | TeacherRecords = student
-        if self.records is not None:
-            teacher = self.records[chunk]
-        elif chunk.start < self.num_compared:
+        teacher: Tensor | TeacherRecords | MixedTeacher = student
+        if self.teacher_scales and chunk.start < self.num_compared:
             hidden, weights = operands.teachers[::2], operands.teachers[1::2]
             teacher = sum_of_logits([of_tokens[chunk] for of_tokens in hidden], weights, self.teacher_scales)
+        if self.records is not None:
+            records = self.records[chunk]
+            assert isinstance(teacher, Tensor)
+            teacher = records if self.recorded is None else MixedTeacher(teacher, records, self.recorded[chunk])
         return self.passes_of(chunk).batch(student, teacher, operands.labels[chunk])
 
     def conclude(self, chunk: slice, batch: Any, pending_record: Any, needs_gradient: bool, result: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Several teachers by data source in Megatron's models and schedules, compared with a dense form in fp64.
+"""Several teachers by data source, live and cached, in Megatron's models and schedules, against a dense form in fp64.
 
     python several_teachers.py REFERENCES
 
@@ -11,7 +11,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -25,6 +25,10 @@ from torch import Tensor
 ROWS, LENGTH, NUM_BATCHES = 3, 12, 4
 # Datasets of the sequences; one of an unknown dataset, one micro-batch of one teacher only.
 SOURCES = ((0, 1, 2), (1, 3, 1), (-1, 2, 0), (0, 3, 5))
+# With the teacher of source 2 cached: one micro-batch of it only; and rows, (micro-batch, row), that the cache misses.
+SOURCES_WITH_CACHE = ((0, 1, 2), (2, 2, 2), (-1, 2, 0), (0, 3, 5))
+MISSING = {(1, 1), (2, 1)}
+KL = ("kl to teacher", "bucketed kl to teacher")
 # Sources of each teacher but the default; the second one is given twice.
 OF_SOURCES = ((1, 4), (2,), (3,))
 TEACHER_OF_SOURCE = {1: 1, 4: 1, 2: 2, 3: 1}
@@ -44,10 +48,25 @@ class Case:
     """Weights by source, too."""
     skips: bool = False
     """The host knows the sources, so that teachers which no sequence of a micro-batch needs do not run."""
+    cached: int | None = None
+    """Source 2 has the records of its teacher, with so many log-probabilities per token, in place of the teacher."""
+    misses: bool = False
+    """The cache has no records of `MISSING`."""
 
     @property
-    def reference(self) -> tuple[str | None, bool]:
-        return self.select, self.weights
+    def reference(self) -> tuple[Any, ...]:
+        return self.select, self.weights, self.cached, self.misses
+
+    @property
+    def sources(self) -> tuple[tuple[int, ...], ...]:
+        return SOURCES if self.cached is None else SOURCES_WITH_CACHE
+
+    def has_record(self, batch: int, row: int) -> bool:
+        is_cached = self.cached is not None and self.sources[batch][row] == 2
+        return is_cached and not (self.misses and (batch, row) in MISSING)
+
+    def on_one_rank(self) -> "Case":
+        return replace(self, tp=1, pp=1, virtual=None, sequence_parallel=False)
 
     def of_model(self, virtual: int | None) -> sequences.Case:
         return sequences.Case("rows", tp=self.tp, pp=self.pp, virtual=virtual, sequence_parallel=self.sequence_parallel)
@@ -64,6 +83,11 @@ CASES: dict[int, dict[str, Case]] = {
         "weights, fused": Case(head="fused", weights=True),
         "skipped": Case(skips=True),
         "skipped, every third, fused": Case(head="fused", select="every", skips=True),
+        "cached": Case(cached=VOCAB),
+        "cached, fused": Case(cached=VOCAB, head="fused"),
+        "few kept, misses, weights": Case(cached=5, misses=True, weights=True),
+        "few kept, misses, quantile, fused": Case(cached=5, misses=True, select="quantile", head="fused"),
+        "few kept, skipped, every third, fused": Case(cached=5, skips=True, select="every", head="fused"),
     },
     2: {
         "TP 2": Case(tp=2),
@@ -76,6 +100,13 @@ CASES: dict[int, dict[str, Case]] = {
         "DP 2, fused": Case(head="fused"),
         "DP 2, weights": Case(weights=True),
         "DP 2, skipped, fused": Case(head="fused", skips=True),
+        "TP 2 with SP, cached": Case(tp=2, sequence_parallel=True, cached=VOCAB),
+        "TP 2 with SP, few kept, misses, fused": Case(
+            tp=2, sequence_parallel=True, cached=5, misses=True, head="fused"
+        ),
+        "PP 2, few kept": Case(pp=2, cached=5),
+        "PP 2 x VPP 2, cached, fused": Case(pp=2, virtual=2, cached=VOCAB, head="fused"),
+        "DP 2, few kept, misses, skipped": Case(cached=5, misses=True, skips=True),
     },
 }
 
@@ -114,6 +145,38 @@ def models(case: Case, groups: Any) -> tuple[list[torch.nn.Module], list[torch.n
     return student, teachers
 
 
+def layout_of(case: Case) -> Any:
+    from abkd_megatron.cache.record import RecordLayout
+
+    return RecordLayout(VOCAB, case.cached, "fp32")
+
+
+@torch.no_grad()
+def records_of(case: Case, teacher: torch.nn.Module) -> list[Tensor]:
+    """What a cache has of the micro-batches, [b, s, bytes + 1], by the sequences of source 2."""
+    from abkd_megatron.vocab_parallel import VocabShard
+    from abkd_megatron.vocab_parallel.truncate import truncate
+
+    layout, found = layout_of(case), []
+    for number, batch in enumerate(micro_batches()):
+        logits = teacher(batch.tokens, batch.position_ids, None)[..., :VOCAB].flatten(0, 1)
+        shard = VocabShard(0, VOCAB, VOCAB, None)
+        packed = layout.pack(truncate(logits, batch.labels.flatten(), shard, layout.top_k)).view(ROWS, LENGTH, -1)
+        packed = torch.nn.functional.pad(packed, (0, 1), value=1)
+        for row in range(ROWS):
+            if not case.has_record(number, row):
+                packed[row] = 0
+        found.append(packed)
+    return found
+
+
+def buckets(logits: Tensor, kept: Tensor) -> Tensor:
+    """Log-probabilities [..., K + 1] of the tokens `kept`, [..., K], and of all others."""
+    log_probs = logits.log_softmax(dim=-1)
+    rest = log_probs.scatter(-1, kept, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    return torch.cat([log_probs.gather(-1, kept), rest], dim=-1)
+
+
 def dense(case: Case) -> dict[str, Any]:
     """Sums of losses over the tokens, the number of tokens, and gradients of the mean, sequence by sequence."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -126,7 +189,7 @@ def dense(case: Case) -> dict[str, Any]:
     (student,), teachers = models(case, groups)
     sums: dict[str, Tensor] = {}
     number = total = torch.zeros((), dtype=torch.float64)
-    for batch, sources in zip(micro_batches(), SOURCES, strict=True):
+    for at, (batch, sources) in enumerate(zip(micro_batches(), case.sources, strict=True)):
         for row, source in enumerate(sources):
             tokens, labels, mask = (of[row : row + 1] for of in (batch.tokens, batch.labels, batch.loss_mask.double()))
             logits, theirs = (
@@ -138,34 +201,45 @@ def dense(case: Case) -> dict[str, Any]:
                 torch.nn.functional.cross_entropy(of.transpose(1, 2), labels, reduction="none")
                 for of in (logits, theirs)
             )
-            kl = reference_divergence(AlphaBeta(1, 0), logits, theirs)
-            kd = reference_divergence(AlphaBeta(0.2, 0.7), logits, theirs)
+            compared = logits, theirs
+            if case.cached is not None and case.cached < VOCAB and source == 2:
+                kept = theirs.topk(case.cached, dim=-1).indices
+                compared = buckets(logits, kept), buckets(theirs, kept)
+            kl = reference_divergence(AlphaBeta(1, 0), *compared)
+            kd = reference_divergence(AlphaBeta(0.2, 0.7), *compared)
+            # Of a sequence without a record only the cross entropy counts.
+            taught = torch.full_like(mask, case.cached is None or source != 2 or case.has_record(at, row))
             selected = torch.ones_like(mask)
             if case.select == "every":
                 selected = (batch.position_ids[:1] % 3 == 2).double()
             elif case.select == "quantile":
                 entropy = torch.distributions.Categorical(logits=theirs).entropy()
                 selected = objective.tokens.ranked(entropy.t(), mask.t() != 0, None).t().double()
+            selected = selected * taught
             kd = kd * selected
             weight = {1: (0.3, 1.0), 2: (0.0, 2.0)}.get(source, (1.0, 1.0)) if case.weights else (1.0, 1.0)
             loss = weight[0] * kd + weight[1] * lm
             total, number = total + (loss * mask).sum(), number + mask.sum()
-            of_metrics = mask * selected if case.select == "every" else mask
+            of_metrics = mask * selected if case.select == "every" or case.misses else mask
+            of_kl = {"kl to teacher": of_metrics}
+            if case.cached is not None:
+                of_kl = {name: of_metrics * ((source == 2) == (name != "kl to teacher")) for name in KL}
             for name, value, counted in (
                 ("lm loss", lm, mask),
                 ("kd loss", kd, mask),
                 ("total loss", loss, mask),
                 ("teacher lm loss", teacher_lm, of_metrics),
-                ("kl to teacher", kl, of_metrics),
+                *((name, kl, counted) for name, counted in of_kl.items()),
             ):
                 found = torch.stack([(value * counted).sum(), counted.sum()]).detach()
                 sums[name] = sums.get(name, torch.zeros(2)) + found
     weights = dict(named(student))
     gradients = torch.autograd.grad(total / number, list(weights.values()))
-    return {"losses": sums, "gradients": dict(zip(weights, gradients, strict=True))}
+    found = {"losses": sums, "gradients": dict(zip(weights, gradients, strict=True))}
+    return found if case.cached is None else {**found, "records": records_of(case, teachers[2])}
 
 
-def train(case: Case) -> dict[str, Any]:
+def train(case: Case, records: list[Tensor]) -> dict[str, Any]:
     """One step: the sums of losses and tokens over all ranks, if this is the last stage, and this stage's gradients."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -173,6 +247,7 @@ def train(case: Case) -> dict[str, Any]:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from abkd_megatron.student.attach import attach
+    from abkd_megatron.student.cached import CachedTeacher
     from abkd_megatron.teacher.build import Teacher
     from abkd_megatron.teacher.teachers import Teachers
     from abkd_megatron.vocab_parallel.execution import Execution
@@ -182,8 +257,14 @@ def train(case: Case) -> dict[str, Any]:
     model_parallel_cuda_manual_seed(1)
     student, of_teachers = models(case, groups)
     first, second, third = (Teacher.of(model, groups) for model in of_teachers)
-    teachers = Teachers(first, tuple(zip(OF_SOURCES, (second, third, second), strict=True)))
-    assert teachers.distinct == (first, second, third)
+    live, cache = [0, 1, 2], None
+    if case.cached is None:
+        teachers = Teachers(first, tuple(zip(OF_SOURCES, (second, third, second), strict=True)))
+        assert teachers.distinct == (first, second, third)
+    else:
+        of_sources = tuple(zip(OF_SOURCES[::2], (second, second), strict=True))
+        teachers, live = Teachers(first, of_sources, cached=OF_SOURCES[1]), [0, 1]
+        cache = CachedTeacher(layout_of(case), "lm" if case.misses else "error")
     chunks = [DistributedDataParallel(it.config, DistributedDataParallelConfig(), it) for it in student]
     before = [sequences.attributes(chunk) for chunk in student]
     attachment = attach(
@@ -193,13 +274,15 @@ def train(case: Case) -> dict[str, Any]:
         execution=Execution(head=case.head, chunk_tokens=7 if case.head == "fused" else None),
         vocab_size=VOCAB,
         pg_collection=groups,
+        cache=cache,
     )
     assert attachment.needs_sources and attachment.teacher is first
     attachment.passes.num_steps = 2 if case.skips else 1
     passes: Counter[int] = Counter()
     for number, model in enumerate(of_teachers):
         model.register_forward_hook(lambda *_, number=number: passes.update([number]))
-    given = list(zip(micro_batches(), map(torch.tensor, SOURCES), strict=True))[groups.dp.rank() :: groups.dp.size()]
+    batches = [replace(it, records=of) for it, of in zip(micro_batches(), records or [None] * NUM_BATCHES, strict=True)]
+    given = list(zip(batches, map(torch.tensor, case.sources), strict=True))[groups.dp.rank() :: groups.dp.size()]
     for chunk in chunks:
         chunk.zero_grad_buffer()
     reports = get_forward_backward_func()(
@@ -210,19 +293,19 @@ def train(case: Case) -> dict[str, Any]:
         seq_length=LENGTH,
         micro_batch_size=ROWS,
     )
-    needed = [{TEACHER_OF_SOURCE.get(source, 0) for source in sources.tolist()} for _, sources in given]
-    every = [set(range(len(TEACHERS)))] * len(given)
+    needed = [{TEACHER_OF_SOURCE.get(source, 0) for source in sources.tolist()} & set(live) for _, sources in given]
+    every = [set(live)] * len(given)
     assert passes == Counter(number for of_one in (needed if case.skips else every) for number in of_one)
     if groups.pp.rank() + 1 == groups.pp.size() and not case.skips:
         # Of each teacher s * b * H numbers, of a rank's part of the sequence, per micro-batch that waits.
-        sizes = sum(hidden for _, hidden, _ in TEACHERS) * LENGTH * ROWS * 4 // (2 if case.sequence_parallel else 1)
+        sizes = sum(TEACHERS[number][1] for number in live) * LENGTH * ROWS * 4 // (2 if case.sequence_parallel else 1)
         assert attachment.max_queued_bytes == attachment.max_queued_microbatches * sizes
         assert attachment.max_queued_microbatches == (case.virtual or 1)
         assert attachment.passes.numbers is not None
     attachment.detach()
     assert [sequences.attributes(chunk) for chunk in student] == before, "detached, the student is what it was"
     losses = {}
-    for name in reports[0].keys() - {"teacher seconds"} if reports else ():
+    for name in sorted(reports[0].keys() - {"teacher seconds"}) if reports else ():
         losses[name] = torch.stack([report[name] for report in reports]).double().sum(0)
         dist.all_reduce(losses[name], group=groups.dp_cp)
     gradients = {name: weight.main_grad.clone() for chunk in student for name, weight in named(chunk)}
@@ -235,6 +318,8 @@ def forward_step(
     batch, sources = next(batches)
     first, last = model.module.pre_process, model.module.post_process
     attachment.sources = sources if last else None
+    if attachment.cache is not None and last:
+        attachment.cache.packed = batch.records
     attachment.passes.sources_on_host = sources.tolist() if skips else None
     output = model(
         batch.tokens if first else None,
@@ -269,12 +354,13 @@ def main() -> None:
     path, num_ranks = sys.argv[1], dist.get_world_size()
     if num_ranks == 1:
         wanted = {case.reference: case for cases in CASES.values() for case in cases.values()}
-        torch.save({key: dense(Case(select=key[0], weights=key[1])) for key in wanted}, path)
+        torch.save({key: dense(case.on_one_rank()) for key, case in wanted.items()}, path)
     references = torch.load(path)
     found = {}
     for name, case in sorted(CASES[num_ranks].items(), key=lambda item: (item[1].tp, item[1].pp)):
         errors: list[Any] = [None] * num_ranks
-        dist.all_gather_object(errors, compare(case, train(case), references[case.reference]))
+        reference = references[case.reference]
+        dist.all_gather_object(errors, compare(case, train(case, reference.get("records", [])), reference))
         found[name] = {what: max(of.get(what, 0.0) for of in errors) for what in set().union(*errors)}
     if dist.get_rank() == 0:
         print("FOUND " + json.dumps(found), flush=True)

@@ -17,7 +17,8 @@ def place(num_ranks: int, name: str) -> tuple[str, str]:
     case = CASES[num_ranks][name]
     sizes = {"TP": case.tp, "PP": case.pp, "VPP": case.virtual or 1, "DP": num_ranks // (case.tp * case.pp)}
     where = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "1 rank"
-    return "several teachers by data source", where + " with SP" * case.sequence_parallel
+    feature = "several teachers by data source" + ", one of them cached" * (case.cached is not None)
+    return feature, where + " with SP" * case.sequence_parallel
 
 
 PLACES = [place(num_ranks, case) for num_ranks, cases in CASES.items() for case in cases]

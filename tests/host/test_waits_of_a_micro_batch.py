@@ -16,13 +16,17 @@ from megatron.core.transformer import TransformerConfig
 from torch.testing._internal.distributed import fake_pg
 
 from abkd_megatron import AlphaBeta
+from abkd_megatron.cache.record import RecordLayout
 from abkd_megatron.losses import AdaptiveKL, Sinkhorn
 from abkd_megatron.losses.objective import Objective
 from abkd_megatron.losses.selection import TokenSelection, positions_here
+from abkd_megatron.student.cached import CachedTeacher
 from abkd_megatron.student.head import compute_loss
-from abkd_megatron.student.report import LossChecks, Report, masked_loss
+from abkd_megatron.student.partly_cached import PartlyCachedBatch, compute_partly_cached_loss
+from abkd_megatron.student.report import SELECTED, LossChecks, Report, masked_loss
 from abkd_megatron.teacher.output_layer import OutputLayer
 from abkd_megatron.vocab_parallel import VocabShard
+from abkd_megatron.vocab_parallel.teacher_records import BUCKETED_KL, SAMPLED_KL
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from host_waits import GPU, host_waits
@@ -108,6 +112,47 @@ def test_the_loss_of_a_micro_batch(group, name, head, packed):
     else:
         assert found == []
     assert waits.by_chance == [] and waits.launches > 0
+
+
+@pytest.mark.parametrize("draws", [0, 4])
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("plain", "materialized"),
+        ("plain", "fused"),
+        ("every", "fused"),
+        ("entropy", "fused"),
+        ("watching", "materialized"),
+    ],
+)
+def test_the_loss_of_a_micro_batch_that_is_partly_cached(group, name, head, draws):
+    objective = Objective(AlphaBeta(1.0, 0.0), **OBJECTIVES[name])
+    student, teacher = output_layer(group, True), output_layer(group, False)
+    layout = RecordLayout(VOCAB, 8, draws=draws)
+    cache, found = CachedTeacher(layout, "lm"), []
+
+    def run() -> None:
+        ids = torch.zeros(SEQUENCE, BATCH, dtype=torch.int64, device=GPU)
+        cache.packed = torch.zeros(BATCH, SEQUENCE, layout.bytes_per_token + 1, dtype=torch.uint8, device=GPU)
+        side = PartlyCachedBatch.take(teacher, cache, ids[0] == 1, any_cached=True)
+        loss = compute_partly_cached_loss(
+            *(student, side, objective, ids, torch.ones(SEQUENCE, BATCH, device=GPU)),
+            VocabShard.megatron(VOCAB, group, VOCAB),
+            group,
+            lambda logits: logits.float().logsumexp(-1),
+            positions_here(SEQUENCE, None, 0, 1),
+            kd_weights=None,
+            lm_weights=None,
+            chunk_tokens=8 if head == "fused" else None,
+            gradient_in_place=False,
+        )
+        found.extend(loss.numbers(objective))
+        loss.total.sum().backward()
+
+    waits = host_waits(run)
+    assert [wait for wait in waits.found if "the test" not in wait] == []
+    assert waits.by_chance == [] and waits.launches > 0
+    assert {"kl to teacher", SAMPLED_KL if draws else BUCKETED_KL, SELECTED} < set(found)
 
 
 @pytest.fixture

@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from abkd_megatron.cache.dataset import RECORDS, WithRecords
+from abkd_megatron.cache.dataset import RECORDS, WithRecords, readers_of
 from abkd_megatron.cache.key import sample_key
 from abkd_megatron.cache.manifest import FORMAT, MANIFEST, Identity, read_manifest
 from abkd_megatron.cache.record import RecordLayout
 from abkd_megatron.cache.store import CacheReader, CacheWriter
+from abkd_megatron.data.wrapped import samples_of
 from abkd_megatron.errors import ConfigError, DataError
 from abkd_megatron.student.cached import CachedTeacher
 from abkd_megatron.vocab_parallel.teacher_records import TeacherRecords
@@ -383,6 +384,31 @@ def test_a_sample_without_records(tmp_path: Path) -> None:
     assert not lenient[0][RECORDS].any() and lenient.check(None) == 2
 
 
+class Blend(Samples):
+    """The same samples, of two data sets; Megatron may map its index at the first sample."""
+
+    def __init__(self) -> None:
+        self.dataset_index: np.ndarray | None = None
+
+    def __getitem__(self, index: int | None) -> dict[str, torch.Tensor]:
+        self.dataset_index = np.array([0, 1, 0, 1], dtype=np.int16)
+        return {"dataset_id": self.dataset_index[index or 0], **super().__getitem__(index)}
+
+
+def test_samples_of_one_source_get_its_records(tmp_path: Path) -> None:
+    fill(tmp_path, range(1, 2))
+    readers = readers_of({1: tmp_path, 5: tmp_path})
+    samples = WithRecords(Blend(), readers, "error")
+    assert bool((samples[1][RECORDS][:, -1] == 1).all())
+    assert samples[0][RECORDS].shape == (4, BYTES + 1) and not samples[0][RECORDS].any()
+    assert samples_of(Blend(), readers, 4).tolist() == [1, 3] and not len(samples_of(Samples(), readers, 4))
+    assert samples.check(3) == 1
+    with pytest.raises(DataError, match="sample 3 in the cache"):
+        samples.check(4)
+    # Text that is no blend has the default teacher.
+    assert WithRecords(Samples(), readers, "error").check(None) == 0
+
+
 @pytest.mark.parametrize("changed", [{"label": -1.0}, {"log_rest": -5.0}, {"log_probs": float("nan")}])
 def test_records_that_are_not_of_the_data(tmp_path: Path, changed: dict[str, float]) -> None:
     with pytest.raises(DataError, match="records of this data"):
@@ -391,7 +417,7 @@ def test_records_that_are_not_of_the_data(tmp_path: Path, changed: dict[str, flo
 
 def test_missing_records_are_uniform(tmp_path: Path) -> None:
     samples = fill(tmp_path, range(1))
-    lenient = WithRecords(samples._dataset, samples._reader, "lm")
+    lenient = WithRecords(samples._dataset, samples._readers, "lm")
     teacher = CachedTeacher(IDENTITY.layout, "lm", torch.stack([lenient[0][RECORDS], lenient[1][RECORDS]]))
     records, cached = teacher.take()
     assert cached is not None and cached.tolist() == [[True, False]] * 4

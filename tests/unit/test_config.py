@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from abkd_megatron.config.load import load_config, render, to_argv
 from abkd_megatron.config.schema import Config, DataConfig, DistillationConfig, TeacherConfig
+from abkd_megatron.config.teachers import reads_cache
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.alpha_beta import AlphaBeta
 from abkd_megatron.losses.chunks import ChunkLikelihood
@@ -22,6 +23,7 @@ from abkd_megatron.losses.objective import Objective
 from abkd_megatron.losses.schedule import COUNTS, Schedule
 from abkd_megatron.losses.selection import TokenSelection
 from abkd_megatron.losses.sources import UNKNOWN, SourceWeights
+from abkd_megatron.tools import gradient_variance
 
 
 def custom(text):
@@ -638,7 +640,12 @@ def test_teachers_by_source(load):
         ("teachers=[{sources: [0], lod: runs/x}]", "unknown Megatron argument 'lod'; did you mean 'load'"),
         ("teachers=[{sources: [0], load: runs/x, num-layers: a}]", r"teachers\.0\.num-layers: expected a whole number"),
         ("teachers=[{load: runs/x}]", "teachers: expected sources of each teacher, got none of runs/x"),
-        ("teachers=[{sources: [3]}]", "teacher of source 3: expected load"),
+        ("teachers=[{sources: [3]}]", "teacher of source 3: expected load, .*, or cache, .* got neither"),
+        ("teachers=[{sources: [3], load: x, cache: y}]", "teacher of source 3: expected load, .* got both"),
+        (
+            "teachers=[{sources: [3], cache: y, num-layers: 2, weights: host}]",
+            "teacher of source 3: expected no more keys than sources and cache, .* got weights, num-layers",
+        ),
         (
             "teachers=[{sources: [3], load: x}, {sources: [3, 4], load: y}]",
             "one teacher per source, got 2 entries for 3",
@@ -665,10 +672,24 @@ def test_wrong_teachers_by_source(load, setting, message):
                 raise problem
 
 
-@pytest.mark.parametrize("job", ["cache", "compare"])
-def test_jobs_of_one_teacher(load, job):
-    with pytest.raises(ConfigError, match=f"teachers: expected none in the job `{job}`, which is of one teacher"):
-        load(TEACHERS, "cache.dir=runs/cache", "teacher.weights=host").check(job)
+def test_the_job_of_one_teacher(load):
+    with pytest.raises(ConfigError, match="teachers: expected none in the job `cache`, which is of one teacher"):
+        load(TEACHERS, "cache.dir=runs/cache", "teacher.weights=host").check("cache")
+
+
+def test_a_cached_teacher_by_source(load):
+    setting = "teachers=[{sources: [1], cache: runs/records}, {sources: [2], load: runs/x}]"
+    config = load(TEACHERS, setting)
+    config.check("distill")
+    config.check("compare")
+    cached, live = map(config.with_teacher, config.teachers)
+    assert (cached.distillation.cache, cached.teacher.load, cached.teacher.megatron) == ("runs/records", None, {})
+    assert live.distillation.cache is None and reads_cache(config) and not reads_cache(live)
+    assert load(render(config)).teachers == config.teachers
+    with pytest.raises(ConfigError, match=r"distillation\.diagnostics: expected false with a cache in the list"):
+        load(TEACHERS, setting, "distillation.diagnostics=true").check("distill")
+    with pytest.raises(ConfigError, match=r"compare\.gradient_batches: expected live teachers, got a cache"):
+        gradient_variance.check(load(TEACHERS, setting, "compare.gradient_batches=2"))
 
 
 def test_presets_in_python():
