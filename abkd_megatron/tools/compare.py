@@ -108,6 +108,8 @@ def compare(config: Config, load: Callable[[Sequence[str]], Config]) -> None:
         found = {"summary": summary, "recommendation": line, "differences": comparison.differences(results)}
         (out / "results.json").write_text(json.dumps({**found, "runs": results}, indent=1) + "\n")
         table = f"{comparison.table(summary)}\n{line}\n"
+        if note := comparison.outgrown(summary):
+            table += f"\n{note}\n"
         if variances := gradient_variance.table(results, of.gradient_batches):
             table += f"\n{variances}"
         if scores := rouge_table(results):

@@ -149,6 +149,23 @@ def recommend(results: Sequence[Mapping[str, Any]]) -> str:
     return f"Recommendation: none. {best} has the lowest cross entropy, but only by {margin} ({how}){too}."
 
 
+def outgrown(summary: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a line that names the losses whose students are better than their teacher on held-out text, or "".
+
+    Args:
+        summary: see `summarize`.
+    """
+    if "teacher" not in summary:
+        return ""
+    limit = summary["teacher"]["cross entropy"]["mean"]
+    found = [loss for loss, entry in _losses(summary).items() if entry["cross entropy"]["mean"] < limit]
+    if not found:
+        return ""
+    return (
+        f"Below the teacher's cross entropy of {limit:.3f}: {', '.join(found)}. A better teacher may change the order."
+    )
+
+
 def _by_loss(results: Sequence[Mapping[str, Any]], name: str) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {}
     for result in results:

@@ -174,6 +174,13 @@ def test_a_teacher_with_another_tokenizer_has_no_row_of_its_own():
         assert "| chunks | 4.200 |" in comparison.table(summary)
 
 
+def test_students_that_passed_their_teacher_are_named():
+    results = [result("A", 0, 2.9), result("B", 0, 3.1), result("A", 1, 3.0), result("B", 1, 3.0)]
+    line = comparison.outgrown(comparison.summarize(results, ["A", "B"]))
+    assert "3.000: A." in line and ", B" not in line
+    assert comparison.outgrown(comparison.summarize(results[1:2], ["B"])) == ""
+
+
 def test_differences_are_paired_by_seed():
     found = {"A": (4.0, 5.0, 6.0), "B": (4.1, 5.3, 6.2), "C": (4.0, 5.1, 6.3)}
     results = [result(loss, seed, ce) for loss, values in found.items() for seed, ce in enumerate(values)]
