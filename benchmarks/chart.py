@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CHART = ROOT / "docs" / "benchmark.png"
 REGIMES = ROOT / "docs" / "comparison-regimes.json"
+LONGER = ROOT / "docs" / "comparison-longer.json"
 Bars = dict[str, float]
 
 
@@ -103,6 +104,47 @@ def draw_regimes(path: Path) -> None:
     pyplot.close(figure)
 
 
+def longer() -> list[dict[str, Any]]:
+    """Return the comparisons of other lengths, teachers and learning rates; see the keys of `LONGER`."""
+    found: list[dict[str, Any]] = json.loads(LONGER.read_text())
+    return found
+
+
+def draw_longer(path: Path) -> None:
+    """Draw cross entropy by length with each teacher, and by learning rate, of students from scratch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    scratch = [of for of in longer() if of["student"] == "from scratch"]
+    usual = [of for of in scratch if of["learning rate"] == 0.004]
+    by_rate = [of for of in scratch if of["steps"] == 200 and of["teacher"] == "weak"]
+    panels = [
+        *((f"{name} teacher", "steps", [of for of in usual if of["teacher"] == name]) for name in ("good", "weak")),
+        ("weak teacher, 200 steps", "learning rate", by_rate),
+    ]
+    colors = {"CE only": "#9aa4b0", "forward KL": "#5b6770", "forward KL + rising CE": "#4c8c5b"}
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(9, 2.8))
+    for axis, (title, places, shown) in zip(axes, panels, strict=True):
+        for loss, color in colors.items():
+            means = [of["summary"][loss]["cross entropy"]["mean"] for of in shown]
+            axis.plot(range(len(shown)), means, "o-", color=color, label=loss)
+        of_teacher = shown[-1]["summary"]["teacher"]["cross entropy"]["mean"]
+        axis.axhline(of_teacher, color="#9aa4b0", linewidth=1, linestyle="--")
+        axis.set_xticks(range(len(shown)), [f"{of[places]:g}" for of in shown])
+        axis.set_title(title, size=10)
+        axis.set_xlabel(places, size=9)
+        axis.tick_params(labelsize=8, length=2)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("cross entropy, nats per token", size=9)
+    axes[0].legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 if __name__ == "__main__":
     draw(CHART)
+    draw_longer(LONGER.with_suffix(".png"))
     draw_regimes(REGIMES.with_suffix(".png"))

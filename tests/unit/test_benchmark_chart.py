@@ -27,6 +27,19 @@ def test_the_chart_of_three_students(tmp_path: Path) -> None:
     assert pytest.importorskip("matplotlib.image").imread(tmp_path / "regimes.png").std() > 0.05
 
 
+def test_the_chart_of_longer_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "comparison.md").read_text()
+    for of in chart.longer():
+        for loss, found in of["summary"].items():
+            if loss == "teacher":
+                continue
+            start = f"| {of['student']} | {of['teacher']} | {of['steps']} | {of['learning rate']:g} | {loss} |"
+            (row,) = [line for line in page.splitlines() if line.startswith(start)]
+            assert f"| {of['seeds']} | {found['cross entropy']['mean']:.3f} |" in row
+    chart.draw_longer(tmp_path / "longer.png")
+    assert pytest.importorskip("matplotlib.image").imread(tmp_path / "longer.png").std() > 0.05
+
+
 def test_the_chart_has_six_bars(tmp_path: Path) -> None:
     assert len(chart.memory()) + len(chart.time()) == 6
     chart.draw(tmp_path / "chart.png")
