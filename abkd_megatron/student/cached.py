@@ -14,7 +14,7 @@ from torch import Tensor
 from abkd_megatron.cache.record import RecordLayout
 from abkd_megatron.errors import ConfigError
 from abkd_megatron.losses.objective import Objective
-from abkd_megatron.student.head import Loss, sum_of, weights_of_terms
+from abkd_megatron.student.head import Loss, fused_options, scaled, sum_of, weights_of_terms
 from abkd_megatron.student.plan import run_pre_forward_hooks
 from abkd_megatron.teacher.output_layer import OutputLayer
 from abkd_megatron.vocab_parallel import (
@@ -129,7 +129,6 @@ def compute_cached_loss(
     kd_weight, lm_weight = weights_of_terms(objective, sources, (kd_weights, lm_weights), labels)
     if chunk_tokens is not None:
         run_pre_forward_hooks(student.layer)
-        of_divergence = kd_weight * objective.distillation_scale
         total, terms = vocab_parallel_record_distillation_head(
             student.whole_hidden_states(tp_group),
             student.weight,
@@ -137,14 +136,8 @@ def compute_cached_loss(
             objective.effective_divergence,
             labels,
             shard,
-            kd_weight=of_divergence if distilled is None else distilled.double() * of_divergence,
-            lm_weight=lm_weight,
-            temperature=objective.temperature,
-            token_weights=loss_mask,
-            student_scale=student.scale(),
-            chunk_tokens=chunk_tokens,
-            into_main_grad=bool(getattr(student.layer, "gradient_accumulation_fusion", False)),
             selected=selected,
+            **fused_options(student, objective, (kd_weight, lm_weight), loss_mask, chunk_tokens, distilled),
         )
     else:
         logits = student.logits()
@@ -165,9 +158,7 @@ def compute_cached_loss(
     if distilled is not None:
         terms = terms._replace(divergence=torch.where(distilled, terms.divergence, 0.0))
         selected = distilled if selected is None else distilled & selected
-    distillation = terms.divergence
-    if objective.distillation_scale != 1:
-        distillation = distillation * objective.distillation_scale
+    distillation = scaled(terms.divergence, objective)
     if chunk_tokens is None:
         total = sum_of((kd_weight, lm_weight), (distillation, terms.cross_entropy))
     return Loss(total, distillation, terms, {}, selected)

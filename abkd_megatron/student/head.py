@@ -5,7 +5,7 @@ Legend: s sequence, b micro-batch, h hidden size, V/TP vocabulary columns of a r
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -124,11 +124,10 @@ def compute_loss(
     if chunk_tokens is not None and not diagnosing:
         run_pre_forward_hooks(student.layer)
         operands = teacher.operands(tp_group)
-        of_divergence, ranked = kd_weight * objective.distillation_scale, None
+        ranked = None
         if tokens is not None and tokens.by_rank:
             entropy = teacher_entropy(operands, labels, shard, chunk_tokens)
             ranked = tokens.ranked(entropy, counted, cp_group)
-            of_divergence = ranked.double() * of_divergence
         (teacher_hidden, teacher_weight, teacher_scale), *more = operands
         total, terms = vocab_parallel_distillation_head(
             student.whole_hidden_states(tp_group),
@@ -138,23 +137,15 @@ def compute_loss(
             objective.effective_divergence,
             labels,
             shard,
-            kd_weight=of_divergence,
-            lm_weight=lm_weight,
-            temperature=objective.temperature,
-            token_weights=loss_mask,
-            student_scale=student.scale(),
             teacher_scale=teacher_scale,
             more_teachers=more,
-            chunk_tokens=chunk_tokens,
-            into_main_grad=bool(getattr(student.layer, "gradient_accumulation_fusion", False)),
             selected=selected,
             select=by_models,
+            **fused_options(student, objective, (kd_weight, lm_weight), loss_mask, chunk_tokens, ranked),
         )
         if ranked is not None:
             terms = terms._replace(divergence=torch.where(ranked, terms.divergence, 0.0))
-        distillation = terms.divergence
-        if objective.distillation_scale != 1:
-            distillation = distillation * objective.distillation_scale
+        distillation = scaled(terms.divergence, objective)
         trained = ranked if ranked is not None else _trained(objective.tokens, terms, selected)
         return Loss(total, distillation, terms, {}, trained)
 
@@ -274,11 +265,45 @@ def _loss(
     parts = [weight * value for weight, value in zip(weights, logit_losses.values(), strict=True)]
     if objective.divergence is not None:
         parts.insert(0, terms.divergence)
-    distillation = functools.reduce(torch.add, parts)
-    if objective.distillation_scale != 1:
-        distillation = distillation * objective.distillation_scale
+    distillation = scaled(functools.reduce(torch.add, parts), objective)
     total = sum_of(term_weights, (distillation, terms.cross_entropy))
     return Loss(total, distillation, terms, logit_losses, trained)
+
+
+def fused_options(
+    student: OutputLayer,
+    objective: Objective,
+    term_weights: tuple[float | Tensor, float | Tensor],
+    loss_mask: Tensor | None,
+    chunk_tokens: int,
+    distilled: Tensor | None = None,
+) -> dict[str, Any]:
+    """Return the arguments of a fused head that do not depend on the form of the teacher.
+
+    Args:
+        student: its output layer.
+        objective: of the step.
+        term_weights: see `weights_of_terms`.
+        loss_mask: [s, b].
+        chunk_tokens: of a chunk.
+        distilled: [s, b] bool, the tokens whose divergence counts; None for all.
+    """
+    kd_weight, lm_weight = term_weights
+    of_divergence = kd_weight * objective.distillation_scale
+    return {
+        "kd_weight": of_divergence if distilled is None else distilled.double() * of_divergence,
+        "lm_weight": lm_weight,
+        "temperature": objective.temperature,
+        "token_weights": loss_mask,
+        "student_scale": student.scale(),
+        "chunk_tokens": chunk_tokens,
+        "into_main_grad": bool(getattr(student.layer, "gradient_accumulation_fusion", False)),
+    }
+
+
+def scaled(divergence: Tensor, objective: Objective) -> Tensor:
+    """Return the divergence times the objective's `distillation_scale`."""
+    return divergence if objective.distillation_scale == 1 else divergence * objective.distillation_scale
 
 
 def sum_of(term_weights: Sequence[float | Tensor], addends: Sequence[Tensor]) -> Tensor:

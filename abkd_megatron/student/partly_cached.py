@@ -18,6 +18,8 @@ from abkd_megatron.student.cached import CachedBatch, CachedTeacher, compute_cac
 from abkd_megatron.student.head import (
     Loss,
     compute_loss,
+    fused_options,
+    scaled,
     sum_of,
     teacher_entropy,
     weights_of_terms,
@@ -151,7 +153,6 @@ def _of_both(
             entropy = teacher_entropy(operands, labels, shard, chunk_tokens)
             entropy = torch.where(is_cached, records.entropy.view(labels.shape).to(entropy.dtype), entropy)
             distilled = tokens.ranked(entropy, counted, cp_group)
-        of_divergence = kd_weight * objective.distillation_scale
         (teacher_hidden, teacher_weight, teacher_scale), *more = operands
         total, terms = vocab_parallel_distillation_head(
             student.whole_hidden_states(tp_group),
@@ -161,17 +162,11 @@ def _of_both(
             objective.effective_divergence,
             labels,
             shard,
-            kd_weight=of_divergence if distilled is None else distilled.double() * of_divergence,
-            lm_weight=lm_weight,
-            temperature=objective.temperature,
-            token_weights=loss_mask,
-            student_scale=student.scale(),
             teacher_scale=teacher_scale,
             more_teachers=more,
             records=(records, is_cached),
-            chunk_tokens=chunk_tokens,
-            into_main_grad=bool(getattr(student.layer, "gradient_accumulation_fusion", False)),
             select=tokens.of if tokens is not None and not (tokens.by_position or by_rank) else None,
+            **fused_options(student, objective, (kd_weight, lm_weight), loss_mask, chunk_tokens, distilled),
         )
     else:
         logits = student.logits()
@@ -192,9 +187,7 @@ def _of_both(
         chosen = tokens.of(terms.metrics)
         distilled = chosen if taught is None else chosen & taught
     terms = _only(terms, distilled, taught)
-    distillation = terms.divergence
-    if objective.distillation_scale != 1:
-        distillation = distillation * objective.distillation_scale
+    distillation = scaled(terms.divergence, objective)
     if chunk_tokens is None:
         total = sum_of((kd_weight, lm_weight), (distillation, terms.cross_entropy))
     return Loss(total, distillation, terms, {}, distilled)
